@@ -45,6 +45,7 @@ import signal
 import sys
 import time
 import unicodedata
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -972,6 +973,7 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights need no copy to reach it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        warnings.filterwarnings("ignore", module="vllm")
         import vllm
         from vllm.v1.sample.logits_processor import LogitsProcessor
 
@@ -1869,6 +1871,7 @@ MAY_BE_ZERO = {
 
 def check_config(cfg: Config):
     """Raise Misuse for values that make no sense."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
 
     def need(holds, name, what):
         if not holds:
@@ -1890,10 +1893,10 @@ def check_config(cfg: Config):
     need("{problem}" in (cfg.prompt_template or "{problem}"), "prompt_template", "must contain {problem}")
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
     need(cfg.vllm_tp == 1 or cfg.engine == "vllm", "vllm_tp", "only with --engine vllm")
-    need(world() % cfg.vllm_tp == 0, "vllm_tp", f"must divide the number of ranks, {world()}")
+    need(ranks % cfg.vllm_tp == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
-    need(cfg.prompts * cfg.k >= world(), "prompts", f"each of the {world()} ranks needs one response at least")
-    need(cfg.sft_batch >= world(), "sft_batch", f"each of the {world()} ranks needs one at least")
+    need(cfg.prompts * cfg.k >= ranks, "prompts", f"each of the {ranks} ranks needs one response at least")
+    need(cfg.sft_batch >= ranks, "sft_batch", f"each of the {ranks} ranks needs one at least")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1905,7 +1908,6 @@ def main(argv: list[str] | None = None) -> int:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
-        check_config(cfg)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         STAGES[cfg.stage](cfg)
@@ -1924,6 +1926,8 @@ def main(argv: list[str] | None = None) -> int:
             return complain(f"lost contact with another rank ({reason}); the same command goes on from the last checkpoint", 1)
         raise
     finally:
+        if "vllm" in sys.modules:  # its groups first: it would look for them at exit
+            sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
 
