@@ -26,7 +26,6 @@ checkpoints - SFT - RL - evaluation and inference scaling - pictures - main.
 import argparse
 import copy
 import dataclasses
-import gzip
 import hashlib
 import json
 import math
@@ -37,7 +36,6 @@ import shutil
 import sys
 import time
 import unicodedata
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +49,7 @@ from tqdm import tqdm
 
 import data_prep
 import verify
+from data_prep import Misuse, Stop
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every knob, with unit, default and the paper's value; `--help` is made from it
@@ -149,18 +148,6 @@ PRESETS = {
 }
 
 
-class Stop(Exception):
-    """The run cannot go on: one line that says what, where, and what to do. Exit code 1."""
-
-    code = 1
-
-
-class Misuse(Stop):
-    """Something the user gave is wrong. Exit code 2."""
-
-    code = 2
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Helpers: ranks, seeds, files
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,26 +231,55 @@ def load_policy(folder: str, cfg: Config):
     """-> a causal LM in float32 on the run's device, with `attention` as its attention, and its tokenizer. Misuse if anything is amiss."""
     transformers.AttentionInterface.register("t1", attention)
     try:
-        if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
-            raise FileNotFoundError("there is no such folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        check_folder(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model, info = load(folder, dtype=torch.float32, attn_implementation="t1", output_loading_info=True)
-    except Exception as e:  # whatever a damaged folder makes the libraries raise, the user is told in one line
+        model, info = load(folder, dtype=torch.float32, attn_implementation="t1", output_loading_info=True, trust_remote_code=False)
+        if info["missing_keys"]:
+            raise Misuse(f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {sorted(info['missing_keys'])[0]}")
+        return ready(model, tokenizer, folder, cfg), tokenizer
+    except Stop:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # whatever a damaged folder makes the libraries raise (a panic of their Rust code is no Exception)
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise Misuse(f"{folder}: no model that can be loaded ({reason}); give a folder with config, weights and tokenizer, or a hub name")
-    if info["missing_keys"]:
-        raise Misuse(f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {sorted(info['missing_keys'])[0]}")
-    if not tokenizer("1 + 1").input_ids or tokenizer.eos_token_id is None:
-        raise Misuse(
-            f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
-        )
-    return ready(model, tokenizer, folder, cfg), tokenizer
+
+
+def check_folder(folder: str):
+    """What the libraries would wait for, or work on without an end, in a folder that is no model's."""
+    path = Path(folder)
+    if not path.is_dir():
+        if folder.startswith((".", "/", "~")):
+            raise FileNotFoundError("there is no such folder")
+        return  # the name of a model on the hub
+    odd = next((p.name for p in path.iterdir() if not (p.is_file() or p.is_dir())), None)
+    if odd:
+        raise Misuse(f"{folder}: {odd} is not an ordinary file")
+    for key, value in data_prep.parse_json((path / "config.json").read_bytes()).items():
+        if isinstance(value, int) and value > (LARGEST_COUNT if key.startswith(("num_", "n_")) else LARGEST_SIZE):
+            raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
+
+
+LARGEST_COUNT, LARGEST_SIZE = 4096, 1 << 27  # of layers, heads or experts; of any other number in a config.json
 
 
 def ready(model, tokenizer, folder: str, cfg: Config):
     """A loaded or fresh model on the run's device, after the last checks."""
-    model.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings)
+    rows = model.get_input_embeddings().num_embeddings
+    words = tokenizer.get_vocab()
+    if not prompt_ids("1 + 1", tokenizer, cfg) or tokenizer.eos_token_id is None:
+        raise Misuse(
+            f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
+        )
+    beyond = sorted((i, word) for word, i in words.items() if i >= rows and word not in tokenizer.all_special_tokens)
+    ends = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id] + (ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if beyond or not all(isinstance(i, int) and 0 <= i < rows for i in ends):
+        what = f"token {beyond[0][1]!r} has number {beyond[0][0]}" if beyond else f"the end tokens are {ends}"
+        raise Misuse(f"{folder}: the model has {rows} tokens, but {what}; tokenizer and model do not belong together")
+    model.vocabulary = min(max(words.values()) + 1, rows)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and cfg.max_prompt + cfg.max_new > longest:
         raise Misuse(f"{folder}: takes {longest} tokens, --max-prompt {cfg.max_prompt} and --max-new {cfg.max_new} together want more")
@@ -284,6 +300,8 @@ def check_forward(model, folder: str, cfg: Config):
     model.set_attn_implementation("eager")
     logits = model(torch.tensor([row], device=targets.device)).logits[0, :-1, : model.vocabulary]
     model.set_attn_implementation("t1")
+    if not ours.isfinite().all():
+        raise Misuse(f"{folder}: its weights give log-probs that are not finite; they are damaged")
     gap = (logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0] - ours).abs().max().item()
     if not gap < 1e-2:
         raise Misuse(
@@ -836,40 +854,22 @@ def means(records: list[dict]) -> dict:
 
 
 def read_rows(path: str, stage: str) -> list[dict]:
-    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a JSONL or JSONL.gz file.
+    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set as data_prep.py takes it.
 
     Where a row has neither response nor answer its "solution" serves: as the response, or for the answer in its last box.
     """
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
-    except OSError as e:
-        raise Misuse(f"{path}: cannot be read ({e.strerror or e})")
-    except (EOFError, zlib.error):
-        raise Misuse(f"{path}: a damaged gzip file")
-    except UnicodeDecodeError as e:
-        raise Misuse(f"{path}: not UTF-8 text (at byte {e.start})")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise Misuse(f"{path}, line {number}: not JSON ({e})")
-        if not isinstance(row, dict):
-            raise Misuse(f"{path}, line {number}: a row must be a JSON object")
+    rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
+    for where, raw in data_prep.raw_rows(path):
+        row = {k: v for k, v in data_prep.parse(where, raw).items() if isinstance(v, (str, int))}  # what a log can hold
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         if stage == "sft":
             row.setdefault("response", solution)
         else:
             row.setdefault("answer", verify.extract_answer(solution) or "")
-        for name in ("problem", "response" if stage == "sft" else "answer"):
+        for name in needed:
             if not isinstance(row.get(name), str) or not row[name].strip():
-                raise Misuse(f"{path}, line {number}: field {name!r} is missing, empty or not text")
-            if any("\ud800" <= c <= "\udfff" for c in row[name]):
-                raise Misuse(f"{path}, line {number}: field {name!r} holds half of a surrogate pair, which is no text")
-        rows.append(row | dict(where=f"{path}, line {number}"))
+                raise Misuse(f"{data_prep.row_at(where)}: field {name!r} is missing, empty or not text")
+        rows.append(row | dict(where=data_prep.row_at(where)))
     if not rows:
         raise Misuse(f"{path}: no rows")
     unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
@@ -882,8 +882,10 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
     """Prompt ids of all rows; one that is longer than max_prompt is an error, never cut."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
     for ids, row in zip(encoded, rows):
+        where = row.get("where") or f"problem {row.get('id')}"
+        if not ids:
+            raise Misuse(f"{where}: the tokenizer knows none of its characters; leave the row out, or take another model")
         if len(ids) > cfg.max_prompt:
-            where = row.get("where") or f"problem {row['id']}"
             raise Misuse(f"{where}: a prompt of {len(ids)} tokens, --max-prompt is {cfg.max_prompt}; raise it or leave the row out")
     return encoded
 

@@ -620,12 +620,12 @@ GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{
     (["--stage", "sft", "--model", "empty"], "empty"),
     (["--stage", "sft", "--data", "none.jsonl"], "none.jsonl"),
     (["--stage", "sft", "--data", "blank.jsonl"], "no rows"),
-    (["--stage", "sft", "--data", "broken.jsonl"], "broken.jsonl, line 2"),
-    (["--stage", "sft", "--data", "list.jsonl"], "list.jsonl, line 1"),
+    (["--stage", "sft", "--data", "broken.jsonl"], "broken.jsonl, row 2"),
+    (["--stage", "sft", "--data", "list.jsonl"], "list.jsonl, row 1"),
     (["--stage", "sft", "--data", "latin.jsonl"], "not UTF-8"),
     (["--stage", "sft", "--data", "cut.jsonl.gz"], "gzip"),
     (["--stage", "sft", "--data", "noresponse.jsonl"], "'response'"),
-    (["--stage", "rl", "--data", "noanswer.jsonl", "--model", "model"], "noanswer.jsonl, line 2: field 'answer'"),
+    (["--stage", "rl", "--data", "noanswer.jsonl", "--model", "model"], "noanswer.jsonl, row 2: field 'answer'"),
     (["--stage", "rl", "--data", "good.jsonl", "--model", "model", "--max-prompt", "3"], "--max-prompt is 3"),
     (["--stage", "sft", "--data", "good.jsonl", "--max-new", "1"], "--max-new 1"),
 ])
@@ -2041,7 +2041,7 @@ def test_verify_command_line(tmp_path):
     assert code == 0 and "50.00 % of 2 rows right, 0 false right, 1 false wrong" in out and "FALSE WRONG" in out and "rows/s" in out
     rows.write_text("{\n")
     code, out, err = verify_command("--jsonl", str(rows))
-    assert code == 2 and "line 1" in err and "Traceback" not in err
+    assert code == 2 and "rows.jsonl, row 1" in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- data_prep.py

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import ctypes
-import gzip
 import importlib.util
 import itertools
 import json
@@ -1919,23 +1918,21 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
 # Command line
 
 def load_rows(path: str) -> list[dict]:
-    """JSON lines {"pred", "gold"[, "equal", "category", "form", "debatable"]}, also gzipped; debatable rows are left out."""
-    opener = gzip.open if path.endswith(".gz") else open
+    """Rows {"pred", "gold"[, "equal", "category", "form", "debatable"]} of a file; debatable rows are left out."""
+    from data_prep import Misuse, parse, raw_rows, row_at   # the one reader of files; only this command needs it, grading does not
+
     rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number_of_line, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row["pred"], str) or not isinstance(row["gold"], str):
-                    raise ValueError("pred and gold must be strings")
-            except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(f"{path}, line {number_of_line}: not a row with pred and gold ({error})")
+    try:
+        for where, raw in raw_rows(path, {"pred", "gold", "equal", "category", "form", "debatable"}):
+            row = parse(where, raw)
+            if not isinstance(row.get("pred"), str) or not isinstance(row.get("gold"), str):
+                raise Misuse(f"{row_at(where)}: fields 'pred' and 'gold' must be there and text")
             if not row.get("debatable"):
-                rows.append(row)
-    if not rows:
-        raise SystemExit(f"{path}: no rows")
+                rows.append(row | {"category": str(row.get("category", "-"))})
+        if not rows:
+            raise Misuse(f"{path}: no rows")
+    except Misuse as error:
+        raise SystemExit(str(error))
     return rows
 
 
@@ -1956,7 +1953,7 @@ def report(rows: list[dict], verdicts: list[bool], title: str, details: bool) ->
     print(f"{title}: {100 * (1 - len(wrong) / len(labelled)):.2f} % of {len(labelled)} rows right, "
           f"{false_right} false right, {len(wrong) - false_right} false wrong")
     if details:
-        total, missed = (Counter(row.get("category", "-") for row, _ in part) for part in (labelled, wrong))
+        total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
         for category in sorted(total):
             print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
         for row, verdict in wrong:
@@ -2005,10 +2002,9 @@ def main() -> None:
     if args.jsonl and not args.answers and args.timeout > 0:
         try:
             return run_rows(args.jsonl, args.bench, args.timeout)
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"cannot read {args.jsonl}: {error}")
         except SystemExit as error:
-            parser.error(str(error))
+            print(f"verify.py: {error}", file=sys.stderr)
+            sys.exit(2)
     if args.jsonl or args.bench or len(args.answers) != 2:
         parser.error("give two answers (ANSWER GOLD), or --jsonl FILE")
     equal = is_equal(*args.answers)
