@@ -87,7 +87,7 @@ COLUMNS = set("""id _id row unique_id problem question text answer label solutio
 
 
 ROW_BYTES = 16 << 20  # the longest row; a trace of 32,000 tokens has a hundredth of it
-GZIP_BYTES, GZIP_RATIO = 64 << 20, 200  # a file that grows beyond both is a bomb; problems and traces shrink to a fifth
+GZIP_BYTES, GZIP_RATIO = 16 << 20, 200  # a file that grows beyond both is a bomb; problems and traces shrink to a fifth
 
 
 def local_files(name: str) -> list[Path]:

@@ -1,19 +1,26 @@
 """Tests of t1.py, data_prep.py and verify.py against independent oracles.   python -m pytest -q test_t1.py"""
 
+import contextlib
 import copy
+import faulthandler
 import gzip
 import http.server
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -2841,3 +2848,318 @@ def test_data_hub_names_configs_and_splits(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(data_prep.Misuse, match="openai/gsm8k: cannot be loaded from the hub .*no route to the hub.*local copy"):
         list(data_prep.raw_rows("openai/gsm8k"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+#
+# No file that a user can give makes a traceback, a hang or half an output: it works, or it is one line. A case is a seeded
+# mutation of a good file and its readers, in this process.   python test_t1.py fuzz COUNT [SEED [CASE]]
+
+SLOW = 20  # seconds that one case may take
+ODD_VALUES = [None, True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf"), "", " ", "\0", "\ud800", "a\udfffb", "x" * 60_000, "9" * 5000, "\\boxed{" * 400, "\\boxed{2}", "25\n",
+              "\u2028", "<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000, [], {}, [[]], {"a": 1}, [1, "a", None], [{"role": "user", "content": 3}], [{"role": "user"}, {"content": "x"}]]
+ODD_BYTES = [b"", b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"caf\xe9", b"\xed\xa0\x80", b"\\ud800", b"\\udc00", b"\\u0000", b"NaN", b"-Infinity", b"1e999",
+             b"[" * 3000, b'{"a":' * 3000, b"1" * 5000, b'"', b"\\", b",", b"{", b"}", b"null", b"\x1f\x8b", b"PAR1", "é\u2028😀".encode(), b" " * 3000, b'"problem": 1, ']
+ENCODINGS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "cp500"]
+RARE_FILES = ["missing", "folder", "pipe", "loop", "dangling", "device", "empty", "newline", "not UTF-8", "long name", "no permission", "long line", "zeros", "many lines", "not gzip"]
+
+
+def odd_json(rng, value, depth=0):
+    """A copy of a JSON value with one thing changed: a value, a key gone, renamed or added, something nested."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key, result = rng.choice(list(value)), dict(value)
+        what = rng.randrange(8)
+        if what == 0:
+            del result[key]
+        elif what == 1:
+            result[rng.choice([key.upper(), key + "\ud800", "", "problem", "answer", "id", "settings", "x" * 3000])] = result.pop(key)
+        else:
+            result[key] = odd_json(rng, value[key], depth + 1)
+        return result
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        return value[:at] + ([odd_json(rng, value[at], depth + 1)] if rng.random() < 0.8 else []) + value[at + 1 :]
+    if isinstance(value, (int, float)) and rng.random() < 0.5:
+        return rng.choice([-value, value + 1, value * 10**9, 0, 1, str(value), float(value), [value]])
+    if isinstance(value, str) and value and rng.random() < 0.4:
+        at = rng.randrange(len(value))
+        return value[:at] + rng.choice(["\0", "\ud800", "\r", "\u2028", "}", "{", "\\", "$", "", value]) + value[at + 1 :]
+    return rng.choice(ODD_VALUES)
+
+
+def odd_bytes(rng, data):
+    """Bytes flipped, cut, inserted, doubled or taken out; or the whole in another encoding."""
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        at, end = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
+        what = rng.randrange(8)
+        if what == 0:
+            data = data[:at]
+        elif what == 1:
+            data = data[:at] + rng.choice(ODD_BYTES) + data[at:]
+        elif what == 2:
+            data = data[:at] + data[min(end, at + 50) :]
+        elif what == 3:
+            data = data[:end] + data[at:end][:5000] + data[end:]
+        elif what == 4:
+            data = data.replace(b"\n", rng.choice([b"\r\n", b"\r", b"\n\n", b"\0\n"]))
+        else:
+            data = bytearray(data or b"x")
+            for _ in range(rng.choice([1, 1, 4, 30])):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            data = bytes(data)
+    return data
+
+
+def odd_text(rng, data):
+    """`odd_bytes`, or a change of one line's JSON, or a key that is there twice, or another encoding."""
+    what = rng.randrange(10)
+    if what < 5:
+        lines = data.split(b"\n")
+        at = rng.randrange(max(1, len(lines) - 1))
+        try:
+            value = json.loads(lines[at])
+        except ValueError:  # one JSON text on many lines
+            value, lines, at = json.loads(data), [b""], 0
+        lines[at] = json.dumps(odd_json(rng, value), ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        return b"\n".join(lines)
+    if what == 5:
+        keys = re.findall(rb'"(\w+)": ', data)
+        return data.replace(b"{", b'{"' + rng.choice(keys or [b"a"]) + b'": 1, ', rng.randint(1, 2))
+    if what == 6:
+        return data.decode(errors="replace").encode(rng.choice(ENCODINGS), "replace")
+    return odd_bytes(rng, data)
+
+
+def rare_file(rng, path, data):
+    """Something else than a file with text in it, or far more of it. -> the path to read"""
+    what = rng.choice(RARE_FILES)
+    if what in ("newline", "not UTF-8", "long name"):
+        path = path.parent / {"newline": "a\nb" + path.name, "not UTF-8": os.fsdecode(b"\xff\xfe" + path.name.encode()), "long name": 300 * "x" + path.name}[what]
+    elif what == "folder":
+        path.mkdir()
+        for name in ("a", "b.jsonl", "c.txt"):
+            (path / name).mkdir() if name == "a" else (path / name).write_bytes(data)
+        return path
+    elif what in ("pipe", "loop", "dangling", "device"):
+        os.mkfifo(path) if what == "pipe" else path.symlink_to({"loop": path, "dangling": path.parent / "nowhere", "device": "/dev/zero"}[what])
+        return path
+    content = {"empty": b"", "long line": data[:50] + b"x" * (17 << 20), "zeros": FUZZ_BOMBS[0], "many lines": FUZZ_BOMBS[1], "not gzip": data + b"\x1f\x8b"}.get(what, data)
+    if what not in ("missing", "long name"):
+        path.write_bytes(content)
+        path.chmod(0 if what == "no permission" else 0o600)
+    return path
+
+
+FUZZ_BOMBS = [gzip.compress(b"\0" * (20 << 20)), gzip.compress(b'{"problem": "x", "answer": "1", "pred": "1", "gold": "1"}\n' * (20 << 14))]
+
+
+def fuzz_base(folder):
+    """Good files of every kind, to be mutated."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [dict(id=f"r{i}", problem=f"What is {i} + $\\frac{{{i}}}{{2}}$ as a number?", answer=str(i), solution=f"It is \\boxed{{{i}}}.", response=f"<think>\nhm\n</think>\n\\boxed{{{i}}}", source="s", level=i)
+            for i in range(6)]
+    rows += [dict(messages=[dict(role="user", content="What is 1+1?"), dict(role="assistant", content="\\boxed{2}")], problem="What is 1+1 then?", answer=2.0, prompt="p", split="test")]
+    gpqa = [{"Question": "What, then?", "Correct Answer": "a", "Incorrect Answer 1": "b", "Incorrect Answer 2": "c", "Incorrect Answer 3": "d", "Record ID": "r"}] * 2
+    settings, base = {"n": 2, "model": "m"}, {}
+    lines = lambda rows: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+    base["rows"] = lines(rows)
+    base["gpqa"] = lines(gpqa)
+    base["csv"] = (",".join(gpqa[0]) + "\n" + 'r,"a, ""b""\n\nc",d,e,f,g\n' * 2).encode()
+    base["verify"] = lines([dict(pred="\\frac12", gold="0.5", equal=True, category="c"), dict(pred="so \\boxed{3}", gold="4", equal=False, form="response"), dict(pred="7", gold="7")])
+    base["journal"] = lines([dict(settings=settings), dict(id="a", pass_rate=0.5), dict(id="b", trace=None, why="x", failed=0), dict(id="c", trace={"id": "c"}, why="x", failed=1, pass_rate=1)])
+    for name, options in (("plain", dict(compression="NONE", use_dictionary=False)), ("snappy", dict(row_group_size=2)), ("zstd", dict(compression="zstd", data_page_version="2.0"))):
+        pq.write_table(pa.Table.from_pylist([{k: v for k, v in r.items() if k != "answer"} | dict(answer=str(r["answer"]), pred="1", gold="1") for r in rows]), folder / name, **options)
+        base["parquet " + name] = (folder / name).read_bytes()
+    cfg = config("--tiny-width", "8", "--tiny-layers", "1")
+    (folder / "model").mkdir()
+    for part in t1.tiny_policy(cfg):
+        part.save_pretrained(folder / "model")
+    base["model"] = {p.name: p.read_bytes() for p in (folder / "model").iterdir()}
+    base["tokenizer"] = t1.load_policy(str(folder / "model"), cfg)[1]
+    return base
+
+
+def fuzz_rows(rng, folder, base):
+    path, data = folder / "rows.jsonl", base["rows"]
+    if rng.random() < 0.05:
+        path = rare_file(rng, path, data)
+    elif rng.random() < 0.2:
+        path = folder / "rows.jsonl.gz"
+        path.write_bytes(odd_bytes(rng, gzip.compress(data)) if rng.random() < 0.7 else gzip.compress(odd_text(rng, data)))
+    elif rng.random() < 0.2:
+        path = folder / "rows.parquet"
+        path.write_bytes(odd_bytes(rng, base["parquet " + rng.choice(["plain", "snappy", "zstd"])]))
+    else:
+        path.write_bytes(odd_text(rng, data))
+    yield path
+    for stage in ("sft", "rl"):
+        yield lambda: t1.encode_prompts(t1.read_rows(str(path), stage), base["tokenizer"], config("--max-prompt", "2000"))
+    data_prep.prepare([], ("latin",))
+    yield lambda: data_prep.sift(("local", list(data_prep.raw_rows(str(path)))))
+    yield lambda: data_prep.Benchmarks([data_prep.checked_problem(where, raw, "b") for where, raw in data_prep.raw_rows(str(path))])
+    yield lambda: data_prep.read_problems(str(path))
+    for source in ("gsm8k", "aime24"):
+        yield lambda: json.dumps(data_prep.benchmark_rows(source, str(path)), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fuzz_commands(rng, folder, base):
+    """Whole commands: what they print and what they leave."""
+    source = rng.choice(["--authors", "--math500", "--gpqa", "--omni"])
+    csv = source == "--gpqa" and rng.random() < 0.7
+    data, path = base["csv" if csv else "gpqa" if source == "--gpqa" else "rows"], folder / f"rows.{'csv' if csv else 'jsonl'}"
+    if rng.random() < 0.1:
+        path = rare_file(rng, path, data)
+    else:
+        path.write_bytes(odd_bytes(rng, data) if csv else odd_text(rng, data))
+    yield path
+    (folder / "good.jsonl").write_bytes(base["rows"])
+    more = ["--amc23", str(folder / "good.jsonl")] if source != "--authors" else []
+
+    def command():
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = data_prep.main(["cot" if source == "--authors" else "benchmarks", *more, source, str(path), "--out", str(folder / "out")])
+        if code == 2:
+            raise data_prep.Misuse(said.getvalue().removesuffix("\n"))
+        assert code == 0 and not said.getvalue()
+    yield command
+
+
+def fuzz_verify(rng, folder, base):
+    path = folder / rng.choice(["rows.jsonl", "rows.jsonl.gz"])
+    if rng.random() < 0.05:
+        path = rare_file(rng, path, base["verify"])
+    else:
+        path.write_bytes(odd_text(rng, base["verify"]) if path.suffix == ".jsonl" else odd_bytes(rng, gzip.compress(base["verify"])))
+    yield path
+
+    def command():
+        rows = verify.load_rows(str(path))
+        with contextlib.redirect_stdout(io.StringIO()):
+            verify.report(rows, [bool(verify.answer_of(row)) for row in rows], "rows", True)
+    yield command
+
+
+def fuzz_journal(rng, folder, base):
+    path = folder / "journal.jsonl"
+    path.write_bytes(odd_text(rng, base["journal"]))
+    if rng.random() < 0.05:
+        path.unlink()
+        path = rare_file(rng, path, base["journal"])
+    yield path
+    kinds = rng.choice([{"id": str}, {"id": str, "pass_rate": (int, float)}, {"id": str, "why": str, "failed": int}])
+    before = path.read_bytes() if os.path.isfile(path) else None
+
+    def command():
+        try:
+            data_prep.read_journal(path, {"n": 2, "model": "m"}, kinds)
+        except data_prep.Misuse:
+            assert before is None or path.read_bytes() == before, "a journal was changed although it was refused"
+            raise
+    yield command
+
+
+def fuzz_model(rng, folder, base, names=("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")):
+    name = rng.choice([n for n in names if n in base["model"]])
+    path, data = folder / name, base["model"][name]
+    for other, content in base["model"].items():
+        (folder / other).write_bytes(content)
+    path.unlink()
+    if rng.random() < 0.04:
+        rare_file(rng, path, data)
+    elif name == "model.safetensors":
+        size = 8 + int.from_bytes(data[:8], "little")
+        head = json.loads(data[8:size])
+        what = rng.randrange(4)
+        header = json.dumps(odd_json(rng, head)).encode() if what < 2 else odd_bytes(rng, data[8:size])
+        path.write_bytes(odd_bytes(rng, data) if what == 3 else len(header).to_bytes(8, "little") + header + data[size:])
+    elif name == "config.json" and rng.random() < 0.6:
+        path.write_bytes(json.dumps(odd_json(rng, json.loads(data))).encode())
+    else:
+        path.write_bytes(odd_text(rng, data))
+    yield folder
+    cfg = config("--max-new", "100", "--max-prompt", "100")
+
+    def command():
+        model, tokenizer = t1.load_policy(str(folder), cfg)
+        t1.make_engine(model, tokenizer, cfg).generate([t1.prompt_ids("What is 1 + 1?", tokenizer, cfg)], 2, 0, 3)
+    yield command
+
+
+FUZZ = {"rows": (fuzz_rows, 8), "commands": (fuzz_commands, 2), "verify": (fuzz_verify, 2), "journal": (fuzz_journal, 2), "model": (fuzz_model, 2)}
+
+
+def fuzz_case(kind, seed, case, folder, base):
+    """-> "works" or "one line"; AssertionError or whatever a reader raised."""
+    rng = random.Random(f"{seed} {case}")
+    steps = FUZZ[kind][0](rng, folder, base)
+    path, outcomes = next(steps), []
+    before = {p for p in folder.rglob("*") if not p.is_dir()}
+    name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path.name)
+    for reader in steps:
+        start = time.monotonic()
+        before |= {folder / "good.jsonl"} & {p for p in folder.iterdir()}
+        signal.setitimer(signal.ITIMER_REAL, SLOW)
+        try:
+            reader()
+            outcomes.append("works")
+            assert not [p for p in folder.rglob("*partial*")], "half an output"
+        except (t1.Stop, SystemExit) as e:
+            line = str(e)
+            assert line and line.isprintable() and len(line) <= 2100 and (name[:200] in line or "a reader" in line), f"not one line that names the file: {line!r}"
+            assert {p for p in folder.rglob("*") if not p.is_dir()} <= before, "an output of a refused input"
+            outcomes.append("one line")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        assert time.monotonic() - start < SLOW, "hangs"
+    return "works" if "works" in outcomes else "one line"
+
+
+def fuzz(count, seed, folder, only=None):
+    """-> counts of (kind, outcome), and the failures as (case, kind, traceback)."""
+    def late(*_):
+        raise TimeoutError(f"longer than {SLOW} s")
+    old = signal.signal(signal.SIGALRM, late)
+    base, counts, failures = fuzz_base(folder), Counter(), []
+    kinds = [kind for kind, (_, weight) in FUZZ.items() for _ in range(weight)]
+    for case in [only] if only is not None else range(count):
+        kind = kinds[case % len(kinds)]
+        place = folder / f"case{case}"
+        place.mkdir()
+        faulthandler.dump_traceback_later(3 * SLOW, exit=True)  # for a hang inside a library
+        try:
+            counts[kind, fuzz_case(kind, seed, case, place, base)] += 1
+        except Exception:
+            counts[kind, "FAILED"] += 1
+            failures.append((case, kind, traceback.format_exc()))
+        else:
+            shutil.rmtree(place)
+        faulthandler.cancel_dump_traceback_later()
+    signal.signal(signal.SIGALRM, old)
+    return counts, failures
+
+
+def test_fuzz_no_input_makes_a_traceback_a_hang_or_half_an_output(tmp_path):
+    counts, failures = fuzz(800, 1, tmp_path)
+    assert not failures, failures[0][2]
+    assert {kind for kind, _ in counts} == set(FUZZ) and counts.total() == 800
+
+
+def fuzz_command(count, seed=0, only=None):
+    with tempfile.TemporaryDirectory() as folder:
+        counts, failures = fuzz(count, seed, Path(folder), only)
+    for case, kind, trace in failures:
+        print(f"FAILED {kind}: python test_t1.py fuzz 1 {seed} {case}\n{trace}")
+    for kind in FUZZ:
+        print(f"{kind:10}", ", ".join(f"{n} {outcome}" for (k, outcome), n in sorted(counts.items()) if k == kind))
+    print(f"{counts.total()} cases, {len(failures)} failed, seed {seed}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    commands = {"fuzz": fuzz_command}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(f"python test_t1.py {'|'.join(commands)} COUNT [SEED [CASE]]")
+    sys.exit(commands[sys.argv[1]](*map(int, sys.argv[2:])))
