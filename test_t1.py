@@ -1952,7 +1952,7 @@ def test_verify_grade_keeps_order_and_counts():
 
 
 def test_verify_grade_survives_killed_and_stopped_workers():
-    """kill -9 costs one pair, a worker that stands still costs its pair the deadline; everything else stays right."""
+    """kill -9 costs nothing, a worker that stands still costs its pair the deadline; everything else stays right."""
     verify.grade([r"\boxed{\sqrt{4}}"], ["2"])
     done, harmed = threading.Event(), []
 
@@ -1974,8 +1974,8 @@ def test_verify_grade_survives_killed_and_stopped_workers():
     seconds = time.monotonic() - start
     done.set()
     thread.join()
-    lost = grades.stats["timeouts"] + grades.stats["crashes"]
-    assert harmed and 0 < lost <= len(harmed) + 2
+    lost = grades.stats["timeouts"]
+    assert grades.stats["crashes"] == 0 and len(harmed) > 1 and 0 < lost <= len(harmed) + 2
     assert sum(grades) == size - lost and seconds < 60
     again = verify.grade([f"\\boxed{{\\sqrt{{{n}}}+{n}}}" for n in range(size)], [f"{n}^{{1/2}}+{n}" for n in range(size)], timeout=20)
     assert all(again) and again.stats["timeouts"] == again.stats["crashes"] == 0        # lost pairs were not cached
@@ -1994,8 +1994,45 @@ def test_verify_grade_restarts_a_dead_server():
     verify.grade([r"\boxed{\sqrt{9}}"], ["3"])
     verify._pool.process.kill()
     verify._pool.process.wait()
-    verify.grade([r"\boxed{\sqrt{16}}"], ["4"])             # this batch may be lost, but the next one is not
     assert verify.grade([r"\boxed{\sqrt{25}}"], ["5"], timeout=20) == [True]
+    server, done = verify._pool.process, threading.Event()
+
+    def kill_during_the_batch():
+        while not done.wait(0.2):
+            server.kill()
+
+    thread = threading.Thread(target=kill_during_the_batch)
+    thread.start()
+    size = 6_000
+    grades = verify.grade([f"\\boxed{{\\sqrt{{{n}}}+{n}-2}}" for n in range(size)], [f"{n}^{{1/2}}+{n}-2" for n in range(size)], timeout=20)
+    done.set()
+    thread.join()
+    assert all(grades) and verify._pool.process is not server
+
+
+def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
+    """An RL run whose grader's workers and server are shot at random writes the metrics of one that was left alone."""
+    rows = [dict(problem=f"Name the number {i}.", answer=f"\\sqrt{{{i}}}", response=f"\\boxed{{\\sqrt{{{(i * 7) % 40}}}}}") for i in range(40)]
+    common = ["--data", jsonl(tmp_path / "rows.jsonl", rows), "--test", tmp_path / "rows.jsonl", "--out", tmp_path, "--max-new", 24, *SMALL]
+    assert run("--stage", "sft", *common, "--sft-steps", 80, "--sft-batch", 16, "--sft-lr", "4e-3", "--name", "start")[0] == 0
+    rl = ["--stage", "rl", *common, "--model", tmp_path / "start/sft/checkpoint-80", "--rl-steps", 30, "--prompts", 16, "--k", 8]
+    assert run(*rl, "--name", "calm")[0] == 0
+    command = [sys.executable, str(HERE / "t1.py"), *map(str, rl), "--name", "shot"]
+    trainer = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    children = lambda pid: [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    rng, shots, last = random.Random(0), Counter(), 0.0
+    while trainer.poll() is None:
+        time.sleep(rng.uniform(0.02, 0.4))
+        with contextlib.suppress(OSError):  # one that ended meanwhile
+            servers = [pid for pid in children(trainer.pid) if b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            kind = "server" if time.monotonic() - last > 2 and rng.random() < 0.5 else "worker"  # a new server needs a while to stand up
+            if targets := servers if kind == "server" else [w for s in servers for w in children(s)]:
+                os.kill(rng.choice(targets), signal.SIGKILL)
+                shots[kind] += 1
+                last = time.monotonic() if kind == "server" else last
+    assert trainer.returncode == 0 and min(shots["server"], shots["worker"]) >= 2, shots
+    assert metrics(tmp_path / "calm/rl") == metrics(tmp_path / "shot/rl")
+    assert any(json.loads(line)["accuracy"] > 0 for line in metrics(tmp_path / "calm/rl").splitlines())
 
 
 def test_verify_grade_from_threads():
@@ -2963,6 +3000,8 @@ def fuzz_base(folder):
     rows += [dict(messages=[dict(role="user", content="What is 1+1?"), dict(role="assistant", content="\\boxed{2}")], problem="What is 1+1 then?", answer=2.0, prompt="p", split="test")]
     gpqa = [{"Question": "What, then?", "Correct Answer": "a", "Incorrect Answer 1": "b", "Incorrect Answer 2": "c", "Incorrect Answer 3": "d", "Record ID": "r"}] * 2
     settings, base = {"n": 2, "model": "m"}, {}
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     lines = lambda rows: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
     base["rows"] = lines(rows)
     base["gpqa"] = lines(gpqa)

@@ -49,6 +49,7 @@ MAX_SUMS = 4               # \sum and \prod in one answer; nested ones are read,
 MAX_SUM_STEPS = 1500       # terms of a sum times the nodes of a term
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
 CACHE_SIZE = 100_000       # pairs that `grade` remembers
+TRIES = 4                 # deaths of workers on one pair, or of servers on one batch, until it counts as crashed
 MAX_MEMORY = 512 << 20     # bytes of address space of one worker process
 
 
@@ -1777,6 +1778,7 @@ def serve() -> None:
         timeout, pairs = batch
         verdicts: list = [None] * len(pairs)
         waiting, idle, busy = list(range(len(pairs)))[::-1], list(workers), {}          # busy: outbox -> (worker, index, deadline)
+        deaths = [0] * len(pairs)
         while waiting or busy:
             while waiting and idle:
                 job, index = idle.pop(), waiting.pop()
@@ -1795,9 +1797,13 @@ def serve() -> None:
             for outbox, (job, index, deadline) in list(busy.items()):
                 if outbox in ready:
                     verdicts[index] = receive(outbox)
-                    if verdicts[index] is None:
-                        verdicts[index] = "crashes"
+                    if verdicts[index] is None:             # its worker died: killed from outside, or by this very pair?
                         job = replace(workers, job)
+                        deaths[index] += 1
+                        if deaths[index] < TRIES:
+                            waiting.append(index)
+                        else:
+                            verdicts[index] = "crashes"
                 elif now >= deadline:
                     verdicts[index] = "timeouts"
                     job = replace(workers, job)
@@ -1834,8 +1840,8 @@ class Pool:
             self.stop()
             raise RuntimeError(f"verify.py: the grading server did not start; `{sys.executable} {__file__} --serve` shows why")
 
-    def ask(self, pairs: list[tuple[str, str]], timeout: float) -> list:
-        """A verdict for each pair: True, False, 'unparsable', 'timeouts' or 'crashes'."""
+    def ask(self, pairs: list[tuple[str, str]], timeout: float) -> list | None:
+        """A verdict for each pair: True, False, 'unparsable', 'timeouts' or 'crashes'. None: the server died."""
         patience = 30 + timeout * (len(pairs) / self.workers + 1)
         try:
             send(self.process.stdin.fileno(), [timeout, pairs])
@@ -1844,7 +1850,6 @@ class Pool:
             verdicts = None
         if verdicts is None:
             self.stop()
-            return ["crashes"] * len(pairs)
         return verdicts
 
     def stop(self) -> None:
@@ -1867,6 +1872,18 @@ def pool() -> Pool:
         _pool = Pool()
         atexit.register(_pool.stop)
     return _pool
+
+
+def ask(pairs: list[tuple[str, str]], timeout: float) -> list:
+    """The verdicts of the server. One that dies is replaced and asked again: a kill costs time, and no reward."""
+    for attempt in range(TRIES):
+        try:
+            if (verdicts := pool().ask(pairs, timeout)) is not None:
+                return verdicts
+        except RuntimeError:                                # it did not even start
+            if attempt == TRIES - 1:
+                raise
+    return ["crashes"] * len(pairs)
 
 
 def grade(responses: list[str], golds: list[str], timeout: float = 1.0) -> Grades:
@@ -1899,7 +1916,7 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
             if verdicts[-1] is None and (answer, gold) not in _cache:
                 asked[answer, gold] = False
         if asked:
-            asked = dict(zip(asked, pool().ask(list(asked), timeout)))
+            asked = dict(zip(asked, ask(list(asked), timeout)))
         for i, pair in enumerate(zip(answers, golds)):
             if verdicts[i] is None:
                 if pair in _cache:
