@@ -210,6 +210,18 @@ def parse_json(raw: bytes):
     return value
 
 
+def read_json(path: Path) -> dict:
+    """A file that is one JSON object, such as a config.json."""
+    try:
+        with open_file(path) as f:
+            value = parse_json(f.read(ROW_BYTES))
+    except (OSError, ValueError, RecursionError) as e:
+        raise Misuse(f"{path}: damaged, or no JSON file ({getattr(e, 'strerror', None) or e}); repair it or take another folder")
+    if not isinstance(value, dict):
+        raise Misuse(f"{path}: damaged: a JSON object is wanted, not a {type(value).__name__}; repair it or take another folder")
+    return value
+
+
 def parse(where, raw) -> dict:
     """A raw row as a dict, or one line that says where it is broken."""
     if isinstance(raw, dict):

@@ -257,7 +257,9 @@ def check_folder(folder: str):
     odd = next((p.name for p in path.iterdir() if not (p.is_file() or p.is_dir())), None)
     if odd:
         raise Misuse(f"{folder}: {odd} is not an ordinary file")
-    for key, value in data_prep.parse_json((path / "config.json").read_bytes()).items():
+    if (path / "generation_config.json").exists():  # the library takes a damaged one for none, and its end tokens would be lost
+        data_prep.read_json(path / "generation_config.json")
+    for key, value in data_prep.read_json(path / "config.json").items():
         if isinstance(value, int) and value > (LARGEST_COUNT if key.startswith(("num_", "n_")) else LARGEST_SIZE):
             raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import sympy
 import torch
 import transformers
@@ -609,6 +610,7 @@ def test_real_rows_train(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- misuse
 
+RARE_PATHS = ["pipe", "loop", "device", "folder", "dangling"]
 GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{2}"}\n'
 
 
@@ -652,6 +654,79 @@ def test_misuse_is_one_line_and_leaves_nothing(tmp_path, tiny, args, says):
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
+ROW = GOOD_ROW.encode().strip()
+
+
+@pytest.mark.parametrize("content", [
+    b"\xef\xbb\xbf" + ROW, ROW + b"\r\n\r\n" + ROW + b"\r\n", b"\n \n" + ROW, gzip.compress(ROW), gzip.compress(ROW + b"\n") + gzip.compress(ROW),
+    ROW.replace(b"What", b"\\ud83d\\ude00 \\u0000 \\u2028 \xe2\x80\xa8 \\\\ud800"), ROW[:-1] + b', "id": 7, "messages": [{"a": null}], "level": 1.5}'])
+def test_odd_but_good_rows_are_read(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    for stage in ("sft", "rl"):
+        rows = t1.read_rows(str(tmp_path / "rows.jsonl"), stage)
+        assert all(row["answer"] == "2" and "1 + 1?" in row["problem"] for row in rows) and rows[0]["where"].startswith(str(tmp_path / "rows.jsonl"))
+        json.dumps(rows, ensure_ascii=False).encode()
+
+
+def test_parquet_and_folders_are_read_as_jsonl_is(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(GOOD_ROW) | dict(id=str(i), problem=f"What is {i} + 1?") for i in range(500)]
+    (tmp_path / "folder").mkdir()
+    jsonl(tmp_path / "rows.jsonl", rows[:300]).rename(tmp_path / "folder/a.jsonl")
+    pq.write_table(pa.Table.from_pylist(rows[300:]), tmp_path / "folder/b.parquet")
+    (tmp_path / "folder/notes.txt").write_text("no data")
+    read = t1.read_rows(str(tmp_path / "folder"), "rl")
+    assert [(r["id"], r["problem"]) for r in read] == [(r["id"], r["problem"]) for r in rows]
+    assert read[299]["where"] == f"{tmp_path}/folder/a.jsonl, row 300" and read[300]["where"] == f"{tmp_path}/folder/b.parquet, row 1"
+
+
+@pytest.mark.parametrize("content, says", [
+    (ROW + b"\n" + ROW[:-1] + b', "answer": "3"}', "row 2: not JSON .key 'answer' is there twice"), (ROW + b"\r" + ROW + b"\r", "row 1: not JSON .Extra data"),
+    (ROW.decode().encode("utf-16"), "row 1: not UTF-8 text .byte 0xff in column 1"), (ROW.decode().encode("utf-16-le"), "row 1: .*NUL bytes: damaged, or UTF-16"),
+    (ROW.replace(b"What", b"\\ud800"), "row 1: half of a surrogate pair"), (ROW.replace(b'"2"', b'"2", "x": ["\\udfff"]'), "row 1: half of a surrogate pair"),
+    (ROW.replace(b'"2"', b"NaN"), "row 1: not JSON .NaN"), (ROW.replace(b'"2"', b"1e999"), "row 1: not JSON .1e999"), (ROW.replace(b'"2"', b"2"), "row 1: field 'answer' is .* not text"),
+    (ROW.replace(b'"2"', b"[" * 100_000), "row 1: not JSON .maximum recursion"), (ROW.replace(b"What", b"a\0b"), "row 1: not JSON .Invalid control character.*NUL"),
+    (ROW + b"\n" + b"x" * (100 << 20), "row 2: longer than 16 MiB"), (gzip.compress(b"\n" * (100 << 20)), "row .*: the gzip file grows to more than 200 times"),
+    (gzip.compress(b"x" * (100 << 20)), "row 1: longer than 16 MiB"), (gzip.compress(ROW)[:-3], "cannot be read .damaged gzip"), (b"", "no rows")])
+def test_every_bad_row_says_where_and_why(tmp_path, content, says):
+    (tmp_path / "a\nb.jsonl").write_bytes(content)
+    with pytest.raises(t1.Misuse) as e:
+        t1.read_rows(str(tmp_path / "a\nb.jsonl"), "rl")
+    assert re.search(r"a\\nb.jsonl(, |: )" + says, str(e.value)) and str(e.value).isprintable()
+
+
+def test_a_line_of_100_MB_is_refused_in_bounded_memory(tmp_path):
+    with open(tmp_path / "rows.jsonl", "wb") as f:
+        f.writelines([ROW, b'\n{"problem": "', *[b"x" * (1 << 20)] * 100, b'"}\n'])
+    program = "import sys, tracemalloc; sys.path.insert(0, sys.argv[1]); import data_prep; tracemalloc.start()\ntry: print(len(list(data_prep.raw_rows(sys.argv[2]))))\n" \
+              "except data_prep.Misuse as e: print(e, tracemalloc.get_traced_memory()[1] >> 20)"
+    done = subprocess.run([sys.executable, "-c", program, str(HERE), str(tmp_path / "rows.jsonl")], capture_output=True, text=True)
+    assert "row 2: longer than 16 MiB" in done.stdout and int(done.stdout.split()[-1]) < 64, done
+
+
+@pytest.mark.parametrize("kind", RARE_PATHS)
+def test_what_is_no_file_is_one_line_and_no_wait(tmp_path, kind):
+    path = tmp_path / "rows.jsonl"
+    {"pipe": os.mkfifo, "loop": lambda p: p.symlink_to(p), "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir, "dangling": lambda p: p.symlink_to("nowhere")}[kind](path)
+    for reader in (lambda: t1.read_rows(str(path), "rl"), lambda: verify.load_rows(str(path)), lambda: data_prep.gpqa_rows(str(path), 0), lambda: data_prep.read_journal(path, {}, {})):
+        with pytest.raises((t1.Misuse, SystemExit), match="rows.jsonl: "):
+            reader()
+
+
+def test_a_journal_that_is_refused_is_left_as_it_is(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    for content, says in ((b"my own notes, without an end", "not a journal"), (b'{"a": 1}\n{"b"', "not a journal"), (b'{"settings": {"n": 1}}\n{"id"', "another n"), (b'{"settings": {"n": 2}}\n{"id": 3}\n{"i', "row 2: field 'id'")):
+        path.write_bytes(content)
+        with pytest.raises(data_prep.Misuse, match=says):
+            data_prep.read_journal(path, {"n": 2}, {"id": str})
+        assert path.read_bytes() == content
+    for content in (b'{"sett', b'{"settings": {"n": 2}}\n{"id": "a"', b""):  # what a kill leaves
+        path.write_bytes(content)
+        assert data_prep.read_journal(path, {"n": 2}, {"id": str}) == [] and path.read_bytes() == b'{"settings": {"n": 2}}\n'
+
+
 def test_corrected_misuse_goes_through(tmp_path):
     """A refused command leaves nothing that refuses its correction."""
     (tmp_path / "good.jsonl").write_text(GOOD_ROW)
@@ -685,9 +760,22 @@ def test_logs_survive_any_text_and_a_cut_line(tmp_path):
     assert folder.read("samples.jsonl") == rows
 
 
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000]), "no model that can be loaded"),
     (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "tokenizer"),
+    (lambda d: [(d / "tokenizer.json").unlink(), os.mkfifo(d / "tokenizer.json")], "tokenizer.json is not an ordinary file"),
+    (lambda d: change(d / "config.json", num_hidden_layers=10**9), "num_hidden_layers = 1000000000, which no model has"),
+    (lambda d: change(d / "config.json", hidden_size=32), "no model that can be loaded"),
+    (lambda d: change(d / "generation_config.json", eos_token_id=[0, 10**6]), "the end tokens are"),
+    (lambda d: (d / "generation_config.json").write_text("{"), "generation_config.json: damaged"),
+    (lambda d: change(d / "tokenizer_config.json", eos_token=None), "end-of-text"),
+    (lambda d: (d / "model.safetensors").unlink(), "no model that can be loaded"),
+    (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100), "no model that can be loaded"),
+    (lambda d: safetensors.torch.save_file({k: v * float("nan") for k, v in safetensors.torch.load_file(d / "model.safetensors").items()}, d / "model.safetensors", {"format": "pt"}), "not finite"),
     (lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')), "missing|no model"),
     (lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"max_position_embeddings": 1024', '"max_position_embeddings": 100')), "takes 100 tokens"),
 ])
@@ -716,6 +804,15 @@ def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, 
     else:
         with pytest.raises(t1.Misuse, match="not supported"):
             t1.load_policy(str(tmp_path), cfg)
+
+
+def test_a_tokenizer_without_pad_token_or_template_will_do(tiny, tmp_path):
+    t1.shutil.copytree(tiny[0], tmp_path / "model")
+    change(tmp_path / "model/tokenizer_config.json", pad_token=None)
+    assert t1.load_policy(str(tmp_path / "model"), tiny[1])[1].pad_token is None
+    (tmp_path / "model/chat_template.jinja").write_text("{{ raise_exception('system first') }}")
+    with pytest.raises(t1.Misuse, match="system first"):
+        t1.load_policy(str(tmp_path / "model"), tiny[1])
 
 
 def test_a_chat_template_is_used(tiny):
@@ -2898,7 +2995,7 @@ ODD_VALUES = [None, True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf"),
 ODD_BYTES = [b"", b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"caf\xe9", b"\xed\xa0\x80", b"\\ud800", b"\\udc00", b"\\u0000", b"NaN", b"-Infinity", b"1e999",
              b"[" * 3000, b'{"a":' * 3000, b"1" * 5000, b'"', b"\\", b",", b"{", b"}", b"null", b"\x1f\x8b", b"PAR1", "é\u2028😀".encode(), b" " * 3000, b'"problem": 1, ']
 ENCODINGS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "cp500"]
-RARE_FILES = ["missing", "folder", "pipe", "loop", "dangling", "device", "empty", "newline", "not UTF-8", "long name", "no permission", "long line", "zeros", "many lines", "not gzip"]
+RARE_FILES = [*RARE_PATHS, "missing", "empty", "newline", "not UTF-8", "long name", "no permission", "long line", "zeros", "many lines", "not gzip"]
 
 
 def odd_json(rng, value, depth=0):
