@@ -911,9 +911,9 @@ class RunFolder:
     def __init__(self, cfg: Config):
         self.path = Path(cfg.out) / (cfg.name or cfg.preset) / cfg.stage
         mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "name")}
-        if (self.path / "config.json").exists():
+        if os.path.lexists(self.path / "config.json"):
             try:
-                theirs = dict(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["config"])
+                theirs = dict(data_prep.read_json(self.path / "config.json")["config"])
             except (ValueError, KeyError, TypeError):
                 raise Misuse(f"{self.path / 'config.json'}: damaged; choose another --name, or remove that folder")
             differing = [f"{k} ({theirs.get(k)!r} there, {v!r} now)" for k, v in mine.items() if theirs.get(k) != v]
@@ -951,8 +951,8 @@ class RunFolder:
     def read(self, name: str) -> list[dict]:
         """The rows of a log; a last line that a kill cut off does not count."""
         path = self.path / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = data_prep.json_lines(path) if os.path.lexists(path) else []
+        return [data_prep.parse(where, line) for where, line in lines if line.endswith(b"\n")]
 
     def save(self, step: int, model, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights; written beside, then renamed."""
@@ -1384,6 +1384,8 @@ def check_config(cfg: Config):
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")
             need(value > 0 or name in MAY_BE_ZERO, name, "must be above 0")
+        elif isinstance(value, str):
+            need(value == value.encode(errors="replace").decode(), name, "is not UTF-8 text")
     need(cfg.k >= 2, "k", "leave-one-out needs at least 2 samples per prompt")
     need(cfg.min_p < 1, "min_p", "must be below 1")
     need(cfg.ema_decay <= 1, "ema_decay", "must be at most 1")

@@ -3224,7 +3224,24 @@ def fuzz_model(rng, folder, base, names=("config.json", "generation_config.json"
     yield command
 
 
-FUZZ = {"rows": (fuzz_rows, 8), "commands": (fuzz_commands, 2), "verify": (fuzz_verify, 2), "journal": (fuzz_journal, 2), "model": (fuzz_model, 2)}
+def fuzz_run_folder(rng, folder, base):
+    """config.json and metrics.jsonl of a run that is to go on."""
+    cfg = config("--out", str(folder), "--name", "run")
+    run_folder = t1.RunFolder(cfg)
+    run_folder.create("somewhere")
+    run_folder.append("metrics.jsonl", *(dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)))
+    path = run_folder.path / rng.choice(["config.json", "metrics.jsonl"])
+    data = path.read_bytes()
+    path.unlink()
+    if rng.random() < 0.06:
+        rare_file(rng, path, data)
+    else:
+        path.write_bytes(odd_text(rng, data))
+    yield path.parent
+    yield lambda: t1.RunFolder(cfg).read("metrics.jsonl")
+
+
+FUZZ = {"rows": (fuzz_rows, 8), "commands": (fuzz_commands, 2), "verify": (fuzz_verify, 2), "journal": (fuzz_journal, 2), "model": (fuzz_model, 2), "run folder": (fuzz_run_folder, 1)}
 
 
 def fuzz_case(kind, seed, case, folder, base):
