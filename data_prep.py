@@ -1876,6 +1876,9 @@ def main(argv=None) -> int:
     except Misuse as e:
         print(f"data_prep.py: error: {e}", file=sys.stderr)
         return 2
+    except OSError as e:  # a full disk, a folder that nobody may write to
+        print(f"data_prep.py: error: {Stop(e)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

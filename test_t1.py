@@ -633,6 +633,9 @@ GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{
     (["--stage", "sft", "--data", "list.jsonl"], "list.jsonl, row 1"),
     (["--stage", "sft", "--data", "latin.jsonl"], "not UTF-8"),
     (["--stage", "sft", "--data", "cut.jsonl.gz"], "gzip"),
+    (["--stage", "sft", "--data", "pipe.jsonl"], "pipe.jsonl: not a file but"),
+    (["--stage", "sft", "--data", "good.jsonl", "--test", "twice.jsonl"], "twice.jsonl, row 1: not JSON (key 'problem' is there twice)"),
+    (["--stage", "sft", "--data", os.fsdecode(b"\xff.jsonl")], "--data '\\udcff.jsonl': is not UTF-8 text"),
     (["--stage", "sft", "--data", "noresponse.jsonl"], "'response'"),
     (["--stage", "rl", "--data", "noanswer.jsonl", "--model", "model"], "noanswer.jsonl, row 2: field 'answer'"),
     (["--stage", "rl", "--data", "good.jsonl", "--model", "model", "--max-prompt", "3"], "--max-prompt is 3"),
@@ -647,6 +650,8 @@ def test_misuse_is_one_line_and_leaves_nothing(tmp_path, tiny, args, says):
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "caf\xe9"}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD_ROW.encode() * 100)[:-20])
+    (tmp_path / "twice.jsonl").write_text(GOOD_ROW.replace("{", '{"problem": "a", ', 1))
+    os.mkfifo(tmp_path / "pipe.jsonl")
     before = {p.name for p in tmp_path.iterdir()}
     code, out, err = run(*args, cwd=tmp_path)
     assert code == 2, err
@@ -804,6 +809,19 @@ def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, 
     else:
         with pytest.raises(t1.Misuse, match="not supported"):
             t1.load_policy(str(tmp_path), cfg)
+
+
+def test_no_pickle_of_a_model_folder_is_executed(tiny, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    t1.shutil.copytree(tiny[0], tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    torch.save({"model.norm.weight": Bomb()}, tmp_path / "model/pytorch_model.bin")
+    with pytest.raises(t1.Misuse, match="no model that can be loaded"):
+        t1.load_policy(str(tmp_path / "model"), tiny[1])
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_tokenizer_without_pad_token_or_template_will_do(tiny, tmp_path):
@@ -2989,7 +3007,7 @@ def test_data_hub_names_configs_and_splits(monkeypatch):
 # No file that a user can give makes a traceback, a hang or half an output: it works, or it is one line. A case is a seeded
 # mutation of a good file and its readers, in this process.   python test_t1.py fuzz COUNT [SEED [CASE]]
 
-SLOW = 20  # seconds that one case may take
+SLOW = 30  # seconds that one case may take
 ODD_VALUES = [None, True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf"), "", " ", "\0", "\ud800", "a\udfffb", "x" * 60_000, "9" * 5000, "\\boxed{" * 400, "\\boxed{2}", "25\n",
               "\u2028", "<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000, [], {}, [[]], {"a": 1}, [1, "a", None], [{"role": "user", "content": 3}], [{"role": "user"}, {"content": "x"}]]
 ODD_BYTES = [b"", b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"caf\xe9", b"\xed\xa0\x80", b"\\ud800", b"\\udc00", b"\\u0000", b"NaN", b"-Infinity", b"1e999",
@@ -3064,9 +3082,9 @@ def odd_text(rng, data):
     return odd_bytes(rng, data)
 
 
-def rare_file(rng, path, data):
+def rare_file(rng, path, data, kinds=RARE_FILES):
     """Something else than a file with text in it, or far more of it. -> the path to read"""
-    what = rng.choice(RARE_FILES)
+    what = rng.choice(kinds)
     if what in ("newline", "not UTF-8", "long name"):
         path = path.parent / {"newline": "a\nb" + path.name, "not UTF-8": os.fsdecode(b"\xff\xfe" + path.name.encode()), "long name": 300 * "x" + path.name}[what]
     elif what == "folder":
@@ -3113,7 +3131,11 @@ def fuzz_base(folder):
     for part in t1.tiny_policy(cfg):
         part.save_pretrained(folder / "model")
     base["model"] = {p.name: p.read_bytes() for p in (folder / "model").iterdir()}
-    base["tokenizer"] = t1.load_policy(str(folder / "model"), cfg)[1]
+    model, base["tokenizer"] = t1.load_policy(str(folder / "model"), cfg)
+    model.save_pretrained(folder / "shards", max_shard_size="5KB")
+    base["shards"] = base["model"] | {p.name: p.read_bytes() for p in (folder / "shards").iterdir()}
+    del base["shards"]["model.safetensors"]
+    base["model"]["chat_template.jinja"] = b"{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} [assistant]{% endif %}"
     return base
 
 
@@ -3142,7 +3164,7 @@ def fuzz_rows(rng, folder, base):
 
 def fuzz_commands(rng, folder, base):
     """Whole commands: what they print and what they leave."""
-    source = rng.choice(["--authors", "--math500", "--gpqa", "--omni"])
+    source = rng.choice(["--authors", "--math500", "--gpqa", "--gpqa", "--omni", "--numina"])
     csv = source == "--gpqa" and rng.random() < 0.7
     data, path = base["csv" if csv else "gpqa" if source == "--gpqa" else "rows"], folder / f"rows.{'csv' if csv else 'jsonl'}"
     if rng.random() < 0.1:
@@ -3151,15 +3173,16 @@ def fuzz_commands(rng, folder, base):
         path.write_bytes(odd_bytes(rng, data) if csv else odd_text(rng, data))
     yield path
     (folder / "good.jsonl").write_bytes(base["rows"])
-    more = ["--amc23", str(folder / "good.jsonl")] if source != "--authors" else []
+    name, more = {"--authors": ("cot", []), "--numina": ("curate", ["--processes", "1"])}.get(source, ("benchmarks", ["--amc23", str(folder / "good.jsonl")]))
 
     def command():
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            code = data_prep.main(["cot" if source == "--authors" else "benchmarks", *more, source, str(path), "--out", str(folder / "out")])
+            code = data_prep.main([name, *more, source, str(path), "--out", str(folder / "out")])
+        said = re.sub(r"(?m)^data_prep.py: warning: no --decontaminate.*\n|^.*\r.*(\n|$)|^rules: .*(\n|$)|^near-dup.*(\n|$)", "", said.getvalue())  # and progress
         if code == 2:
-            raise data_prep.Misuse(said.getvalue().removesuffix("\n"))
-        assert code == 0 and not said.getvalue()
+            raise data_prep.Misuse(said.removesuffix("\n"))
+        assert code == 0 and not said, said
     yield command
 
 
@@ -3183,7 +3206,7 @@ def fuzz_journal(rng, folder, base):
     path.write_bytes(odd_text(rng, base["journal"]))
     if rng.random() < 0.05:
         path.unlink()
-        path = rare_file(rng, path, base["journal"])
+        path = rare_file(rng, path, base["journal"], RARE_FILES[:7])
     yield path
     kinds = rng.choice([{"id": str}, {"id": str, "pass_rate": (int, float)}, {"id": str, "why": str, "failed": int}])
     before = path.read_bytes() if os.path.isfile(path) else None
@@ -3197,24 +3220,25 @@ def fuzz_journal(rng, folder, base):
     yield command
 
 
-def fuzz_model(rng, folder, base, names=("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")):
-    name = rng.choice([n for n in names if n in base["model"]])
-    path, data = folder / name, base["model"][name]
-    for other, content in base["model"].items():
+def fuzz_model(rng, folder, base):
+    files = base[rng.choice(["model", "model", "shards"])]
+    name = rng.choice(list(files))
+    path, data = folder / name, files[name]
+    for other, content in files.items():
         (folder / other).write_bytes(content)
     path.unlink()
     if rng.random() < 0.04:
         rare_file(rng, path, data)
-    elif name == "model.safetensors":
+    elif path.suffix == ".safetensors":
         size = 8 + int.from_bytes(data[:8], "little")
         head = json.loads(data[8:size])
         what = rng.randrange(4)
         header = json.dumps(odd_json(rng, head)).encode() if what < 2 else odd_bytes(rng, data[8:size])
         path.write_bytes(odd_bytes(rng, data) if what == 3 else len(header).to_bytes(8, "little") + header + data[size:])
-    elif name == "config.json" and rng.random() < 0.6:
+    elif path.suffix == ".json" and rng.random() < 0.6:
         path.write_bytes(json.dumps(odd_json(rng, json.loads(data))).encode())
     else:
-        path.write_bytes(odd_text(rng, data))
+        path.write_bytes((odd_text if path.suffix == ".json" else odd_bytes)(rng, data))
     yield folder
     cfg = config("--max-new", "100", "--max-prompt", "100")
 
@@ -3241,7 +3265,7 @@ def fuzz_run_folder(rng, folder, base):
     yield lambda: t1.RunFolder(cfg).read("metrics.jsonl")
 
 
-FUZZ = {"rows": (fuzz_rows, 8), "commands": (fuzz_commands, 2), "verify": (fuzz_verify, 2), "journal": (fuzz_journal, 2), "model": (fuzz_model, 2), "run folder": (fuzz_run_folder, 1)}
+FUZZ = {"rows": (fuzz_rows, 8), "commands": (fuzz_commands, 2), "verify": (fuzz_verify, 2), "journal": (fuzz_journal, 2), "model": (fuzz_model, 4), "run folder": (fuzz_run_folder, 1)}
 
 
 def fuzz_case(kind, seed, case, folder, base):
@@ -3295,9 +3319,9 @@ def fuzz(count, seed, folder, only=None):
 
 
 def test_fuzz_no_input_makes_a_traceback_a_hang_or_half_an_output(tmp_path):
-    counts, failures = fuzz(800, 1, tmp_path)
+    counts, failures = fuzz(1000, 1, tmp_path)
     assert not failures, failures[0][2]
-    assert {kind for kind, _ in counts} == set(FUZZ) and counts.total() == 800
+    assert {kind for kind, _ in counts} == set(FUZZ) and counts.total() == 1000
 
 
 def fuzz_command(count, seed=0, only=None):
