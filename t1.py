@@ -74,8 +74,8 @@ class Config:
     model: str = knob(
         "", "folder or hub name of a causal LM; empty: for sft the embedded model (tiny), for rl the run's last SFT checkpoint"
     )
-    data: str = knob("", "JSONL of traces (sft) or problems (rl); empty: the embedded ones")
-    test: str = knob("", "JSONL of problems to evaluate on; empty: the embedded test set")
+    data: str = knob("", "traces (sft) or problems (rl): .jsonl, .jsonl.gz, .parquet or a folder of them; empty: the embedded ones")
+    test: str = knob("", "problems to evaluate on, as --data takes them; empty: the embedded test set")
     checkpoint: str = knob("", "folders to evaluate, separated by commas; empty: the run's last SFT and all its RL checkpoints")
     prompt_template: str = knob("", "text around {problem}; empty: the tokenizer's chat template, or '{problem}\\n' where it has none")
     max_prompt: int = knob(256, "longest prompt, tokens", "1,024 in the authors' later code")

@@ -3102,7 +3102,7 @@ def rare_file(rng, path, data, kinds=RARE_FILES):
     return path
 
 
-FUZZ_BOMBS = [gzip.compress(b"\0" * (20 << 20)), gzip.compress(b'{"problem": "x", "answer": "1", "pred": "1", "gold": "1"}\n' * (20 << 14))]
+FUZZ_BOMBS = [gzip.compress(b"\0" * (20 << 20)), gzip.compress(b'{"problem": "%b", "answer": "1", "pred": "1", "gold": "1"}\n' % (b"x y " * 500) * 10_000)]
 
 
 def fuzz_base(folder):
@@ -3279,6 +3279,7 @@ def fuzz_case(kind, seed, case, folder, base):
         start = time.monotonic()
         before |= {folder / "good.jsonl"} & {p for p in folder.iterdir()}
         signal.setitimer(signal.ITIMER_REAL, SLOW)
+        faulthandler.dump_traceback_later(2 * SLOW, exit=True)  # for a hang inside a library
         try:
             reader()
             outcomes.append("works")
@@ -3290,6 +3291,7 @@ def fuzz_case(kind, seed, case, folder, base):
             outcomes.append("one line")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.cancel_dump_traceback_later()
         assert time.monotonic() - start < SLOW, "hangs"
     return "works" if "works" in outcomes else "one line"
 
@@ -3305,7 +3307,6 @@ def fuzz(count, seed, folder, only=None):
         kind = kinds[case % len(kinds)]
         place = folder / f"case{case}"
         place.mkdir()
-        faulthandler.dump_traceback_later(3 * SLOW, exit=True)  # for a hang inside a library
         try:
             counts[kind, fuzz_case(kind, seed, case, place, base)] += 1
         except Exception:
@@ -3313,7 +3314,6 @@ def fuzz(count, seed, folder, only=None):
             failures.append((case, kind, traceback.format_exc()))
         else:
             shutil.rmtree(place)
-        faulthandler.cancel_dump_traceback_later()
     signal.signal(signal.SIGALRM, old)
     return counts, failures
 
