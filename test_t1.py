@@ -3244,7 +3244,9 @@ def fuzz_model(rng, folder, base):
 
     def command():
         model, tokenizer = t1.load_policy(str(folder), cfg)
-        t1.make_engine(model, tokenizer, cfg).generate([t1.prompt_ids("What is 1 + 1?", tokenizer, cfg)], 2, 0, 3)
+        engine = t1.TorchEngine(tokenizer, cfg)
+        engine.load(model)
+        engine.generate([t1.prompt_ids("What is 1 + 1?", tokenizer, cfg)], 2, [0], 3)
     yield command
 
 
@@ -3254,15 +3256,17 @@ def fuzz_run_folder(rng, folder, base):
     run_folder = t1.RunFolder(cfg)
     run_folder.create("somewhere")
     run_folder.append("metrics.jsonl", *(dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)))
-    path = run_folder.path / rng.choice(["config.json", "metrics.jsonl"])
+    (run_folder.path / "checkpoint-3").mkdir()
+    t1.write_json(run_folder.path / "checkpoint-3/complete.json", {"../metrics.jsonl": 1, "a": 2})
+    path = run_folder.path / rng.choice(["config.json", "metrics.jsonl", "checkpoint-3/complete.json"])
     data = path.read_bytes()
     path.unlink()
     if rng.random() < 0.06:
         rare_file(rng, path, data)
     else:
         path.write_bytes(odd_text(rng, data))
-    yield path.parent
-    yield lambda: t1.RunFolder(cfg).read("metrics.jsonl")
+    yield run_folder.path
+    yield lambda: (t1.RunFolder(cfg).read("metrics.jsonl"), t1.checkpoints(run_folder.path))
 
 
 FUZZ = {"rows": (fuzz_rows, 8), "commands": (fuzz_commands, 2), "verify": (fuzz_verify, 2), "journal": (fuzz_journal, 2), "model": (fuzz_model, 4), "run folder": (fuzz_run_folder, 1)}
