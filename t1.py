@@ -1336,7 +1336,10 @@ class RunFolder:
         """The rows of a log; a last line that a kill cut off does not count."""
         path = (folder or self.path) / name
         lines = data_prep.json_lines(path) if os.path.lexists(path) else []
-        return [data_prep.parse(where, line) for where, line in lines if line.endswith(b"\n")]
+        rows = [data_prep.parse(where, line) for where, line in lines if line.endswith(b"\n")]
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise Misuse(f"{path}: a row without its step; repair it, or choose another --name")
+        return rows
 
     def save(self, step: int, model, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, brought to the disk, marked as
