@@ -375,7 +375,8 @@ def ready(model, tokenizer, folder: str, cfg: Config, device=None):
         raise Misuse(
             f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
         )
-    beyond = sorted((i, word) for word, i in words.items() if i >= rows and word not in tokenizer.all_special_tokens)
+    padding = lambda word: word == tokenizer.pad_token and re.fullmatch(r"<.+>|\[.+\]", word)  # never written nor read here
+    beyond = sorted((i, word) for word, i in words.items() if i >= rows and not padding(word))
     ends = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id] + (ends if isinstance(ends, list) else [] if ends is None else [ends])
     if beyond or not all(isinstance(i, int) and 0 <= i < rows for i in ends):
