@@ -32,7 +32,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -46,7 +45,6 @@ import sys
 import time
 import unicodedata
 import warnings
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,6 +70,7 @@ from tqdm import tqdm
 
 import data_prep
 import verify
+from data_prep import Misuse, Stop
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every knob, with unit, default and the paper's value; `--help` is made from it
@@ -96,8 +95,8 @@ class Config:
     model: str = knob(
         "", "folder or hub name of a causal LM; empty: for sft the embedded model (tiny), for rl the run's last SFT checkpoint"
     )
-    data: str = knob("", "JSONL of traces (sft) or problems (rl); empty: the embedded ones")
-    test: str = knob("", "JSONL of problems to evaluate on; empty: the embedded test set")
+    data: str = knob("", "traces (sft) or problems (rl): .jsonl, .jsonl.gz, .parquet or a folder of them; empty: the embedded ones")
+    test: str = knob("", "problems to evaluate on, as --data takes them; empty: the embedded test set")
     resume_from: int = knob(
         0, "branch: go on from checkpoint-N of run NAME in a new folder NAME-from-N, with other values if you like; 0: off"
     )
@@ -191,18 +190,6 @@ PRESETS = {
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
 }
-
-
-class Stop(Exception):
-    """The run cannot go on: one line that says what, where, and what to do. Exit code 1."""
-
-    code = 1
-
-
-class Misuse(Stop):
-    """Something the user gave is wrong. Exit code 2."""
-
-    code = 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,26 +333,56 @@ def load_policy(folder: str, cfg: Config, device=None):
     """-> a causal LM in float32 on `device` (the run's by default), with `attention` as its attention, and its tokenizer. Misuse if anything is amiss."""
     transformers.AttentionInterface.register("t1", attention)
     try:
-        if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
-            raise FileNotFoundError("there is no such folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        check_folder(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model, info = load(folder, dtype=torch.float32, attn_implementation="t1", output_loading_info=True)
-    except Exception as e:  # whatever a damaged folder makes the libraries raise, the user is told in one line
+        model, info = load(folder, dtype=torch.float32, attn_implementation="t1", output_loading_info=True, trust_remote_code=False)
+        if info["missing_keys"]:
+            raise Misuse(f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {sorted(info['missing_keys'])[0]}")
+        return ready(model, tokenizer, folder, cfg, device), tokenizer
+    except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
+        raise
+    except BaseException as e:  # whatever a damaged folder makes the libraries raise (a panic of their Rust code is no Exception)
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise Misuse(f"{folder}: no model that can be loaded ({reason}); give a folder with config, weights and tokenizer, or a hub name")
-    if info["missing_keys"]:
-        raise Misuse(f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {sorted(info['missing_keys'])[0]}")
-    if not tokenizer("1 + 1").input_ids or tokenizer.eos_token_id is None:
-        raise Misuse(
-            f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
-        )
-    return ready(model, tokenizer, folder, cfg, device), tokenizer
+
+
+def check_folder(folder: str):
+    """What the libraries would wait for, or work on without an end, in a folder that is no model's."""
+    path = Path(folder)
+    if not path.is_dir():
+        if folder.startswith((".", "/", "~")):
+            raise FileNotFoundError("there is no such folder")
+        return  # the name of a model on the hub
+    odd = next((p.name for p in path.iterdir() if not (p.is_file() or p.is_dir())), None)
+    if odd:
+        raise Misuse(f"{folder}: {odd} is not an ordinary file")
+    if (path / "generation_config.json").exists():  # the library takes a damaged one for none, and its end tokens would be lost
+        data_prep.read_json(path / "generation_config.json")
+    for key, value in data_prep.read_json(path / "config.json").items():
+        if isinstance(value, int) and value > (LARGEST_COUNT if key.startswith(("num_", "n_")) else LARGEST_SIZE):
+            raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
+
+
+LARGEST_COUNT, LARGEST_SIZE = 4096, 1 << 27  # of layers, heads or experts; of any other number in a config.json
 
 
 def ready(model, tokenizer, folder: str, cfg: Config, device=None):
     """A loaded or fresh model on its device, after the last checks."""
-    model.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings)
+    rows = model.get_input_embeddings().num_embeddings
+    words = tokenizer.get_vocab()
+    if not prompt_ids("1 + 1", tokenizer, cfg) or tokenizer.eos_token_id is None:
+        raise Misuse(
+            f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
+        )
+    padding = lambda word: word == tokenizer.pad_token and re.fullmatch(r"<.+>|\[.+\]", word)  # never written nor read here
+    beyond = sorted((i, word) for word, i in words.items() if i >= rows and not padding(word))
+    ends = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id] + (ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if beyond or not all(isinstance(i, int) and 0 <= i < rows for i in ends):
+        what = f"token {beyond[0][1]!r} has number {beyond[0][0]}" if beyond else f"the end tokens are {ends}"
+        raise Misuse(f"{folder}: the model has {rows} tokens, but {what}; tokenizer and model do not belong together")
+    model.vocabulary = min(max(words.values()) + 1, rows)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and cfg.max_prompt + cfg.max_new > longest:
         raise Misuse(f"{folder}: takes {longest} tokens, --max-prompt {cfg.max_prompt} and --max-new {cfg.max_new} together want more")
@@ -386,6 +403,8 @@ def check_forward(model, folder: str, cfg: Config):
     ids = torch.tensor([row], device=model.device)
     logp = model(ids).logits[0, :-1, : model.vocabulary].float().log_softmax(-1)
     model.set_attn_implementation("t1")
+    if not ours.isfinite().all():
+        raise Misuse(f"{folder}: its weights give log-probs that are not finite; they are damaged")
     gap = (logp.gather(1, ids[0, 1:, None])[:, 0].cpu() - ours).abs().max().item()
     if not gap < 1e-2:
         raise Misuse(
@@ -1191,40 +1210,22 @@ def means(records: list[dict]) -> dict:
 
 
 def read_rows(path: str, stage: str) -> list[dict]:
-    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a JSONL or JSONL.gz file.
+    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set as data_prep.py takes it.
 
     Where a row has neither response nor answer its "solution" serves: as the response, or for the answer in its last box.
     """
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
-    except OSError as e:
-        raise Misuse(f"{path}: cannot be read ({e.strerror or e})")
-    except (EOFError, zlib.error):
-        raise Misuse(f"{path}: a damaged gzip file")
-    except UnicodeDecodeError as e:
-        raise Misuse(f"{path}: not UTF-8 text (at byte {e.start})")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise Misuse(f"{path}, line {number}: not JSON ({e})")
-        if not isinstance(row, dict):
-            raise Misuse(f"{path}, line {number}: a row must be a JSON object")
+    rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
+    for where, raw in data_prep.raw_rows(path):
+        row = {k: v for k, v in data_prep.parse(where, raw).items() if isinstance(v, (str, int))}  # what a log can hold
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         if stage == "sft":
             row.setdefault("response", solution)
         else:
             row.setdefault("answer", verify.extract_answer(solution) or "")
-        for name in ("problem", "response" if stage == "sft" else "answer"):
+        for name in needed:
             if not isinstance(row.get(name), str) or not row[name].strip():
-                raise Misuse(f"{path}, line {number}: field {name!r} is missing, empty or not text")
-            if any("\ud800" <= c <= "\udfff" for c in row[name]):
-                raise Misuse(f"{path}, line {number}: field {name!r} holds half of a surrogate pair, which is no text")
-        rows.append(row | dict(where=f"{path}, line {number}"))
+                raise Misuse(f"{data_prep.row_at(where)}: field {name!r} is missing, empty or not text")
+        rows.append(row | dict(where=data_prep.row_at(where)))
     if not rows:
         raise Misuse(f"{path}: no rows")
     unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
@@ -1237,8 +1238,10 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
     """Prompt ids of all rows; one that is longer than max_prompt is an error, never cut."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
     for ids, row in zip(encoded, rows):
+        where = row.get("where") or f"problem {row.get('id')}"
+        if not ids:
+            raise Misuse(f"{where}: the tokenizer knows none of its characters; leave the row out, or take another model")
         if len(ids) > cfg.max_prompt:
-            where = row.get("where") or f"problem {row['id']}"
             raise Misuse(f"{where}: a prompt of {len(ids)} tokens, --max-prompt is {cfg.max_prompt}; raise it or leave the row out")
     return encoded
 
@@ -1246,9 +1249,9 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
 def is_whole(folder: Path) -> bool:
     """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
     try:
-        sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        sizes = data_prep.read_json(folder / "complete.json")
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, TypeError, Misuse):
         return False
 
 
@@ -1288,10 +1291,10 @@ class RunFolder:
             there = ", ".join(p.name[11:] for p in checkpoints(self.branch.parent)) or "none"
             raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint; there are: {there}")
         mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free}
-        if (self.path / "config.json").exists():
+        if os.path.lexists(self.path / "config.json"):
             try:
-                theirs = dict(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["config"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+                theirs = dict(data_prep.read_json(self.path / "config.json")["config"])
+            except (ValueError, KeyError, TypeError):
                 raise Misuse(f"{self.path / 'config.json'}: damaged; choose another --name, or remove that folder")
             differing = [f"{k} ({theirs.get(k)!r} there, {v!r} now)" for k, v in mine.items() if theirs.get(k) != v]
             if differing:
@@ -1333,11 +1336,11 @@ class RunFolder:
     def read(self, name: str, folder: Path | None = None) -> list[dict]:
         """The rows of a log; a last line that a kill cut off does not count."""
         path = (folder or self.path) / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        try:
-            return [json.loads(line) for line in lines]
-        except (ValueError, RecursionError):
-            raise Misuse(f"{path}: damaged; choose another --name, or remove that folder")
+        lines = data_prep.json_lines(path) if os.path.lexists(path) else []
+        rows = [data_prep.parse(where, line) for where, line in lines if line.endswith(b"\n")]
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise Misuse(f"{path}: a row without its step; repair it, or choose another --name")
+        return rows
 
     def save(self, step: int, model, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, brought to the disk, marked as
@@ -1886,6 +1889,8 @@ def check_config(cfg: Config):
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")
             need(value > 0 or name in MAY_BE_ZERO, name, "must be above 0")
+        elif isinstance(value, str):
+            need(value == value.encode(errors="replace").decode(), name, "is not UTF-8 text")
     need(cfg.k >= 2, "k", "leave-one-out needs at least 2 samples per prompt")
     need(cfg.min_p < 1, "min_p", "must be below 1")
     need(cfg.ema_decay <= 1, "ema_decay", "must be at most 1")
