@@ -1439,15 +1439,15 @@ def run_eval(cfg: Config):
             results.append(result)
             print0(
                 f"{path}, {test[0]}: pass@1 {100 * result['pass_at_1']:.1f} +- {100 * result['standard_error']:.1f} %, "
-                f"{result['length']:.0f} tokens, over-long {100 * result['overlong']:.1f} %; by thinking budget "
-                + ", ".join(f"{b}: {100 * v:.1f}" for b, v, *_ in result.get("scaling", []))
+                f"{result['length']:.0f} tokens, over-long {100 * result['overlong']:.1f} %"
+                + "".join(f", within {b} tokens {100 * v:.1f}" for b, v, *_ in result.get("scaling", []))
             )
     if rank() == 0:
         about = dict(seed=cfg.seed, temperature=cfg.eval_temperature, max_new=cfg.max_new, answer_model=cfg.answer_model)
         write_json(folder / "results.json", about | dict(checkpoints=results))
         write_text(folder / "results.md", results_table(results))
         draw_results(folder)
-    print0(f"results.json, results.md, responses.jsonl and inference_scaling.png in {folder}")
+    print0(f"results and pictures in {folder}")
 
 
 def start_log(folder: Path):
@@ -1601,7 +1601,7 @@ def read_runs(base: Path) -> list[dict]:
         run = dict(variant=variant, seed=int(seed), stopped=stopped)
         if not stopped:
             end = results[name]["checkpoints"][-1]
-            source = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["started_from"]
+            source = json.loads((path.parent / "config.json").read_text(encoding="utf-8")).get("started_from", "")
             last = [row["entropy"] for row in read_log(path)[-5:]]
             run |= {k: end.get(k, results[name].get(k)) for k in ("pass_at_1", "length", "overlong", "problems", "samples")}
             run |= dict(start=starts.get(tail(source)), entropy=float(np.mean(last)))
@@ -1649,6 +1649,8 @@ def write_ledger(base: Path):
         "| run | changed | seeds | pass@1, % | gain over base, points | tokens | entropy, nats | over-long, % | collapsed |",
         "|" + "---|" * 9,
     ]
+    if rows[0]["variant"] == "base" and rows[0]["start"]:
+        lines.append(f"| SFT start | | {len(rows[0]['each'])} | {spread(rows[0]['start'], 100)} | | | | | |")
     for r in rows:
         changed = ", ".join(f"{k} {v}" for k, v in r["changes"].items())
         lines.append(
@@ -1689,8 +1691,8 @@ PANELS = {  # stage -> picture -> panels: (label with unit, columns of metrics.j
         "behaviour": [
             ("response length (tokens)", ["length"]),
             ("reflection words (per 100 tokens)", ["reflections"]),
-            ("share: of checks, of responses", ["honest", "honoured"]),
-            ("share of responses (the rest is wrong)", ["first_right", "corrected"]),
+            ("share of checks, of responses", ["honest", "honoured"]),
+            ("right: share of responses", ["first_right", "corrected"]),
         ],
     },
 }
