@@ -620,8 +620,9 @@ def test_budget_forcing_works_on_ids(talkative):
 
 def evaluate_again(learned, out, *more):
     base = learned[0]
-    args = ["--stage", "eval", "--checkpoint", base / "runs/tiny/sft/checkpoint-250", "--test", base / "rows.jsonl", "--out", out, "--max-new", 24, "--budgets", "4,24",
-            "--spend-samples", 4, "--rollout-rows", 300, *more]
+    (base / "few.jsonl").write_text("".join((base / "rows.jsonl").read_text().splitlines(True)[:40]))
+    args = ["--stage", "eval", "--checkpoint", base / "runs/tiny/sft/checkpoint-250", "--test", base / "few.jsonl", "--out", out, "--max-new", 24, "--budgets", "4,24",
+            "--spend-samples", 4, "--rollout-rows", 30, *more]
     assert t1.main([str(x) for x in args]) == 0
     return out / "tiny/eval"
 
@@ -630,10 +631,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(learned, tmp_path, monkeyp
     whole = evaluate_again(learned, tmp_path / "whole", "--eval-samples", 2)
     text = (whole / "responses.jsonl").read_bytes()
     rows = [json.loads(line) for line in text.splitlines()]
-    assert len(rows) == 400 * 2 + 400 * 4 and len({(r["key"], r["number"], r["sample"]) for r in rows}) == len(rows)
+    assert len(rows) == 40 * 2 + 40 * 4 and len({(r["key"], r["number"], r["sample"]) for r in rows}) == len(rows)
     killed = tmp_path / "killed/tiny/eval"
     killed.mkdir(parents=True)
-    (killed / "responses.jsonl").write_bytes(text[: len(text) * 2 // 5])  # two chunks, a part of the third, half a line
+    (killed / "responses.jsonl").write_bytes(text[: len(text) // 5])  # the first chunk of 30, a part of the second, half a line
     asked = []
     generate = t1.TorchEngine.generate
     monkeypatch.setattr(t1.TorchEngine, "generate", lambda self, prompts, k, *a, **kw: asked.append(k * len(prompts)) or generate(self, prompts, k, *a, **kw))
@@ -643,7 +644,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(learned, tmp_path, monkeyp
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     asked.clear()
     evaluate_again(learned, tmp_path / "killed", "--eval-samples", 2)  # nothing is generated again but the answers from cut thoughts
-    assert resumed - sum(asked) >= 400 * 4 - 300 and (killed / "responses.jsonl").read_bytes() == text
+    assert resumed - sum(asked) == 40 * 6 - 30 and (killed / "responses.jsonl").read_bytes() == text
     evaluate_again(learned, tmp_path / "killed", "--eval-samples", 2, "--eval-temperature", 0.5)  # other settings: other responses
     assert (killed / "responses.jsonl").read_bytes().startswith(text) and (killed / "responses.jsonl").stat().st_size > len(text) * 3 // 2
 
@@ -672,11 +673,12 @@ def test_benchmarks_and_their_tables(learned, tmp_path, capsys):
     assert "python data_prep.py benchmarks --gpqa YOUR_COPY.csv --out" in capsys.readouterr().err
 
 
-def test_an_answer_model_of_another_tokenizer_is_refused(learned, tiny, tmp_path, capsys):
+def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path, capsys):
     t1.shutil.copytree(tiny[0], tmp_path / "other")
-    text = (tmp_path / "other/tokenizer.json").read_text()
-    (tmp_path / "other/tokenizer.json").write_text(text.replace('"!"', '"\u00ff\u00ff"', 1) if '"!"' in text else text)
-    args = ["--stage", "eval", "--checkpoint", learned[0] / "runs/tiny/sft/checkpoint-250", "--out", tmp_path, "--answer-model", tmp_path / "other"]
+    tokenizer = copy.deepcopy(tiny[2])
+    tokenizer.add_tokens(["something else"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    args = ["--stage", "eval", "--checkpoint", tiny[0], "--out", tmp_path, "--answer-model", tmp_path / "other"]
     assert t1.main([str(x) for x in args]) == 2
     assert "its tokenizer is not that of" in capsys.readouterr().err and not (tmp_path / "tiny").exists()
 
@@ -721,7 +723,7 @@ def test_correct_only_traces_hold_no_failed_try(tmp_path):
 
 def ledger_args(out, rows):
     return ["--stage", "ablate", "--out", str(out), "--name", "led", "--seeds", "0,1", "--variants", "k4,cold", "--sft-steps", "2", "--sft-batch", "4", "--rl-steps", "2",
-            "--prompts", "4", "--k", "2", "--max-new", "16", "--eval-samples", "1", "--test", str(rows), *SMALL]
+            "--prompts", "4", "--k", "2", "--max-new", "40", "--eval-samples", "1", "--test", str(rows), *SMALL]
 
 
 def test_the_ledger_end_to_end_with_a_kill(tmp_path, monkeypatch, capsys):
