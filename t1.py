@@ -1192,15 +1192,18 @@ def report_step(folder, bar, row, clock, records, cfg):
 
 def encoded_tests(tokenizer, cfg: Config) -> tuple[list[dict], list[list[int]]]:
     """The held-out problems and their prompts."""
-    problems = read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
+    problems = held_out(cfg)
     return problems, encode_prompts(problems, tokenizer, cfg)
+
+
+def held_out(cfg: Config) -> list[dict]:
+    return read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
 
 
 def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
     """(name, problems, samples per problem) of every set to evaluate on: the benchmarks asked for, or the run's own test set."""
     if not cfg.benchmarks:
-        problems = read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
-        return [(cfg.test or "embedded", problems, cfg.eval_samples or 4)]
+        return [(cfg.test or "embedded", held_out(cfg), cfg.eval_samples or 4)]
     sets = []
     for name in cfg.benchmarks.split(","):
         path = Path(cfg.benchmark_dir) / f"{name}.jsonl"
@@ -1352,7 +1355,7 @@ def force_budget(engine, rollouts: list[Rollout], budget: int, cfg: Config) -> l
     return [Rollout(r.prompt, thought[:budget], [], False) for r, thought in zip(rollouts, thoughts)]
 
 
-def measure(engine, answerer, name: str, about: dict, test: tuple, last: bool, folder: Path, model, cfg: Config) -> dict:
+def measure(model, engine, answerer, test: tuple, about: dict, last: bool, folder: Path, cfg: Config) -> dict:
     """Everything that results.json says of one checkpoint on one test set (README's glossary says what each is).
 
     Lists are [k or budget, value, standard error over problems] and, for inference scaling, mean tokens spent per problem.
@@ -1360,6 +1363,7 @@ def measure(engine, answerer, name: str, about: dict, test: tuple, last: bool, f
     tokenizer, (test_name, problems, samples) = engine.tokenizer, test
     prompts = encode_prompts(problems, tokenizer, cfg)
     golds = [p["answer"] for p in problems]
+    budgets = sorted({int(b) for b in cfg.budgets.split(",") if b})
 
     def responses(n):
         key = dict(key=fingerprint(model, problems, prompts, n, cfg), **about, test=test_name)
@@ -1368,11 +1372,11 @@ def measure(engine, answerer, name: str, about: dict, test: tuple, last: bool, f
 
     def at_each_budget(rollouts, lengths, n):
         points = []
-        for budget in map(int, cfg.budgets.split(",")):
+        for budget in budgets:
             ids = cut_ids(answerer, tokenizer, rollouts, budget, cfg, lengths)
             right = verify.grade(tokenizer.batch_decode(ids, skip_special_tokens=True), [g for g in golds for _ in range(n)])
             points.append([budget, *mean_and_error(grouped(right, n)), float(np.mean([len(y) for y in ids]))])
-        return sorted(points)
+        return points
 
     def majorities(records, n):
         answers, right = (grouped([r[field] for r in records], n) for field in ("answer", "right"))
@@ -1381,7 +1385,7 @@ def measure(engine, answerer, name: str, about: dict, test: tuple, last: bool, f
     rollouts, records, key = responses(samples)
     right = grouped([r["right"] for r in records], samples)
     value, error = mean_and_error(right)
-    result = dict(name=name, **key, problems=len(problems), samples=samples, pass_at_1=value, standard_error=error, **means(records))
+    result = dict(**key, problems=len(problems), samples=samples, pass_at_1=value, standard_error=error, **means(records))
     result["ungradable"] = float(np.mean([r["answer"] is None or not verify.is_readable(r["answer"]) for r in records]))
     result["pass_at_k"] = [[k, *mean_and_error([[pass_at_k(samples, sum(r), k)] for r in right])] for k in powers_of_two(samples)]
     result["maj_at_k"] = majorities(records, samples)
@@ -1389,10 +1393,10 @@ def measure(engine, answerer, name: str, about: dict, test: tuple, last: bool, f
         habits = Counter((data_prep.habit_of(r["response"]), r["right"]) for r in records)
         count = {h: habits[h, True] + habits[h, False] for h in data_prep.HABITS}
         result["habits"] = {h: [n / len(records), habits[h, True] / n] for h, n in count.items() if n}  # share, right among them
-    if cfg.budgets:
+    if budgets:
         result["scaling"] = at_each_budget(rollouts, [thought_length(r.ids, tokenizer) for r in rollouts], samples)
-    if cfg.budgets and cfg.spend_samples and last:
-        forced = force_budget(engine, rollouts[::samples], max(map(int, cfg.budgets.split(","))), cfg)  # one thought a problem
+    if budgets and cfg.spend_samples and last:
+        forced = force_budget(engine, rollouts[::samples], budgets[-1], cfg)  # one thought a problem
         result["forced"] = at_each_budget(forced, [None] * len(forced), 1)
         _, records, _ = responses(cfg.spend_samples)
         result["parallel"] = [[*point, point[0] * means(records)["length"]] for point in majorities(records, cfg.spend_samples)]
@@ -1410,7 +1414,8 @@ def powers_of_two(n: int) -> list[int]:
 
 def run_eval(cfg: Config):
     base = Path(cfg.out) / (cfg.name or cfg.preset)
-    folders = [c for c in cfg.checkpoint.split(",") if c] or [cfg.model] * bool(cfg.model)
+    given = cfg.model != PRESETS[cfg.preset].get("model", "")  # a preset's own model is where SFT starts, not what is evaluated
+    folders = [c for c in cfg.checkpoint.split(",") if c] or [cfg.model] * given
     folders = folders or [str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")]
     if not folders:
         raise Misuse(f"no checkpoint in {base}: run --stage sft and --stage rl first, or give --checkpoint or --model")
@@ -1435,7 +1440,7 @@ def run_eval(cfg: Config):
             encode_prompts(test[1], tokenizer, cfg)  # a prompt that is too long is said before anything is written
         start_log(folder)
         for test in tests:
-            result = measure(engine, answerer, name, dict(checkpoint=path), test, path == folders[-1], folder, model, cfg)
+            result = measure(model, engine, answerer, test, dict(name=name, checkpoint=path), path == folders[-1], folder, cfg)
             results.append(result)
             print0(
                 f"{path}, {test[0]}: pass@1 {100 * result['pass_at_1']:.1f} +- {100 * result['standard_error']:.1f} %, "
@@ -1776,8 +1781,7 @@ def draw_results(folder: Path):
             axes[1].legend(fontsize=8, title=results[-1]["name"])
         one = {**content, **results[-1]}
         title = f"{one['problems']} problems x {one['samples']} samples ({test or one['test']}), T = {one['temperature']}, seed {one['seed']}; bars: standard error over problems"
-        own = len(tests) == 1 and test in (None, "embedded") or "/" in test
-        save_figure(figure, folder / ("inference_scaling.png" if own else f"inference_scaling-{test}.png"), title)
+        save_figure(figure, folder / f"inference_scaling{f'-{test}' * (len(tests) > 1)}.png", title)
 
 
 def draw_points(axis, points, **style):
