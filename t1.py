@@ -1763,7 +1763,8 @@ def evaluate(engine, problems: list[dict], prompts: list[list[int]], samples: in
     With `path` every response is kept there, with `about` and its "key", a chunk of `rollout_rows` at a time. What lies there is not
     generated again, and seeds are stateless: a killed evaluation that goes on ends with the same bits.
     """
-    kept = {(row["number"], row["sample"]): row for row in read_log(path) if row["key"] == about["key"]} if path else {}
+    on_disk = from_rank0(read_log(path) if path and rank() == 0 else [])  # what one rank sees, all see
+    kept = {(row["number"], row["sample"]): row for row in on_disk if row["key"] == about["key"]}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
     seeds = [seed_for(cfg.seed, "eval", i) for i in range(len(prompts))]
     size, result = max(1, cfg.rollout_rows // samples) * world() if path else len(order), {}

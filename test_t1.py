@@ -689,7 +689,7 @@ def test_behaviour_of_a_response():
     other = t1.behaviour("What is 1 + 1?", "Wait, perhaps 3. Hmm, alternatively \\boxed{2}", True)
     assert other["reflections"] == 4 and other["checks"] == 0 and not other["first_right"] and not other["corrected"]
     assert [data_prep.habit_of(r) for r in (corrected, say("So 8", answer=8), say("3 mod 5 = 3 yes", "9 mod 5 = 4 not 3", "8 mod 5 = 3 yes", answer=8))] == ["orderly", "jump", "wander"]
-    records = [dict(facts, reward=1.0, right=True, length=50, pattern=None), dict(other, reward=1.0, right=True, length=50, pattern=None)]
+    records = [dict(x, reward=1.0, right=True, length=50, pattern=None, ungraded=0.0) for x in (facts, other)]
     mean = t1.means(records)
     assert (mean["corrected"], mean["first_right"], mean["honoured"], mean["honest"], mean["checks"], mean["reflections"]) == (1.0, 0.0, 1.0, 1.0, 2.0, 5.0)
     assert t1.means(records[1:])["corrected"] is None
