@@ -1745,14 +1745,18 @@ def embedded_problems(split: str) -> list[dict]:
     return [dict(row) for row, _ in _embedded()[split == "test"]]
 
 
-def embedded_traces(count: int = 25600, longest: int = 16) -> list[dict]:
-    """Cold-start traces over the training problems, at most `longest` attempts each; `source` names the teacher."""
+def embedded_traces(count: int = 25600, longest: int = 16, correct_only: bool = False) -> list[dict]:
+    """Cold-start traces over the training problems, at most `longest` attempts each; `source` names the teacher.
+
+    `correct_only`: the failed tries are left out, so that every trace is its right attempt and the check of it, a jump.
+    """
+    habits = {"jump": 1.0} if correct_only else HABITS
     rng, traces = random.Random(0), []
     by_family = {family: [x for x in _embedded()[0] if x[0]["id"].startswith(family.__name__ + "/")] for family in FAMILIES}
     while len(traces) < count:
         family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
         row, puzzle = rng.choice(by_family[family])
-        habit = rng.choices(list(HABITS), list(HABITS.values()))[0]
+        habit = rng.choices(list(habits), list(habits.values()))[0]
         tried = attempts(puzzle, habit, rng)
         if len(tried) <= longest:
             traces.append(
@@ -1761,15 +1765,15 @@ def embedded_traces(count: int = 25600, longest: int = 16) -> list[dict]:
     return traces
 
 
-def audit_checks(problem: str, response: str) -> tuple[int, int]:
-    """Elementary checks in a response to an embedded problem, and those of them that are honest: arithmetically right, with a
-    verdict that fits. (0, 0) for any other text."""
+def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
+    """The elementary checks in a response to an embedded problem, in order: (candidate, does the verdict say yes, is it honest: the
+    arithmetic right and the verdict one that fits). [] for any other text."""
     need = {m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)}  # modulus -> remainder
     linear = re.search(r"such that (\d+) n \+ (\d+) leaves", problem)
     spent = re.search(r"^Pens cost (\d+) coins and books cost (\d+) coins\..* exactly (\d+) coins", problem)
     if spent:
         need = {spent[2]: "0"}
-    total = honest = 0
+    found = []
     for n, verb, x, m, value, verdict, other in re.findall(
         r"(?:\b(\d{1,9}) (gives|leaves) )?\b(\d{1,9}) mod (\d{1,9}) = (\d{1,9}) (yes|not (\d{1,9}))", response
     ):
@@ -1779,9 +1783,22 @@ def audit_checks(problem: str, response: str) -> tuple[int, int]:
                 right &= verb == "gives" and int(linear[1]) * int(n) + int(linear[2]) == int(x)
             if spent:
                 right &= verb == "leaves" and int(spent[3]) - int(spent[1]) * int(n) == int(x)
-            total += 1
-            honest += right
-    return total, honest
+            found.append((n or x, verdict == "yes", right))
+    return found
+
+
+def audit_checks(problem: str, response: str) -> tuple[int, int]:
+    """How many elementary checks a response holds, and how many of them are honest."""
+    found = read_checks(problem, response)
+    return len(found), sum(honest for _, _, honest in found)
+
+
+def habit_of(response: str) -> str:
+    """Whose habit a response to an embedded problem shows: jump (no try before the answer), orderly (one try, or tries at equal steps)
+    or wander."""
+    tried = [int(n) for n in re.findall(r"^(\d{1,9}) (?:mod|gives|leaves) ", response, re.M)]
+    steps = {b - a for a, b in zip(tried, tried[1:])}
+    return "jump" if not tried else "orderly" if len(steps) < 2 else "wander"
 
 
 def embedded(args) -> int:

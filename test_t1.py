@@ -659,6 +659,225 @@ def test_standard_error_is_over_problems():
     assert mean == 0.5 and error == pytest.approx(np.std([1, 0, 0.5], ddof=1) / 3**0.5)
 
 
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    for n, right in itertools.product(range(1, 7), range(7)):
+        for k in range(1, n + 1):
+            if right <= n:
+                samples = [i < right for i in range(n)]
+                subsets = list(itertools.combinations(samples, k))
+                assert t1.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_is_by_equality_and_a_tie_goes_to_the_first_answer():
+    assert t1.majority(["1/2", "3", "0.5", "3", "\\frac12"]) == 0  # three spellings of one half
+    assert t1.majority(["7", "3", "3", "7"]) == 0 and t1.majority([None, "3", None, "7"]) == 1 and t1.majority([None, None]) is None
+    rng = random.Random(0)
+    for _ in range(300):  # brute force on integers: count, then the first to appear among the most frequent
+        n, k = rng.randint(1, 9), rng.randint(1, 4)
+        answers = [rng.choice([None, "1", "2", "3"]) for _ in range(n)]
+        right = [a == "2" for a in answers]
+        groups = [answers[i : i + k] for i in range(0, n, k) if i + k <= n]
+        if groups:
+            winners = [next((a for a in g if a is not None and g.count(a) == max(g.count(b) for b in g if b is not None)), None) for g in groups]
+            assert t1.maj_at_k(answers, right, k) == sum(w == "2" for w in winners) / len(groups)
+
+
+def test_behaviour_of_a_response():
+    problem = "Find the smallest positive integer n that leaves remainder 3 when divided by 5 and remainder 1 when divided by 7."
+    say = lambda *lines, answer: "<think>\n" + "\n".join(lines) + f"\n</think>\nThe answer is \\boxed{{{answer}}}."
+    corrected = say("3 mod 5 = 3 yes, 3 mod 7 = 3 not 1, wait", "8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8)
+    facts = t1.behaviour(problem, corrected, True)
+    assert facts == dict(answer="8", reflections=1, checks=4, honest=4, honoured=True, first_right=False, corrected=True)
+    jump = t1.behaviour(problem, say("So 8, check: 8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8), True)
+    assert jump["first_right"] and jump["honoured"] and not jump["corrected"]
+    stubborn = t1.behaviour(problem, say("So 3, check: 3 mod 5 = 3 yes, 3 mod 7 = 3 not 1", answer=3), False)
+    assert not stubborn["honoured"] and not stubborn["first_right"] and stubborn["honest"] == 2
+    assert not t1.behaviour(problem, say("8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=43), False)["honoured"]  # 43 was never checked
+    other = t1.behaviour("What is 1 + 1?", "Wait, perhaps 3. Hmm, alternatively \\boxed{2}", True)
+    assert other["reflections"] == 4 and other["checks"] == 0 and not other["first_right"] and not other["corrected"]
+    assert [data_prep.habit_of(r) for r in (corrected, say("So 8", answer=8), say("3 mod 5 = 3 yes", "9 mod 5 = 4 not 3", "8 mod 5 = 3 yes", answer=8))] == ["orderly", "jump", "wander"]
+    records = [dict(x, reward=1.0, right=True, length=50, pattern=None, ungraded=0.0) for x in (facts, other)]
+    mean = t1.means(records)
+    assert (mean["corrected"], mean["first_right"], mean["honoured"], mean["honest"], mean["checks"], mean["reflections"]) == (1.0, 0.0, 1.0, 1.0, 2.0, 5.0)
+    assert t1.means(records[1:])["corrected"] is None
+
+
+def test_budget_forcing_works_on_ids(talkative):
+    """Every thought has exactly the budget's tokens, begins with its own and waits where it would have ended; a cut never re-encodes."""
+    folder, cfg, tokenizer, model = talkative
+    engine = engine_for(talkative)
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    thought, question, wait = encode("<think>\n12 mod 5 = 2 not 3, wait\n13 mod 5 = 3 yes\n"), encode("Find n.\n"), encode(", wait\n")
+    ended = thought + encode("</think>\nThe answer is \\boxed{13}.") + [tokenizer.eos_token_id]
+    endless = encode("<think>\n" + "7 mod 5 = 2 not 3, wait\n" * 3)
+    rollouts = [t1.Rollout(question, ended, 0.0, True), t1.Rollout(question, endless, 0.0, False), t1.Rollout(question, thought + [tokenizer.eos_token_id], 0.0, True)]
+    assert t1.before_end(ended, tokenizer) == thought and t1.before_end(thought, tokenizer) == thought
+    assert t1.before_end(encode("so</th") + encode("ink> 5"), tokenizer) == encode("so")  # spelled with other tokens
+    forced = t1.force_budget(engine, rollouts, 60, cfg)
+    assert [len(r.ids) for r in forced] == [60] * 3 and not any(r.finished for r in forced)
+    assert not any("</think>" in tokenizer.decode(r.ids) or tokenizer.eos_token_id in r.ids for r in forced)
+    for r, start in zip(forced, (thought + wait, endless, thought + wait)):
+        assert r.ids[: len(start)] == start and r.prompt == question
+    assert forced == t1.force_budget(engine, rollouts, 60, cfg)
+    class Ends:  # an engine whose every answer is the end of the thought
+        tokenizer = engine.tokenizer
+        generate = lambda self, prompts, k, seed, room, temperature: [t1.Rollout(p, ended[len(thought) :], 0.0, True) for p in prompts]
+    assert t1.force_budget(Ends(), rollouts[:1], 60, cfg)[0].ids == (thought + wait * 60)[:60]
+    prefix = encode("</think>\nThe answer is \\boxed{")
+    for budget, ids in ((20, forced[0].ids[:20]), (60, forced[0].ids)):
+        assert t1.cut_ids(engine, tokenizer, forced, budget, cfg)[0][: budget + len(prefix)] == ids + prefix
+
+
+def evaluate_again(learned, out, *more):
+    base = learned[0]
+    (base / "few.jsonl").write_text("".join((base / "rows.jsonl").read_text().splitlines(True)[:40]))
+    args = ["--stage", "eval", "--checkpoint", base / "runs/tiny/sft/checkpoint-250", "--test", base / "few.jsonl", "--out", out, "--max-new", 24, "--budgets", "4,24",
+            "--spend-samples", 4, "--rollout-rows", 30, *more]
+    assert t1.main([str(x) for x in args]) == 0
+    return out / "tiny/eval"
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bits(learned, tmp_path, monkeypatch):
+    whole = evaluate_again(learned, tmp_path / "whole", "--eval-samples", 2)
+    text = (whole / "responses.jsonl").read_bytes()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == 40 * 2 + 40 * 4 and len({(r["key"], r["number"], r["sample"]) for r in rows}) == len(rows)
+    killed = tmp_path / "killed/tiny/eval"
+    killed.mkdir(parents=True)
+    (killed / "responses.jsonl").write_bytes(text[: len(text) // 5])  # the first chunk of 30, a part of the second, half a line
+    asked = []
+    generate = t1.TorchEngine.generate
+    monkeypatch.setattr(t1.TorchEngine, "generate", lambda self, prompts, k, *a, **kw: asked.append(k * len(prompts)) or generate(self, prompts, k, *a, **kw))
+    evaluate_again(learned, tmp_path / "killed", "--eval-samples", 2)
+    resumed = sum(asked)
+    for name in ("responses.jsonl", "results.json", "results.md"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    asked.clear()
+    evaluate_again(learned, tmp_path / "killed", "--eval-samples", 2)  # nothing is generated again but the answers from cut thoughts
+    assert resumed - sum(asked) == 40 * 6 - 30 and (killed / "responses.jsonl").read_bytes() == text
+    evaluate_again(learned, tmp_path / "killed", "--eval-samples", 2, "--eval-temperature", 0.5)  # other settings: other responses
+    assert (killed / "responses.jsonl").read_bytes().startswith(text) and (killed / "responses.jsonl").stat().st_size > len(text) * 3 // 2
+
+
+def test_benchmarks_and_their_tables(learned, tmp_path, capsys):
+    rows = naming_rows("rl")[:12]
+    for name in ("math500", "aime24"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    base = learned[0]
+    args = ["--stage", "eval", "--model", base / "runs/tiny/rl/checkpoint-150", "--benchmark-dir", tmp_path, "--out", tmp_path, "--name", "b", "--max-new", 24, "--budgets", "8,24", "--spend-samples", 0]
+    assert t1.main([str(x) for x in (*args, "--benchmarks", "math500,aime24", "--answer-model", base / "runs/tiny/sft/checkpoint-250")]) == 0
+    results = json.loads((tmp_path / "b/eval/results.json").read_text())["checkpoints"]
+    kept = [json.loads(line) for line in (tmp_path / "b/eval/responses.jsonl").read_text().splitlines()]
+    assert [(r["test"], r["samples"]) for r in results] == [("math500", 1), ("aime24", 32)] and len(kept) == 12 * 33
+    for r in results:
+        mine = [row for row in kept if row["key"] == r["key"]]
+        right = [[row["right"] for row in mine if row["number"] == i] for i in range(12)]
+        assert r["pass_at_1"] == pytest.approx(np.mean(right)) and r["standard_error"] == pytest.approx(np.std(np.mean(right, 1), ddof=1) / 12**0.5)
+        assert r["length"] == pytest.approx(np.mean([len(row["ids"]) for row in mine])) and r["ungradable"] == np.mean([row["answer"] is None for row in mine])
+        assert [k for k, *_ in r["pass_at_k"]] == [k for k, *_ in r["maj_at_k"]] == [2**i for i in range(r["samples"].bit_length())]
+        assert r["pass_at_k"][0][1] == pytest.approx(r["pass_at_1"]) and r["pass_at_k"][-1][1] == np.mean([any(x) for x in right])
+        assert (tmp_path / f"b/eval/inference_scaling-{r['test']}.png").exists()
+    table = (tmp_path / "b/eval/results.md").read_text()
+    assert "| paper: T1 (Qwen2.5-32B) | 92.4 | 50.6 |" in table and "12 x 32" in table and "gpqa" not in table.lower().split("the paper's rows")[0]
+    assert t1.main([str(x) for x in (*args, "--benchmarks", "math500,gpqa")]) == 2
+    assert "python data_prep.py benchmarks --gpqa YOUR_COPY.csv --out" in capsys.readouterr().err
+
+
+def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path, capsys):
+    t1.shutil.copytree(tiny[0], tmp_path / "other")
+    tokenizer = copy.deepcopy(tiny[2])
+    tokenizer.add_tokens(["something else"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    args = ["--stage", "eval", "--checkpoint", tiny[0], "--out", tmp_path, "--answer-model", tmp_path / "other"]
+    assert t1.main([str(x) for x in args]) == 2
+    assert "its tokenizer is not that of" in capsys.readouterr().err and not (tmp_path / "tiny").exists()
+
+
+def test_plot_redraws_every_picture_from_the_folder_alone(learned, tmp_path):
+    evaluate_again(learned, tmp_path, "--eval-samples", 1)
+    for stage in ("sft", "rl"):
+        (tmp_path / "tiny" / stage).mkdir()
+        for name in ("metrics.jsonl", "config.json", "curves.png", "behaviour.png"):
+            if (learned[0] / "runs/tiny" / stage / name).exists():
+                t1.shutil.copy(learned[0] / "runs/tiny" / stage / name, tmp_path / "tiny" / stage)
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*.png")}
+    assert {str(p) for p in before} == {f"tiny/{p}.png" for p in ("sft/curves", "rl/curves", "rl/behaviour", "eval/inference_scaling")}
+    for path in before:
+        (tmp_path / path).unlink()
+    assert t1.main(["--stage", "plot", "--out", str(tmp_path)]) == 0
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*.png")} == before
+    assert t1.main(["--stage", "plot", "--out", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("differences, sign, expected", [
+    ([0.05, 0.06, 0.055], +1, "holds"), ([0.05, 0.06, 0.055], -1, "does not hold"), ([0.05, 0.06, 0.055], 0, "higher"), ([-0.05, -0.06, -0.055], 0, "lower"),
+    ([0.05, 0.01, 0.06], +1, "not resolved at this scale"),  # mean 2.6 standard errors from zero: beyond 1.96, within t(2) = 4.30
+    ([0.05], +1, "not resolved at this scale"), ([], +1, "not resolved at this scale"), ([0.0, 0.0], -1, "not resolved at this scale")])
+def test_verdict(differences, sign, expected):
+    assert t1.verdict(differences, sign) == expected
+
+
+def test_the_quantiles_are_students():
+    for dof, quantile in enumerate(t1.T95, 1):  # P(T <= q) = 0.975 by numerical integration of the density
+        x = np.linspace(0, quantile, 200_001)
+        density = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(dof * math.pi) * (1 + x**2 / dof) ** (-(dof + 1) / 2)
+        assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=3e-4)
+
+
+def test_correct_only_traces_hold_no_failed_try(tmp_path):
+    traces = data_prep.embedded_traces(2000, correct_only=True)
+    assert {data_prep.habit_of(t["response"]) for t in traces} == {"jump"} and not any(" not " in t["response"] or "wait" in t["response"] for t in traces)
+    assert all(verify.grade([t["response"] for t in traces], [t["answer"] for t in traces]))
+    assert {data_prep.habit_of(t["response"]) for t in data_prep.embedded_traces(2000)} == {"jump", "wander", "orderly"}
+
+
+def ledger_args(out, rows):
+    return ["--stage", "ablate", "--out", str(out), "--name", "led", "--seeds", "0,1", "--variants", "k4,cold", "--sft-steps", "2", "--sft-batch", "4", "--rl-steps", "2",
+            "--prompts", "4", "--k", "2", "--max-new", "40", "--eval-samples", "1", "--test", str(rows), *SMALL]
+
+
+def test_the_ledger_end_to_end_with_a_kill(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in naming_rows("rl")[:10]))
+    monkeypatch.setattr(data_prep, "embedded_traces", lambda correct_only=False, made=data_prep.embedded_traces(400, 1): made)  # short ones
+    rl, calls = t1.run_rl, []
+
+    def killed(cfg):  # the third run of RL is cut off in the middle
+        calls.append(cfg.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        rl(cfg)
+
+    monkeypatch.setattr(t1, "run_rl", killed)
+    with pytest.raises(KeyboardInterrupt):
+        t1.main(ledger_args(tmp_path, tmp_path / "rows.jsonl"))
+    assert t1.main(ledger_args(tmp_path, tmp_path / "rows.jsonl")) == 0
+    assert calls == ["base-seed0", "k4-seed0", "cold-seed0", "cold-seed0", "base-seed1", "k4-seed1", "cold-seed1"]
+    base = tmp_path / "led"
+    ledger = json.loads((base / "ledger.json").read_text())
+    assert [(r["variant"], r["seed"]) for r in ledger["runs"]] == [(v, s) for v in ("base", "cold", "k4") for s in (0, 1)]
+    assert all(r["start"] is not None for r in ledger["runs"]) and [r["variant"] for r in ledger["variants"]] == ["base", "k4", "cold"]
+    assert json.loads((base / "k4-seed1/rl/config.json").read_text())["config"]["k"] == 4
+    assert json.loads((base / "k4-seed1/rl/config.json").read_text())["started_from"] == str(base / "base-seed1/sft/checkpoint-2")
+    assert [p.name for p in base.rglob("checkpoint-*")] == ["checkpoint-2"] * 10 and not list(base.rglob("trainer"))
+    before = {p: p.read_bytes() for p in base.glob("ledger.*")}
+    assert len(before) == 3
+    for path in before:
+        path.unlink()
+    assert t1.main(["--stage", "plot", "--out", str(tmp_path), "--name", "led"]) == 0  # from the finished runs alone
+    assert {p: p.read_bytes() for p in base.glob("ledger.*")} == before
+
+
+def test_the_ledger_counts_pairs_and_collapses():
+    run = lambda variant, seed, value, **more: dict(variant=variant, seed=seed, stopped=False, pass_at_1=value, length=50, overlong=0.1, entropy=0.1, start=0.4, collapsed=False) | more
+    runs = [run("base", s, v) for s, v in enumerate((0.7, 0.8, 0.75))] + [run("k4", s, v) for s, v in enumerate((0.6, 0.71, 0.65))]
+    runs += [run("t1.0", 0, 0.2, collapsed=True), dict(variant="t1.0", seed=1, stopped=True, collapsed=True)]
+    rows, claims = t1.ledger_of(runs)
+    by = {r["variant"]: r for r in rows}
+    assert by["base"]["pass_at_1"] == pytest.approx([0.75, 0.05 / 3**0.5]) and by["k4"]["gain"] == pytest.approx([-0.29 / 3, np.std([0.1, 0.09, 0.1], ddof=1) / 3**0.5])
+    assert (by["t1.0"]["collapsed"], by["t1.0"]["runs"], by["t1.0"]["each"]) == (2, 2, [0.2])
+    assert {c["variant"]: c["verdict"] for c in claims} == {"k4": "holds", "t1.0": "not resolved at this scale"}
+
+
 def metrics(folder):
     return (folder / "metrics.jsonl").read_bytes()
 
@@ -1116,6 +1335,11 @@ GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{
     (["--stage", "rl"], "--stage sft first"),
     (["--stage", "eval"], "--stage sft"),
     (["--stage", "eval", "--checkpoint", "nowhere"], "nowhere"),
+    (["--stage", "eval", "--model", "model", "--benchmarks", "math500"], "python data_prep.py benchmarks --out benchmarks"),
+    (["--stage", "eval", "--model", "model", "--benchmarks", "../math500"], "--benchmarks '../math500'"),
+    (["--stage", "ablate", "--variants", "k4,k5"], "no variant 'k5'"),
+    (["--stage", "ablate", "--seeds", "0-2"], "--seeds '0-2'"),
+    (["--stage", "plot"], "no run there"),
     (["--stage", "sft", "--model", "empty"], "empty"),
     (["--stage", "sft", "--data", "none.jsonl"], "none.jsonl"),
     (["--stage", "sft", "--data", "blank.jsonl"], "no rows"),
