@@ -3,7 +3,7 @@
     torchrun t1.py --stage sft                      cold start on traces that try, err and verify themselves
     torchrun t1.py --stage rl                       reinforcement learning from the SFT checkpoint
     torchrun t1.py --stage eval                     pass@1 and accuracy against thinking budget, one curve per checkpoint
-    torchrun t1.py --stage sft --preset qwen2.5-14b --data traces.jsonl          the paper's values on a real model
+    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b ...        FSDP2 over 8 GPUs, rollouts by vLLM, the paper's values
     python t1.py --help                             every field of Config: unit, default, the paper's value
 
 T1 as a difference from GRPO:
@@ -21,22 +21,31 @@ ranks, V vocabulary, D hidden width. Per-response tensors are (P, K), packed tok
 
 Order of sections: Config - helpers - model and tokenizer - mathematics - packed forward and update - rollouts - rewards -
 checkpoints - SFT - RL - evaluation and inference scaling - pictures - main.
+
+One process holds the whole model. Under torchrun with several the model is sharded by FSDP2 (`shard`), and every rank runs this same
+file: all of them know the whole batch, each works on its share (`deal`), and the sums over ranks are those of one process.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import datetime
+import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import unicodedata
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +54,20 @@ import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data_prep
@@ -77,6 +98,9 @@ class Config:
     )
     data: str = knob("", "JSONL of traces (sft) or problems (rl); empty: the embedded ones")
     test: str = knob("", "JSONL of problems to evaluate on; empty: the embedded test set")
+    resume_from: int = knob(
+        0, "branch: go on from checkpoint-N of run NAME in a new folder NAME-from-N, with other values if you like; 0: off"
+    )
     checkpoint: str = knob("", "folders to evaluate, separated by commas; empty: the run's last SFT and all its RL checkpoints")
     prompt_template: str = knob("", "text around {problem}; empty: the tokenizer's chat template, or '{problem}\\n' where it has none")
     max_prompt: int = knob(256, "longest prompt, tokens", "1,024 in the authors' later code")
@@ -85,9 +109,16 @@ class Config:
     dtype: str = knob("float32", "float32 | bfloat16: type of activations; weights, log-probs and entropy stay float32")
     device: str = knob("", "cpu | cuda; empty: cuda where there is one")
     micro_tokens: int = knob(4096, "tokens of one micro-batch (prompts and responses)")
+    checkpointing: bool = knob(False, "keep only each layer's input for the backward pass and compute the rest again: memory for time")
+    offload_anchor: bool = knob(False, "keep the anchor's shards in the CPU's memory (several ranks, GPU)")
+    offload_optimizer: bool = knob(False, "keep the policy's shards, its gradients and AdamW in the CPU's memory (several ranks, GPU)")
+    timeout: int = knob(30, "minutes after which a rank gives up waiting for the others")
     grad_clip: float = knob(1.0, "largest gradient norm")
     weight_decay: float = knob(0.0, "AdamW's weight decay", "0.1 in the authors' later code")
     warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
+    # checkpoints
+    keep: int = knob(1, "how many of the last checkpoints stay ...")
+    keep_every: int = knob(18, "... and those whose step is a multiple of this")
     # stage sft
     sft_lr: float = knob(1.5e-3, "peak learning rate of SFT", "1e-5")
     sft_epochs: int = knob(3, "passes over the traces", "3")
@@ -110,7 +141,16 @@ class Config:
     repeat_ngram: int = knob(8, "repetition: a block of this many tokens ...")
     repeat_count: int = knob(3, "... that stands this many times in one response, without overlap")
     loss_norm: str = knob("tokens", "tokens | responses: divide by all tokens, or each response by its own length first", "not stated")
+    entropy_floor: float = knob(0.01, "warn below this mean entropy, nats a token")
+    kl_ceiling: float = knob(50.0, "warn above this mean KL to the anchor, nats a response")
     rl_save_every: int = knob(18, "steps between checkpoints (the last step is always saved)")
+    # rollout engine
+    engine: str = knob("auto", "torch | vllm | auto: vllm where it is installed and there is a GPU")
+    rollout_rows: int = knob(1024, "torch engine: rows generated at once")
+    vllm_tp: int = knob(1, "vllm engine: ranks that share one engine (tensor parallel); the others are copies of it")
+    vllm_memory: float = knob(0.5, "vllm engine: share of the GPU's memory for its weights and cache")
+    tis_cap: float = knob(0.0, "weigh each token by min(pi_trainer / pi_engine, this), for what bf16 leaves between the two; 0: off")
+    probe_tolerance: float = knob(1e-3, "largest mean |log-prob(engine) - log-prob(trainer)| of the probe after new weights, nats a token")
     # stage eval
     eval_samples: int = knob(4, "samples per problem", "32 on AIME, 1 elsewhere")
     eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy")
@@ -119,7 +159,6 @@ class Config:
     # the embedded model
     tiny_layers: int = knob(3, "layers of the embedded model")
     tiny_width: int = knob(128, "hidden width of the embedded model")
-    rollout_rows: int = knob(1024, "rows that the engine in plain torch generates at once")
 
 
 PAPER = dict(
@@ -127,6 +166,11 @@ PAPER = dict(
     max_new=8192,
     dtype="bfloat16",
     micro_tokens=32768,
+    checkpointing=True,
+    tis_cap=2.0,
+    probe_tolerance=0.1,
+    keep=2,
+    keep_every=550,
     weight_decay=0.1,
     sft_lr=1e-5,
     sft_batch=64,
@@ -179,6 +223,15 @@ def print0(*words):
         tqdm.write(" ".join(map(str, words)))
 
 
+def gather(items: list) -> list:
+    """The items of all ranks, in order of ranks."""
+    if world() == 1:
+        return items
+    parts = [None] * world()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def all_sum(values: list[float]) -> list[float]:
     """The sums over all ranks, in float64."""
     if world() == 1:
@@ -188,9 +241,48 @@ def all_sum(values: list[float]) -> list[float]:
     return total.tolist()
 
 
-def barrier():
+def from_rank0(value):
+    box = [value]
     if world() > 1:
-        dist.barrier()
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def agree(error: Stop | None = None):
+    """Raise on every rank what one of them has to say, so that none is left waiting for one that stopped. Also a barrier."""
+    errors = [e for e in gather([error]) if e]
+    if errors:
+        raise errors[0]
+
+
+def deal(work: list[int], shares: int) -> list[list[int]]:
+    """Numbers of the items that each share gets: the largest first, each to the share with the least work so far."""
+    hands, load = [[] for _ in range(shares)], [0] * shares
+    for i in sorted(range(len(work)), key=lambda i: -work[i]):
+        least = load.index(min(load))
+        hands[least].append(i)
+        load[least] += work[i]
+    return [sorted(hand) for hand in hands]
+
+
+class Interrupt:
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the step at hand; a second one ends at once."""
+
+    def __init__(self):
+        self.name = ""
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def note(self, number, frame):
+        self.name = signal.Signals(number).name
+        self.release()
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> str:
+        """The signal that any rank got, or the empty string; the same answer on every rank."""
+        return max(gather([self.name]))
 
 
 def seed_for(seed: int, *what) -> int:
@@ -213,7 +305,17 @@ def write_json(path: Path, value):
     """Written beside, then renamed: a reader never sees half a file."""
     beside = path.with_name(path.name + ".partial")
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    sync(beside)
     beside.rename(path)
+
+
+def sync(path: Path):
+    """Wait until a file or folder is on the disk, so that a rename after it cannot come first."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,8 +373,16 @@ class FastLinear(torch.nn.Linear):
         return matmul_t(x, self.weight, self.bias)
 
 
-def load_policy(folder: str, cfg: Config):
-    """-> a causal LM in float32 on the run's device, with `attention` as its attention, and its tokenizer. Misuse if anything is amiss."""
+def use_fast_linears(model):
+    """On CPUs with AVX-512: every torch.nn.Linear of the model becomes a FastLinear."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = FastLinear
+
+
+def load_policy(folder: str, cfg: Config, device=None):
+    """-> a causal LM in float32 on `device` (the run's by default), with `attention` as its attention, and its tokenizer. Misuse if anything is amiss."""
     transformers.AttentionInterface.register("t1", attention)
     try:
         if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
@@ -289,20 +399,18 @@ def load_policy(folder: str, cfg: Config):
         raise Misuse(
             f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
         )
-    return ready(model, tokenizer, folder, cfg), tokenizer
+    return ready(model, tokenizer, folder, cfg, device), tokenizer
 
 
-def ready(model, tokenizer, folder: str, cfg: Config):
-    """A loaded or fresh model on the run's device, after the last checks."""
+def ready(model, tokenizer, folder: str, cfg: Config, device=None):
+    """A loaded or fresh model on its device, after the last checks."""
     model.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and cfg.max_prompt + cfg.max_new > longest:
         raise Misuse(f"{folder}: takes {longest} tokens, --max-prompt {cfg.max_prompt} and --max-new {cfg.max_new} together want more")
-    model = model.to(device_of(cfg)).eval()  # eval: no dropout, so that trained and sampled distribution are one
-    if model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        for module in model.modules():
-            if type(module) is torch.nn.Linear:
-                module.__class__ = FastLinear
+    model = model.to(device or device_of(cfg)).eval()  # eval: no dropout, so that trained and sampled distribution are one
+    if model.device.type == "cpu":
+        use_fast_linears(model)
     check_forward(model, folder, cfg)
     return model
 
@@ -314,12 +422,12 @@ def check_forward(model, folder: str, cfg: Config):
     if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
         raise Misuse(f"{folder}: its attention has a sliding window, which is not supported")
     row = [1 + i % (model.vocabulary - 1) for i in range(33)]
-    hidden, targets = response_hidden(model, [(row[:1], row[1:])], dataclasses.replace(cfg, dtype="float32"))
-    ours, _ = token_logprobs_and_entropy(hidden, head_of(model), targets)
+    (ours,) = response_logprobs(model, [(row[:1], row[1:])], dataclasses.replace(cfg, dtype="float32"))
     model.set_attn_implementation("eager")
-    logits = model(torch.tensor([row], device=targets.device)).logits[0, :-1, : model.vocabulary]
+    ids = torch.tensor([row], device=model.device)
+    logp = model(ids).logits[0, :-1, : model.vocabulary].float().log_softmax(-1)
     model.set_attn_implementation("t1")
-    gap = (logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0] - ours).abs().max().item()
+    gap = (logp.gather(1, ids[0, 1:, None])[:, 0].cpu() - ours).abs().max().item()
     if not gap < 1e-2:
         raise Misuse(
             f"{folder}: a {model.config.model_type} model computes its log-probs in a way that is not supported (off by {gap:.2g} nats)"
@@ -339,6 +447,72 @@ def head_of(model) -> torch.Tensor:
 def device_of(cfg: Config) -> torch.device:
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def load_whole(source: str, cfg: Config):
+    """-> model and tokenizer of a folder, or the embedded ones. With several ranks only rank 0 holds the model (in the CPU's memory), the
+    others get None for it: `shard` deals it out."""
+    model = tokenizer = error = None
+    if rank() == 0:
+        device = torch.device("cpu") if world() > 1 else None
+        try:
+            model, tokenizer = load_policy(source, cfg, device) if source else tiny_policy(cfg)
+        except Misuse as e:
+            error = e
+    agree(error)
+    return model, from_rank0(tokenizer)
+
+
+def shard(whole, cfg: Config, offload: bool = False):
+    """FSDP2: rank 0's model cut into shards over all ranks; on one rank it stays what it is.
+
+    Each layer is a unit that is gathered while it runs; embedding, last norm and head are another. Shards are float32, gathered and run
+    in cfg.dtype; gradients are summed in float32. Shards are born on the meta device: no other rank ever holds the whole model.
+    """
+    if world() == 1:
+        model, units = whole, backbone(whole).layers
+    else:
+        config, generation_config, vocabulary = from_rank0(rank() == 0 and (whole.config, whole.generation_config, whole.vocabulary))
+        transformers.AttentionInterface.register("t1", attention)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="t1").eval()
+        model.generation_config, model.vocabulary, units = generation_config, vocabulary, backbone(model).layers
+        gpu = device_of(cfg).type == "cuda"
+        how = dict(offload_policy=CPUOffloadPolicy() if offload and gpu else OffloadPolicy())
+        if cfg.dtype == "bfloat16":
+            how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if not gpu:
+            use_fast_linears(model)
+        for unit in (*units, model):
+            fully_shard(unit, **how)
+        model.to_empty(device="cpu" if offload and gpu else device_of(cfg))
+        buffers = from_rank0(rank() == 0 and {name: b.cpu() for name, b in whole.named_buffers()})
+        for name, b in model.named_buffers():
+            b.copy_(buffers[name])
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, whole.state_dict() if rank() == 0 else {}, options=options)
+        model.on_rows = functools.partial(on_rows, model)
+        register_fsdp_forward_method(model, "on_rows")  # so that the head, too, is whole while it is used
+    if cfg.checkpointing:
+        for unit in units:
+            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=False)
+    return model
+
+
+def is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor, or the tensor itself where it is not sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full_weights(model, dtype=None):
+    """(name, whole tensor) of the model's state, one at a time: no second copy of the model is made. All ranks must go through it."""
+    for name, w in model.state_dict().items():
+        w = w.to(dtype) if dtype else w
+        yield name, w.full_tensor() if isinstance(w, DTensor) else w
 
 
 def tiny_policy(cfg: Config):
@@ -371,7 +545,7 @@ def tiny_policy(cfg: Config):
     )
     transformers.AttentionInterface.register("t1", attention)
     model.set_attn_implementation("t1")
-    return ready(model, tokenizer, "the embedded model", cfg), tokenizer
+    return ready(model, tokenizer, "the embedded model", cfg, torch.device("cpu") if world() > 1 else None), tokenizer
 
 
 def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
@@ -462,7 +636,7 @@ def _head_chunk_grad(z, p, total, lse, entropy, targets, a, b, temperature):
     return z.scatter_add_(1, targets[:, None], (a / temperature)[:, None].to(z.dtype))
 
 
-def _head_backward(hidden, lm_head, targets, a, b, temperature, min_p, chunk):
+def _head_backward(hidden, lm_head, targets, a, b, temperature, min_p, chunk, behaviour=None, tis_cap=0.0):
     """Gradients of sum(a log p + b H), chunk by chunk -> (n, D), (V, D) in float32 at least; and log p and H, (n,) each."""
     grad_hidden = torch.empty_like(hidden)
     grad_head = torch.zeros_like(lm_head, dtype=torch.promote_types(lm_head.dtype, torch.float32))
@@ -472,7 +646,8 @@ def _head_backward(hidden, lm_head, targets, a, b, temperature, min_p, chunk):
         s = slice(i, i + chunk)
         h = hidden[s].to(lm_head.dtype)
         z, p, total, lse, stats[0, s], stats[1, s] = _head_chunk(h, lm_head, targets[s], temperature, min_p)
-        g = _head_chunk_grad(z, p, total, lse, stats[1, s], targets[s], a[s], b[s], temperature)  # (c, V)
+        weight = (stats[0, s] - behaviour[s]).exp().clamp(max=tis_cap) if tis_cap and behaviour is not None else 1.0
+        g = _head_chunk_grad(z, p, total, lse, stats[1, s], targets[s], a[s] * weight, b[s], temperature)  # (c, V)
         del p
         grad_hidden[s] = g.to(h.dtype) @ lm_head
         grad_head.addmm_(g.T, h.to(grad_head.dtype))
@@ -512,16 +687,17 @@ class _PolicyLoss(torch.autograd.Function):
     """The loss is linear in log p and H with coefficients known beforehand: each chunk's backward runs at once, without recomputation."""
 
     @staticmethod
-    def forward(ctx, hidden, lm_head, targets, a, b, temperature, min_p, chunk):
-        grad_hidden, grad_head, logprob, entropy = _head_backward(hidden, lm_head, targets, -a, -b, temperature, min_p, chunk)
+    def forward(ctx, hidden, lm_head, targets, a, b, *how):
+        grad_hidden, grad_head, logprob, entropy = _head_backward(hidden, lm_head, targets, -a, -b, *how)
         ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = lm_head.dtype
         ctx.mark_non_differentiable(logprob, entropy)
         return -(a * logprob + b * entropy).sum(), logprob, entropy
 
     @staticmethod
     def backward(ctx, g, *unused):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden.mul_(g), grad_head.mul_(g), None, None, None, None, None, None
+        return grad_hidden.mul_(g), grad_head.mul_(g).to(ctx.head_dtype), *[None] * 8
 
 
 def policy_loss(
@@ -533,21 +709,28 @@ def policy_loss(
     entropy_coef: float = 0.0,
     temperature: float = 1.0,
     min_p: float = 0.0,
+    behaviour=None,
+    tis_cap: float = 0.0,
     chunk: int = 0,
 ):
     """-sum_t w_t [A_t log pi(y_t) + alpha H_t], the paper's objective; also the log-probs and entropies, without gradient.
 
     hidden (n, D), lm_head (V, D), targets, advantages and weights (n,). With w_t = 1/N, N the generated tokens of the
     whole batch, any split of a batch into calls adds up to the same gradient. A = 1 and alpha = 0 is SFT.
+
+    NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not quite from pi; with its log-probs `behaviour` (n,)
+    A_t is weighed by min(pi/mu, tis_cap), a constant in the gradient: unbiased up to the cap, which bounds the variance.
     """
-    return _PolicyLoss.apply(hidden, lm_head, targets, advantages * weights, entropy_coef * weights, temperature, min_p, chunk)
+    return _PolicyLoss.apply(
+        hidden, lm_head, targets, advantages * weights, entropy_coef * weights, temperature, min_p, chunk, behaviour, tis_cap
+    )
 
 
 @torch.no_grad()
 def ema_update_(anchor, policy, decay: float):
-    """anchor <- decay anchor + (1 - decay) policy, parameter by parameter, in place (paper section 2, dynamic anchor)."""
+    """anchor <- decay anchor + (1 - decay) policy, in place, each rank its own shards (paper section 2, dynamic anchor)."""
     for a, p in zip(anchor.parameters(), policy.parameters(), strict=True):
-        a.lerp_(p.to(a.dtype), 1 - decay)
+        local(a).lerp_(local(p).to(a.device, a.dtype), 1 - decay)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -577,9 +760,17 @@ def micro_batches(rows: list[Row], budget: int) -> list[list[int]]:
     return groups
 
 
+def lockstep(model, rows: list[Row], budget: int) -> list[tuple[list[int], float]]:
+    """Micro-batches, each with its weight. Sharded layers are gathered by all ranks together, so each must run as many micro-batches as the
+    busiest: the others repeat their shortest row with weight 0."""
+    groups = micro_batches(rows, budget)
+    extra = max(gather([len(groups)])) - len(groups) if is_sharded(model) else 0
+    return [(group, 1.0) for group in groups] + [(groups[0][:1], 0.0)] * extra
+
+
 def response_hidden(model, rows: list[Row], cfg: Config):
     """Rows end to end, no padding, through the backbone -> hidden states (n, D) that predict the response tokens, targets (n,)."""
-    device = device_of(cfg)
+    device = device_of(cfg) if is_sharded(model) else model.device
     lengths = np.array([len(p) + len(y) - 1 for p, y in rows])  # the last token predicts nothing
     starts = np.cumsum(lengths) - lengths
     T = int(lengths.max())
@@ -599,50 +790,73 @@ def response_hidden(model, rows: list[Row], cfg: Config):
     return out.last_hidden_state[0].index_select(0, tensor(predict)), tensor(np.concatenate([np.array(y, dtype=np.int64) for _, y in rows]))
 
 
-def accumulate_gradient(model, rows, advantages, weights, cfg, entropy_coef=0.0, temperature=1.0, min_p=0.0):
-    """Add the gradient of the objective to .grad; advantages and weights: a number a row.
+def on_rows(model, rows: list[Row], cfg: Config, head):
+    """head(hidden (n, D), lm_head (V, D), targets (n,)) of packed rows."""
+    hidden, targets = response_hidden(model, rows, cfg)
+    return head(hidden, head_of(model), targets)
 
-    Returns the loss and, summed over tokens, -log p and the entropy.
+
+def accumulate_gradient(model, rows, advantages, weights, cfg, entropy_coef=0.0, temperature=1.0, min_p=0.0, sampled=None):
+    """Add the gradient of the objective to .grad; advantages and weights: a number a row. `sampled`: the engine's log-probs of each row.
+
+    Returns the loss and, summed over this rank's tokens, -log p and the entropy; and |log p - sampled| of each token.
     """
-    head = head_of(model)
-    sums = torch.zeros(3, dtype=torch.float64)
-    for group in micro_batches(rows, cfg.micro_tokens):
-        hidden, targets = response_hidden(model, [rows[i] for i in group], cfg)  # (n, D), (n,)
+    sums, gaps, error = torch.zeros(3, dtype=torch.float64), [torch.zeros(0)], None
+    through = getattr(model, "on_rows", functools.partial(on_rows, model))
+    ranks = world() if is_sharded(model) else 1  # FSDP takes the mean over ranks where the objective has a sum
+    for group, real in lockstep(model, rows, cfg.micro_tokens):
         sizes = torch.tensor([len(rows[i][1]) for i in group])
-        per_token = lambda x: torch.tensor([x[i] for i in group], dtype=torch.float32).repeat_interleave(sizes).to(hidden.device)
-        loss, logprob, entropy = policy_loss(
-            hidden, head, targets, per_token(advantages), per_token(weights), entropy_coef, temperature, min_p
-        )
+
+        def head(hidden, lm_head, targets):
+            per_token = lambda x, scale=1.0: (scale * torch.tensor([x[i] for i in group])).repeat_interleave(sizes).to(hidden.device)
+            w = per_token(weights, real * ranks)
+            behaviour = torch.cat([torch.tensor(sampled[i]) for i in group]).to(hidden.device) if sampled else None
+            return policy_loss(hidden, lm_head, targets, per_token(advantages), w, entropy_coef, temperature, min_p, behaviour, cfg.tis_cap)
+
+        loss, logprob, entropy = through([rows[i] for i in group], cfg, head)
         loss.backward()
-        sums += torch.stack([loss.detach(), -logprob.sum(), entropy.sum()]).double().cpu()
-    return sums.tolist()
+        if real:
+            part = torch.stack([loss.detach() / ranks, -logprob.sum(), entropy.sum()]).double().cpu()
+            if not part.isfinite().all():
+                error = error or Stop(f"rank {rank()}: loss, log-prob or entropy of rows {group[:8]} is not finite: {part.tolist()}")
+            sums += part
+            if sampled:
+                gaps.append((logprob.cpu() - torch.cat([torch.tensor(sampled[i]) for i in group])).abs())
+    agree(error)
+    return *sums.tolist(), torch.cat(gaps)
 
 
 @torch.no_grad()
-def response_logprobs(model, rows: list[Row], cfg: Config) -> list[float]:
-    """log pi(y|x) of each row's response under the sampled distribution, summed over its tokens."""
-    head, result = head_of(model), [0.0] * len(rows)
-    for group in micro_batches(rows, cfg.micro_tokens):
-        hidden, targets = response_hidden(model, [rows[i] for i in group], cfg)
-        logprob, _ = token_logprobs_and_entropy(hidden, head, targets, cfg.temperature, cfg.min_p)
-        for i, part in zip(group, logprob.double().split([len(rows[i][1]) for i in group])):
-            result[i] = part.sum().item()
+def response_logprobs(model, rows: list[Row], cfg: Config, temperature: float = 1.0, min_p: float = 0.0) -> list[torch.Tensor]:
+    """log pi(y_t | x, y_<t) of the tokens of each row's response, float32, on the CPU."""
+    result = [torch.zeros(0)] * len(rows)
+    through = getattr(model, "on_rows", functools.partial(on_rows, model))
+    for group, _ in lockstep(model, rows, cfg.micro_tokens):
+        logprob, _ = through([rows[i] for i in group], cfg, lambda h, w, y: token_logprobs_and_entropy(h, w, y, temperature, min_p))
+        for i, part in zip(group, logprob.cpu().split([len(rows[i][1]) for i in group])):
+            result[i] = part
+    if is_sharded(model):
+        model.reshard()  # no backward comes that would do it, and gathered weights do not follow the next update
     return result
 
 
 def make_optimizer(model, cfg: Config):
-    return torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    """AdamW. NOT IN PAPER: betas, and one weight decay for all weights. Its state is made now, so that a checkpoint can be read into it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    for p in model.parameters():
+        step = torch.zeros((), device=local(p).device)
+        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
 
 
 def update(model, optimizer, lr: float, cfg: Config) -> float:
-    """Sum gradients over ranks, clip, step; returns the gradient's norm. A gradient that is not finite changes nothing."""
-    if world() > 1:
-        for p in model.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+    """Clip and step; returns the gradient's norm. A gradient that is not finite changes nothing."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):
-        raise Stop(f"the gradient's norm is {norm}: stopped with the weights untouched; try a smaller learning rate under another --name")
+        raise Stop(
+            f"rank {rank()}: the gradient's norm is {norm}: stopped with the weights untouched; try a smaller learning rate under another --name"
+        )
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -651,7 +865,7 @@ def update(model, optimizer, lr: float, cfg: Config) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rollouts: an engine has generate(prompts, k, ...) -> rollouts and load(policy)
+# Rollouts: an engine has generate(prompts, k, seeds, ...) -> rollouts, load(policy) -> are its weights copies?, and sleep()
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -661,7 +875,7 @@ class Rollout:
 
     prompt: list[int]
     ids: list[int]  # with the end token, if it came
-    logprob: float  # log pi(y|x) under the sampled distribution, summed
+    logprobs: list[float]  # log pi(y_t | x, y_<t) under the sampled distribution
     finished: bool  # ended by an end token within max_new
 
 
@@ -709,58 +923,75 @@ class Caches:
         return self.layers[layer_idx].n
 
 
+def end_ids(model, tokenizer) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
+
+
 class TorchEngine:
     """Sampling in plain torch, on any device. Nothing is padded: what all prompts have in length is read at once, the rest of the longer
-    ones token by token while the shorter ones already answer. Rows that ended leave the batch. The cache is allocated once."""
+    ones token by token while the shorter ones already answer. Rows that ended leave the batch. The cache is allocated once.
+
+    Each sample has random numbers of its own, so it does not depend on what else is in the batch, nor on the number of ranks."""
 
     def __init__(self, tokenizer, cfg: Config):
-        self.tokenizer, self.cfg = tokenizer, cfg
-        self.ends = {tokenizer.eos_token_id}
+        self.tokenizer, self.cfg, self.model = tokenizer, cfg, None
 
-    def load(self, policy):
-        self.model = policy  # the trainer's own weights: nothing to push
-        ends = policy.generation_config.eos_token_id
-        self.ends |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    def load(self, policy) -> bool:
+        if not is_sharded(policy):
+            self.model = policy  # the trainer's own weights: nothing to push
+            return False
+        if self.model is None:  # of a sharded policy each rank needs a whole copy: for small models; large ones want vLLM
+            make = transformers.AutoModelForCausalLM.from_config
+            self.model = make(policy.config, dtype=torch.float32, attn_implementation="t1").to(device_of(self.cfg)).eval()
+            self.model.generation_config, self.model.vocabulary = policy.generation_config, policy.vocabulary
+        mine = self.model.state_dict()
+        for name, w in full_weights(policy):
+            mine[name].copy_(w)
+        return True
+
+    def sleep(self):
+        pass
 
     def generate(
-        self, prompts: list[list[int]], k: int, seed: int, max_new: int, temperature: float = 1.0, min_p: float = 0.0
+        self, prompts: list[list[int]], k: int, seeds: list[int], max_new: int, temperature: float = 1.0, min_p: float = 0.0
     ) -> list[Rollout]:
-        """k samples of each prompt (token ids), prompt by prompt; temperature 0 is greedy."""
+        """k samples of each prompt (token ids), prompt by prompt, from one seed a prompt; temperature 0 is greedy."""
         per_batch = max(1, self.cfg.rollout_rows // k)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
         result = [None] * len(prompts)
         for start in range(0, len(order), per_batch):
             part = order[start : start + per_batch]
-            rollouts = self._generate([prompts[i] for i in part], k, seed_for(seed, start), max_new, temperature, min_p)
+            rollouts = self._generate([prompts[i] for i in part], k, [seeds[i] for i in part], max_new, temperature, min_p)
             for j, i in enumerate(part):
                 result[i] = rollouts[j * k : (j + 1) * k]
         return [r for group in result for r in group]
 
     @torch.no_grad()
-    def _generate(self, prompts, k, seed, max_new, temperature, min_p):
-        device = device_of(self.cfg)
-        generator = torch.Generator(device).manual_seed(seed)
+    def _generate(self, prompts, k, seeds, max_new, temperature, min_p):
+        device = self.model.device
+        uniform = np.concatenate([np.random.default_rng(seed).random((k, max_new)) for seed in seeds])
+        uniform = torch.from_numpy(uniform).to(device)  # (B, max_new), one number a token
         head = head_of(self.model)
         lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(k)  # (B,)
         prefix, longest, B = int(lengths.min()), int(lengths.max()) + max_new, len(lengths)
         tokens = torch.zeros(B, longest, dtype=torch.long, device=device)
         for i, p in enumerate(prompts):
             tokens[i * k : (i + 1) * k, : len(p)] = torch.tensor(p, device=device)
-        logprobs = torch.zeros(B, dtype=torch.float64, device=device)
+        logprobs = torch.zeros(B, longest, device=device)
         ended_at = lengths + max_new  # (B,) one past the last token
-        ends = torch.tensor(sorted(self.ends), device=device)
+        ends = torch.tensor(end_ids(self.model, self.tokenizer), device=device)
         caches = Caches(self.model.config.num_hidden_layers)
         hidden = self._forward(tokens[::k, :prefix], torch.arange(prefix, device=device), caches)[:, -1].repeat_interleave(k, 0)  # (B, D)
         for cache in caches.layers:
             cache.extend(B, k, longest)
         alive = torch.arange(B, device=device)  # rows of the batch -> rows of `tokens`
         for t in range(prefix, longest):
-            token, logprob = sample(hidden @ head.T, temperature, min_p, generator)
-            forced = t < lengths[alive]  # still inside the prompt
-            token = torch.where(forced, tokens[alive, t], token)
-            tokens[alive, t] = token
-            logprobs[alive] += torch.where(forced, 0.0, logprob.double())
-            stopped = ~forced & torch.isin(token, ends)
+            at = t - lengths[alive]  # (B,) position in the response; below 0: still inside the prompt
+            token, logprob = sample(hidden @ head.T, temperature, min_p, uniform[alive, at.clamp(min=0)])
+            token = torch.where(at < 0, tokens[alive, t], token)
+            tokens[alive, t], logprobs[alive, t] = token, logprob
+            stopped = (at >= 0) & torch.isin(token, ends)
             ended_at[alive] = torch.where(stopped, t + 1, ended_at[alive])
             going = ended_at[alive] > t + 1
             left = int(going.sum())
@@ -775,7 +1006,7 @@ class TorchEngine:
             hidden = self._forward(token[:, None], torch.tensor([t], device=device), caches)[:, -1]
         last = tokens[torch.arange(B, device=device), ended_at - 1]
         columns = zip(tokens.tolist(), lengths.tolist(), ended_at.tolist(), logprobs.tolist(), torch.isin(last, ends).tolist())
-        return [Rollout(row[:n], row[n:end], lp, finished) for row, n, end, lp, finished in columns]
+        return [Rollout(row[:n], row[n:end], logprob[n:end], finished) for row, n, end, logprob, finished in columns]
 
     def _forward(self, ids, positions, caches):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
@@ -784,21 +1015,145 @@ class TorchEngine:
             ).last_hidden_state
 
 
-def make_engine(model, tokenizer, cfg: Config):
-    """The one place that chooses an engine."""
-    engine = TorchEngine(tokenizer, cfg)
+def sample(logits, temperature: float, min_p: float, uniform):
+    """(B, V) logits, (B,) uniform numbers in [0, 1) -> token (B,) and its log-prob (B,), under the very distribution that is trained."""
+    logp = log_softmax_min_p(logits.float() / (temperature or 1.0), min_p)
+    if temperature == 0:
+        token = logp.argmax(-1)
+    else:  # the inverse of the cumulative distribution
+        cumulative = logp.exp().double().cumsum(-1)
+        token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return token, logp.gather(1, token[:, None])[:, 0]
+
+
+class VLLMEngine:
+    """vLLM inside the trainer's processes: under torchrun every `vllm_tp` ranks share one engine, and each engine serves its own ranks.
+
+    New weights come from the trainer tensor by tensor. On a GPU the engine hands its memory back while the update runs. A call's random
+    numbers depend on its first seed alone, so the same call gives the same samples, but not if prompts are dealt to other engines."""
+
+    def __init__(self, folder: str, model, tokenizer, cfg: Config):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights need no copy to reach it
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        warnings.filterwarnings("ignore", module="vllm")
+        import vllm
+        from vllm.v1.sample.logits_processor import LogitsProcessor
+
+        class KnownIds(LogitsProcessor):
+            """Ids beyond the tokenizer, which pad the vocabulary of many models, are never sampled."""
+
+            def __init__(self, *unused):
+                pass
+
+            def is_argmax_invariant(self):
+                return False
+
+            def update_state(self, batch_update):
+                pass
+
+            def apply(self, logits, beyond=model.vocabulary):
+                logits[:, beyond:] = -math.inf
+                return logits
+
+        self.tokenizer, self.cfg, self.asleep, self.gpu = tokenizer, cfg, False, device_of(cfg).type == "cuda"
+        self.ends, self.params, self.dtype = end_ids(model, tokenizer), vllm.SamplingParams, getattr(torch, cfg.dtype)
+        room = cfg.max_prompt + cfg.max_new + 128  # 128: the words that close a cut thought, and its answer
+        where = dict(gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=True) if self.gpu else dict(kv_cache_memory_bytes=1 << 29)
+        with self.failing("could not be started"):
+            self.llm = vllm.LLM(
+                folder,
+                dtype=cfg.dtype,
+                max_model_len=min(room, getattr(model.config, "max_position_embeddings", room)),
+                seed=cfg.seed,
+                tensor_parallel_size=cfg.vllm_tp,
+                distributed_executor_backend="external_launcher" if world() > 1 else None,
+                logprobs_mode="processed_logprobs",  # those of the sampled distribution: after temperature and min-p
+                logits_processors=[KnownIds],
+                generation_config="vllm",
+                enforce_eager=not self.gpu,
+                disable_log_stats=True,
+                **where,
+            )
+
+    @contextlib.contextmanager
+    def failing(self, what: str):
+        try:
+            yield
+        except Exception as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise Stop(f"rank {rank()}: the vLLM engine {what} ({reason}); the same command goes on from the last checkpoint")
+
+    def load(self, policy) -> bool:
+        with self.failing("did not take the new weights"):
+            if self.asleep:
+                self.llm.wake_up(tags=["weights"])
+            self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=full_weights(policy, self.dtype)))
+            self.llm.reset_prefix_cache()
+            if self.asleep:
+                self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        return True
+
+    def sleep(self):
+        """Give the GPU's memory to the update; the next `load` wakes the engine."""
+        if self.gpu:
+            with self.failing("did not fall asleep"):
+                self.llm.sleep(level=2)
+            self.asleep = True
+
+    def generate(
+        self, prompts: list[list[int]], k: int, seeds: list[int], max_new: int, temperature: float = 1.0, min_p: float = 0.0
+    ) -> list[Rollout]:
+        """As TorchEngine.generate; the ranks of one tensor-parallel group must call it together."""
+        with self.failing("failed"):
+            if self.cfg.vllm_tp > 1:  # every rank of the group asks for the prompts of all, and takes its own
+                from vllm.distributed import get_tp_group
+
+                parts = [None] * self.cfg.vllm_tp
+                dist.all_gather_object(parts, (prompts, seeds), group=get_tp_group().cpu_group)
+                first = sum(len(p) for p, _ in parts[: get_tp_group().rank_in_group])
+                mine = slice(first, first + len(prompts))
+                prompts, seeds = ([x for part in parts for x in part[i]] for i in (0, 1))
+            else:
+                mine = slice(None)
+            if not prompts:
+                return []
+            torch.manual_seed(seeds[0])
+            how = dict(n=k, temperature=temperature, min_p=min_p, max_tokens=max_new, stop_token_ids=self.ends)
+            params = self.params(**how, logprobs=0, flat_logprobs=True, detokenize=False)
+            answers = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)[mine]
+        return [
+            Rollout(list(a.prompt_token_ids), list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "stop")
+            for a in answers
+            for o in sorted(a.outputs, key=lambda o: o.index)
+        ]
+
+
+def make_engine(folder: str, model, tokenizer, cfg: Config):
+    """The one place that chooses an engine; `folder` holds weights of the model, which vLLM starts from."""
+    gpu, installed = device_of(cfg).type == "cuda", importlib.util.find_spec("vllm") is not None
+    if cfg.engine == "vllm" and not installed:
+        raise Misuse("--engine vllm: vLLM is not installed here; pip install vllm==0.32.0 (README, set up), or take --engine torch")
+    use_vllm = cfg.engine == "vllm" or cfg.engine == "auto" and gpu and installed
+    engine = VLLMEngine(folder, model, tokenizer, cfg) if use_vllm else TorchEngine(tokenizer, cfg)
     engine.load(model)
     return engine
 
 
-def sample(logits, temperature: float, min_p: float, generator):
-    """(B, V) -> token (B,) and its log-prob (B,) under the very distribution that the update trains."""
-    logp = log_softmax_min_p(logits.float() / (temperature or 1.0), min_p)
-    if temperature == 0:
-        token = logp.argmax(-1)
-    else:  # argmax of log p + Gumbel noise, as p / Exponential noise
-        token = (logp.exp() / torch.empty_like(logp).exponential_(generator=generator)).argmax(-1)
-    return token, logp.gather(1, token[:, None])[:, 0]
+def check_push(engine, model, prompt: list[int], cfg: Config):
+    """After new weights: engine and trainer must give the same log-probs to one greedy answer. A push that fails without a word would
+    leave the rollouts to an old policy for the rest of the run."""
+    (probe,) = engine.generate([prompt], 1, [0], 16, temperature=0.0)
+    (ours,) = response_logprobs(model, [(probe.prompt, probe.ids)], cfg)
+    gap = (torch.tensor(probe.logprobs) - ours).abs().mean().item()
+    error = None
+    if not gap <= cfg.probe_tolerance:
+        error = Stop(
+            f"rank {rank()}: after new weights engine and trainer are {gap:.2g} nats a token apart on a fixed probe (--probe-tolerance"
+            f" {cfg.probe_tolerance}): the push failed, or the two compute differently"
+        )
+    agree(error)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -861,28 +1216,36 @@ def judge(rollouts: list[Rollout], problems: list[dict], tokenizer, cfg: Config)
     texts = tokenizer.batch_decode([r.ids for r in rollouts], skip_special_tokens=True)
     grades = verify.grade(texts, [p["answer"] for p in asked])
     failed = sum(grades.stats[name] for name in ("timeouts", "crashes"))
-    if failed > 0.01 * len(rollouts):
-        print0(f"the grader gave up on {failed} of {len(rollouts)} answers (timeouts and crashes count as wrong)")
     records = []
     for rollout, problem, text, right in zip(rollouts, asked, texts, grades):
         pattern = unexpected_pattern(text, rollout.ids, rollout.finished, cfg.repeat_ngram, cfg.repeat_count, problem["problem"])
         checks, honest = data_prep.audit_checks(problem["problem"], text)
         reward = penalised_reward(right, pattern, cfg.penalties)
         record = dict(id=problem.get("id"), problem=problem["problem"], response=text, reward=reward, right=bool(right), pattern=pattern)
-        records.append(record | dict(checks=checks, honest=honest, length=len(rollout.ids)))
-    records[0]["ungraded"] = failed
+        records.append(record | dict(checks=checks, honest=honest, length=len(rollout.ids), ungraded=failed / len(rollouts)))
     return records
 
 
+def roll_out(engine, problems, prompts, k: int, seeds: list[int], cfg: Config, temperature: float, min_p: float = 0.0):
+    """-> k rollouts of each problem, and a record of each. The problems are dealt to the engines by length, each rank judges what its engine
+    made, and every rank gets all of it, in the order of the problems."""
+    engines = world() // cfg.vllm_tp
+    mine = deal([len(p) for p in prompts], engines)[rank() // cfg.vllm_tp] if rank() % cfg.vllm_tp == 0 else []
+    rollouts = engine.generate([prompts[i] for i in mine], k, [seeds[i] for i in mine], cfg.max_new, temperature, min_p)
+    records = judge(rollouts, [problems[i] for i in mine], engine.tokenizer, cfg) if mine else []
+    everything = gather([(i, rollouts[n * k : (n + 1) * k], records[n * k : (n + 1) * k]) for n, i in enumerate(mine)])
+    everything.sort(key=lambda part: part[0])
+    return [r for _, part, _ in everything for r in part], [r for _, _, part in everything for r in part]
+
+
 def means(records: list[dict]) -> dict:
-    """What is logged of a set of judged rollouts: means over the responses of all ranks. README's glossary says what each is."""
-    sums = {name: sum(float(r[name]) for r in records) for name in ("reward", "right", "length", "checks", "honest")}
-    sums |= {name: sum(r["pattern"] == name for r in records) for name in ("overlong", "repetition", "garbled")}
-    sums |= dict(ungraded=sum(r.get("ungraded", 0) for r in records), responses=len(records))
-    sums = dict(zip(sums, all_sum(list(sums.values()))))
-    honest = sums.pop("honest") / sums["checks"] if sums["checks"] else None
-    B, right = sums.pop("responses"), sums.pop("right")
-    return dict(accuracy=right / B, honest=honest) | {name: total / B for name, total in sums.items()}
+    """What is logged of a set of judged rollouts: means over the responses. README's glossary says what each is."""
+    mean = lambda name: sum(float(r[name]) for r in records) / len(records)
+    checks = sum(r["checks"] for r in records)
+    row = dict(accuracy=mean("right"), honest=sum(r["honest"] for r in records) / checks if checks else None)
+    row |= {name: mean(name) for name in ("reward", "length", "checks")}
+    row |= {name: sum(r["pattern"] == name for r in records) / len(records) for name in ("overlong", "repetition", "garbled")}
+    return row | dict(ungraded=mean("ungraded"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -943,9 +1306,18 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
     return encoded
 
 
+def is_whole(folder: Path) -> bool:
+    """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
+    try:
+        sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
 def checkpoints(stage_folder: Path) -> list[Path]:
-    """The finished checkpoints of one stage in order of steps."""
-    found = [p for p in stage_folder.glob("checkpoint-*") if p.name[11:].isdigit()]
+    """The whole checkpoints of one stage in order of steps."""
+    found = [p for p in stage_folder.glob("checkpoint-*") if p.name[11:].isdigit() and is_whole(p)]
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
@@ -953,19 +1325,36 @@ def newest(folders: list[Path]) -> str:
     return str(folders[-1]) if folders else ""
 
 
+def trainer_state(model, optimizer, anchor=None) -> dict[str, torch.Tensor]:
+    """What goes on from a checkpoint, under flat names, shards where the model is sharded: weights in float32, AdamW's state, the anchor.
+    No random state: every draw has a seed of its own, made from the run's seed, the step and the place in the batch."""
+    state = {}
+    for name, p in model.named_parameters():
+        state["policy." + name] = p.detach()
+        state |= {f"{kind}.{name}": x for kind, x in optimizer.state[p].items()}
+    return state | {"anchor." + name: p.detach() for name, p in (anchor.named_parameters() if anchor else ())}
+
+
 class RunFolder:
     """The folder of one stage: config.json; metrics.jsonl (a row a step, the same bits for the same seed); timings.jsonl; samples.jsonl;
-    checkpoint-N; curves.png. A stage that was interrupted goes on from its last checkpoint."""
+    checkpoint-N; curves.png. A stage that was interrupted goes on from its last whole checkpoint."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
+    free = ("out", "name", "timeout", "keep", "keep_every", "entropy_floor", "kl_ceiling")  # may differ when a run goes on
 
     def __init__(self, cfg: Config):
-        self.path = Path(cfg.out) / (cfg.name or cfg.preset) / cfg.stage
-        mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "name")}
+        run = Path(cfg.out) / (cfg.name or cfg.preset)
+        self.cfg = cfg
+        self.path = (run.with_name(f"{run.name}-from-{cfg.resume_from}") if cfg.resume_from else run) / cfg.stage
+        self.branch = run / cfg.stage / f"checkpoint-{cfg.resume_from}"  # where a branch starts
+        if cfg.resume_from and not is_whole(self.branch):
+            there = ", ".join(p.name[11:] for p in checkpoints(self.branch.parent)) or "none"
+            raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint; there are: {there}")
+        mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free}
         if (self.path / "config.json").exists():
             try:
                 theirs = dict(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["config"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise Misuse(f"{self.path / 'config.json'}: damaged; choose another --name, or remove that folder")
             differing = [f"{k} ({theirs.get(k)!r} there, {v!r} now)" for k, v in mine.items() if theirs.get(k) != v]
             if differing:
@@ -983,55 +1372,116 @@ class RunFolder:
             ).hexdigest(),
         )
 
+    def source(self) -> str:
+        """The checkpoint that this stage goes on from, or the empty string."""
+        return newest(checkpoints(self.path)) or (str(self.branch) if self.cfg.resume_from else "")
+
     def create(self, source: str):
         """Called when all inputs have been read and checked, so that a misuse leaves no folder behind."""
+        error = None
         try:
             if rank() == 0:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if not (self.path / "config.json").exists():
                     write_json(self.path / "config.json", self.config | dict(started_from=source))
         except OSError as e:
-            raise Misuse(f"{self.path}: cannot be written ({e.strerror}); choose another --out")
-        barrier()
+            error = Misuse(f"{self.path}: cannot be written ({e.strerror}); choose another --out")
+        agree(error)
 
     def append(self, name: str, *rows: dict):
         if rank() == 0:
             with open(self.path / name, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def read(self, name: str) -> list[dict]:
+    def read(self, name: str, folder: Path | None = None) -> list[dict]:
         """The rows of a log; a last line that a kill cut off does not count."""
-        path = self.path / name
+        path = (folder or self.path) / name
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):
+            raise Misuse(f"{path}: damaged; choose another --name, or remove that folder")
 
     def save(self, step: int, model, tokenizer, optimizer, anchor=None):
-        """An ordinary Hugging Face folder with the trainer's state beside the weights; written beside, then renamed."""
-        if rank() == 0:
-            beside = self.path / f"partial-{step}"
-            shutil.rmtree(beside, ignore_errors=True)
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-            torch.save(dict(optimizer=optimizer.state_dict(), anchor=anchor.state_dict() if anchor else None), beside / "trainer.pt")
-            beside.rename(self.path / f"checkpoint-{step}")
-        barrier()
+        """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, brought to the disk, marked as
+        complete, then renamed; then the older ones that --keep and --keep-every do not hold are removed."""
+        beside, error = self.path / f"partial-{step}", None
+        weights = {}
+        dtype = getattr(torch, self.cfg.dtype)
+        names = {name for name, _ in model.named_parameters()}  # tied weights once
+        for name, w in full_weights(model, dtype):
+            if rank() == 0 and name in names:
+                weights[name] = w.detach().cpu()
+        try:
+            if rank() == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+                model.config.dtype = dtype
+                model.save_pretrained(beside, state_dict=weights)
+                tokenizer.save_pretrained(beside)
+        except Exception as e:  # a full disk speaks through many libraries
+            error = self.unwritten(e, beside)
+        agree(error)
+        try:
+            writer = dcp.HuggingFaceStorageWriter(str(beside / "trainer"), save_distributed=True)  # safetensors: nothing is unpickled
+            dcp.save(trainer_state(model, optimizer, anchor), storage_writer=writer)
+        except Exception as e:
+            error = self.unwritten(e, beside)
+        agree(error)
+        try:
+            if rank() == 0:
+                self.seal(beside, step)
+        except OSError as e:
+            error = self.unwritten(e, beside)
+        agree(error)
+
+    def seal(self, beside: Path, step: int):
+        files = [p for p in beside.rglob("*") if p.is_file()]
+        write_json(beside / "complete.json", {str(p.relative_to(beside)): p.stat().st_size for p in files})
+        for path in (*files, beside, beside / "trainer", *(self.path / name for name in self.logs if (self.path / name).exists())):
+            sync(path)
+        final = self.path / f"checkpoint-{step}"
+        if final.exists():  # one that was found not whole
+            shutil.rmtree(final)
+        beside.rename(final)
+        sync(self.path)
+        for old in checkpoints(self.path)[: -self.cfg.keep]:
+            if int(old.name[11:]) % self.cfg.keep_every:
+                shutil.rmtree(old.rename(self.path / f"partial-{old.name[11:]}"))
+
+    def unwritten(self, e: Exception, beside: Path) -> Stop:
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        there = checkpoints(self.path)
+        last = f"the last whole checkpoint is {there[-1]}" if there else "there is no checkpoint yet"
+        return Stop(
+            f"rank {rank()}: {beside}: the checkpoint cannot be written ({reason}); {last}; make room and give the same command again"
+        )
 
     def resume(self, model, optimizer, anchor=None) -> int:
-        """Load the trainer's state of the newest checkpoint (its weights are in `model` already), cut the logs back to it; -> next step."""
-        found = checkpoints(self.path)
-        step = int(found[-1].name[11:]) if found else 0
-        if found:
-            state = torch.load(found[-1] / "trainer.pt", map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
-            if anchor:
-                anchor.load_state_dict(state["anchor"])
-            print0(f"going on from {found[-1]}")
+        """Load the trainer's state of the newest whole checkpoint and cut the logs back to it; -> next step."""
+        source = self.source()
+        step = int(Path(source).name[11:]) if source else 0
+        found, error = Path(source).parent if source else self.path, None
+        if rank() == 0:
+            for path in sorted(self.path.glob("partial-*")) + sorted(self.path.glob("checkpoint-*")):
+                if path.is_dir() and not is_whole(path):
+                    print0(f"{path}: half-written, ignored")
+        if source:
+            state = trainer_state(model, optimizer, anchor)
+            try:
+                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(Path(source) / "trainer")))
+            except Exception as e:
+                reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+                error = Misuse(f"{source}: its trainer state cannot be read ({reason}); remove that folder to go on from the one before")
+            agree(error)
+            print0(f"going on from {source}")
         for name in self.logs if rank() == 0 else ():
-            if (self.path / name).exists():
-                rows = [row for row in self.read(name) if row["step"] < step]
+            if (found / name).exists():
+                rows = [row for row in self.read(name, found) if row["step"] < step]
                 (self.path / (name + ".partial")).unlink(missing_ok=True)
                 self.append(name + ".partial", *rows)
                 (self.path / (name + ".partial")).replace(self.path / name)
+        agree()
         return step
 
 
@@ -1043,8 +1493,8 @@ class RunFolder:
 def run_sft(cfg: Config):
     folder = RunFolder(cfg)
     traces = read_rows(cfg.data, "sft") if cfg.data else data_prep.embedded_traces()
-    source = newest(checkpoints(folder.path)) or cfg.model
-    model, tokenizer = load_policy(source, cfg) if source else tiny_policy(cfg)
+    source = folder.source() or cfg.model
+    whole, tokenizer = load_whole(source, cfg)
     tests = encoded_tests(tokenizer, cfg)
     rows = [
         (x, tokenizer(t["response"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
@@ -1054,6 +1504,7 @@ def run_sft(cfg: Config):
     if not kept:
         raise Misuse(f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {min(len(y) for _, y in rows)})")
     folder.create(source)
+    model = shard(whole, cfg, cfg.offload_optimizer)
     steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
     print0(
         f"{len(kept)} traces of {np.mean([len(y) for _, y in kept]):.0f} tokens ({len(rows) - len(kept)} longer than --max-new left out), "
@@ -1061,26 +1512,32 @@ def run_sft(cfg: Config):
     )
     optimizer = make_optimizer(model, cfg)
     start = folder.resume(model, optimizer)
+    interrupt = Interrupt()
     bar = tqdm(range(start, steps), "sft", initial=start, total=steps, disable=rank() > 0, mininterval=1)
     for step in bar:
         began = time.perf_counter()
         batch = [kept[i] for i in batch_indices(len(kept), cfg.sft_batch, step, cfg.seed)]
         N = sum(len(y) for _, y in batch)  # tokens of the batch over all ranks: the one division
-        mine = batch[rank() :: world()]
+        mine = [batch[i] for i in deal([len(x) + len(y) for x, y in batch], world())[rank()]]
         # NOT IN PAPER: the loss stands on the response only, and every token of the batch weighs the same
-        loss, _, entropy = all_sum(accumulate_gradient(model, mine, [1.0] * len(mine), [1 / N] * len(mine), cfg))
+        *sums, _ = accumulate_gradient(model, mine, [1.0] * len(mine), [1 / N] * len(mine), cfg)
+        loss, _, entropy = all_sum(sums)
         lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
         norm = update(model, optimizer, lr, cfg)
         seconds = time.perf_counter() - began
         folder.append("metrics.jsonl", dict(step=step, loss=loss, entropy=entropy / N, grad_norm=norm, lr=lr, tokens=N))
         folder.append("timings.jsonl", dict(step=step, train=seconds, tokens=N))
         bar.set_postfix_str(f"loss {loss:.3f} entropy {entropy / N:.3f} {N / seconds:,.0f} tokens/s", refresh=False)
-        last = step + 1 == steps
-        if last or (step + 1) % 100 == 0:
+        last, asked = step + 1 == steps, interrupt.asked()
+        if last or asked or (step + 1) % 100 == 0:
             draw_curves(folder, cfg)
-        if last or (step + 1) % cfg.sft_save_every == 0:
+        if last or asked or (step + 1) % cfg.sft_save_every == 0:
             folder.save(step + 1, model, tokenizer, optimizer)
-    finish_stage(folder, steps, make_engine(model, tokenizer, cfg), tests, cfg, "rl")
+        if asked and not last:
+            print0(f"{asked}: saved after step {step + 1} of {steps}; the same command goes on from there")
+            return
+    interrupt.release()
+    finish_stage(folder, steps, make_engine(folder.source(), model, tokenizer, cfg), tests, cfg, "rl")
 
 
 def finish_stage(folder: RunFolder, steps: int, engine, tests, cfg: Config, next_stage: str):
@@ -1109,86 +1566,125 @@ def finish_stage(folder: RunFolder, steps: int, engine, tests, cfg: Config, next
 def run_rl(cfg: Config):
     folder = RunFolder(cfg)
     cold = checkpoints(folder.path.parent / "sft")
-    source = newest(checkpoints(folder.path)) or cfg.model or newest(cold)
+    source = folder.source() or cfg.model or newest(cold)
     if not source:
         raise Misuse(f"no SFT checkpoint beside {folder.path}: run --stage sft first, or give --model")
     problems = read_rows(cfg.data, "rl") if cfg.data else data_prep.embedded_problems("train")
-    model, tokenizer = load_policy(source, cfg)
+    whole, tokenizer = load_whole(source, cfg)
     prompts, tests = encode_prompts(problems, tokenizer, cfg), encoded_tests(tokenizer, cfg)
     folder.create(source)
     print0(f"{len(problems)} problems; the policy starts from {source}")
-    anchor = copy.deepcopy(model).requires_grad_(False) if cfg.anchor != "none" else None
+    anchor = None
+    if cfg.anchor != "none":
+        anchor = shard(copy.deepcopy(whole) if world() == 1 else whole, cfg, cfg.offload_anchor).requires_grad_(False)
+    model = shard(whole, cfg, cfg.offload_optimizer)
+    del whole
     optimizer = make_optimizer(model, cfg)
     start = folder.resume(model, optimizer, anchor)
-    engine = make_engine(model, tokenizer, cfg)
+    engine = make_engine(source, model, tokenizer, cfg)
+    interrupt = Interrupt()
     bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
     for step in bar:
         clock = [time.perf_counter()]
-        # 1. oversample: K responses to each of P prompts
-        chosen = batch_indices(len(problems), cfg.prompts, step, cfg.seed)[rank() :: world()]
-        rollouts = engine.generate(
-            [prompts[i] for i in chosen], cfg.k, seed_for(cfg.seed, "rollout", step, rank()), cfg.max_new, cfg.temperature, cfg.min_p
+        # 1. oversample: K responses to each of P prompts; 2. reward: right answer, -1 for unexpected patterns
+        batch = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
+        seeds = [seed_for(cfg.seed, "rollout", step, place) for place in range(cfg.prompts)]
+        rollouts, records = roll_out(
+            engine, [problems[i] for i in batch], [prompts[i] for i in batch], cfg.k, seeds, cfg, cfg.temperature, cfg.min_p
         )
-        clock.append(time.perf_counter())
-        # 2. reward: right answer, -1 for unexpected patterns
-        records = judge(rollouts, [problems[i] for i in chosen], tokenizer, cfg)
         rewards = torch.tensor([r["reward"] for r in records]).view(-1, cfg.k)  # (P, K)
+        engine.sleep()
         clock.append(time.perf_counter())
-        # 3. advantage: leave-one-out reward, centred KL to the anchor
+        # 3. advantage: leave-one-out reward, centred KL to the anchor. Every rank knows the whole batch and takes its share of the work
         rows = [(r.prompt, r.ids) for r in rollouts]
-        kl = torch.zeros_like(rewards)  # (P, K)
+        mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]
+        take = lambda x: [x[i] for i in mine]
+        kl = np.zeros(len(rows))
         if anchor is not None:
-            kl = (torch.tensor([r.logprob for r in rollouts]) - torch.tensor(response_logprobs(anchor, rows, cfg))).view(-1, cfg.k)  # d_i
-        advantages = advantages_of(rewards, kl, cfg.kl_coef, cfg.kl_center)  # (P, K)
+            sampled = np.array([sum(rollouts[i].logprobs) for i in mine])
+            kl[mine] = sampled - [x.double().sum().item() for x in response_logprobs(anchor, take(rows), cfg, cfg.temperature, cfg.min_p)]
+        kl = torch.tensor(all_sum(kl.tolist()), dtype=torch.float32).view(-1, cfg.k)  # d_i, (P, K)
+        advantages = advantages_of(rewards, kl, cfg.kl_coef, cfg.kl_center).flatten().tolist()  # (P, K) -> (B,)
+        clock.append(time.perf_counter())
         # 4. one update on these rollouts, entropy bonus included; the anchor follows
-        flat = sum((r == r[0]).all().item() for r in rewards)  # groups that teach nothing: their advantages are zero, KL aside
-        N, B, kl_sum, flat, sampled = all_sum(
-            [sum(len(y) for _, y in rows), len(rows), kl.sum().item(), flat, sum(r.logprob for r in rollouts)]
-        )
+        N, B = sum(len(y) for _, y in rows), len(rows)
         weights = [1 / N if cfg.loss_norm == "tokens" else 1 / (B * len(y)) for _, y in rows]
-        _, nll, entropy = all_sum(
-            accumulate_gradient(model, rows, advantages.flatten().tolist(), weights, cfg, cfg.entropy_coef, cfg.temperature, cfg.min_p)
+        *sums, gaps = accumulate_gradient(
+            model,
+            take(rows),
+            take(advantages),
+            take(weights),
+            cfg,
+            cfg.entropy_coef,
+            cfg.temperature,
+            cfg.min_p,
+            sampled=take([r.logprobs for r in rollouts]),
         )
+        _, nll, entropy, gap = all_sum([*sums, gaps.sum().item()])
+        worst_gap = max(gather([gaps.quantile(0.99).item() if len(gaps) < 2**24 else gaps[: 2**24 - 1].quantile(0.99).item()]))
+        flat = sum((r == r[0]).all().item() for r in rewards) / len(
+            rewards
+        )  # groups that teach nothing: their advantages are zero, KL aside
         lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
-        norm = update(model, optimizer, lr, cfg)
-        if cfg.anchor == "ema":
-            ema_update_(anchor, model, cfg.ema_decay)
-        engine.load(model)
+        if flat < 1:
+            norm = update(model, optimizer, lr, cfg)
+            if cfg.anchor == "ema":
+                ema_update_(anchor, model, cfg.ema_decay)
+            if engine.load(model):
+                check_push(engine, model, prompts[0], cfg)
+        else:
+            norm = 0.0
+            optimizer.zero_grad(set_to_none=True)
         clock.append(time.perf_counter())
         # 5. say what happened
-        row = dict(step=step, **means(records), kl=kl_sum / B, entropy=entropy / N, logprob_gap=abs(sampled + nll) / N)
-        row |= dict(flat_groups=flat * cfg.k / B, grad_norm=norm, lr=lr, tokens=int(N))
+        row = dict(step=step, **means(records), kl=kl.mean().item(), entropy=entropy / N, nll=nll / N, logprob_gap=gap / N)
+        row |= dict(logprob_gap_p99=worst_gap, flat_groups=flat, skipped=flat == 1, grad_norm=norm, lr=lr, tokens=N)
         report_step(folder, bar, row, clock, records, cfg)
-        last = step + 1 == cfg.rl_steps
-        if last or (step + 1) % 10 == 0:
+        last, asked = step + 1 == cfg.rl_steps, interrupt.asked()
+        if last or asked or (step + 1) % 10 == 0:
             draw_curves(folder, cfg)
-        if last or (step + 1) % cfg.rl_save_every == 0:
+        if last or asked or (step + 1) % cfg.rl_save_every == 0:
             folder.save(step + 1, model, tokenizer, optimizer, anchor)
+        if asked and not last:
+            print0(f"{asked}: saved after step {step + 1} of {cfg.rl_steps}; the same command goes on from there")
+            return
+    interrupt.release()
     finish_stage(folder, cfg.rl_steps, engine, tests, cfg, "eval")
 
 
 def report_step(folder, bar, row, clock, records, cfg):
     """The console line, metrics.jsonl, timings.jsonl (seconds differ from run to run and stand apart), and a few samples."""
-    generate, check, train = np.diff(clock).tolist()
+    generate, score, train = np.diff(clock).tolist()
     folder.append("metrics.jsonl", row)
-    folder.append("timings.jsonl", dict(step=row["step"], generate=generate, verify=check, train=train, tokens=row["tokens"]))
+    folder.append("timings.jsonl", dict(step=row["step"], generate=generate, score=score, train=train, tokens=row["tokens"]))
     if row["step"] % 10 == 0:
         by_reward = sorted(records, key=lambda r: r["reward"])
         for kind, r in (("best", by_reward[-1]), ("worst", by_reward[0]), ("longest", max(records, key=lambda r: r["length"]))):
             folder.append("samples.jsonl", dict(step=row["step"], kind=kind, **r))
-    total = generate + check + train
+    total = generate + score + train
     bar.set_postfix_str(
         f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f} entropy {row['entropy']:.3f} kl {row['kl']:.2f} "
         f"overlong {row['overlong']:.2f} repeat {row['repetition']:.2f} flat {row['flat_groups']:.2f} {row['tokens'] / total:,.0f} tokens/s "
-        f"({100 * generate / total:.0f} % generate, {100 * check / total:.0f} % verify, {100 * train / total:.0f} % train)"
+        f"({100 * generate / total:.0f} % generate and verify, {100 * score / total:.0f} % anchor, {100 * train / total:.0f} % train)"
     )
-    if row["overlong"] > 0.5:
-        print0(
-            f"step {row['step']}: {100 * row['overlong']:.0f} % of the responses reached --max-new {cfg.max_new} without an end"
-            " and teach nothing but brevity; raise --max-new"
-        )
-    if row["logprob_gap"] > 0.02:
-        print0(f"step {row['step']}: sampler and trainer disagree by {row['logprob_gap']:.3f} nats a token: they are not the same policy")
+    for name, strange, what in (
+        (
+            "overlong",
+            row["overlong"] > 0.5,
+            f"of the responses reached --max-new {cfg.max_new} and teach nothing but brevity; raise --max-new",
+        ),
+        ("ungraded", row["ungraded"] > 0.01, "of the answers made the grader give up (they count as wrong); look at samples.jsonl"),
+        (
+            "skipped",
+            row["skipped"],
+            "step without an update: all K rewards of every prompt are equal; take easier or harder problems, or a larger --k",
+        ),
+        ("logprob_gap", row["logprob_gap"] > 0.02, "nats a token between engine and trainer: nearly two policies; see --tis-cap"),
+        ("entropy", row["entropy"] < cfg.entropy_floor, "nats a token, below --entropy-floor; raise --temperature or --entropy-coef"),
+        ("kl", row["kl"] > cfg.kl_ceiling, "nats a response, beyond --kl-ceiling; lower --rl-lr, or raise --kl-coef"),
+    ):
+        if strange:
+            print0(f"step {row['step']}: {name} {float(row[name]):.3g} {what}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1213,8 +1709,8 @@ def mean_and_error(values: list[list[float]]) -> tuple[float, float]:
 
 def evaluate(engine, problems: list[dict], prompts: list[list[int]], samples: int, cfg: Config):
     """-> rollouts and their records, `samples` consecutive ones a problem."""
-    rollouts = engine.generate(prompts, samples, seed_for(cfg.seed, "eval"), cfg.max_new, cfg.eval_temperature)
-    return rollouts, judge(rollouts, problems, engine.tokenizer, cfg)
+    seeds = [seed_for(cfg.seed, "eval", i) for i in range(len(prompts))]
+    return roll_out(engine, problems, prompts, samples, seeds, cfg, cfg.eval_temperature)
 
 
 def thought_length(ids: list[int], tokenizer) -> int | None:
@@ -1239,7 +1735,7 @@ def cut_and_answer(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg:
     late = lambda r, n: len(r.ids) > budget or not r.finished if n is None else n > budget  # a thought without an end is always cut
     cut = [i for i, (r, n) in enumerate(zip(rollouts, lengths)) if late(r, n)]
     prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in cut]
-    answers = engine.generate(prompts, 1, seed_for(cfg.seed, "answer"), 32, temperature=0.0)
+    answers = engine.generate(prompts, 1, [0] * len(prompts), 32, temperature=0.0)
     ids = [r.ids for r in rollouts]
     for i, answer in zip(cut, answers):
         ids[i] = ids[i][:budget] + prefix + answer.ids
@@ -1260,7 +1756,7 @@ def run_eval(cfg: Config):
     results = []
     for path, name in zip(folders, names):
         model, tokenizer = load_policy(str(path), cfg)
-        engine = make_engine(model, tokenizer, cfg)
+        engine = make_engine(str(path), model, tokenizer, cfg)
         problems, prompts = encoded_tests(tokenizer, cfg)
         rollouts, records = evaluate(engine, problems, prompts, cfg.eval_samples, cfg)
         group = lambda values: [values[i : i + cfg.eval_samples] for i in range(0, len(values), cfg.eval_samples)]
@@ -1416,14 +1912,29 @@ CHOICES = dict(
     stage=tuple(STAGES),
     anchor=("ema", "fixed", "none"),
     loss_norm=("tokens", "responses"),
+    engine=("auto", "torch", "vllm"),
     dtype=("float32", "bfloat16"),
     device=("", "cpu", "cuda"),
 )
-MAY_BE_ZERO = {"seed", "sft_steps", "warmup", "min_p", "kl_coef", "ema_decay", "entropy_coef", "weight_decay", "eval_temperature"}
+MAY_BE_ZERO = {
+    "resume_from",
+    "tis_cap",
+    "entropy_floor",
+    "seed",
+    "sft_steps",
+    "warmup",
+    "min_p",
+    "kl_coef",
+    "ema_decay",
+    "entropy_coef",
+    "weight_decay",
+    "eval_temperature",
+}
 
 
 def check_config(cfg: Config):
     """Raise Misuse for values that make no sense."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
 
     def need(holds, name, what):
         if not holds:
@@ -1444,28 +1955,51 @@ def check_config(cfg: Config):
     need(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.budgets), "budgets", "must be whole numbers above 0, separated by commas")
     need("{problem}" in (cfg.prompt_template or "{problem}"), "prompt_template", "must contain {problem}")
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
-    need(cfg.prompts >= world(), "prompts", f"each of the {world()} ranks needs one at least")
-    need(cfg.sft_batch >= world(), "sft_batch", f"each of the {world()} ranks needs one at least")
+    need(cfg.vllm_tp == 1 or cfg.engine == "vllm", "vllm_tp", "only with --engine vllm")
+    need(ranks % cfg.vllm_tp == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
+    need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
+    need(cfg.prompts * cfg.k >= ranks, "prompts", f"each of the {ranks} ranks needs one response at least")
+    need(cfg.sft_batch >= ranks, "sft_batch", f"each of the {ranks} ranks needs one at least")
 
 
 def main(argv: list[str] | None = None) -> int:
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
+        cfg = parse_args(argv)
         if distributed:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        cfg = parse_args(argv)
         STAGES[cfg.stage](cfg)
         return 0
     except Stop as e:
-        print(f"t1.py{f', rank {rank()}' if world() > 1 else ''}: {e}", file=sys.stderr)
-        return e.code
+        return complain(str(e), e.code)
+    except (MemoryError, torch.OutOfMemoryError):
+        return complain("out of memory; lower --micro-tokens, --rollout-rows or --vllm-memory, or turn on --checkpointing", 1)
+    except OSError as e:
+        return complain(f"{e.filename or 'a file'}: {e.strerror or e}; the last whole checkpoint stands", 1)
+    except RuntimeError as e:
+        reason = str(e).strip().splitlines()[0]
+        if "memory" in reason and "alloc" in reason:
+            return complain(f"out of memory ({reason}); lower --micro-tokens or --rollout-rows, or turn on --checkpointing", 1)
+        if world() > 1 and any(word in str(e) for word in ("gloo", "NCCL", "Connection", "connection", "Broken pipe", "Timed out")):
+            return complain(f"lost contact with another rank ({reason}); the same command goes on from the last checkpoint", 1)
+        raise
     finally:
+        if "vllm" in sys.modules:  # its groups first: it would look for them at exit
+            sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def complain(message: str, code: int) -> int:
+    """One line on stderr, whatever the progress bar was doing."""
+    where = f", rank {rank()}" if world() > 1 else ""
+    sys.stderr.write(f"\nt1.py{where}: {message}\n" if sys.stderr.isatty() else f"t1.py{where}: {message}\n")
+    return code
 
 
 if __name__ == "__main__":
