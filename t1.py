@@ -39,10 +39,12 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -87,7 +89,7 @@ def knob(default, doc: str, paper: str = ""):
 class Config:
     """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds what the others change."""
 
-    stage: str = knob("", "sft | rl | eval")
+    stage: str = knob("", "sft | rl | eval | bench | plan")
     preset: str = knob("tiny", "tiny | glm4-9b | qwen2.5-14b | qwen2.5-32b")
     name: str = knob("", "name of the run's folder; empty: the preset's name")
     out: str = knob("runs", "folder that holds all runs")
@@ -156,6 +158,8 @@ class Config:
     eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy")
     answer_prefix: str = knob("</think>\\nThe answer is \\boxed{", "what closes a thought that is cut (\\n is a new line)", "not stated")
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets of the inference-scaling picture, tokens", "1024 to 16384")
+    # stage bench
+    bench_pairs: int = knob(5, "measured steps of each job; where TRL is installed each stands beside one of TRL's")
     # the embedded model
     tiny_layers: int = knob(3, "layers of the embedded model")
     tiny_width: int = knob(128, "hidden width of the embedded model")
@@ -185,8 +189,22 @@ PAPER = dict(
     eval_samples=32,
     budgets="1024,2048,4096,8192,16384",
 )
+BENCH = dict(  # the job of the bench: TRL's RLOOTrainer runs it, too
+    max_new=128,
+    temperature=1.0,
+    prompts=16,
+    k=16,
+    kl_coef=0.05,
+    ema_decay=0.99,
+    rl_lr=1e-4,
+    sft_lr=1e-4,
+    sft_batch=64,
+    tiny_layers=4,
+    tiny_width=256,
+)
 PRESETS = {
     "tiny": {},
+    "bench": BENCH,
     "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf"),
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
@@ -1869,10 +1887,211 @@ def save_figure(figure, path: Path, title: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Bench and plan
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def median_of(values) -> str:
+    digits = 2 if max(values) < 100 else 0
+    return f"{np.median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+
+
+class Stopwatch:
+    """CPU and wall seconds between marks."""
+
+    def __init__(self):
+        self.mark("", {})
+
+    def mark(self, name: str, seconds: dict):
+        now = np.array([time.process_time(), time.perf_counter()])
+        if name:
+            seconds[name] = now - self.last
+        self.last = now
+
+
+def bench_rl_step(step: int, problems: list[dict], policy, cfg: Config) -> dict:
+    """One step of RL as `run_rl` takes it -> seconds (CPU, wall) of each phase, and tokens. The reward compares strings."""
+    model, anchor, engine, optimizer, tokenizer = policy
+    watch, seconds = Stopwatch(), {}
+    prompts = [tokenizer(p["prompt"]).input_ids for p in problems]
+    seeds = [seed_for(cfg.seed, "bench", step, i) for i in range(len(prompts))]
+    rollouts = engine.generate(prompts, cfg.k, seeds, cfg.max_new, cfg.temperature)
+    watch.mark("rollout", seconds)
+    texts = tokenizer.batch_decode([r.ids for r in rollouts])
+    rewards = torch.tensor(bench_reward(texts, [p["answer"] for p in problems for _ in range(cfg.k)])).view(-1, cfg.k)
+    rows = [(r.prompt, r.ids) for r in rollouts]
+    anchored = response_logprobs(anchor, rows, cfg, cfg.temperature)
+    watch.mark("log-prob of the anchor", seconds)
+    kl = torch.tensor([sum(r.logprobs) - a.sum().item() for r, a in zip(rollouts, anchored)]).view(-1, cfg.k)
+    advantages, N = advantages_of(rewards, kl, cfg.kl_coef), sum(len(y) for _, y in rows)
+    accumulate_gradient(model, rows, advantages.flatten().tolist(), [1 / N] * len(rows), cfg, cfg.entropy_coef, cfg.temperature)
+    watch.mark("gradient", seconds)
+    update(model, optimizer, cfg.rl_lr, cfg)
+    ema_update_(anchor, model, cfg.ema_decay)
+    engine.load(model)
+    watch.mark("update", seconds)
+    return dict(seconds=seconds, tokens=N, total=sum(seconds.values()))
+
+
+def bench_reward(completions, answer, **unused) -> list[float]:
+    return [1.0 if c.strip().startswith(a) else 0.1 * (c[:1] == a[:1]) for c, a in zip(completions, answer)]
+
+
+def bench_sft_step(step: int, rows: list[Row], policy, cfg: Config) -> dict:
+    model, _, _, optimizer, _ = policy
+    watch, seconds = Stopwatch(), {}
+    batch = [rows[i] for i in batch_indices(len(rows), cfg.sft_batch, step, cfg.seed)]
+    N = sum(len(y) for _, y in batch)
+    accumulate_gradient(model, batch, [1.0] * len(batch), [1 / N] * len(batch), cfg)
+    update(model, optimizer, cfg.sft_lr, cfg)
+    watch.mark("sft", seconds)
+    return dict(seconds=seconds, tokens=N, total=seconds["sft"])
+
+
+def trl_beside(trainer, tokens: list, ours, pairs: int):
+    """Run a TRL trainer for `pairs` steps and one more to warm up; after each of its steps run ours(step) -> pairs of results."""
+    watch, results = Stopwatch(), []
+
+    class InTurn(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            watch.mark("", {})
+
+        def on_step_end(self, *args, **kwargs):
+            seconds = {}
+            watch.mark("all", seconds)
+            theirs = dict(total=seconds["all"], tokens=sum(tokens))
+            tokens.clear()
+            results.append((ours(len(results)), theirs))
+            watch.mark("", {})
+
+    trainer.add_callback(InTurn())
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return results[1:]
+
+
+def trl_trainers(folder: str, problems: list[dict], traces: list[dict], cfg: Config):
+    """TRL's RLOOTrainer and SFTTrainer (with packing) on the bench's jobs, and the lists in which they count the tokens they train on."""
+    import datasets
+    import trl
+
+    steps, B = cfg.bench_pairs + 1, cfg.prompts * cfg.k
+    micro = math.gcd(B, 64)
+    common = dict(
+        output_dir=folder + "/trl", lr_scheduler_type="constant", max_steps=steps, max_grad_norm=cfg.grad_clip, report_to=[], seed=0
+    )
+    common |= dict(save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, bf16=cfg.dtype == "bfloat16")
+    common |= dict(use_cpu=device_of(cfg).type == "cpu")
+    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rl = trl.RLOOConfig(
+        **common, per_device_train_batch_size=micro, gradient_accumulation_steps=B // micro, num_generations=cfg.k, beta=cfg.kl_coef,
+        max_completion_length=cfg.max_new, temperature=cfg.temperature, learning_rate=cfg.rl_lr, shuffle_dataset=False,
+        sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1 - cfg.ema_decay,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list(problems)
+    rloo = trl.RLOOTrainer(model=load(), args=rl, train_dataset=rows, reward_funcs=bench_reward, processing_class=tokenizer)
+    rl_tokens, generate = [], rloo._generate_single_turn
+
+    def counted_generate(*args, **kwargs):
+        ids = generate(*args, **kwargs)
+        rl_tokens.extend(map(len, ids))
+        return ids
+
+    rloo._generate_single_turn = counted_generate
+    packed = dict(packing=True, max_length=1024, per_device_train_batch_size=1, gradient_accumulation_steps=4, learning_rate=cfg.sft_lr)
+    rows = datasets.Dataset.from_list([{"prompt": t["problem"] + "\n", "completion": t["response"]} for t in traces])
+    sft = trl.SFTTrainer(model=load(), args=trl.SFTConfig(**common, **packed), train_dataset=rows, processing_class=tokenizer)
+    sft_tokens, loss = [], sft.compute_loss
+
+    def counted_loss(model, inputs, *args, **kwargs):
+        sft_tokens.append((inputs["labels"] != -100).sum().item())
+        return loss(model, inputs, *args, **kwargs)
+
+    sft.compute_loss = counted_loss
+    return (rloo, rl_tokens), (sft, sft_tokens)
+
+
+def run_bench(cfg: Config):
+    """Speed of rollout, log-prob, update and SFT on the embedded model with random weights; where TRL is installed, beside TRL's trainers.
+
+    Prompts are "a+b=". Up to 128 new tokens the model has one end token, so nearly all responses have the full length; above, one token in
+    64 is an end token: lengths differ, 64 on average. The same folder, prompts, K, lengths, type and threads for both sides, in turn.
+    """
+    rng = np.random.default_rng(cfg.seed)
+    sums = rng.integers(1, 1000, (cfg.prompts * (cfg.bench_pairs + 2), 2))
+    problems = [dict(prompt=f"{a}+{b}=", answer=str(a + b)) for a, b in sums.tolist()]
+    traces = data_prep.embedded_traces()[: 64 * 4 * (cfg.bench_pairs + 2)]
+    model, tokenizer = tiny_policy(cfg)
+    ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(20, 19 + ends)]
+    rows = [(prompt_ids(t["problem"], tokenizer, cfg), tokenizer(t["response"]).input_ids + [tokenizer.eos_token_id]) for t in traces]
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+        policy = [
+            model,
+            copy.deepcopy(model).requires_grad_(False),
+            make_engine(folder, model, tokenizer, cfg),
+            make_optimizer(model, cfg),
+            tokenizer,
+        ]
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print0(
+            f"bench: {size:.2f} M parameters, V {model.vocabulary}, {cfg.prompts} prompts x {cfg.k} samples, at most {cfg.max_new} new tokens, "
+            f"{cfg.dtype}, {torch.get_num_threads()} thread(s), {device_of(cfg)}, {cfg.bench_pairs} steps and one to warm up: median (min-max)"
+        )
+        rl_step = lambda step: bench_rl_step(step, problems[step * cfg.prompts : (step + 1) * cfg.prompts], policy, cfg)
+        sft_step = lambda step: bench_sft_step(step, rows, policy, cfg)
+        has_trl = importlib.util.find_spec("trl") is not None
+        if has_trl:
+            rl_step(0), sft_step(0)
+            memory = peak_memory()
+            trainers = trl_trainers(folder, problems, traces, cfg)
+            rl, sft = (trl_beside(*t, ours, cfg.bench_pairs) for t, ours in zip(trainers, (rl_step, sft_step)))
+        else:
+            rl, sft = ([(ours(step), None) for step in range(cfg.bench_pairs + 1)][1:] for ours in (rl_step, sft_step))
+            memory = peak_memory()
+    report_bench(rl, sft, memory)
+
+
+def run_plan(cfg: Config):
+    pass
+
+
+def peak_memory() -> float:
+    """GiB: the most that this process has held so far; on a GPU, of its memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def report_bench(rl: list, sft: list, memory: float):
+    """The bench's table."""
+    print0(f"{'phase':24} {'tokens per CPU second':>26} {'tokens per second':>26} {'share of a step':>16}")
+    for name in (*rl[0][0]["seconds"], "step", "sft"):
+        runs = [a for a, _ in (sft if name == "sft" else rl)]
+        seconds = [a["total"] if name in ("step", "sft") else a["seconds"][name] for a in runs]
+        cpu, wall = ([a["tokens"] / s[i] for a, s in zip(runs, seconds)] for i in range(2))
+        share = "" if name in ("step", "sft") else f"{100 * np.median([s[0] / a['total'][0] for a, s in zip(runs, seconds)]):.0f} %"
+        print0(f"{name:24} {median_of(cpu):>26} {median_of(wall):>26} {share:>16}")
+    print0(f"peak memory of the process {memory:.2f} GiB, {np.median([a['tokens'] for a, _ in rl]):,.0f} tokens a step of RL")
+    if rl[0][1] is None:
+        print0("TRL is not installed here: nothing to compare with (pip install trl==1.16.0)")
+        return
+    for name, pairs in (("RLOOTrainer", rl), ("SFTTrainer, packing", sft)):
+        for i, unit in enumerate(("CPU second", "second")):
+            mine, theirs = ([r["tokens"] / r["total"][i] for r in side] for side in zip(*pairs))
+            ratio = [a / b for a, b in zip(mine, theirs)]
+            print0(f"{name}: trained tokens per {unit} {median_of(mine)}, TRL {median_of(theirs)}, ratio {median_of(ratio)}")
+    print0(f"peak memory with TRL in the same process {peak_memory():.2f} GiB")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Main
 # ----------------------------------------------------------------------------------------------------------------------
 
-STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
+STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval, "bench": run_bench, "plan": run_plan}
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -1899,8 +2118,12 @@ def parse_args(argv: list[str] | None = None) -> Config:
             help=doc.replace("%", "%%"),
             **switch,
         )
+    for stage in ("bench", "plan"):
+        parser.add_argument(
+            f"--{stage}", dest="stage", action="store_const", const=stage, default=argparse.SUPPRESS, help=f"--stage {stage}"
+        )
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "tiny")
+    preset = given.get("preset", "bench" if given.get("stage") == "bench" else "tiny")
     if preset not in PRESETS:
         raise Misuse(f"--preset {preset!r}: there is no such preset; choose from {', '.join(PRESETS)}")
     cfg = Config(**{**PRESETS[preset], **given})
