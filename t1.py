@@ -1962,6 +1962,10 @@ def trl_beside(trainer, tokens: list, ours, pairs: int):
             theirs = dict(total=seconds["all"], tokens=sum(tokens))
             tokens.clear()
             results.append((ours(len(results)), theirs))
+            mine, trl = (r["tokens"] / r["total"][0] for r in results[-1])
+            print0(
+                f"{type(trainer).__name__} {len(results) - 1} of {pairs}: {mine:,.0f} and {trl:,.0f} tokens per CPU second, {mine / trl:.2f}"
+            )
             watch.mark("", {})
 
     trainer.add_callback(InTurn())
@@ -2055,10 +2059,6 @@ def run_bench(cfg: Config):
     report_bench(rl, sft, memory)
 
 
-def run_plan(cfg: Config):
-    pass
-
-
 def peak_memory() -> float:
     """GiB: the most that this process has held so far; on a GPU, of its memory."""
     if torch.cuda.is_available():
@@ -2085,6 +2085,86 @@ def report_bench(rl: list, sft: list, memory: float):
             ratio = [a / b for a, b in zip(mine, theirs)]
             print0(f"{name}: trained tokens per {unit} {median_of(mine)}, TRL {median_of(theirs)}, ratio {median_of(ratio)}")
     print0(f"peak memory with TRL in the same process {peak_memory():.2f} GiB")
+
+
+SHAPES = {  # hidden, layers, intermediate, heads, key-value heads, head width, vocabulary, is the head the embedding?
+    "glm-4-9b-hf": (4096, 40, 13696, 32, 2, 128, 151552, False),
+    "Qwen2.5-14B": (5120, 48, 13824, 40, 8, 128, 152064, False),
+    "Qwen2.5-32B": (5120, 64, 27648, 40, 8, 128, 152064, False),
+}
+VLLM_ROWS = 8  # rows of full context that the plan gives vLLM's cache room for
+
+
+def memory_plan(shape: tuple, gpus: int, context: int, micro_tokens: int, cfg: Config) -> dict[str, float]:
+    """Bytes on each device for one step of RL: what is held, and the most during the update and during the rollout.
+
+    `held` weights, AdamW and anchor are float32 shards over all ranks (`shard`); gradients too. In the update the layers at hand and the
+    root (embedding, last norm, head) are gathered in cfg.dtype. Activations are what autograd keeps: all layers', or with
+    checkpointing each layer's input and one layer's inside. Three moments compete: the head works on its chunks; the last layer's
+    backward runs (the head's gradient waits); the root's gradient is summed. A micro-batch holds at least one row, so `context` tokens.
+    """
+    D, layers, I, heads, kv_heads, width, V, tied = shape
+    Q, KV, s = heads * width, kv_heads * width, 2 if cfg.dtype == "bfloat16" else 4
+    layer = 2 * D * Q + 2 * D * KV + Q + 2 * KV + 3 * D * I + 2 * D  # parameters
+    root = V * D * (1 if tied else 2) + D
+    parameters, n, sharded = layers * layer + root, max(context, micro_tokens), gpus > 1
+    shard_bytes = 4 * parameters / gpus
+    policy = 0 if cfg.offload_optimizer and sharded else shard_bytes
+    plan = dict(parameters=parameters, weights=policy, gradients=policy, optimizer=2 * policy)
+    plan["anchor"] = 0 if cfg.anchor == "none" or cfg.offload_anchor and sharded else shard_bytes
+    plan["gathered"] = s * (2 * layer + root) + (s + 4) * layer if sharded else 2 * parameters * (s == 2)  # one rank: autocast's copies
+
+    inside = n * (2 * D * (4 + 2 * s) + s * (3 * Q + 2 * KV + 4 * I) + 4 * heads)  # norms in float32; q, k, v, output; gate, up, product
+    last_norm = n * D * (4 + s)
+    kept = layers * (n * s * D if cfg.checkpointing else inside) + last_norm + 12 * n * width  # and the rotary tables
+    head = (s if sharded else 4) * V * D  # the gradient that waits for the root's
+    chunks = 2 * 4 * V * min(head_chunk(V, "cuda" if sharded else cfg.device or "cpu"), n)
+    backward = 2 * s * n * I + 4 * D * I + (inside - last_norm + n * s * D if cfg.checkpointing else 0)
+    plan |= dict(activations=kept, head_gradient=4 * V * D, head_chunks=chunks + 2 * s * n * D, backward=backward)
+    root_sum = (s + 4) * root if sharded else 2 * 4 * V * D
+    held = plan["weights"] + plan["optimizer"] + plan["anchor"]
+    moments = (kept + 4 * V * D + chunks + 2 * s * n * D, kept + head + backward, root_sum)
+    plan["update"] = held + plan["gradients"] + plan["gathered"] + max(moments)
+    plan["vllm"] = 2 * parameters / cfg.vllm_tp + VLLM_ROWS * context * 2 * 2 * layers * KV / min(cfg.vllm_tp, kv_heads)
+    plan["rollout"] = held + plan["vllm"]  # vLLM sleeps during the update
+    return plan
+
+
+def shape_of(config) -> tuple:
+    """The row of SHAPES of a model's config."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.num_attention_heads, kv_heads, width
+    return *sizes, config.vocab_size, config.tie_word_embeddings
+
+
+def run_plan(cfg: Config):
+    """GPUs x context x micro-batch -> GiB per GPU, for the presets' models or the folder given as --model."""
+    shapes = SHAPES
+    if cfg.model != PRESETS[cfg.preset].get("model", ""):
+        try:
+            shapes = {cfg.model: shape_of(transformers.AutoConfig.from_pretrained(cfg.model, local_files_only=True))}
+        except (OSError, ValueError, AttributeError) as e:
+            raise Misuse(f"--model {cfg.model}: no config.json of a causal LM that can be planned for ({str(e).splitlines()[0]})")
+    on = lambda name: f"{name} {'on' if getattr(cfg, name) else 'off'}"
+    print0(
+        f"{cfg.dtype}, {on('checkpointing')}, {on('offload_optimizer')}, {on('offload_anchor')}, anchor {cfg.anchor}, vllm_tp {cfg.vllm_tp}"
+    )
+    print0(
+        f"GiB per GPU, computed. `rollout` has vLLM's weights and a cache of {VLLM_ROWS} rows of full context. A card is said to fit where"
+    )
+    print0("90 % of it is enough: the rest is for CUDA, NCCL and fragmentation.")
+    columns = ("weights", "optimizer", "anchor", "gathered", "activations", "update", "vllm", "rollout")
+    print0(f"{'model':14} {'GPUs':>4} {'context':>8} {'micro':>7} " + " ".join(f"{c:>11}" for c in columns) + "  fits")
+    for name, shape in shapes.items():
+        for gpus in (8, 16, 32, 64):
+            for context in (4096, cfg.max_prompt + cfg.max_new, 32768):
+                for micro in dict.fromkeys((context, max(context, cfg.micro_tokens))):
+                    plan = memory_plan(shape, gpus, context, micro, cfg)
+                    need = max(plan["update"], plan["rollout"])
+                    fits = next((f"{card} GB" for card in (80, 141) if need <= 0.9e9 * card), "no")
+                    cells = " ".join(f"{plan[c] / 2**30:11.1f}" for c in columns)
+                    print0(f"{Path(name).name:14} {gpus:4} {context:8,} {micro:7,} {cells}  {fits}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2123,10 +2203,10 @@ def parse_args(argv: list[str] | None = None) -> Config:
             f"--{stage}", dest="stage", action="store_const", const=stage, default=argparse.SUPPRESS, help=f"--stage {stage}"
         )
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "bench" if given.get("stage") == "bench" else "tiny")
+    preset = given.get("preset", {"bench": "bench", "plan": "qwen2.5-14b"}.get(given.get("stage"), "tiny"))
     if preset not in PRESETS:
         raise Misuse(f"--preset {preset!r}: there is no such preset; choose from {', '.join(PRESETS)}")
-    cfg = Config(**{**PRESETS[preset], **given})
+    cfg = Config(**{**PRESETS[preset], "preset": preset, **given})
     check_config(cfg)
     return cfg
 
@@ -2178,8 +2258,9 @@ def check_config(cfg: Config):
     need(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.budgets), "budgets", "must be whole numbers above 0, separated by commas")
     need("{problem}" in (cfg.prompt_template or "{problem}"), "prompt_template", "must contain {problem}")
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
-    need(cfg.vllm_tp == 1 or cfg.engine == "vllm", "vllm_tp", "only with --engine vllm")
-    need(ranks % cfg.vllm_tp == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
+    planned = cfg.stage == "plan"  # for ranks that are not here
+    need(cfg.vllm_tp == 1 or cfg.engine == "vllm" or planned, "vllm_tp", "only with --engine vllm")
+    need(ranks % cfg.vllm_tp == 0 or planned, "vllm_tp", f"must divide the number of ranks, {ranks}")
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
     need(cfg.prompts * cfg.k >= ranks, "prompts", f"each of the {ranks} ranks needs one response at least")
     need(cfg.sft_batch >= ranks, "sft_batch", f"each of the {ranks} ranks needs one at least")
