@@ -4,6 +4,8 @@
     torchrun t1.py --stage rl                       reinforcement learning from the SFT checkpoint
     torchrun t1.py --stage eval                     pass@1 and accuracy against thinking budget, one curve per checkpoint
     torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b ...        FSDP2 over 8 GPUs, rollouts by vLLM, the paper's values
+    python t1.py --bench                            tokens/s and memory, beside TRL's trainers where TRL is installed
+    python t1.py --plan                             GPUs x context x micro-batch -> memory per GPU
     python t1.py --help                             every field of Config: unit, default, the paper's value
 
 T1 as a difference from GRPO:
@@ -20,7 +22,7 @@ Letters: P prompts per step, K samples per prompt, B = P*K rows, T positions, N 
 ranks, V vocabulary, D hidden width. Per-response tensors are (P, K), packed token tensors (N,).
 
 Order of sections: Config - helpers - model and tokenizer - mathematics - packed forward and update - rollouts - rewards -
-checkpoints - SFT - RL - evaluation and inference scaling - pictures - main.
+checkpoints - SFT - RL - evaluation and inference scaling - pictures - bench and plan - main.
 
 One process holds the whole model. Under torchrun with several the model is sharded by FSDP2 (`shard`), and every rank runs this same
 file: all of them know the whole batch, each works on its share (`deal`), and the sums over ranks are those of one process.
@@ -393,7 +395,7 @@ class FastLinear(torch.nn.Linear):
 
 def use_fast_linears(model):
     """On CPUs with AVX-512: every torch.nn.Linear of the model becomes a FastLinear."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
         for module in model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = FastLinear
@@ -608,19 +610,12 @@ def penalised_reward(right: bool, pattern: str | None, penalties: bool = True) -
     return -1.0 if pattern and penalties else float(right)
 
 
-def log_softmax_min_p(z: torch.Tensor, min_p: float, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """(n, V) logits -> log-probs; with min_p, those below min_p times the largest are -inf and the rest renormalised.
-
-    `keep` (n,): ids that stay in the support in any case: a sampled token whose probability stands at the very edge
-    may fall on the other side when it is computed again.
-    """
+def log_softmax_min_p(z: torch.Tensor, min_p: float) -> torch.Tensor:
+    """(n, V) logits -> log-probs; with min_p, those below min_p times the largest are -inf and the rest renormalised."""
     logp = z.log_softmax(-1)
     if min_p <= 0:
         return logp
-    drop = logp < logp.amax(-1, keepdim=True) + math.log(min_p)
-    if keep is not None:
-        drop.scatter_(1, keep[:, None], False)
-    return logp.masked_fill(drop, -math.inf).log_softmax(-1)
+    return logp.masked_fill(logp < logp.amax(-1, keepdim=True) + math.log(min_p), -math.inf).log_softmax(-1)
 
 
 def head_chunk(vocabulary: int, device) -> int:
@@ -2022,6 +2017,8 @@ def run_bench(cfg: Config):
     Prompts are "a+b=". Up to 128 new tokens the model has one end token, so nearly all responses have the full length; above, one token in
     64 is an end token: lengths differ, 64 on average. The same folder, prompts, K, lengths, type and threads for both sides, in turn.
     """
+    if world() > 1:
+        raise Misuse("--bench measures one process: python t1.py --bench")
     rng = np.random.default_rng(cfg.seed)
     sums = rng.integers(1, 1000, (cfg.prompts * (cfg.bench_pairs + 2), 2))
     problems = [dict(prompt=f"{a}+{b}=", answer=str(a + b)) for a, b in sums.tolist()]

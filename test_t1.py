@@ -156,8 +156,8 @@ def test_head_gradcheck(temperature, min_p):
 def test_min_p_keeps_a_sampled_token_at_the_edge_of_the_support():
     logits = torch.tensor([[0.0, math.log(0.1) - 1e-6, -9.0]])
     assert t1.log_softmax_min_p(logits, 0.1)[0, 1] == -math.inf
-    kept = t1.log_softmax_min_p(logits, 0.1, torch.tensor([1]))
-    assert torch.allclose(kept[0, :2].exp(), torch.tensor([10 / 11, 1 / 11]), atol=1e-5) and kept[0, 2] == -math.inf
+    logprob, entropy = t1.token_logprobs_and_entropy(torch.ones(1, 1), logits.T, torch.tensor([1]), min_p=0.1)
+    assert logprob.exp().item() == pytest.approx(1 / 11, abs=1e-5) and entropy.item() == pytest.approx(math.log(11) - 10 / 11 * math.log(10), abs=1e-4)
 
 
 def test_bfloat16_head_keeps_float32_results():
