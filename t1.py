@@ -624,27 +624,25 @@ def head_chunk(vocabulary: int, device) -> int:
 
 
 def _head_chunk(hidden, lm_head, targets, temperature, min_p):
-    """One chunk of the head: (c, D) -> logits z (c, V); their softmax p (c, V), not yet divided by its sum; that sum, log-sum-exp of z,
-    log-prob of the target and entropy, (c,) each, in float32 at least. On the min-p support p is 0 outside, and z is left as it is."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    z = (hidden @ lm_head.T).to(wide)
+    """One chunk of the head: (c, D) -> logits z (c, V), the largest of each row at 0; p = exp(z) (c, V), 0 outside the min-p support;
+    (c,) each, in float32 at least: the log of p's sum, log-prob of the target, entropy."""
+    z = (hidden @ lm_head.T).to(torch.promote_types(hidden.dtype, torch.float32))
     if temperature != 1:
         z.div_(temperature)
-    top = z.amax(-1, keepdim=True)
-    p = (z - top).exp_()
-    if min_p > 0:  # the largest p is 1. The target stays: at the very edge it may fall on the other side than when it was sampled
+    p = z.sub_(z.amax(-1, keepdim=True)).exp()
+    if min_p > 0:  # the target stays: at the very edge it may fall on the other side than when it was sampled
         mine = p.gather(1, targets[:, None])
         F.threshold_(p, min_p, 0.0).scatter_(1, targets[:, None], mine)
     total = p.sum(-1)
-    lse = total.log() + top[:, 0]
+    lse = total.log()
     logprob = z.gather(1, targets[:, None])[:, 0] - lse
     entropy = lse - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0] / total  # -sum p log p, without a third buffer
-    return z, p, total, lse, logprob, entropy
+    return z, p, lse, logprob, entropy
 
 
-def _head_chunk_grad(z, p, total, lse, entropy, targets, a, b, temperature):
+def _head_chunk_grad(z, p, lse, entropy, targets, a, b, temperature):
     """d(a log p(target) + b H)/d logits, written over `z`: a (onehot - p) - b p (log p + H), divided by T. (c, V)"""
-    scale = 1 / (total * temperature)
+    scale = (-lse).exp() / temperature  # p is not yet divided by its sum
     z.mul_((-b * scale)[:, None]).add_(((b * (lse - entropy) - a) * scale)[:, None]).mul_(p)
     return z.scatter_add_(1, targets[:, None], (a / temperature)[:, None].to(z.dtype))
 
@@ -658,9 +656,9 @@ def _head_backward(hidden, lm_head, targets, a, b, temperature, min_p, chunk, be
     for i in range(0, len(targets), chunk):
         s = slice(i, i + chunk)
         h = hidden[s].to(lm_head.dtype)
-        z, p, total, lse, stats[0, s], stats[1, s] = _head_chunk(h, lm_head, targets[s], temperature, min_p)
+        z, p, lse, stats[0, s], stats[1, s] = _head_chunk(h, lm_head, targets[s], temperature, min_p)
         weight = (stats[0, s] - behaviour[s]).exp().clamp(max=tis_cap) if tis_cap and behaviour is not None else 1.0
-        g = _head_chunk_grad(z, p, total, lse, stats[1, s], targets[s], a[s] * weight, b[s], temperature)  # (c, V)
+        g = _head_chunk_grad(z, p, lse, stats[1, s], targets[s], a[s] * weight, b[s], temperature)  # (c, V)
         del p
         grad_hidden[s] = g.to(h.dtype) @ lm_head
         grad_head.addmm_(g.T, h.to(grad_head.dtype))
