@@ -1135,8 +1135,8 @@ class EngineModel:
 
     def generate(self, prompts: list[str], n: int) -> list[list[str]]:
         ids = [self.t1.prompt_ids(prompt, self.tokenizer, self.cfg) for prompt in prompts]
-        seed = self.t1.seed_for(self.args.seed, *prompts)  # by content: a resumed run samples what the whole one would
-        rollouts = self.engine.generate(ids, n, seed, self.args.max_tokens, self.args.temperature)
+        seeds = [self.t1.seed_for(self.args.seed, prompt) for prompt in prompts]  # by content: a resumed run samples what the whole one would
+        rollouts = self.engine.generate(ids, n, seeds, self.args.max_tokens, self.args.temperature)
         texts = [self.tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
         return [texts[i * n : (i + 1) * n] for i in range(len(prompts))]
 

@@ -121,8 +121,8 @@ class Config:
     weight_decay: float = knob(0.0, "AdamW's weight decay", "0.1 in the authors' later code")
     warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
     # checkpoints
-    keep: int = knob(1, "how many of the last checkpoints stay ...")
-    keep_every: int = knob(18, "... and those whose step is a multiple of this")
+    keep: int = knob(10, "how many of the last checkpoints stay ...")
+    keep_every: int = knob(0, "... besides those whose step is a multiple of this; 0: none besides")
     # stage sft
     sft_lr: float = knob(1.5e-3, "peak learning rate of SFT", "1e-5")
     sft_epochs: int = knob(3, "passes over the traces", "3")
@@ -1456,7 +1456,7 @@ class RunFolder:
         beside.rename(final)
         sync(self.path)
         for old in checkpoints(self.path)[: -self.cfg.keep]:
-            if int(old.name[11:]) % self.cfg.keep_every:
+            if not self.cfg.keep_every or int(old.name[11:]) % self.cfg.keep_every:
                 shutil.rmtree(old.rename(self.path / f"partial-{old.name[11:]}"))
 
     def unwritten(self, e: Exception, beside: Path) -> Stop:
@@ -1485,7 +1485,9 @@ class RunFolder:
                 reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
                 error = Misuse(f"{source}: its trainer state cannot be read ({reason}); remove that folder to go on from the one before")
             agree(error)
-            print0(f"going on from {source}")
+            ranks = json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("world_size")
+            other = f"; the run began on {ranks} ranks, here are {world()}: the same up to the order of sums" if ranks != world() else ""
+            print0(f"going on from {source}{other}")
         for name in self.logs if rank() == 0 else ():
             if (found / name).exists():
                 rows = [row for row in self.read(name, found) if row["step"] < step]
@@ -2215,6 +2217,7 @@ CHOICES = dict(
     device=("", "cpu", "cuda"),
 )
 MAY_BE_ZERO = {
+    "keep_every",
     "resume_from",
     "tis_cap",
     "entropy_floor",
@@ -2279,7 +2282,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, torch.OutOfMemoryError):
         return complain("out of memory; lower --micro-tokens, --rollout-rows or --vllm-memory, or turn on --checkpointing", 1)
     except OSError as e:
-        return complain(f"{e.filename or 'a file'}: {e.strerror or e}; the last whole checkpoint stands", 1)
+        return complain(f"{e.filename or 'a file'}: {e.strerror or e}; the same command goes on from the last whole checkpoint", 1)
     except RuntimeError as e:
         reason = str(e).strip().splitlines()[0]
         if "memory" in reason and "alloc" in reason:
@@ -2295,9 +2298,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def complain(message: str, code: int) -> int:
-    """One line on stderr, whatever the progress bar was doing."""
-    where = f", rank {rank()}" if world() > 1 else ""
-    sys.stderr.write(f"\nt1.py{where}: {message}\n" if sys.stderr.isatty() else f"t1.py{where}: {message}\n")
+    """One line on stderr; with several ranks on a line of its own, whatever the progress bar of rank 0 was doing."""
+    print(f"\nt1.py, rank {rank()}: {message}" if world() > 1 else f"t1.py: {message}", file=sys.stderr)
     return code
 
 

