@@ -219,6 +219,14 @@ def test_head_memory_is_two_chunk_buffers_and_the_gradients(dtype, min_p):
     assert 2 * 4 * chunk * V < live.peak - before < 1.15 * bound
 
 
+def test_a_common_offset_of_the_logits_costs_no_precision():
+    torch.manual_seed(9)
+    hidden, head = torch.randn(6, 5), torch.randn(50, 5)
+    offset = lambda c: (torch.cat([hidden, torch.full((6, 1), c)], 1), torch.cat([head, torch.ones(50, 1)], 1), torch.arange(6))
+    for a, b in zip(t1.token_logprobs_and_entropy(*offset(0.0)), t1.token_logprobs_and_entropy(*offset(256.0))):
+        assert torch.allclose(a, b, atol=1e-4)  # 256 itself leaves the logits an error of 2e-5
+
+
 def test_head_chunk_follows_from_the_vocabulary():
     assert t1.head_chunk(151_936, "cpu") == 220 and 4 * 151_936 * 220 <= 2**27
     assert t1.head_chunk(473, "cpu") > 65_536 and t1.head_chunk(151_936, "cuda") == 1766 and t1.head_chunk(2**40, "cpu") == 1
