@@ -1435,7 +1435,7 @@ class RunFolder:
         try:
             writer = dcp.HuggingFaceStorageWriter(str(beside / "trainer"), save_distributed=True)  # safetensors: nothing is unpickled
             dcp.save(trainer_state(model, optimizer, anchor), storage_writer=writer)
-        except Exception as e:
+        except (Exception, dcp.CheckpointException) as e:
             error = self.unwritten(e, beside)
         agree(error)
         try:
@@ -1481,7 +1481,7 @@ class RunFolder:
             state = trainer_state(model, optimizer, anchor)
             try:
                 dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(Path(source) / "trainer")))
-            except Exception as e:
+            except (Exception, dcp.CheckpointException) as e:
                 reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
                 error = Misuse(f"{source}: its trainer state cannot be read ({reason}); remove that folder to go on from the one before")
             agree(error)
