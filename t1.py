@@ -73,6 +73,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -364,13 +365,17 @@ def read_json(path: Path, text: str | None = None) -> dict:
 def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused):
     """The attention of every forward in this file, registered with transformers as "t1"; no mask is ever built.
 
-    q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh) with `pack`: rows of different lengths stand end to end; they are laid out as (B, T),
-    attend causally, and are packed again. Without `pack`: q (B, Hq, 1, Dh) against a cache (decoding), or one
-    block from position 0 (prefill). Key-value heads are never repeated.
+    q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh) with `pack`: rows of different lengths stand end to end and attend causally, each to itself:
+    on a GPU in bfloat16 by flash attention's form for such rows, elsewhere laid out as (B, T) and packed again. Without `pack`:
+    q (B, Hq, 1, Dh) against a cache (decoding), or one block from position 0 (prefill). Key-value heads are never repeated.
     """
     if pack is not None:
-        to_grid, to_packed, shape = pack
-        q, k, v = (x[0].transpose(0, 1).index_select(0, to_grid).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, Dh)
+        to_grid, to_packed, shape, ends = pack
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh)
+        if q.is_cuda and torch.is_autocast_enabled("cuda"):
+            q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+            return varlen_attn(q, k, v, ends, ends, shape[1], shape[1], scale=scaling, window_size=(-1, 0), enable_gqa=True)[None], None
+        q, k, v = (x.index_select(0, to_grid).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, Dh)
     heads, kv_heads = q.shape[1], k.shape[1]
     if pack is None and q.shape[2] == 1:  # the heads of a group are one block of queries: exact, since each sees the whole cache
         out = F.scaled_dot_product_attention(q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, scale=scaling)
@@ -490,18 +495,19 @@ def check_forward(model, folder: str, cfg: Config):
     if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
         raise Misuse(f"{folder}: its attention has a sliding window, which is not supported")
     row = [1 + i % (model.vocabulary - 1) for i in range(33)]
-    (ours,) = response_logprobs(model, [(row[:1], row[1:])], dataclasses.replace(cfg, dtype="float32"))
     model.set_attn_implementation("eager")
     ids = torch.tensor([row], device=model.device)
-    logp = model(ids).logits[0, :-1, : model.vocabulary].float().log_softmax(-1)
+    theirs = model(ids).logits[0, :-1, : model.vocabulary].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
     model.set_attn_implementation("t1")
-    if not ours.isfinite().all():
-        raise Misuse(f"{folder}: its weights give log-probs that are not finite; they are damaged")
-    gap = (logp.gather(1, ids[0, 1:, None])[:, 0].cpu() - ours).abs().max().item()
-    if not gap < 1e-2:
-        raise Misuse(
-            f"{folder}: a {model.config.model_type} model computes its log-probs in a way that is not supported (off by {gap:.2g} nats)"
-        )
+    for dtype, limit in {"float32": 1e-2, cfg.dtype: 1e-2 if cfg.dtype == "float32" else 0.5}.items():
+        (ours,) = response_logprobs(model, [(row[:1], row[1:])], dataclasses.replace(cfg, dtype=dtype))
+        if not ours.isfinite().all():
+            raise Misuse(f"{folder}: its weights give log-probs that are not finite; they are damaged")
+        gap = (theirs - ours).abs().max().item()
+        if not gap < limit:
+            raise Misuse(
+                f"{folder}: a {model.config.model_type} model computes its log-probs in a way that is not supported (off by {gap:.2g} nats)"
+            )
 
 
 def backbone(model):
@@ -846,7 +852,7 @@ def response_hidden(model, rows: list[Row], cfg: Config):
             input_ids=ids[None],
             position_ids=tensor(position)[None],
             use_cache=False,
-            pack=(tensor(to_grid), tensor(to_packed), (len(rows), T)),
+            pack=(tensor(to_grid), tensor(to_packed), (len(rows), T), tensor(np.cumsum([0, *lengths]).astype(np.int32))),
         )
     return out.last_hidden_state[0].index_select(0, tensor(predict)), tensor(np.concatenate([np.array(y, dtype=np.int64) for _, y in rows]))
 
@@ -1829,8 +1835,8 @@ def fingerprint(model, problems, prompts, samples: int, cfg: Config) -> str:
     """Names a set of responses by what it depends on: problems, settings, and a sample of every weight tensor."""
     settings = [getattr(cfg, f) for f in ("seed", "max_new", "eval_temperature", "rollout_rows", "dtype")]
     digest = hashlib.blake2b(repr((settings, samples, prompts, [p["answer"] for p in problems])).encode(), digest_size=8)
-    for p in model.parameters():
-        digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    for _, w in full_weights(model):
+        digest.update(w.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -2006,16 +2012,19 @@ def run_eval(cfg: Config):
     names = names if len(set(names)) == len(names) else folders
     tests = test_sets(cfg)
     answer_model, answer_tokenizer = load_policy(cfg.answer_model, cfg) if cfg.answer_model else (None, None)
-    folder = base / "eval"
+    folder, engine = base / "eval", None
     results = []
     for path, name in zip(folders, names):
-        model, tokenizer = load_policy(path, cfg)
+        whole, tokenizer = load_whole(path, cfg)
+        model = shard(whole, cfg)
         if answer_model and answer_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise Misuse(
                 f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}, and a thought is handed over as token ids"
             )
-        engine = make_engine(path, model, tokenizer, cfg)
-        answerer = make_engine(cfg.answer_model, answer_model, tokenizer, cfg) if answer_model else engine
+        if engine is None:
+            engine = make_engine(path, model, tokenizer, cfg)
+            answerer = make_engine(cfg.answer_model, answer_model, tokenizer, cfg) if answer_model else engine
+        engine.load(model)
         for test in tests:
             encode_prompts(test[1], tokenizer, cfg)  # a prompt that is too long is said before anything is written
         start_log(folder)
