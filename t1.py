@@ -2270,26 +2270,31 @@ def draw_results(folder: Path):
     tests = list(dict.fromkeys(c.get("test") for c in everything))
     for test in tests if rank() == 0 else ():
         results = [c for c in everything if c.get("test") == test]
-        ways = {}
-        for label, name in (("cut at a budget", "scaling"), ("forced to a budget", "forced"), ("majority of k", "parallel")):
-            if results[-1].get(name) and "forced" in results[-1]:
-                ways[label] = [(point[3], *point[1:3]) for point in results[-1][name]]
+        last, ways = results[-1], {}
+        if last.get("forced"):
+            most = last["parallel"][-1][0]
+            ways = {
+                "cut at a budget": "scaling",
+                "forced to a budget (1 sample)": "forced",
+                f"majority of k (of {most} samples)": "parallel",
+            }
         figure, axes = pyplot_figure(1, 1 + bool(ways))
         for i, result in enumerate(results):
             shade = str(0.65 * (1 - i / max(1, len(results) - 1))) if len(results) > 1 else "black"
             draw_points(axes[0], [point[:3] for point in result["scaling"]], label=result["name"], color=shade, **STYLES[i % 8])
-        for i, (label, points) in enumerate(ways.items()):
+        for i, (label, name) in enumerate(ways.items()):
+            points = [(tokens, value, error) for _, value, error, tokens in last[name]]
             draw_points(axes[1], points, label=label, color=("0", "0.35", "0.55")[i], **STYLES[i])
-            if label == "majority of k":
-                for (k, *_), (tokens, value, _) in zip(results[-1]["parallel"], points):
-                    axes[1].annotate(f"k={k}", (tokens, 100 * value), (3, -10), textcoords="offset points", fontsize=7)
-        axes[0].set_xticks([p[0] for p in results[-1]["scaling"]], [p[0] for p in results[-1]["scaling"]])
+        for k, value, _, tokens in last["parallel"] if ways else ():
+            axes[1].annotate(f"k={k}", (tokens, 100 * value), (3, -10), textcoords="offset points", fontsize=7)
+        axes[0].set_xticks([p[0] for p in last["scaling"]], [p[0] for p in last["scaling"]])
         axes[0].set_xlabel("thinking budget (tokens)")
+        axes[0].set_ylabel("pass@1 (%)")
         axes[0].legend(fontsize=8, title="checkpoint")
         if ways:
             axes[1].set_xlabel("tokens spent per problem")
-            axes[1].legend(fontsize=8, title=results[-1]["name"])
-        one = {**content, **results[-1]}
+            axes[1].legend(fontsize=8, title=last["name"])
+        one = content | last
         title = f"{one['problems']} problems x {one['samples']} samples ({test or one['test']}), T = {one['temperature']}, seed {one['seed']}; bars: standard error over problems"
         save_figure(figure, folder / f"inference_scaling{f'-{test}' * (len(tests) > 1)}.png", title)
 
