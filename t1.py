@@ -35,7 +35,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -49,7 +48,6 @@ import sys
 import time
 import unicodedata
 import warnings
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +74,7 @@ from tqdm import tqdm
 
 import data_prep
 import verify
+from data_prep import Misuse, Stop
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every knob, with unit, default and the paper's value; `--help` is made from it
@@ -100,8 +99,8 @@ class Config:
     model: str = knob(
         "", "folder or hub name of a causal LM; empty: for sft the embedded model (tiny), for rl the run's last SFT checkpoint"
     )
-    data: str = knob("", "JSONL of traces (sft) or problems (rl); empty: the embedded ones")
-    test: str = knob("", "JSONL of problems to evaluate on; empty: the embedded test set")
+    data: str = knob("", "traces (sft) or problems (rl): .jsonl, .jsonl.gz, .parquet or a folder of them; empty: the embedded ones")
+    test: str = knob("", "problems to evaluate on, as --data takes them; empty: the embedded test set")
     resume_from: int = knob(
         0, "branch: go on from checkpoint-N of run NAME in a new folder NAME-from-N, with other values if you like; 0: off"
     )
@@ -205,18 +204,6 @@ PRESETS = {
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
 }
-
-
-class Stop(Exception):
-    """The run cannot go on: one line that says what, where, and what to do. Exit code 1."""
-
-    code = 1
-
-
-class Misuse(Stop):
-    """Something the user gave is wrong. Exit code 2."""
-
-    code = 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,15 +325,8 @@ def sync(path: Path):
 
 def read_log(path: Path) -> list[dict]:
     """The rows of a JSONL log; a last line that a kill cut off does not count."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [read_json(path, line) for line in lines]
-
-
-def read_json(path: Path, text: str | None = None) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8") if text is None else text))
-    except (ValueError, TypeError, RecursionError, OSError):
-        raise Misuse(f"{path}: damaged or not there; remove it, or choose another --name")
+    lines = data_prep.json_lines(path) if os.path.lexists(path) else []
+    return [data_prep.parse(where, line) for where, line in lines if line.endswith(b"\n")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,26 +357,56 @@ def load_policy(folder: str, cfg: Config, device=None):
     """-> a causal LM in float32 on `device` (the run's by default), with `attention` as its attention, and its tokenizer. Misuse if anything is amiss."""
     transformers.AttentionInterface.register("t1", attention)
     try:
-        if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
-            raise FileNotFoundError("there is no such folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        check_folder(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model, info = load(folder, dtype=torch.float32, attn_implementation="t1", output_loading_info=True)
-    except Exception as e:  # whatever a damaged folder makes the libraries raise, the user is told in one line
+        model, info = load(folder, dtype=torch.float32, attn_implementation="t1", output_loading_info=True, trust_remote_code=False)
+        if info["missing_keys"]:
+            raise Misuse(f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {sorted(info['missing_keys'])[0]}")
+        return ready(model, tokenizer, folder, cfg, device), tokenizer
+    except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
+        raise
+    except BaseException as e:  # whatever a damaged folder makes the libraries raise (a panic of their Rust code is no Exception)
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise Misuse(f"{folder}: no model that can be loaded ({reason}); give a folder with config, weights and tokenizer, or a hub name")
-    if info["missing_keys"]:
-        raise Misuse(f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {sorted(info['missing_keys'])[0]}")
-    if not tokenizer("1 + 1").input_ids or tokenizer.eos_token_id is None:
-        raise Misuse(
-            f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
-        )
-    return ready(model, tokenizer, folder, cfg, device), tokenizer
+
+
+def check_folder(folder: str):
+    """What the libraries would wait for, or work on without an end, in a folder that is no model's."""
+    path = Path(folder)
+    if not path.is_dir():
+        if folder.startswith((".", "/", "~")):
+            raise FileNotFoundError("there is no such folder")
+        return  # the name of a model on the hub
+    odd = next((p.name for p in path.iterdir() if not (p.is_file() or p.is_dir())), None)
+    if odd:
+        raise Misuse(f"{folder}: {odd} is not an ordinary file")
+    if (path / "generation_config.json").exists():  # the library takes a damaged one for none, and its end tokens would be lost
+        data_prep.read_json(path / "generation_config.json")
+    for key, value in data_prep.read_json(path / "config.json").items():
+        if isinstance(value, int) and value > (LARGEST_COUNT if key.startswith(("num_", "n_")) else LARGEST_SIZE):
+            raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
+
+
+LARGEST_COUNT, LARGEST_SIZE = 4096, 1 << 27  # of layers, heads or experts; of any other number in a config.json
 
 
 def ready(model, tokenizer, folder: str, cfg: Config, device=None):
     """A loaded or fresh model on its device, after the last checks."""
-    model.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings)
+    rows = model.get_input_embeddings().num_embeddings
+    words = tokenizer.get_vocab()
+    if not prompt_ids("1 + 1", tokenizer, cfg) or tokenizer.eos_token_id is None:
+        raise Misuse(
+            f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
+        )
+    padding = lambda word: word == tokenizer.pad_token and re.fullmatch(r"<.+>|\[.+\]", word)  # never written nor read here
+    beyond = sorted((i, word) for word, i in words.items() if i >= rows and not padding(word))
+    ends = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id] + (ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if beyond or not all(isinstance(i, int) and 0 <= i < rows for i in ends):
+        what = f"token {beyond[0][1]!r} has number {beyond[0][0]}" if beyond else f"the end tokens are {ends}"
+        raise Misuse(f"{folder}: the model has {rows} tokens, but {what}; tokenizer and model do not belong together")
+    model.vocabulary = min(max(words.values()) + 1, rows)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and cfg.max_prompt + cfg.max_new > longest:
         raise Misuse(f"{folder}: takes {longest} tokens, --max-prompt {cfg.max_prompt} and --max-new {cfg.max_new} together want more")
@@ -417,6 +427,8 @@ def check_forward(model, folder: str, cfg: Config):
     ids = torch.tensor([row], device=model.device)
     logp = model(ids).logits[0, :-1, : model.vocabulary].float().log_softmax(-1)
     model.set_attn_implementation("t1")
+    if not ours.isfinite().all():
+        raise Misuse(f"{folder}: its weights give log-probs that are not finite; they are damaged")
     gap = (logp.gather(1, ids[0, 1:, None])[:, 0].cpu() - ours).abs().max().item()
     if not gap < 1e-2:
         raise Misuse(
@@ -1250,40 +1262,22 @@ def means(records: list[dict]) -> dict:
 
 
 def read_rows(path: str, stage: str) -> list[dict]:
-    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a JSONL or JSONL.gz file.
+    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set as data_prep.py takes it.
 
     Where a row has neither response nor answer its "solution" serves: as the response, or for the answer in its last box.
     """
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
-    except OSError as e:
-        raise Misuse(f"{path}: cannot be read ({e.strerror or e})")
-    except (EOFError, zlib.error):
-        raise Misuse(f"{path}: a damaged gzip file")
-    except UnicodeDecodeError as e:
-        raise Misuse(f"{path}: not UTF-8 text (at byte {e.start})")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise Misuse(f"{path}, line {number}: not JSON ({e})")
-        if not isinstance(row, dict):
-            raise Misuse(f"{path}, line {number}: a row must be a JSON object")
+    rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
+    for where, raw in data_prep.raw_rows(path):
+        row = {k: v for k, v in data_prep.parse(where, raw).items() if isinstance(v, (str, int))}  # what a log can hold
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         if stage == "sft":
             row.setdefault("response", solution)
         else:
             row.setdefault("answer", verify.extract_answer(solution) or "")
-        for name in ("problem", "response" if stage == "sft" else "answer"):
+        for name in needed:
             if not isinstance(row.get(name), str) or not row[name].strip():
-                raise Misuse(f"{path}, line {number}: field {name!r} is missing, empty or not text")
-            if any("\ud800" <= c <= "\udfff" for c in row[name]):
-                raise Misuse(f"{path}, line {number}: field {name!r} holds half of a surrogate pair, which is no text")
-        rows.append(row | dict(where=f"{path}, line {number}"))
+                raise Misuse(f"{data_prep.row_at(where)}: field {name!r} is missing, empty or not text")
+        rows.append(row | dict(where=data_prep.row_at(where)))
     if not rows:
         raise Misuse(f"{path}: no rows")
     unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
@@ -1296,8 +1290,10 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
     """Prompt ids of all rows; one that is longer than max_prompt is an error, never cut."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
     for ids, row in zip(encoded, rows):
+        where = row.get("where") or f"problem {row.get('id')}"
+        if not ids:
+            raise Misuse(f"{where}: the tokenizer knows none of its characters; leave the row out, or take another model")
         if len(ids) > cfg.max_prompt:
-            where = row.get("where") or f"problem {row['id']}"
             raise Misuse(f"{where}: a prompt of {len(ids)} tokens, --max-prompt is {cfg.max_prompt}; raise it or leave the row out")
     return encoded
 
@@ -1305,9 +1301,9 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
 def is_whole(folder: Path) -> bool:
     """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
     try:
-        sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        sizes = data_prep.read_json(folder / "complete.json")
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, TypeError, Misuse):
         return False
 
 
@@ -1347,10 +1343,10 @@ class RunFolder:
             there = ", ".join(p.name[11:] for p in checkpoints(self.branch.parent)) or "none"
             raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint; there are: {there}")
         mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free}
-        if (self.path / "config.json").exists():
+        if os.path.lexists(self.path / "config.json"):
             try:
-                theirs = dict(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["config"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+                theirs = dict(data_prep.read_json(self.path / "config.json")["config"])
+            except (ValueError, KeyError, TypeError):
                 raise Misuse(f"{self.path / 'config.json'}: damaged; choose another --name, or remove that folder")
             differing = [f"{k} ({theirs.get(k)!r} there, {v!r} now)" for k, v in mine.items() if theirs.get(k) != v]
             if differing:
@@ -1392,11 +1388,10 @@ class RunFolder:
     def read(self, name: str, folder: Path | None = None) -> list[dict]:
         """The rows of a log; a last line that a kill cut off does not count."""
         path = (folder or self.path) / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        try:
-            return [json.loads(line) for line in lines]
-        except (ValueError, RecursionError):
-            raise Misuse(f"{path}: damaged; choose another --name, or remove that folder")
+        rows = read_log(path)
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise Misuse(f"{path}: a row without its step; repair it, or choose another --name")
+        return rows
 
     def save(self, step: int, model, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, brought to the disk, marked as
@@ -1420,7 +1415,7 @@ class RunFolder:
         try:
             writer = dcp.HuggingFaceStorageWriter(str(beside / "trainer"), save_distributed=True)  # safetensors: nothing is unpickled
             dcp.save(trainer_state(model, optimizer, anchor), storage_writer=writer)
-        except Exception as e:
+        except (Exception, dcp.CheckpointException) as e:
             error = self.unwritten(e, beside)
         agree(error)
         try:
@@ -1466,7 +1461,7 @@ class RunFolder:
             state = trainer_state(model, optimizer, anchor)
             try:
                 dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(Path(source) / "trainer")))
-            except Exception as e:
+            except (Exception, dcp.CheckpointException) as e:
                 reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
                 error = Misuse(f"{source}: its trainer state cannot be read ({reason}); remove that folder to go on from the one before")
             agree(error)
@@ -1723,6 +1718,12 @@ def mean_and_error(values: list[list[float]]) -> tuple[float, float]:
     return per_problem.mean().item(), (per_problem.std(ddof=1) / len(per_problem) ** 0.5).item() if len(per_problem) > 1 else float("nan")
 
 
+def with_error(values: list[list[float]]) -> list:
+    """`mean_and_error` as it stands in JSON: null for the error of a single value."""
+    mean, error = mean_and_error(values)
+    return [mean, error if math.isfinite(error) else None]
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k), the unbiased estimate."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
@@ -1878,19 +1879,19 @@ def measure(model, engine, answerer, test: tuple, about: dict, last: bool, folde
         for budget in budgets:
             ids = cut_ids(answerer, tokenizer, rollouts, budget, cfg, lengths)
             right = verify.grade(tokenizer.batch_decode(ids, skip_special_tokens=True), [g for g in golds for _ in range(n)])
-            points.append([budget, *mean_and_error(grouped(right, n)), float(np.mean([len(y) for y in ids]))])
+            points.append([budget, *with_error(grouped(right, n)), float(np.mean([len(y) for y in ids]))])
         return points
 
     def majorities(records, n):
         answers, right = (grouped([r[field] for r in records], n) for field in ("answer", "right"))
-        return [[k, *mean_and_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)])] for k in powers_of_two(n)]
+        return [[k, *with_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)])] for k in powers_of_two(n)]
 
     rollouts, records, key = responses(samples)
     right = grouped([r["right"] for r in records], samples)
-    value, error = mean_and_error(right)
+    value, error = with_error(right)
     result = dict(**key, problems=len(problems), samples=samples, pass_at_1=value, standard_error=error, **means(records))
     result["ungradable"] = float(np.mean([r["answer"] is None or not verify.is_readable(r["answer"]) for r in records]))
-    result["pass_at_k"] = [[k, *mean_and_error([[pass_at_k(samples, sum(r), k)] for r in right])] for k in powers_of_two(samples)]
+    result["pass_at_k"] = [[k, *with_error([[pass_at_k(samples, sum(r), k)] for r in right])] for k in powers_of_two(samples)]
     result["maj_at_k"] = majorities(records, samples)
     if test_name == "embedded":
         habits = Counter((data_prep.habit_of(r["response"]), r["right"]) for r in records)
@@ -1946,7 +1947,7 @@ def run_eval(cfg: Config):
             result = measure(model, engine, answerer, test, dict(name=name, checkpoint=path), path == folders[-1], folder, cfg)
             results.append(result)
             print0(
-                f"{path}, {test[0]}: pass@1 {100 * result['pass_at_1']:.1f} +- {100 * result['standard_error']:.1f} %, "
+                f"{path}, {test[0]}: pass@1 {100 * result['pass_at_1']:.1f} +- {100 * (result['standard_error'] or math.nan):.1f} %, "
                 f"{result['length']:.0f} tokens, over-long {100 * result['overlong']:.1f} %"
                 + "".join(f", within {b} tokens {100 * v:.1f}" for b, v, *_ in result.get("scaling", []))
             )
@@ -2094,7 +2095,7 @@ def run_variant(base: Path, variant: str, seed: int, cfg: Config) -> bool:
             if rank() == 0:
                 write_json(run / "stopped.json", dict(reason=str(e)))
     for path in [p for stage in ("sft", "rl") for p in checkpoints(run / stage)] if rank() == 0 else ():
-        sizes = read_json(path / "complete.json")
+        sizes = data_prep.read_json(path / "complete.json")
         write_json(path / "complete.json", {file: size for file, size in sizes.items() if not file.startswith("trainer")})
         shutil.rmtree(path / "trainer", ignore_errors=True)
     agree()
@@ -2103,7 +2104,7 @@ def run_variant(base: Path, variant: str, seed: int, cfg: Config) -> bool:
 
 def read_runs(base: Path) -> list[dict]:
     """What the finished runs under `base` reached: one dict a run, from results.json, rl/metrics.jsonl and rl/config.json."""
-    results = {path.parts[-3]: read_json(path) for path in base.glob("*/eval/results.json")}
+    results = {path.parts[-3]: data_prep.read_json(path) for path in base.glob("*/eval/results.json")}
     tail = lambda path: Path(path).parts[-3:]  # RUN/sft/checkpoint-N, wherever the folder stands now
     starts = {tail(c["checkpoint"]): c["pass_at_1"] for r in results.values() for c in r["checkpoints"]}
     runs = []
@@ -2116,7 +2117,7 @@ def read_runs(base: Path) -> list[dict]:
         run = dict(variant=variant, seed=int(seed), stopped=stopped)
         if not stopped:
             end = results[name]["checkpoints"][-1]
-            source = read_json(path.parent / "config.json").get("started_from", "")
+            source = data_prep.read_json(path.parent / "config.json").get("started_from", "")
             last = [row["entropy"] for row in read_log(path)[-5:]]
             run |= {k: end.get(k, results[name].get(k)) for k in ("pass_at_1", "length", "overlong", "problems", "samples")}
             run |= dict(start=starts.get(tail(source)), entropy=float(np.mean(last)))
@@ -2129,7 +2130,7 @@ def ledger_of(runs: list[dict]) -> tuple[list[dict], list[dict]]:
     """-> a row a variant (means over seeds, each [mean, standard error]) and a row a claim (paired difference, verdict)."""
     by = {v: {r["seed"]: r for r in runs if r["variant"] == v and not r["stopped"]} for v in VARIANTS}
     paired = lambda v, against: [by[v][s]["pass_at_1"] - by[against][s]["pass_at_1"] for s in sorted(by[v].keys() & by[against].keys())]
-    over_seeds = lambda values: list(mean_and_error([[x] for x in values])) if values else None
+    over_seeds = lambda values: with_error([[x] for x in values]) if values else None
     rows, claims = [], []
     for variant, (changes, against, sign, claim) in VARIANTS.items():
         finished = list(by[variant].values())
@@ -2157,7 +2158,7 @@ def write_ledger(base: Path):
     about = f"{len(runs)} runs, seeds {', '.join(map(str, sorted({r['seed'] for r in runs})))}; {done.get('problems')} held-out problems x {done.get('samples')} samples"
     write_json(base / "ledger.json", dict(about=about, runs=runs, variants=rows, claims=claims))
     spread = lambda pair, scale=1.0, digits=1: (
-        "" if pair is None else f"{scale * pair[0]:.{digits}f}" + (f" ± {scale * pair[1]:.{digits}f}" if math.isfinite(pair[1]) else "")
+        "" if pair is None else f"{scale * pair[0]:.{digits}f}" + (f" ± {scale * pair[1]:.{digits}f}" if pair[1] is not None else "")
     )
     lines = [about + "; mean ± standard error over seeds, gains paired by seed.", ""]
     lines += [
@@ -2174,7 +2175,7 @@ def write_ledger(base: Path):
         )
     lines += ["", "| claim | runs compared | difference, points | verdict |", "|---|---|---|---|"]
     for c in claims:
-        difference = spread(mean_and_error([[d] for d in c["differences"]]), 100) if c["differences"] else ""
+        difference = spread(with_error([[d] for d in c["differences"]]), 100) if c["differences"] else ""
         lines.append(
             f"| {c['claim']} | {c['variant']} against {c['against']}, {len(c['differences'])} seeds | {difference} | {c['verdict']} |"
         )
@@ -2219,7 +2220,7 @@ def run_plot(cfg: Config):
     for run in [base, *sorted(base.glob("*-seed*"))]:
         for stage in PANELS:
             if (run / stage / "metrics.jsonl").exists():
-                config = read_json(run / stage / "config.json")["config"]
+                config = data_prep.read_json(run / stage / "config.json")["config"]
                 draw_steps(run / stage, Config(**{k: v for k, v in config.items() if k in Config.__dataclass_fields__}))
         if (run / "eval" / "results.json").exists():
             draw_results(run / "eval")
@@ -2265,7 +2266,7 @@ STYLES = [dict(marker="osD^vPX*"[i], ls=("-", "--", "-.", ":")[i % 4], capsize=2
 def draw_results(folder: Path):
     """inference_scaling.png of each test set in results.json: accuracy against thinking budget, one curve per checkpoint, in the form of
     the paper's figure; beside it, for the last checkpoint, what each way of spending tokens buys."""
-    content = read_json(folder / "results.json")
+    content = data_prep.read_json(folder / "results.json")
     everything = [c for c in content["checkpoints"] if c.get("scaling")]
     tests = list(dict.fromkeys(c.get("test") for c in everything))
     for test in tests if rank() == 0 else ():
@@ -2316,7 +2317,7 @@ def draw_ledger(path: Path, rows: list[dict], about: str):
         if row["pass_at_1"]:
             axis.plot([100 * v for v in row["each"]], [y] * len(row["each"]), "o", mfc="none", color="0.5", ms=5)
             mean, error = row["pass_at_1"]
-            axis.errorbar(100 * mean, y, xerr=100 * error, fmt="D", color="black", ms=4, capsize=3)
+            axis.errorbar(100 * mean, y, xerr=100 * error if error else None, fmt="D", color="black", ms=4, capsize=3)
         if row["collapsed"]:
             axis.text(
                 1.01, y, f"{row['collapsed']} of {row['runs']} collapsed", va="center", fontsize=7, transform=axis.get_yaxis_transform()
@@ -2437,6 +2438,8 @@ def check_config(cfg: Config):
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")
             need(value > 0 or name in MAY_BE_ZERO, name, "must be above 0")
+        elif isinstance(value, str):
+            need(value == value.encode(errors="replace").decode(), name, "is not UTF-8 text")
     need(cfg.k >= 2, "k", "leave-one-out needs at least 2 samples per prompt")
     need(cfg.min_p < 1, "min_p", "must be below 1")
     need(cfg.ema_decay <= 1, "ema_decay", "must be at most 1")
