@@ -1947,7 +1947,7 @@ def run_eval(cfg: Config):
             result = measure(model, engine, answerer, test, dict(name=name, checkpoint=path), path == folders[-1], folder, cfg)
             results.append(result)
             print0(
-                f"{path}, {test[0]}: pass@1 {100 * result['pass_at_1']:.1f} +- {100 * (result['standard_error'] or math.nan):.1f} %, "
+                f"{path}, {test[0]}: pass@1 {percent(result['pass_at_1'], result['standard_error'])} %, "
                 f"{result['length']:.0f} tokens, over-long {100 * result['overlong']:.1f} %"
                 + "".join(f", within {b} tokens {100 * v:.1f}" for b, v, *_ in result.get("scaling", []))
             )
@@ -1983,9 +1983,12 @@ PAPER_TABLE = {  # pass@1 in %, the paper's results
 PAPER_TESTS = ("math500", "aime24", "omni500", "gpqa")
 
 
+def percent(value: float, error: float | None = None) -> str:
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
 def results_table(results: list[dict]) -> str:
     """results.md: one row a checkpoint and test set, and, for the paper's benchmarks, the paper's rows under ours."""
-    percent = lambda v, e=None: f"{100 * v:.1f}" + (f" ± {100 * e:.1f}" if e is not None else "")
     lines = ["| checkpoint | test | problems x samples | pass@1 | pass@k | maj@k | tokens | over-long | ungradable |", "|" + "---|" * 9]
     for r in results:
         k, *best = r["pass_at_k"][-1]
@@ -2220,7 +2223,7 @@ def run_plot(cfg: Config):
     for run in [base, *sorted(base.glob("*-seed*"))]:
         for stage in PANELS:
             if (run / stage / "metrics.jsonl").exists():
-                config = data_prep.read_json(run / stage / "config.json")["config"]
+                config = data_prep.read_json(run / stage / "config.json").get("config") or {}
                 draw_steps(run / stage, Config(**{k: v for k, v in config.items() if k in Config.__dataclass_fields__}))
         if (run / "eval" / "results.json").exists():
             draw_results(run / "eval")
