@@ -7,6 +7,8 @@
     python t1.py --stage ablate                     the claims of the paper over switches and seeds: ledger.md, ledger.png
     python t1.py --stage plot --name NAME           every picture of a run again, from its folder alone
     torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b ...        FSDP2 over 8 GPUs, rollouts by vLLM, the paper's values
+    python t1.py --bench                            tokens/s and memory, beside TRL's trainers where TRL is installed
+    python t1.py --plan                             GPUs x context x micro-batch -> memory per GPU
     python t1.py --help                             every field of Config: unit, default, the paper's value
 
 T1 as a difference from GRPO:
@@ -23,7 +25,7 @@ Letters: P prompts per step, K samples per prompt, B = P*K rows, T positions, N 
 ranks, V vocabulary, D hidden width. Per-response tensors are (P, K), packed token tensors (N,).
 
 Order of sections: Config - helpers - model and tokenizer - mathematics - packed forward and update - rollouts - rewards -
-checkpoints - SFT - RL - evaluation and inference scaling - the ledger - pictures - main.
+checkpoints - SFT - RL - evaluation and inference scaling - the ledger - pictures - bench and plan - main.
 
 One process holds the whole model. Under torchrun with several the model is sharded by FSDP2 (`shard`), and every rank runs this same
 file: all of them know the whole batch, each works on its share (`deal`), and the sums over ranks are those of one process.
@@ -41,10 +43,12 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -69,6 +73,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -90,7 +95,7 @@ def knob(default, doc: str, paper: str = ""):
 class Config:
     """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds what the others change."""
 
-    stage: str = knob("", "sft | rl | eval | ablate | plot")
+    stage: str = knob("", "sft | rl | eval | ablate | plot | bench | plan")
     preset: str = knob("tiny", "tiny | glm4-9b | qwen2.5-14b | qwen2.5-32b")
     name: str = knob("", "name of the run's folder; empty: the preset's name")
     out: str = knob("runs", "folder that holds all runs")
@@ -168,6 +173,8 @@ class Config:
     # stage ablate
     seeds: str = knob("0,1,2", "seeds of the ledger's runs, separated by commas")
     variants: str = knob("", "rows of the ledger to run, separated by commas; empty: all of VARIANTS")
+    # stage bench
+    bench_pairs: int = knob(5, "measured steps of each job; where TRL is installed each stands beside one of TRL's")
     # the embedded model
     tiny_layers: int = knob(3, "layers of the embedded model")
     tiny_width: int = knob(128, "hidden width of the embedded model")
@@ -198,8 +205,22 @@ PAPER = dict(
     wait_words="Wait",
     spend_samples=0,
 )
+BENCH = dict(  # the job of the bench: TRL's RLOOTrainer runs it, too
+    max_new=128,
+    temperature=1.0,
+    prompts=16,
+    k=16,
+    kl_coef=0.05,
+    ema_decay=0.99,
+    rl_lr=1e-4,
+    sft_lr=1e-4,
+    sft_batch=64,
+    tiny_layers=4,
+    tiny_width=256,
+)
 PRESETS = {
     "tiny": {},
+    "bench": BENCH,
     "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf"),
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
@@ -337,13 +358,17 @@ def read_log(path: Path) -> list[dict]:
 def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused):
     """The attention of every forward in this file, registered with transformers as "t1"; no mask is ever built.
 
-    q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh) with `pack`: rows of different lengths stand end to end; they are laid out as (B, T),
-    attend causally, and are packed again. Without `pack`: q (B, Hq, 1, Dh) against a cache (decoding), or one
-    block from position 0 (prefill). Key-value heads are never repeated.
+    q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh) with `pack`: rows of different lengths stand end to end and attend causally, each to itself:
+    on a GPU in bfloat16 by flash attention's form for such rows, elsewhere laid out as (B, T) and packed again. Without `pack`:
+    q (B, Hq, 1, Dh) against a cache (decoding), or one block from position 0 (prefill). Key-value heads are never repeated.
     """
     if pack is not None:
-        to_grid, to_packed, shape = pack
-        q, k, v = (x[0].transpose(0, 1).index_select(0, to_grid).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, Dh)
+        to_grid, to_packed, shape, ends = pack
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh)
+        if q.is_cuda and torch.is_autocast_enabled("cuda"):
+            q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+            return varlen_attn(q, k, v, ends, ends, shape[1], shape[1], scale=scaling, window_size=(-1, 0), enable_gqa=True)[None], None
+        q, k, v = (x.index_select(0, to_grid).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, Dh)
     heads, kv_heads = q.shape[1], k.shape[1]
     if pack is None and q.shape[2] == 1:  # the heads of a group are one block of queries: exact, since each sees the whole cache
         out = F.scaled_dot_product_attention(q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, scale=scaling)
@@ -351,6 +376,45 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
     out = out.transpose(1, 2)  # (B, T, Hq, Dh)
     return (out.flatten(0, 1).index_select(0, to_packed).unsqueeze(0) if pack is not None else out), None
+
+
+def matmul_t(x, w, bias=None):
+    """x @ w.T + bias in float32 by oneDNN: on CPUs with AVX-512 up to twice as fast as `F.linear`, whose library keeps to AVX2 on some."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+
+
+class _FastLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias):
+        ctx.save_for_backward(x, w)
+        ctx.bias = bias is not None
+        return matmul_t(x, w, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        flat = g.flatten(0, -2)
+        grad_x = matmul_t(g, w.t()) if ctx.needs_input_grad[0] else None
+        return grad_x, matmul_t(flat.t(), x.flatten(0, -2).t()), flat.sum(0) if ctx.bias else None
+
+
+class FastLinear(torch.nn.Linear):
+    """torch.nn.Linear on a CPU, faster; the same parameters under the same names."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32 or self.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            return _FastLinear.apply(x, self.weight, self.bias)
+        return matmul_t(x, self.weight, self.bias)
+
+
+def use_fast_linears(model):
+    """On CPUs with AVX-512: every torch.nn.Linear of the model becomes a FastLinear."""
+    if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = FastLinear
 
 
 def load_policy(folder: str, cfg: Config, device=None):
@@ -411,6 +475,8 @@ def ready(model, tokenizer, folder: str, cfg: Config, device=None):
     if longest and cfg.max_prompt + cfg.max_new > longest:
         raise Misuse(f"{folder}: takes {longest} tokens, --max-prompt {cfg.max_prompt} and --max-new {cfg.max_new} together want more")
     model = model.to(device or device_of(cfg)).eval()  # eval: no dropout, so that trained and sampled distribution are one
+    if model.device.type == "cpu":
+        use_fast_linears(model)
     check_forward(model, folder, cfg)
     return model
 
@@ -422,18 +488,19 @@ def check_forward(model, folder: str, cfg: Config):
     if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
         raise Misuse(f"{folder}: its attention has a sliding window, which is not supported")
     row = [1 + i % (model.vocabulary - 1) for i in range(33)]
-    (ours,) = response_logprobs(model, [(row[:1], row[1:])], dataclasses.replace(cfg, dtype="float32"))
     model.set_attn_implementation("eager")
     ids = torch.tensor([row], device=model.device)
-    logp = model(ids).logits[0, :-1, : model.vocabulary].float().log_softmax(-1)
+    theirs = model(ids).logits[0, :-1, : model.vocabulary].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
     model.set_attn_implementation("t1")
-    if not ours.isfinite().all():
-        raise Misuse(f"{folder}: its weights give log-probs that are not finite; they are damaged")
-    gap = (logp.gather(1, ids[0, 1:, None])[:, 0].cpu() - ours).abs().max().item()
-    if not gap < 1e-2:
-        raise Misuse(
-            f"{folder}: a {model.config.model_type} model computes its log-probs in a way that is not supported (off by {gap:.2g} nats)"
-        )
+    for dtype, limit in {"float32": 1e-2, cfg.dtype: 1e-2 if cfg.dtype == "float32" else 0.5}.items():
+        (ours,) = response_logprobs(model, [(row[:1], row[1:])], dataclasses.replace(cfg, dtype=dtype))
+        if not ours.isfinite().all():
+            raise Misuse(f"{folder}: its weights give log-probs that are not finite; they are damaged")
+        gap = (theirs - ours).abs().max().item()
+        if not gap < limit:
+            raise Misuse(
+                f"{folder}: a {model.config.model_type} model computes its log-probs in a way that is not supported (off by {gap:.2g} nats)"
+            )
 
 
 def backbone(model):
@@ -483,6 +550,8 @@ def shard(whole, cfg: Config, offload: bool = False):
         how = dict(offload_policy=CPUOffloadPolicy() if offload and gpu else OffloadPolicy())
         if cfg.dtype == "bfloat16":
             how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if not gpu:
+            use_fast_linears(model)
         for unit in (*units, model):
             fully_shard(unit, **how)
         model.to_empty(device="cpu" if offload and gpu else device_of(cfg))
@@ -590,53 +659,60 @@ def penalised_reward(right: bool, pattern: str | None, penalties: bool = True) -
     return -1.0 if pattern and penalties else float(right)
 
 
-def log_softmax_min_p(z: torch.Tensor, min_p: float, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """(n, V) logits -> log-probs; with min_p, those below min_p times the largest are -inf and the rest renormalised.
-
-    `keep` (n,): ids that stay in the support in any case: a sampled token whose probability stands at the very edge
-    may fall on the other side when it is computed again.
-    """
+def log_softmax_min_p(z: torch.Tensor, min_p: float) -> torch.Tensor:
+    """(n, V) logits -> log-probs; with min_p, those below min_p times the largest are -inf and the rest renormalised."""
     logp = z.log_softmax(-1)
     if min_p <= 0:
         return logp
-    drop = logp < logp.amax(-1, keepdim=True) + math.log(min_p)
-    if keep is not None:
-        drop.scatter_(1, keep[:, None], False)
-    return logp.masked_fill(drop, -math.inf).log_softmax(-1)
+    return logp.masked_fill(logp < logp.amax(-1, keepdim=True) + math.log(min_p), -math.inf).log_softmax(-1)
+
+
+def head_chunk(vocabulary: int, device) -> int:
+    """Positions of the head that are worked on at once: one float32 buffer (c, V) takes 128 MiB, on a GPU 1 GiB; two of them live."""
+    return max(1, 2 ** (30 if torch.device(device).type == "cuda" else 27) // (4 * vocabulary))
 
 
 def _head_chunk(hidden, lm_head, targets, temperature, min_p):
-    """One chunk of the head: (c, D) -> log-probs (c, V) of the sampled distribution, log-prob and entropy (c,), float32."""
-    z = (hidden @ lm_head.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
-    logp = log_softmax_min_p(z, min_p, targets)  # (c, V)
-    p = logp.exp()
-    entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)  # 0 log 0 = 0 outside the support
-    return logp, logp.gather(1, targets[:, None])[:, 0], entropy
+    """One chunk of the head: (c, D) -> logits z (c, V), the largest of each row at 0; p = exp(z) (c, V), 0 outside the min-p support;
+    (c,) each, in float32 at least: the log of p's sum, log-prob of the target, entropy."""
+    z = (hidden @ lm_head.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    if temperature != 1:
+        z.div_(temperature)
+    p = z.sub_(z.amax(-1, keepdim=True)).exp()
+    if min_p > 0:  # the target stays: at the very edge it may fall on the other side than when it was sampled
+        mine = p.gather(1, targets[:, None])
+        F.threshold_(p, min_p, 0.0).scatter_(1, targets[:, None], mine)
+    total = p.sum(-1)
+    lse = total.log()
+    logprob = z.gather(1, targets[:, None])[:, 0] - lse
+    entropy = lse - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0] / total  # -sum p log p, without a third buffer
+    return z, p, lse, logprob, entropy
 
 
-def _head_chunk_grad(logp, entropy, targets, a, b, temperature):
-    """d(a log p(target) + b H)/d logits, written over `logp`: a (onehot - p) - b p (log p + H), divided by T. (c, V)"""
-    p = logp.exp()
-    grad = logp.masked_fill_(p == 0, 0).add_(entropy[:, None]).mul_(-b[:, None]).sub_(a[:, None]).mul_(p)
-    grad.scatter_add_(1, targets[:, None], a[:, None])
-    return grad.div_(temperature)
+def _head_chunk_grad(z, p, lse, entropy, targets, a, b, temperature):
+    """d(a log p(target) + b H)/d logits, written over `z`: a (onehot - p) - b p (log p + H), divided by T. (c, V)"""
+    scale = (-lse).exp() / temperature  # p is not yet divided by its sum
+    z.mul_((-b * scale)[:, None]).add_(((b * (lse - entropy) - a) * scale)[:, None]).mul_(p)
+    return z.scatter_add_(1, targets[:, None], (a / temperature)[:, None].to(z.dtype))
 
 
 def _head_backward(hidden, lm_head, targets, a, b, temperature, min_p, chunk, behaviour=None, tis_cap=0.0):
     """Gradients of sum(a log p + b H), chunk by chunk -> (n, D), (V, D) in float32 at least; and log p and H, (n,) each."""
     grad_hidden = torch.empty_like(hidden)
     grad_head = torch.zeros_like(lm_head, dtype=torch.promote_types(lm_head.dtype, torch.float32))
-    lm_head, stats = lm_head.to(hidden.dtype), []
+    stats = torch.empty(2, len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    chunk = chunk or head_chunk(len(lm_head), hidden.device)
     for i in range(0, len(targets), chunk):
         s = slice(i, i + chunk)
-        logp, logprob, entropy = _head_chunk(hidden[s], lm_head, targets[s], temperature, min_p)
-        stats.append((logprob, entropy))
-        weight = (logprob - behaviour[s]).exp().clamp(max=tis_cap) if tis_cap and behaviour is not None else 1.0
-        g = _head_chunk_grad(logp, entropy, targets[s], a[s] * weight, b[s], temperature)  # (c, V)
-        grad_hidden[s] = g.to(hidden.dtype) @ lm_head
-        grad_head.addmm_(g.T, hidden[s].to(grad_head.dtype))
-    logprob, entropy = (torch.cat(x) for x in zip(*stats))
-    return grad_hidden, grad_head, logprob, entropy
+        h = hidden[s].to(lm_head.dtype)
+        z, p, lse, stats[0, s], stats[1, s] = _head_chunk(h, lm_head, targets[s], temperature, min_p)
+        weight = (stats[0, s] - behaviour[s]).exp().clamp(max=tis_cap) if tis_cap and behaviour is not None else 1.0
+        g = _head_chunk_grad(z, p, lse, stats[1, s], targets[s], a[s] * weight, b[s], temperature)  # (c, V)
+        del p
+        grad_hidden[s] = g.to(h.dtype) @ lm_head
+        grad_head.addmm_(g.T, h.to(grad_head.dtype))
+        del z, g  # before the next chunk's are made
+    return grad_hidden, grad_head, *stats
 
 
 class _TokenStats(torch.autograd.Function):
@@ -646,8 +722,9 @@ class _TokenStats(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, temperature, min_p, chunk):
         ctx.save_for_backward(hidden, lm_head, targets)
         ctx.args = temperature, min_p, chunk
-        lm_head = lm_head.to(hidden.dtype)
-        stats = [_head_chunk(h, lm_head, y, temperature, min_p)[1:] for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+        chunk = chunk or head_chunk(len(lm_head), hidden.device)
+        pairs = zip(hidden.split(chunk), targets.split(chunk))
+        stats = [_head_chunk(h.to(lm_head.dtype), lm_head, y, temperature, min_p)[-2:] for h, y in pairs]
         return tuple(torch.cat(x) for x in zip(*stats))
 
     @staticmethod
@@ -657,7 +734,7 @@ class _TokenStats(torch.autograd.Function):
         return grad_hidden, grad_head.to(lm_head.dtype), None, None, None, None
 
 
-def token_logprobs_and_entropy(hidden, lm_head, targets, temperature: float = 1.0, min_p: float = 0.0, chunk: int = 1024):
+def token_logprobs_and_entropy(hidden, lm_head, targets, temperature: float = 1.0, min_p: float = 0.0, chunk: int = 0):
     """(n, D), (V, D), (n,) -> log-prob of each target and entropy of each distribution, (n,) and (n,), float32.
 
     The distribution is the sampled one: softmax(hidden lm_head^T / temperature), renormalised on the min-p support
@@ -680,7 +757,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *unused):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * g, (grad_head * g).to(ctx.head_dtype), *[None] * 8
+        return grad_hidden.mul_(g), grad_head.mul_(g).to(ctx.head_dtype), *[None] * 8
 
 
 def policy_loss(
@@ -694,7 +771,7 @@ def policy_loss(
     min_p: float = 0.0,
     behaviour=None,
     tis_cap: float = 0.0,
-    chunk: int = 1024,
+    chunk: int = 0,
 ):
     """-sum_t w_t [A_t log pi(y_t) + alpha H_t], the paper's objective; also the log-probs and entropies, without gradient.
 
@@ -768,7 +845,7 @@ def response_hidden(model, rows: list[Row], cfg: Config):
             input_ids=ids[None],
             position_ids=tensor(position)[None],
             use_cache=False,
-            pack=(tensor(to_grid), tensor(to_packed), (len(rows), T)),
+            pack=(tensor(to_grid), tensor(to_packed), (len(rows), T), tensor(np.cumsum([0, *lengths]).astype(np.int32))),
         )
     return out.last_hidden_state[0].index_select(0, tensor(predict)), tensor(np.concatenate([np.array(y, dtype=np.int64) for _, y in rows]))
 
@@ -878,11 +955,11 @@ class Cache:
 
         self.keys, self.values = grow(self.keys), grow(self.values)
 
-    def keep(self, index):
-        """Keep the rows of `index`, an increasing list, by moving them to the front of the same memory."""
+    def keep(self, left: int, holes, moved):
+        """Keep `left` rows: those of `moved`, from the end, take the places `holes` of rows that ended."""
         for x in (self.keys, self.values):
-            x[: len(index), :, : self.n] = x[index, :, : self.n]
-        self.keys, self.values = self.keys[: len(index)], self.values[: len(index)]
+            x[holes, :, : self.n] = x[moved, :, : self.n]
+        self.keys, self.values = self.keys[:left], self.values[:left]
 
     def update(self, k, v):
         if self.keys is None:
@@ -976,13 +1053,16 @@ class TorchEngine:
             tokens[alive, t], logprobs[alive, t] = token, logprob
             stopped = (at >= 0) & torch.isin(token, ends)
             ended_at[alive] = torch.where(stopped, t + 1, ended_at[alive])
-            going = (ended_at[alive] > t + 1).nonzero()[:, 0]
-            if len(going) == 0:
+            going = ended_at[alive] > t + 1
+            left = int(going.sum())
+            if left == 0:
                 break
-            if len(going) < len(alive):
-                alive, token = alive[going], token[going]
+            if left < len(alive):  # rows from the end take the places of those that ended
+                holes, moved = (~going[:left]).nonzero()[:, 0], left + going[left:].nonzero()[:, 0]
+                alive[holes], token[holes] = alive[moved], token[moved]
+                alive, token = alive[:left], token[:left]
                 for cache in caches.layers:
-                    cache.keep(going)
+                    cache.keep(left, holes, moved)
             hidden = self._forward(token[:, None], torch.tensor([t], device=device), caches)[:, -1]
         last = tokens[torch.arange(B, device=device), ended_at - 1]
         columns = zip(tokens.tolist(), lengths.tolist(), ended_at.tolist(), logprobs.tolist(), torch.isin(last, ends).tolist())
@@ -1753,8 +1833,8 @@ def fingerprint(model, problems, prompts, samples: int, cfg: Config) -> str:
     """Names a set of responses by what it depends on: problems, settings, and a sample of every weight tensor."""
     settings = [getattr(cfg, f) for f in ("seed", "max_new", "eval_temperature", "rollout_rows", "dtype")]
     digest = hashlib.blake2b(repr((settings, samples, prompts, [p["answer"] for p in problems])).encode(), digest_size=8)
-    for p in model.parameters():
-        digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    for _, w in full_weights(model):
+        digest.update(w.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -1930,16 +2010,19 @@ def run_eval(cfg: Config):
     names = names if len(set(names)) == len(names) else folders
     tests = test_sets(cfg)
     answer_model, answer_tokenizer = load_policy(cfg.answer_model, cfg) if cfg.answer_model else (None, None)
-    folder = base / "eval"
+    folder, engine = base / "eval", None
     results = []
     for path, name in zip(folders, names):
-        model, tokenizer = load_policy(path, cfg)
+        whole, tokenizer = load_whole(path, cfg)
+        model = shard(whole, cfg)
         if answer_model and answer_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise Misuse(
                 f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}, and a thought is handed over as token ids"
             )
-        engine = make_engine(path, model, tokenizer, cfg)
-        answerer = make_engine(cfg.answer_model, answer_model, tokenizer, cfg) if answer_model else engine
+        if engine is None:
+            engine = make_engine(path, model, tokenizer, cfg)
+            answerer = make_engine(cfg.answer_model, answer_model, tokenizer, cfg) if answer_model else engine
+        engine.load(model)
         for test in tests:
             encode_prompts(test[1], tokenizer, cfg)  # a prompt that is too long is said before anything is written
         start_log(folder)
@@ -2360,10 +2443,293 @@ def save_figure(figure, path: Path, title: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Bench and plan
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def median_of(values) -> str:
+    digits = 2 if max(values) < 100 else 0
+    return f"{np.median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+
+
+class Stopwatch:
+    """CPU and wall seconds between marks."""
+
+    def __init__(self):
+        self.mark("", {})
+
+    def mark(self, name: str, seconds: dict):
+        now = np.array([time.process_time(), time.perf_counter()])
+        if name:
+            seconds[name] = now - self.last
+        self.last = now
+
+
+def bench_rl_step(step: int, problems: list[dict], policy, cfg: Config) -> dict:
+    """One step of RL as `run_rl` takes it -> seconds (CPU, wall) of each phase, and tokens. The reward compares strings."""
+    model, anchor, engine, optimizer, tokenizer = policy
+    watch, seconds = Stopwatch(), {}
+    prompts = [tokenizer(p["prompt"]).input_ids for p in problems]
+    seeds = [seed_for(cfg.seed, "bench", step, i) for i in range(len(prompts))]
+    rollouts = engine.generate(prompts, cfg.k, seeds, cfg.max_new, cfg.temperature)
+    watch.mark("rollout", seconds)
+    texts = tokenizer.batch_decode([r.ids for r in rollouts])
+    rewards = torch.tensor(bench_reward(texts, [p["answer"] for p in problems for _ in range(cfg.k)])).view(-1, cfg.k)
+    rows = [(r.prompt, r.ids) for r in rollouts]
+    anchored = response_logprobs(anchor, rows, cfg, cfg.temperature)
+    watch.mark("log-prob of the anchor", seconds)
+    kl = torch.tensor([sum(r.logprobs) - a.sum().item() for r, a in zip(rollouts, anchored)]).view(-1, cfg.k)
+    advantages, N = advantages_of(rewards, kl, cfg.kl_coef), sum(len(y) for _, y in rows)
+    accumulate_gradient(model, rows, advantages.flatten().tolist(), [1 / N] * len(rows), cfg, cfg.entropy_coef, cfg.temperature)
+    watch.mark("gradient", seconds)
+    update(model, optimizer, cfg.rl_lr, cfg)
+    ema_update_(anchor, model, cfg.ema_decay)
+    engine.load(model)
+    watch.mark("update", seconds)
+    return dict(seconds=seconds, tokens=N, total=sum(seconds.values()))
+
+
+def bench_reward(completions, answer, **unused) -> list[float]:
+    return [1.0 if c.strip().startswith(a) else 0.1 * (c[:1] == a[:1]) for c, a in zip(completions, answer)]
+
+
+def bench_sft_step(step: int, rows: list[Row], policy, cfg: Config) -> dict:
+    model, _, _, optimizer, _ = policy
+    watch, seconds = Stopwatch(), {}
+    batch = [rows[i] for i in batch_indices(len(rows), cfg.sft_batch, step, cfg.seed)]
+    N = sum(len(y) for _, y in batch)
+    accumulate_gradient(model, batch, [1.0] * len(batch), [1 / N] * len(batch), cfg)
+    update(model, optimizer, cfg.sft_lr, cfg)
+    watch.mark("sft", seconds)
+    return dict(seconds=seconds, tokens=N, total=seconds["sft"])
+
+
+def trl_beside(trainer, tokens: list, ours, pairs: int):
+    """Run a TRL trainer for `pairs` steps and one more to warm up; after each of its steps run ours(step) -> pairs of results."""
+    watch, results = Stopwatch(), []
+
+    class InTurn(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            watch.mark("", {})
+
+        def on_step_end(self, *args, **kwargs):
+            seconds = {}
+            watch.mark("all", seconds)
+            theirs = dict(total=seconds["all"], tokens=sum(tokens))
+            tokens.clear()
+            results.append((ours(len(results)), theirs))
+            mine, trl = (r["tokens"] / r["total"][0] for r in results[-1])
+            print0(
+                f"{type(trainer).__name__} {len(results) - 1} of {pairs}: {mine:,.0f} and {trl:,.0f} tokens per CPU second, {mine / trl:.2f}"
+            )
+            watch.mark("", {})
+
+    trainer.add_callback(InTurn())
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return results[1:]
+
+
+def trl_trainers(folder: str, problems: list[dict], traces: list[dict], cfg: Config):
+    """TRL's RLOOTrainer and SFTTrainer (with packing) on the bench's jobs, and the lists in which they count the tokens they train on."""
+    import datasets
+    import trl
+
+    steps, B = cfg.bench_pairs + 1, cfg.prompts * cfg.k
+    micro = math.gcd(B, 64)
+    common = dict(
+        output_dir=folder + "/trl", lr_scheduler_type="constant", max_steps=steps, max_grad_norm=cfg.grad_clip, report_to=[], seed=0
+    )
+    common |= dict(save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, bf16=cfg.dtype == "bfloat16")
+    common |= dict(use_cpu=device_of(cfg).type == "cpu")
+    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rl = trl.RLOOConfig(
+        **common, per_device_train_batch_size=micro, gradient_accumulation_steps=B // micro, num_generations=cfg.k, beta=cfg.kl_coef,
+        max_completion_length=cfg.max_new, temperature=cfg.temperature, learning_rate=cfg.rl_lr, shuffle_dataset=False,
+        sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1 - cfg.ema_decay,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list(problems)
+    rloo = trl.RLOOTrainer(model=load(), args=rl, train_dataset=rows, reward_funcs=bench_reward, processing_class=tokenizer)
+    rl_tokens, generate = [], rloo._generate_single_turn
+
+    def counted_generate(*args, **kwargs):
+        ids = generate(*args, **kwargs)
+        rl_tokens.extend(map(len, ids))
+        return ids
+
+    rloo._generate_single_turn = counted_generate
+    packed = dict(packing=True, max_length=1024, per_device_train_batch_size=1, gradient_accumulation_steps=4, learning_rate=cfg.sft_lr)
+    rows = datasets.Dataset.from_list([{"prompt": t["problem"] + "\n", "completion": t["response"]} for t in traces])
+    sft = trl.SFTTrainer(model=load(), args=trl.SFTConfig(**common, **packed), train_dataset=rows, processing_class=tokenizer)
+    sft_tokens, loss = [], sft.compute_loss
+
+    def counted_loss(model, inputs, *args, **kwargs):
+        sft_tokens.append((inputs["labels"] != -100).sum().item())
+        return loss(model, inputs, *args, **kwargs)
+
+    sft.compute_loss = counted_loss
+    return (rloo, rl_tokens), (sft, sft_tokens)
+
+
+def run_bench(cfg: Config):
+    """Speed of rollout, log-prob, update and SFT on the embedded model with random weights; where TRL is installed, beside TRL's trainers.
+
+    Prompts are "a+b=". Up to 128 new tokens the model has one end token, so nearly all responses have the full length; above, one token in
+    64 is an end token: lengths differ, 64 on average. The same folder, prompts, K, lengths, type and threads for both sides, in turn.
+    """
+    if world() > 1:
+        raise Misuse("--bench measures one process: python t1.py --bench")
+    rng = np.random.default_rng(cfg.seed)
+    sums = rng.integers(1, 1000, (cfg.prompts * (cfg.bench_pairs + 2), 2))
+    problems = [dict(prompt=f"{a}+{b}=", answer=str(a + b)) for a, b in sums.tolist()]
+    traces = data_prep.embedded_traces()[: 64 * 4 * (cfg.bench_pairs + 2)]
+    model, tokenizer = tiny_policy(cfg)
+    ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(20, 19 + ends)]
+    rows = [(prompt_ids(t["problem"], tokenizer, cfg), tokenizer(t["response"]).input_ids + [tokenizer.eos_token_id]) for t in traces]
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+        policy = [
+            model,
+            copy.deepcopy(model).requires_grad_(False),
+            make_engine(folder, model, tokenizer, cfg),
+            make_optimizer(model, cfg),
+            tokenizer,
+        ]
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print0(
+            f"bench: {size:.2f} M parameters, V {model.vocabulary}, {cfg.prompts} prompts x {cfg.k} samples, at most {cfg.max_new} new tokens, "
+            f"{cfg.dtype}, {torch.get_num_threads()} thread(s), {device_of(cfg)}, {cfg.bench_pairs} steps and one to warm up: median (min-max)"
+        )
+        rl_step = lambda step: bench_rl_step(step, problems[step * cfg.prompts : (step + 1) * cfg.prompts], policy, cfg)
+        sft_step = lambda step: bench_sft_step(step, rows, policy, cfg)
+        has_trl = importlib.util.find_spec("trl") is not None
+        if has_trl:
+            rl_step(0), sft_step(0)
+            memory = peak_memory()
+            trainers = trl_trainers(folder, problems, traces, cfg)
+            rl, sft = (trl_beside(*t, ours, cfg.bench_pairs) for t, ours in zip(trainers, (rl_step, sft_step)))
+        else:
+            rl, sft = ([(ours(step), None) for step in range(cfg.bench_pairs + 1)][1:] for ours in (rl_step, sft_step))
+            memory = peak_memory()
+    report_bench(rl, sft, memory)
+
+
+def peak_memory() -> float:
+    """GiB: the most that this process has held so far; on a GPU, of its memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def report_bench(rl: list, sft: list, memory: float):
+    """The bench's table."""
+    print0(f"{'phase':24} {'tokens per CPU second':>26} {'tokens per second':>26} {'share of a step':>16}")
+    for name in (*rl[0][0]["seconds"], "step", "sft"):
+        runs = [a for a, _ in (sft if name == "sft" else rl)]
+        seconds = [a["total"] if name in ("step", "sft") else a["seconds"][name] for a in runs]
+        cpu, wall = ([a["tokens"] / s[i] for a, s in zip(runs, seconds)] for i in range(2))
+        share = "" if name in ("step", "sft") else f"{100 * np.median([s[0] / a['total'][0] for a, s in zip(runs, seconds)]):.0f} %"
+        print0(f"{name:24} {median_of(cpu):>26} {median_of(wall):>26} {share:>16}")
+    print0(f"peak memory of the process {memory:.2f} GiB, {np.median([a['tokens'] for a, _ in rl]):,.0f} tokens a step of RL")
+    if rl[0][1] is None:
+        print0("TRL is not installed here: nothing to compare with (pip install trl==1.16.0)")
+        return
+    for name, pairs in (("RLOOTrainer", rl), ("SFTTrainer, packing", sft)):
+        for i, unit in enumerate(("CPU second", "second")):
+            mine, theirs = ([r["tokens"] / r["total"][i] for r in side] for side in zip(*pairs))
+            ratio = [a / b for a, b in zip(mine, theirs)]
+            print0(f"{name}: trained tokens per {unit} {median_of(mine)}, TRL {median_of(theirs)}, ratio {median_of(ratio)}")
+    print0(f"peak memory with TRL in the same process {peak_memory():.2f} GiB")
+
+
+SHAPES = {  # hidden, layers, intermediate, heads, key-value heads, head width, vocabulary, is the head the embedding?
+    "glm-4-9b-hf": (4096, 40, 13696, 32, 2, 128, 151552, False),
+    "Qwen2.5-14B": (5120, 48, 13824, 40, 8, 128, 152064, False),
+    "Qwen2.5-32B": (5120, 64, 27648, 40, 8, 128, 152064, False),
+}
+VLLM_ROWS = 8  # rows of full context that the plan gives vLLM's cache room for
+
+
+def memory_plan(shape: tuple, gpus: int, context: int, micro_tokens: int, cfg: Config) -> dict[str, float]:
+    """Bytes on each device for one step of RL: what is held, and the most during the update and during the rollout.
+
+    `held` weights, AdamW and anchor are float32 shards over all ranks (`shard`); gradients too. In the update the layers at hand and the
+    root (embedding, last norm, head) are gathered in cfg.dtype. Activations are what autograd keeps: all layers', or with
+    checkpointing each layer's input and one layer's inside. Three moments compete: the head works on its chunks; the last layer's
+    backward runs (the head's gradient waits); the root's gradient is summed. A micro-batch holds at least one row, so `context` tokens.
+    """
+    D, layers, I, heads, kv_heads, width, V, tied = shape
+    Q, KV, s = heads * width, kv_heads * width, 2 if cfg.dtype == "bfloat16" else 4
+    layer = 2 * D * Q + 2 * D * KV + Q + 2 * KV + 3 * D * I + 2 * D  # parameters
+    root = V * D * (1 if tied else 2) + D
+    parameters, n, sharded = layers * layer + root, max(context, micro_tokens), gpus > 1
+    shard_bytes = 4 * parameters / gpus
+    policy = 0 if cfg.offload_optimizer and sharded else shard_bytes
+    plan = dict(parameters=parameters, weights=policy, gradients=policy, optimizer=2 * policy)
+    plan["anchor"] = 0 if cfg.anchor == "none" or cfg.offload_anchor and sharded else shard_bytes
+    plan["gathered"] = s * (2 * layer + root) + (s + 4) * layer if sharded else 2 * parameters * (s == 2)  # one rank: autocast's copies
+
+    inside = n * (2 * D * (4 + 2 * s) + s * (3 * Q + 2 * KV + 4 * I) + 4 * heads)  # norms in float32; q, k, v, output; gate, up, product
+    last_norm = n * D * (4 + s)
+    kept = layers * (n * s * D if cfg.checkpointing else inside) + last_norm + 12 * n * width  # and the rotary tables
+    head = (s if sharded else 4) * V * D  # the gradient that waits for the root's
+    chunks = 2 * 4 * V * min(head_chunk(V, "cuda" if sharded else cfg.device or "cpu"), n)
+    backward = 2 * s * n * I + 4 * D * I + (inside - last_norm + n * s * D if cfg.checkpointing else 0)
+    plan |= dict(activations=kept, head_gradient=4 * V * D, head_chunks=chunks + 2 * s * n * D, backward=backward)
+    root_sum = (s + 4) * root if sharded else 2 * 4 * V * D
+    held = plan["weights"] + plan["optimizer"] + plan["anchor"]
+    moments = (kept + 4 * V * D + chunks + 2 * s * n * D, kept + head + backward, root_sum)
+    plan["update"] = held + plan["gradients"] + plan["gathered"] + max(moments)
+    plan["vllm"] = 2 * parameters / cfg.vllm_tp + VLLM_ROWS * context * 2 * 2 * layers * KV / min(cfg.vllm_tp, kv_heads)
+    plan["rollout"] = held + plan["vllm"]  # vLLM sleeps during the update
+    return plan
+
+
+def shape_of(config) -> tuple:
+    """The row of SHAPES of a model's config."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.num_attention_heads, kv_heads, width
+    return *sizes, config.vocab_size, config.tie_word_embeddings
+
+
+def run_plan(cfg: Config):
+    """GPUs x context x micro-batch -> GiB per GPU, for the presets' models or the folder given as --model."""
+    shapes = SHAPES
+    if cfg.model != PRESETS[cfg.preset].get("model", ""):
+        try:
+            shapes = {cfg.model: shape_of(transformers.AutoConfig.from_pretrained(cfg.model, local_files_only=True))}
+        except (OSError, ValueError, AttributeError) as e:
+            raise Misuse(f"--model {cfg.model}: no config.json of a causal LM that can be planned for ({str(e).splitlines()[0]})")
+    on = lambda name: f"{name} {'on' if getattr(cfg, name) else 'off'}"
+    print0(
+        f"{cfg.dtype}, {on('checkpointing')}, {on('offload_optimizer')}, {on('offload_anchor')}, anchor {cfg.anchor}, vllm_tp {cfg.vllm_tp}"
+    )
+    print0(
+        f"GiB per GPU, computed. `rollout` has vLLM's weights and a cache of {VLLM_ROWS} rows of full context. A card is said to fit where"
+    )
+    print0("90 % of it is enough: the rest is for CUDA, NCCL and fragmentation.")
+    columns = ("weights", "optimizer", "anchor", "gathered", "activations", "update", "vllm", "rollout")
+    print0(f"{'model':14} {'GPUs':>4} {'context':>8} {'micro':>7} " + " ".join(f"{c:>11}" for c in columns) + "  fits")
+    for name, shape in shapes.items():
+        for gpus in (8, 16, 32, 64):
+            for context in (4096, cfg.max_prompt + cfg.max_new, 32768):
+                for micro in dict.fromkeys((context, max(context, cfg.micro_tokens))):
+                    plan = memory_plan(shape, gpus, context, micro, cfg)
+                    need = max(plan["update"], plan["rollout"])
+                    fits = next((f"{card} GB" for card in (80, 141) if need <= 0.9e9 * card), "no")
+                    cells = " ".join(f"{plan[c] / 2**30:11.1f}" for c in columns)
+                    print0(f"{Path(name).name:14} {gpus:4} {context:8,} {micro:7,} {cells}  {fits}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Main
 # ----------------------------------------------------------------------------------------------------------------------
 
-STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval, "ablate": run_ablate, "plot": run_plot}
+STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval, "ablate": run_ablate, "plot": run_plot, "bench": run_bench, "plan": run_plan}
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -2390,11 +2756,15 @@ def parse_args(argv: list[str] | None = None) -> Config:
             help=doc.replace("%", "%%"),
             **switch,
         )
+    for stage in ("bench", "plan"):
+        parser.add_argument(
+            f"--{stage}", dest="stage", action="store_const", const=stage, default=argparse.SUPPRESS, help=f"--stage {stage}"
+        )
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "tiny")
+    preset = given.get("preset", {"bench": "bench", "plan": "qwen2.5-14b"}.get(given.get("stage"), "tiny"))
     if preset not in PRESETS:
         raise Misuse(f"--preset {preset!r}: there is no such preset; choose from {', '.join(PRESETS)}")
-    cfg = Config(**{**PRESETS[preset], **given})
+    cfg = Config(**{**PRESETS[preset], "preset": preset, **given})
     check_config(cfg)
     return cfg
 
@@ -2457,8 +2827,9 @@ def check_config(cfg: Config):
         need(variant in VARIANTS, "variants", f"no variant {variant!r}; choose from {', '.join(VARIANTS)}")
     need("{problem}" in (cfg.prompt_template or "{problem}"), "prompt_template", "must contain {problem}")
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
-    need(cfg.vllm_tp == 1 or cfg.engine == "vllm", "vllm_tp", "only with --engine vllm")
-    need(ranks % cfg.vllm_tp == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
+    planned = cfg.stage == "plan"  # for ranks that are not here
+    need(cfg.vllm_tp == 1 or cfg.engine == "vllm" or planned, "vllm_tp", "only with --engine vllm")
+    need(ranks % cfg.vllm_tp == 0 or planned, "vllm_tp", f"must divide the number of ranks, {ranks}")
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
     need(cfg.prompts * cfg.k >= ranks, "prompts", f"each of the {ranks} ranks needs one response at least")
     need(cfg.sft_batch >= ranks, "sft_batch", f"each of the {ranks} ranks needs one at least")

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +34,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_iter
 
 import data_prep
 import t1
@@ -162,8 +164,8 @@ def test_head_gradcheck(temperature, min_p):
 def test_min_p_keeps_a_sampled_token_at_the_edge_of_the_support():
     logits = torch.tensor([[0.0, math.log(0.1) - 1e-6, -9.0]])
     assert t1.log_softmax_min_p(logits, 0.1)[0, 1] == -math.inf
-    kept = t1.log_softmax_min_p(logits, 0.1, torch.tensor([1]))
-    assert torch.allclose(kept[0, :2].exp(), torch.tensor([10 / 11, 1 / 11]), atol=1e-5) and kept[0, 2] == -math.inf
+    logprob, entropy = t1.token_logprobs_and_entropy(torch.ones(1, 1), logits.T, torch.tensor([1]), min_p=0.1)
+    assert logprob.exp().item() == pytest.approx(1 / 11, abs=1e-5) and entropy.item() == pytest.approx(math.log(11) - 10 / 11 * math.log(10), abs=1e-4)
 
 
 def test_bfloat16_head_keeps_float32_results():
@@ -176,6 +178,93 @@ def test_bfloat16_head_keeps_float32_results():
     assert torch.allclose(logprob, expected[0], atol=0.05) and torch.allclose(entropy, expected[1], atol=0.05)
     (logprob.sum() + entropy.sum()).backward()
     assert head.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
+
+
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of all tensors that live, counted by storage, and the most that lived at once."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}
+        for t in tensors:
+            self.add(t)
+
+    def add(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.drop, storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def drop(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, torch.Tensor):
+                self.add(t)
+        return out
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_memory_is_two_chunk_buffers_and_the_gradients(dtype, min_p):
+    """V = 40,000, n = 2,000, D = 32: one buffer (n, V) would be 320 MB, the chunks of 1/10 of that are most of the bound."""
+    torch.manual_seed(7)
+    n, V, D, chunk = 2000, 40_000, 32, 200
+    hidden, head = torch.randn(n, D).bfloat16().requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_()
+    targets, advantages, weights = torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n)
+    with LiveBytes(hidden, head, targets, advantages, weights) as live:
+        before = live.now
+        loss, _, _ = t1.policy_loss(hidden, head, targets, advantages, weights, 1e-3, 1.2, min_p, chunk=chunk)
+        assert not any(node is not None and "Mm" in type(node).__name__ for node, _ in loss.grad_fn.next_functions)  # no graph per chunk
+        loss.backward()
+    bound = 2 * 4 * chunk * V + 4 * V * D + hidden.element_size() * n * D  # chunk buffers, head gradient, hidden gradient
+    assert 2 * 4 * chunk * V < live.peak - before < 1.15 * bound
+
+
+def test_a_common_offset_of_the_logits_costs_no_precision():
+    torch.manual_seed(9)
+    hidden, head = torch.randn(6, 5), torch.randn(50, 5)
+    offset = lambda c: (torch.cat([hidden, torch.full((6, 1), c)], 1), torch.cat([head, torch.ones(50, 1)], 1), torch.arange(6))
+    for a, b in zip(t1.token_logprobs_and_entropy(*offset(0.0)), t1.token_logprobs_and_entropy(*offset(256.0))):
+        assert torch.allclose(a, b, atol=1e-4)  # 256 itself leaves the logits an error of 2e-5
+
+
+def test_head_chunk_follows_from_the_vocabulary():
+    assert t1.head_chunk(151_936, "cpu") == 220 and 4 * 151_936 * 220 <= 2**27
+    assert t1.head_chunk(473, "cpu") > 65_536 and t1.head_chunk(151_936, "cuda") == 1766 and t1.head_chunk(2**40, "cpu") == 1
+
+
+def test_a_second_backward_through_the_loss_is_an_error_not_a_wrong_gradient():
+    hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss, _, _ = t1.policy_loss(hidden, head, torch.arange(3), torch.ones(3), torch.ones(3))
+    (3 * loss).backward(retain_graph=True)
+    once = head.grad.clone()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    plain, _, _ = t1.policy_loss(hidden, head, torch.arange(3), torch.ones(3), torch.ones(3))
+    assert torch.allclose(torch.autograd.grad(plain, head)[0] * 3, once, rtol=1e-5)
+
+
+def test_fast_linear_is_the_librarys():
+    torch.manual_seed(8)
+    for bias in (True, False):
+        plain = torch.nn.Linear(24, 40, bias=bias)
+        fast = copy.deepcopy(plain)
+        fast.__class__ = t1.FastLinear
+        for shape in ((7, 24), (1, 7, 24), (5, 1, 24)):
+            x, g = torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 40)
+            want = torch.autograd.grad(plain(x), (x, *plain.parameters()), g)
+            for a, b in zip(torch.autograd.grad(fast(x), (x, *fast.parameters()), g), want, strict=True):
+                assert torch.allclose(a, b, atol=1e-5)
+            with torch.no_grad():
+                assert torch.allclose(fast(x), plain(x), atol=1e-5)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert fast(x).dtype == torch.bfloat16
 
 
 def test_ema_is_the_closed_form():
@@ -456,6 +545,91 @@ def test_truncated_importance_weights(cap):
     loss, _, _ = t1.policy_loss(hidden, head, targets, A, w, 0.1, 1.2, 0.0, behaviour, cap, chunk=5)
     for g, o in zip(torch.autograd.grad(loss, (hidden, head)), oracle):
         assert torch.allclose(g, o, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench and plan
+
+
+def plan_config(*args):
+    return config("--tiny-layers", "2", "--tiny-width", "64", "--max-new", "512", *args)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize(
+    "layers, width, vocabulary, length, micro",
+    [(2, 64, 0, 128, 1024), (4, 128, 0, 128, 2048), (3, 256, 0, 256, 2048), (2, 64, 0, 64, 4096), (6, 128, 0, 512, 1024), (2, 128, 20_000, 64, 512), (1, 64, 50_000, 16, 512)],
+)
+def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, checkpointing):
+    """One rank, float32: the most bytes of tensors that live during log-probs of the anchor, gradient (several micro-batches) and update."""
+    cfg = plan_config("--tiny-layers", str(layers), "--tiny-width", str(width), "--micro-tokens", str(micro), "--checkpointing", checkpointing)
+    model, _ = t1.tiny_policy(cfg)
+    if vocabulary:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        model.vocabulary = vocabulary
+    model = t1.shard(model, cfg)
+    anchor, optimizer = copy.deepcopy(model).requires_grad_(False), t1.make_optimizer(model, cfg)
+    rows = [([1], [2 + (7 * i + j) % 200 for j in range(length - 1)]) for i in range(2 * micro // length)]
+    state = [x for entry in optimizer.state.values() for x in entry.values()]
+    with LiveBytes(*model.parameters(), *anchor.parameters(), *state) as live:
+        t1.response_logprobs(anchor, rows, cfg)
+        t1.accumulate_gradient(model, rows, [1.0] * len(rows), [1e-3] * len(rows), cfg, 1e-3)
+        t1.update(model, optimizer, 1e-4, cfg)
+    plan = t1.memory_plan(t1.shape_of(model.config), 1, length, micro, cfg)
+    assert plan["parameters"] == sum(p.numel() for p in model.parameters())
+    assert 0.95 * live.peak < plan["update"] < 1.1 * live.peak
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plans_activations_are_what_autograd_saves(tiny, dtype):
+    """Of each layer, by torch's hooks on saved tensors, distinct storages that are no parameters: a model wholly in the type of the run."""
+    folder, cfg, tokenizer, model = tiny
+    rows = [([1], list(range(2, 129))) for _ in range(8)]
+    n = sum(len(y) for _, y in rows)  # tokens that go in: the last one predicts nothing
+
+    def saved(layers):
+        deep = plan_config("--tiny-layers", str(layers))
+        policy, _ = t1.tiny_policy(deep)
+        policy = policy.to(getattr(torch, dtype))
+        mine, kept = {p.untyped_storage()._cdata for p in policy.parameters()}, {}
+        note = lambda t: kept.setdefault(t.untyped_storage()._cdata, (t.untyped_storage().nbytes(), t)) and t
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            hidden, _ = t1.response_hidden(policy, rows, deep)
+        return sum(size for key, (size, _) in kept.items() if key not in mine)
+
+    plan = lambda layers: t1.memory_plan((64, layers, 192, 4, 2, 16, 473, True), 1, 128, n, plan_config("--dtype", dtype))["activations"]
+    assert plan(3) - plan(2) == pytest.approx(saved(3) - saved(2), rel=0.02)
+
+
+def test_plan_of_the_papers_models():
+    for name, billions in {"glm-4-9b-hf": 9.40, "Qwen2.5-14B": 14.77, "Qwen2.5-32B": 32.76}.items():
+        plan = lambda gpus, *args: t1.memory_plan(t1.SHAPES[name], gpus, 9216, 32768, config("--preset", "qwen2.5-14b", *args))
+        assert plan(8)["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
+        assert plan(8)["weights"] == 4 * plan(8)["parameters"] / 8 and plan(8)["optimizer"] == 2 * plan(8)["anchor"] == 2 * plan(8)["weights"]
+        assert plan(64)["update"] < plan(8)["update"] < plan(8, "--checkpointing", "false")["update"]
+        assert plan(8, "--offload-anchor")["update"] == plan(8, "--anchor", "none")["update"] == plan(8)["update"] - plan(8)["anchor"]
+        assert plan(8)["update"] - plan(8, "--offload-optimizer")["update"] == 4 * plan(8)["weights"]
+
+
+def test_plan_command(tiny, tmp_path):
+    folder, _, _, model = tiny
+    code, out, err = run("--plan", "--vllm-tp", 4)
+    assert code == 0 and all(name in out for name in t1.SHAPES) and "80 GB" in out and "141 GB" in out and "bfloat16, checkpointing on" in out
+    assert run("--stage", "plan", "--vllm-tp", 4)[1] == out
+    code, out, err = run("--plan", "--model", folder)
+    assert code == 0 and folder.name in out and "Qwen2.5" not in out.split("fits\n")[1]
+    code, out, err = run("--plan", "--model", tmp_path)
+    assert code == 2 and err.count("\n") == 1 and f"--model {tmp_path}" in err
+
+
+def test_bench_command():
+    """The commands that README gives, at a size of seconds; where TRL is installed its lines stand there, too."""
+    code, out, err = run("--bench", "--bench-pairs", 1, "--prompts", 2, "--k", 2, "--max-new", 8, "--tiny-layers", 1, "--tiny-width", 32, "--sft-batch", 4)
+    assert code == 0, err
+    lines = {line.split("  ")[0] for line in out.splitlines()}
+    assert {"rollout", "log-prob of the anchor", "gradient", "update", "step", "sft"} <= lines and "peak memory of the process" in out
+    assert ("TRL is not installed" in out) != ("RLOOTrainer: trained tokens per CPU second" in out and "SFTTrainer, packing" in out)
+    cfg = t1.parse_args(["--bench"])
+    assert (cfg.stage, cfg.preset, cfg.prompts, cfg.k, cfg.max_new, cfg.temperature, cfg.rl_lr) == ("bench", "bench", 16, 16, 128, 1.0, 1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rewards
