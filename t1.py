@@ -346,15 +346,8 @@ def sync(path: Path):
 
 def read_log(path: Path) -> list[dict]:
     """The rows of a JSONL log; a last line that a kill cut off does not count."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [read_json(path, line) for line in lines]
-
-
-def read_json(path: Path, text: str | None = None) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8") if text is None else text))
-    except (ValueError, TypeError, RecursionError, OSError):
-        raise Misuse(f"{path}: damaged or not there; remove it, or choose another --name")
+    lines = data_prep.json_lines(path) if os.path.lexists(path) else []
+    return [data_prep.parse(where, line) for where, line in lines if line.endswith(b"\n")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1475,8 +1468,7 @@ class RunFolder:
     def read(self, name: str, folder: Path | None = None) -> list[dict]:
         """The rows of a log; a last line that a kill cut off does not count."""
         path = (folder or self.path) / name
-        lines = data_prep.json_lines(path) if os.path.lexists(path) else []
-        rows = [data_prep.parse(where, line) for where, line in lines if line.endswith(b"\n")]
+        rows = read_log(path)
         if not all(isinstance(row.get("step"), int) for row in rows):
             raise Misuse(f"{path}: a row without its step; repair it, or choose another --name")
         return rows
@@ -1806,6 +1798,12 @@ def mean_and_error(values: list[list[float]]) -> tuple[float, float]:
     return per_problem.mean().item(), (per_problem.std(ddof=1) / len(per_problem) ** 0.5).item() if len(per_problem) > 1 else float("nan")
 
 
+def with_error(values: list[list[float]]) -> list:
+    """`mean_and_error` as it stands in JSON: null for the error of a single value."""
+    mean, error = mean_and_error(values)
+    return [mean, error if math.isfinite(error) else None]
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k), the unbiased estimate."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
@@ -1961,19 +1959,19 @@ def measure(model, engine, answerer, test: tuple, about: dict, last: bool, folde
         for budget in budgets:
             ids = cut_ids(answerer, tokenizer, rollouts, budget, cfg, lengths)
             right = verify.grade(tokenizer.batch_decode(ids, skip_special_tokens=True), [g for g in golds for _ in range(n)])
-            points.append([budget, *mean_and_error(grouped(right, n)), float(np.mean([len(y) for y in ids]))])
+            points.append([budget, *with_error(grouped(right, n)), float(np.mean([len(y) for y in ids]))])
         return points
 
     def majorities(records, n):
         answers, right = (grouped([r[field] for r in records], n) for field in ("answer", "right"))
-        return [[k, *mean_and_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)])] for k in powers_of_two(n)]
+        return [[k, *with_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)])] for k in powers_of_two(n)]
 
     rollouts, records, key = responses(samples)
     right = grouped([r["right"] for r in records], samples)
-    value, error = mean_and_error(right)
+    value, error = with_error(right)
     result = dict(**key, problems=len(problems), samples=samples, pass_at_1=value, standard_error=error, **means(records))
     result["ungradable"] = float(np.mean([r["answer"] is None or not verify.is_readable(r["answer"]) for r in records]))
-    result["pass_at_k"] = [[k, *mean_and_error([[pass_at_k(samples, sum(r), k)] for r in right])] for k in powers_of_two(samples)]
+    result["pass_at_k"] = [[k, *with_error([[pass_at_k(samples, sum(r), k)] for r in right])] for k in powers_of_two(samples)]
     result["maj_at_k"] = majorities(records, samples)
     if test_name == "embedded":
         habits = Counter((data_prep.habit_of(r["response"]), r["right"]) for r in records)
@@ -2032,7 +2030,7 @@ def run_eval(cfg: Config):
             result = measure(model, engine, answerer, test, dict(name=name, checkpoint=path), path == folders[-1], folder, cfg)
             results.append(result)
             print0(
-                f"{path}, {test[0]}: pass@1 {100 * result['pass_at_1']:.1f} +- {100 * result['standard_error']:.1f} %, "
+                f"{path}, {test[0]}: pass@1 {percent(result['pass_at_1'], result['standard_error'])} %, "
                 f"{result['length']:.0f} tokens, over-long {100 * result['overlong']:.1f} %"
                 + "".join(f", within {b} tokens {100 * v:.1f}" for b, v, *_ in result.get("scaling", []))
             )
@@ -2068,9 +2066,12 @@ PAPER_TABLE = {  # pass@1 in %, the paper's results
 PAPER_TESTS = ("math500", "aime24", "omni500", "gpqa")
 
 
+def percent(value: float, error: float | None = None) -> str:
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
 def results_table(results: list[dict]) -> str:
     """results.md: one row a checkpoint and test set, and, for the paper's benchmarks, the paper's rows under ours."""
-    percent = lambda v, e=None: f"{100 * v:.1f}" + (f" ± {100 * e:.1f}" if e is not None else "")
     lines = ["| checkpoint | test | problems x samples | pass@1 | pass@k | maj@k | tokens | over-long | ungradable |", "|" + "---|" * 9]
     for r in results:
         k, *best = r["pass_at_k"][-1]
@@ -2180,7 +2181,7 @@ def run_variant(base: Path, variant: str, seed: int, cfg: Config) -> bool:
             if rank() == 0:
                 write_json(run / "stopped.json", dict(reason=str(e)))
     for path in [p for stage in ("sft", "rl") for p in checkpoints(run / stage)] if rank() == 0 else ():
-        sizes = read_json(path / "complete.json")
+        sizes = data_prep.read_json(path / "complete.json")
         write_json(path / "complete.json", {file: size for file, size in sizes.items() if not file.startswith("trainer")})
         shutil.rmtree(path / "trainer", ignore_errors=True)
     agree()
@@ -2189,7 +2190,7 @@ def run_variant(base: Path, variant: str, seed: int, cfg: Config) -> bool:
 
 def read_runs(base: Path) -> list[dict]:
     """What the finished runs under `base` reached: one dict a run, from results.json, rl/metrics.jsonl and rl/config.json."""
-    results = {path.parts[-3]: read_json(path) for path in base.glob("*/eval/results.json")}
+    results = {path.parts[-3]: data_prep.read_json(path) for path in base.glob("*/eval/results.json")}
     tail = lambda path: Path(path).parts[-3:]  # RUN/sft/checkpoint-N, wherever the folder stands now
     starts = {tail(c["checkpoint"]): c["pass_at_1"] for r in results.values() for c in r["checkpoints"]}
     runs = []
@@ -2202,7 +2203,7 @@ def read_runs(base: Path) -> list[dict]:
         run = dict(variant=variant, seed=int(seed), stopped=stopped)
         if not stopped:
             end = results[name]["checkpoints"][-1]
-            source = read_json(path.parent / "config.json").get("started_from", "")
+            source = data_prep.read_json(path.parent / "config.json").get("started_from", "")
             last = [row["entropy"] for row in read_log(path)[-5:]]
             run |= {k: end.get(k, results[name].get(k)) for k in ("pass_at_1", "length", "overlong", "problems", "samples")}
             run |= dict(start=starts.get(tail(source)), entropy=float(np.mean(last)))
@@ -2215,7 +2216,7 @@ def ledger_of(runs: list[dict]) -> tuple[list[dict], list[dict]]:
     """-> a row a variant (means over seeds, each [mean, standard error]) and a row a claim (paired difference, verdict)."""
     by = {v: {r["seed"]: r for r in runs if r["variant"] == v and not r["stopped"]} for v in VARIANTS}
     paired = lambda v, against: [by[v][s]["pass_at_1"] - by[against][s]["pass_at_1"] for s in sorted(by[v].keys() & by[against].keys())]
-    over_seeds = lambda values: list(mean_and_error([[x] for x in values])) if values else None
+    over_seeds = lambda values: with_error([[x] for x in values]) if values else None
     rows, claims = [], []
     for variant, (changes, against, sign, claim) in VARIANTS.items():
         finished = list(by[variant].values())
@@ -2243,7 +2244,7 @@ def write_ledger(base: Path):
     about = f"{len(runs)} runs, seeds {', '.join(map(str, sorted({r['seed'] for r in runs})))}; {done.get('problems')} held-out problems x {done.get('samples')} samples"
     write_json(base / "ledger.json", dict(about=about, runs=runs, variants=rows, claims=claims))
     spread = lambda pair, scale=1.0, digits=1: (
-        "" if pair is None else f"{scale * pair[0]:.{digits}f}" + (f" ± {scale * pair[1]:.{digits}f}" if math.isfinite(pair[1]) else "")
+        "" if pair is None else f"{scale * pair[0]:.{digits}f}" + (f" ± {scale * pair[1]:.{digits}f}" if pair[1] is not None else "")
     )
     lines = [about + "; mean ± standard error over seeds, gains paired by seed.", ""]
     lines += [
@@ -2260,7 +2261,7 @@ def write_ledger(base: Path):
         )
     lines += ["", "| claim | runs compared | difference, points | verdict |", "|---|---|---|---|"]
     for c in claims:
-        difference = spread(mean_and_error([[d] for d in c["differences"]]), 100) if c["differences"] else ""
+        difference = spread(with_error([[d] for d in c["differences"]]), 100) if c["differences"] else ""
         lines.append(
             f"| {c['claim']} | {c['variant']} against {c['against']}, {len(c['differences'])} seeds | {difference} | {c['verdict']} |"
         )
@@ -2305,7 +2306,7 @@ def run_plot(cfg: Config):
     for run in [base, *sorted(base.glob("*-seed*"))]:
         for stage in PANELS:
             if (run / stage / "metrics.jsonl").exists():
-                config = read_json(run / stage / "config.json")["config"]
+                config = data_prep.read_json(run / stage / "config.json").get("config") or {}
                 draw_steps(run / stage, Config(**{k: v for k, v in config.items() if k in Config.__dataclass_fields__}))
         if (run / "eval" / "results.json").exists():
             draw_results(run / "eval")
@@ -2351,31 +2352,36 @@ STYLES = [dict(marker="osD^vPX*"[i], ls=("-", "--", "-.", ":")[i % 4], capsize=2
 def draw_results(folder: Path):
     """inference_scaling.png of each test set in results.json: accuracy against thinking budget, one curve per checkpoint, in the form of
     the paper's figure; beside it, for the last checkpoint, what each way of spending tokens buys."""
-    content = read_json(folder / "results.json")
+    content = data_prep.read_json(folder / "results.json")
     everything = [c for c in content["checkpoints"] if c.get("scaling")]
     tests = list(dict.fromkeys(c.get("test") for c in everything))
     for test in tests if rank() == 0 else ():
         results = [c for c in everything if c.get("test") == test]
-        ways = {}
-        for label, name in (("cut at a budget", "scaling"), ("forced to a budget", "forced"), ("majority of k", "parallel")):
-            if results[-1].get(name) and "forced" in results[-1]:
-                ways[label] = [(point[3], *point[1:3]) for point in results[-1][name]]
+        last, ways = results[-1], {}
+        if last.get("forced"):
+            most = last["parallel"][-1][0]
+            ways = {
+                "cut at a budget": "scaling",
+                "forced to a budget (1 sample)": "forced",
+                f"majority of k (of {most} samples)": "parallel",
+            }
         figure, axes = pyplot_figure(1, 1 + bool(ways))
         for i, result in enumerate(results):
             shade = str(0.65 * (1 - i / max(1, len(results) - 1))) if len(results) > 1 else "black"
             draw_points(axes[0], [point[:3] for point in result["scaling"]], label=result["name"], color=shade, **STYLES[i % 8])
-        for i, (label, points) in enumerate(ways.items()):
+        for i, (label, name) in enumerate(ways.items()):
+            points = [(tokens, value, error) for _, value, error, tokens in last[name]]
             draw_points(axes[1], points, label=label, color=("0", "0.35", "0.55")[i], **STYLES[i])
-            if label == "majority of k":
-                for (k, *_), (tokens, value, _) in zip(results[-1]["parallel"], points):
-                    axes[1].annotate(f"k={k}", (tokens, 100 * value), (3, -10), textcoords="offset points", fontsize=7)
-        axes[0].set_xticks([p[0] for p in results[-1]["scaling"]], [p[0] for p in results[-1]["scaling"]])
+        for k, value, _, tokens in last["parallel"] if ways else ():
+            axes[1].annotate(f"k={k}", (tokens, 100 * value), (3, -10), textcoords="offset points", fontsize=7)
+        axes[0].set_xticks([p[0] for p in last["scaling"]], [p[0] for p in last["scaling"]])
         axes[0].set_xlabel("thinking budget (tokens)")
+        axes[0].set_ylabel("pass@1 (%)")
         axes[0].legend(fontsize=8, title="checkpoint")
         if ways:
             axes[1].set_xlabel("tokens spent per problem")
-            axes[1].legend(fontsize=8, title=results[-1]["name"])
-        one = {**content, **results[-1]}
+            axes[1].legend(fontsize=8, title=last["name"])
+        one = content | last
         title = f"{one['problems']} problems x {one['samples']} samples ({test or one['test']}), T = {one['temperature']}, seed {one['seed']}; bars: standard error over problems"
         save_figure(figure, folder / f"inference_scaling{f'-{test}' * (len(tests) > 1)}.png", title)
 
@@ -2397,7 +2403,7 @@ def draw_ledger(path: Path, rows: list[dict], about: str):
         if row["pass_at_1"]:
             axis.plot([100 * v for v in row["each"]], [y] * len(row["each"]), "o", mfc="none", color="0.5", ms=5)
             mean, error = row["pass_at_1"]
-            axis.errorbar(100 * mean, y, xerr=100 * error, fmt="D", color="black", ms=4, capsize=3)
+            axis.errorbar(100 * mean, y, xerr=100 * error if error else None, fmt="D", color="black", ms=4, capsize=3)
         if row["collapsed"]:
             axis.text(
                 1.01, y, f"{row['collapsed']} of {row['runs']} collapsed", va="center", fontsize=7, transform=axis.get_yaxis_transform()

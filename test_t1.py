@@ -958,10 +958,11 @@ def test_benchmarks_and_their_tables(learned, tmp_path, capsys):
 
 
 def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path, capsys):
-    t1.shutil.copytree(tiny[0], tmp_path / "other")
-    tokenizer = copy.deepcopy(tiny[2])
+    tokenizer, model = copy.deepcopy(tiny[2]), transformers.AutoModelForCausalLM.from_pretrained(tiny[0])
     tokenizer.add_tokens(["something else"])
-    tokenizer.save_pretrained(tmp_path / "other")
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "other")
     args = ["--stage", "eval", "--checkpoint", tiny[0], "--out", tmp_path, "--answer-model", tmp_path / "other"]
     assert t1.main([str(x) for x in args]) == 2
     assert "its tokenizer is not that of" in capsys.readouterr().err and not (tmp_path / "tiny").exists()
