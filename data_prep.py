@@ -15,6 +15,7 @@ A response reads `<think> ... </think>` and then the answer in `\\boxed{}`.
 from __future__ import annotations
 
 import argparse
+import codecs
 import csv
 import gzip
 import hashlib
@@ -24,9 +25,11 @@ import multiprocessing
 import os
 import random
 import re
+import stat
 import sys
 import time
 import unicodedata
+import zlib
 from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -43,8 +46,21 @@ from tqdm import tqdm
 import verify
 
 
-class Misuse(Exception):
-    """Something the user gave is wrong: one line that says what, where, and what to do. Exit code 2."""
+class Stop(Exception):
+    """The run cannot go on: one line that says what, where, and what to do. Exit code 1."""
+
+    code = 1
+
+    def __str__(self):
+        """One line and not a long one, whatever names and texts of the user's stand in it."""
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
+
+
+class Misuse(Stop):
+    """Something the user gave is wrong. Exit code 2."""
+
+    code = 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,51 +86,95 @@ COLUMNS = set("""id _id row unique_id problem question text answer label solutio
     question_type messages conversations prompt response url""".split())
 
 
-def local_files(path: Path) -> list[Path]:
+ROW_BYTES = 16 << 20  # the longest row; a trace of 32,000 tokens has a hundredth of it
+GZIP_BYTES, GZIP_RATIO = 16 << 20, 200  # a file that grows beyond both is a bomb; problems and traces shrink to a fifth
+
+
+def local_files(name: str) -> list[Path]:
     """The data files of a folder, by name, or the file itself."""
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+    path = Path(name)
+    try:
+        name.encode()
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return [path]
+        files = sorted(f for f in path.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+    except UnicodeEncodeError:
+        raise Misuse(f"{name}: a file name must be UTF-8; rename it")
+    except FileNotFoundError:
+        raise Misuse(f"{name}: no such file, and not one of the data sets known on the hub ({', '.join(HUB)})")
+    except (OSError, ValueError) as e:
+        raise Misuse(f"{name}: cannot be read ({getattr(e, 'strerror', None) or e})")
     if not files:
-        raise Misuse(f"{path}: no .jsonl, .jsonl.gz or .parquet file in this folder")
+        raise Misuse(f"{name}: no .jsonl, .jsonl.gz or .parquet file in this folder")
     return files
 
 
 def raw_rows(name: str, columns=COLUMNS):
     """Rows of a data set as (where, raw) with raw a line of JSON (bytes) or a dict; read as a stream, never held whole."""
-    if Path(name).exists():
-        for file in local_files(Path(name)):
-            yield from parquet_rows(file, columns) if file.suffix == ".parquet" else json_lines(file)
-    elif name in HUB:
+    if name in HUB and not os.path.exists(name):
         yield from hub_rows(name, columns)
-    else:
-        raise Misuse(f"{name}: no such file, and not one of the data sets known on the hub ({', '.join(HUB)})")
+        return
+    for file in local_files(name):
+        yield from parquet_rows(file, columns) if file.suffix == ".parquet" else json_lines(file)
 
 
-def json_lines(file: Path):
-    """(where, line) of each line that is not blank."""
+def row_at(where) -> str:
+    return f"{where[0]}, row {where[1]}"
+
+
+def open_file(path: Path):
+    """An ordinary file for reading, as bytes. A pipe or a device, which may never end, is refused without being opened."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise Misuse(f"{path}: not a file but a folder, a pipe or a device; copy its content into a file")
+    return open(path, "rb")
+
+
+def byte_lines(path: Path):
+    """(where, line) of each line, plain or gzipped (whatever its name says), without a byte order mark; in bounded memory."""
     try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield (file.name, number), line
-    except (OSError, EOFError) as e:
-        raise Misuse(f"{file}: cannot be read ({e.strerror if getattr(e, 'strerror', None) else e})")
+        with open_file(path) as plain:
+            zipped = plain.peek(2)[:2] == b"\x1f\x8b"
+            f = gzip.GzipFile(fileobj=plain) if zipped else plain
+            room = max(GZIP_BYTES, GZIP_RATIO * os.fstat(plain.fileno()).st_size) if zipped else math.inf
+            for number, line in enumerate(iter(partial(f.readline, ROW_BYTES + 1), b""), 1):
+                room -= len(line)
+                if len(line) > ROW_BYTES:
+                    raise Misuse(f"{path}, row {number}: longer than {ROW_BYTES >> 20} MiB; one row a line, ended by \\n")
+                if room < 0:
+                    raise Misuse(f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times its size; unpack it if it is no bomb")
+                yield (str(path), number), line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        damaged = "" if isinstance(e, OSError) and not isinstance(e, gzip.BadGzipFile) else "damaged gzip file: "
+        raise Misuse(f"{path}: cannot be read ({damaged}{getattr(e, 'strerror', None) or e})")
+
+
+def json_lines(path: Path):
+    """(where, line) of each line that is not blank."""
+    return ((where, line) for where, line in byte_lines(path) if line.strip())
 
 
 def parquet_rows(file: Path, columns):
     """(where, row) with the wanted columns only: NuminaMath's `messages` repeat problem and solution."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        table = pq.ParquetFile(file)
-        wanted = [c for c in table.schema_arrow.names if c in columns and (c != "messages" or "problem" not in table.schema_arrow.names)]
-        number = 0
-        for batch in table.iter_batches(1000, columns=wanted):
-            for row in batch.to_pylist():
-                number += 1
-                yield (file.name, number), row
-    except (OSError, pa.ArrowInvalid) as e:
-        raise Misuse(f"{file}: cannot be read as parquet ({e})")
+        with open_file(file) as f:
+            table = pq.ParquetFile(f)
+            names = table.schema_arrow.names
+            if twice := [c for c, n in Counter(names).items() if n > 1]:
+                raise Misuse(f"{file}: column {twice[0]!r} is there twice")
+            wanted = [c for c in names if c in columns and (c != "messages" or "problem" not in names)]
+            for batch in table.iter_batches(200, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    if sum(len(v) for v in row.values() if isinstance(v, (str, bytes))) > ROW_BYTES:
+                        raise Misuse(f"{file}, row {number}: longer than {ROW_BYTES >> 20} MiB")
+                    yield (str(file), number), row
+    except Misuse:
+        raise
+    except Exception as e:  # whatever a damaged file makes the library raise
+        raise Misuse(f"{file}: cannot be read as parquet (after row {number}: {type(e).__name__}: {e})")
 
 
 def hub_rows(name: str, columns):
@@ -130,16 +190,54 @@ def hub_rows(name: str, columns):
             raise Misuse(f"{name}: cannot be loaded from the hub ({' '.join(str(e).split())[:200]}); give a local copy instead")
 
 
+def _unique(pairs: list) -> dict:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"key {next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)!r} is there twice")
+    return row
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no number of JSON")
+    return number
+
+
+def parse_json(raw: bytes):
+    """The value of a JSON text; ValueError or RecursionError for what JSON, UTF-8 or a careful reader does not allow."""
+    value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_float=_number, parse_constant=_number)
+    if b"\\ud" in raw or b"\\uD" in raw:  # half of a surrogate pair is no text: no file and no tokenizer takes it
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_json(path: Path) -> dict:
+    """A file that is one JSON object, such as a config.json."""
+    try:
+        with open_file(path) as f:
+            value = parse_json(f.read(ROW_BYTES))
+    except (OSError, ValueError, RecursionError) as e:
+        raise Misuse(f"{path}: damaged, or no JSON file ({getattr(e, 'strerror', None) or e}); repair it or take another folder")
+    if not isinstance(value, dict):
+        raise Misuse(f"{path}: damaged: a JSON object is wanted, not a {type(value).__name__}; repair it or take another folder")
+    return value
+
+
 def parse(where, raw) -> dict:
     """A raw row as a dict, or one line that says where it is broken."""
     if isinstance(raw, dict):
         return raw
     try:
-        row = json.loads(raw)
-    except ValueError as e:  # JSON and UTF-8 errors
-        raise Misuse(f"{where[0]}, row {where[1]}: not JSON ({e}); repair or remove the line")
+        row = parse_json(raw)
+    except UnicodeDecodeError as e:
+        raise Misuse(f"{row_at(where)}: not UTF-8 text (byte {raw[e.start]:#x} in column {e.start + 1}); save the file as UTF-8")
+    except UnicodeEncodeError:
+        raise Misuse(f"{row_at(where)}: half of a surrogate pair (\\ud800 to \\udfff), which is no text; repair or remove the line")
+    except (ValueError, RecursionError) as e:
+        reason = f"{e.msg} in column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+        nul = "; it holds NUL bytes: damaged, or UTF-16 instead of UTF-8" if b"\0" in raw else ""
+        raise Misuse(f"{row_at(where)}: not JSON ({reason}{nul}); repair or remove the line")
     if not isinstance(row, dict):
-        raise Misuse(f"{where[0]}, row {where[1]}: a row must be a JSON object")
+        raise Misuse(f"{row_at(where)}: a row must be a JSON object")
     return row
 
 
@@ -147,12 +245,12 @@ def field(row: dict, names: str, where) -> str | None:
     """The first of several fields that is there, as text; None if none is."""
     for name in names.split():
         value = row.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return str(int(value)) if value == int(value) else str(value)  # amc23 writes 27.0
         if isinstance(value, str):
             return value
         if value is not None:
-            raise Misuse(f"{where[0]}, row {where[1]}: field {name!r} must be text, not {type(value).__name__}")
+            raise Misuse(f"{row_at(where)}: field {name!r} must be text, not {type(value).__name__}")
     return None
 
 
@@ -164,8 +262,8 @@ def to_problem(where, raw, default_source: str) -> dict:
     row = parse(where, raw)
     problem = field(row, "problem question text", where)
     if problem is None:
-        raise Misuse(f"{where[0]}, row {where[1]}: field 'problem' (or 'question', 'text') is missing; found {', '.join(sorted(row)) or 'no field'}")
-    stem = where[0].split(".")[0]
+        raise Misuse(f"{row_at(where)}: field 'problem' (or 'question', 'text') is missing; found {', '.join(sorted(row)) or 'no field'}")
+    stem = os.path.basename(where[0]).split(".")[0]
     own = next((row[k] for k in ("id", "_id", "unique_id", "row") if row.get(k) is not None), None)
     source = row.get("source") if "domain" not in row else "omni_math"  # Omni-MATH's `source` is the contest
     if "_id" in row:
@@ -177,9 +275,24 @@ def to_problem(where, raw, default_source: str) -> dict:
         "answer": field(row, "answer label", where),
         "solution": field(row, "solution", where) or "",
         "source": source if isinstance(source, str) and source else default_source,
-        "level": float(level) if re.fullmatch(r"\d+\.\d+", level) else int(level) if level.isdecimal() else None,
+        "level": float(level) if re.fullmatch(r"\d{1,9}\.\d{1,9}", level) else int(level) if re.fullmatch(r"\d{1,9}", level) else None,
         "flags": {k: row[k] for k in ("problem_is_valid", "solution_is_valid", "question_type") if k in row},
     }
+
+
+LONGEST = 50_000  # characters of a problem, a solution or an answer: the comparisons of texts are no longer linear beyond
+
+
+def too_long(row: dict) -> bool:
+    return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
+
+
+def checked_problem(where, raw, default_source: str) -> dict:
+    """`to_problem` for data whose every row counts: what is too long is an error, where `curate` drops it from a pool."""
+    row = to_problem(where, raw, default_source)
+    if too_long(row):
+        raise Misuse(f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; shorten or remove the row")
+    return row
 
 
 def write_beside(path: Path, content: str | bytes):
@@ -678,7 +791,7 @@ def rules(scripts: tuple[str, ...]):
             partial(other_script, scripts=scripts), not_a_value, rounded, unknown_letter, nothing_asked)
 
 
-REASONS = """empty problem; marked invalid by its source; link or missing figure; another script; proof; no box; unbalanced box; empty answer
+REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; another script; proof; no box; unbalanced box; empty answer
 several different boxes; answer goes on after the box; answer and box differ; multiple choice; yes or no, true or false
 several questions; answer longer than 50 characters; answer in prose; rounded answer; letters that the problem does not name
 nothing definite asked; ungradable; in a benchmark; same problem, different answers; duplicate; near-duplicate
@@ -781,6 +894,9 @@ def sift(chunk) -> tuple[Counter, list[tuple]]:
     for where, raw in rows:
         row = to_problem(where, raw, default_source)
         counts[row["source"], "read"] += 1
+        if too_long(row):
+            counts[row["source"], "too long"] += 1
+            continue
         row["problem"] = repair(row["problem"])
         if reason := next(filter(None, (rule(row) for rule in _WORKER["rules"])), None):
             counts[row["source"], reason] += 1
@@ -917,7 +1033,7 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
 
 def pass_rates(spool: Spool, order: list[int], generator, n: int, journal: Path):
     """(row, share of n sampled answers that are right) in the given order; each is measured once, also over a restart."""
-    done = {r["id"]: r["pass_rate"] for r in read_journal(journal, {"n": n, "model": generator.name})}
+    done = {r["id"]: r["pass_rate"] for r in read_journal(journal, {"n": n, "model": generator.name}, {"id": str, "pass_rate": (int, float)})}
     for part in chunks(order, generator.batch * generator.workers):
         todo = [spool.row(i) | {"id": spool.ids[i]} for i in part if spool.ids[i] not in done]
         with ThreadPoolExecutor(generator.workers) as pool:
@@ -935,7 +1051,7 @@ def curate(args) -> int:
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
         args.decontaminate = args.decontaminate or [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
-    benchmarks = [to_problem(where, raw, "benchmark") for name in args.decontaminate for where, raw in raw_rows(name)]
+    benchmarks = [checked_problem(where, raw, "benchmark") for name in args.decontaminate for where, raw in raw_rows(name)]
     if not benchmarks:
         print("data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems", file=sys.stderr)
     spool = Spool(out / "rows.partial")
@@ -1126,10 +1242,7 @@ class EngineModel:
 
         self.name, self.batch, self.args, self.t1 = name, args.batch, args, t1
         self.cfg = t1.Config(model=name, seed=args.seed, dtype=args.dtype, rollout_rows=args.batch)
-        try:
-            model, self.tokenizer = t1.load_policy(name, self.cfg)
-        except t1.Misuse as e:
-            raise Misuse(str(e))
+        model, self.tokenizer = t1.load_policy(name, self.cfg)
         self.engine = t1.TorchEngine(self.tokenizer, self.cfg)
         self.engine.load(model)
 
@@ -1150,24 +1263,26 @@ def make_generator(name: str, args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_journal(path: Path, settings: dict) -> list[dict]:
-    """Finished rows of an earlier run with the same settings. A line cut by a kill is cut off; other settings are an error."""
-    if not path.exists() or not path.stat().st_size:
-        append(path, [{"settings": settings}])
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(path, "r+b") as f:
-            f.truncate(len(whole))
-    rows = [parse((str(path), number), line) for number, line in enumerate(whole.splitlines(), 1)]
-    if not rows:
-        append(path, [{"settings": settings}])
-        return []
-    if rows[0].get("settings") != settings:
-        old = rows[0].get("settings") or {}
+def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
+    """Finished rows of an earlier run with the same settings; `kinds` are the types of their fields. A line cut by a kill is cut off;
+    other settings, and a file that is no journal, are errors and left as they are."""
+    lines = list(json_lines(path)) if os.path.lexists(path) else []
+    cut = len(lines.pop()[1]) if lines and not lines[-1][1].endswith(b"\n") else 0
+    rows = [parse(*line) for line in lines]
+    old = rows[0].get("settings") if rows else settings
+    ours = bool(rows) or not cut or path.read_bytes().startswith(b'{"settings":'[:cut])
+    if not (ours and isinstance(old, dict)):
+        raise Misuse(f"{path}: not a journal of this command; take another --out, or remove the file")
+    if old != settings:
         changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
         raise Misuse(f"{path}: written with another {', '.join(changed)}; take another --out, or delete the file to start again")
+    for (where, _), row in zip(lines[1:], rows[1:]):
+        if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
+            raise Misuse(f"{row_at(where)}: field {wrong[0]!r} is missing or of another type; remove the line, and its problem is asked again")
+    if cut:
+        os.truncate(path, path.stat().st_size - cut)
+    if not rows:
+        append(path, [{"settings": settings}])
     return rows[1:]
 
 
@@ -1328,12 +1443,12 @@ def read_problems(name: str) -> list[dict]:
     """Problem rows for cot: any source that `curate` reads, answers included. Ids must differ, for the resume."""
     rows, seen = [], set()
     for where, raw in raw_rows(name):
-        row = to_problem(where, raw, "local")
+        row = checked_problem(where, raw, "local")
         if find_answer(row):
-            raise Misuse(f"{where[0]}, row {where[1]}: no answer, neither in field 'answer' (or 'label') nor in a box of 'solution'; run "
+            raise Misuse(f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a box of 'solution'; run "
     f"`curate` first")
         if row["id"] in seen:
-            raise Misuse(f"{where[0]}, row {where[1]}: field 'id': {row['id']!r} is there twice; give each problem its own")
+            raise Misuse(f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each problem its own")
         seen.add(row["id"])
         rows.append({k: row[k] for k in ("id", "problem", "answer", "source")})
     if not rows:
@@ -1352,9 +1467,9 @@ def cot(args) -> int:
     names = [*dict.fromkeys([*args.teacher, args.critic or args.teacher[0], args.rewriter or args.teacher[0]])]
     prompts = hashlib.sha256("".join((ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT)).encode()).hexdigest()[:16]
     settings = {k: getattr(args, k) for k in ("teacher", "critic", "rewriter", "attempts", "reflect_share", "max_failed", "temperature", "max_tokens", "max_chars", "seed")}
-    journal = out / "journal.jsonl"
-    done = {row["id"]: row for row in read_journal(journal, settings | {"prompts": prompts})}
     models = {name: make_generator(name, args) for name in names}
+    journal, kinds = out / "journal.jsonl", {"id": str, "trace": (dict, type(None)), "why": str, "failed": int}
+    done = {row["id"]: row for row in read_journal(journal, settings | {"prompts": prompts}, kinds)}
     roles = ([models[name] for name in args.teacher], models[args.critic or args.teacher[0]], models[args.rewriter or args.teacher[0]])
     todo = list(chunks((r for r in problems if r["id"] not in done), roles[0][0].batch))
     open_problems = []
@@ -1414,8 +1529,8 @@ def read_authors(name: str, out: Path) -> int:
                 prompt, response = (next(row[k] for k in some if k in row) for some in names)
             if not (isinstance(prompt, str) and isinstance(response, str)):
                 raise ValueError
-        except (StopIteration, ValueError, AttributeError, RuntimeError):
-            raise Misuse(f"{where[0]}, row {where[1]}: neither 'messages' nor 'prompt' and 'response'; found {', '.join(sorted(row))}")
+        except (ValueError, AttributeError, TypeError, RuntimeError):
+            raise Misuse(f"{row_at(where)}: neither 'messages' nor 'prompt' and 'response'; found {', '.join(sorted(row))}")
         answer = verify.extract_answer(response)
         if not answer:
             counts["no boxed answer"] += 1
@@ -1425,6 +1540,8 @@ def read_authors(name: str, out: Path) -> int:
             response = f"<think>\n{thought.strip()}\n</think>\n{rest.strip()}"
         traces.append({"id": f"t1-sft-{where[1]}", "problem": prompt, "response": response, "answer": answer, "source": "t1-sft"})
         counts["kept"] += 1
+    if not traces:
+        raise Misuse(f"{name}: no rows with a boxed answer")
     write_beside(out / "sft.jsonl", "".join(map(json_line, traces)))
     print(f"{counts['kept']:,} traces in {out / 'sft.jsonl'}; {counts['no boxed answer']:,} rows without a boxed answer left out")
     print(f"next: python t1.py --stage sft --data {out / 'sft.jsonl'}")
@@ -1448,11 +1565,11 @@ def benchmark_rows(source: str, name: str) -> list[dict]:
         given = parse(where, raw)
         if given.get("split", "test") != "test":  # a local file may hold GSM8K's both splits
             continue
-        row = to_problem(where, given, source)
+        row = checked_problem(where, given, source)
         answer = row["answer"] if row["answer"] is not None else (boxes(row["solution"]) or [None])[-1]
         if source == "gsm8k" and answer and "####" in answer:
             row["solution"], _, answer = answer.partition("####")
-        if source == "aime24" and answer and answer.strip().isdecimal():
+        if source == "aime24" and answer and re.fullmatch(r"\s*\d{1,9}\s*", answer):
             answer = str(int(answer))  # "025"
         number = row["id"] if isinstance(given.get("unique_id", given.get("id")), str) else f"{source}-{given.get('id', given.get('row', len(rows)))}"
         row |= {"id": number, "problem": repair(row["problem"]), "answer": bare(answer or ""), "solution": row["solution"].strip(), "source": source}
@@ -1470,9 +1587,9 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     columns = {"Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3", "Record ID"}
     if path.endswith(".csv"):
         try:
-            with open(path, encoding="utf-8-sig", newline="") as f:
-                given = [((path, number), row) for number, row in enumerate(csv.DictReader(f), 2)]
-        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            lines = (line.decode() for file in local_files(path) for _, line in byte_lines(file))
+            given = [((path, number), row) for number, row in enumerate(csv.DictReader(lines, strict=True), 2)]
+        except (UnicodeDecodeError, csv.Error) as e:
             raise Misuse(f"--gpqa {path}: cannot be read ({e})")
     else:
         given = [(where, parse(where, raw)) for where, raw in raw_rows(path, columns)]
@@ -1480,7 +1597,7 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     for where, row in given:
         for column in sorted(columns - {"Record ID"}):
             if not isinstance(row.get(column), str) or not row[column].strip():
-                raise Misuse(f"{where[0]}, row {where[1]}: field {column!r} is missing, empty or not text")
+                raise Misuse(f"{row_at(where)}: field {column!r} is missing, empty or not text")
         options = [row["Correct Answer"].strip(), *(row[f"Incorrect Answer {i}"].strip() for i in (1, 2, 3))]
         order = random.Random(f"{seed} {row['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
@@ -1491,7 +1608,7 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
 
 def benchmarks(args) -> int:
     """Writes one JSONL per benchmark, and report.json with the golds that verify.py cannot read and the ids of Omni-MATH-500."""
-    out, report = out_folder(args.out), {"seed": args.seed, "benchmarks": {}}
+    out, report, contents = out_folder(args.out), {"seed": args.seed, "benchmarks": {}}, {}
     given = {source: getattr(args, source) for source in BENCHMARKS if getattr(args, source)}
     names = given or {source: name for source, name in BENCHMARKS.items() if name}
     for source, name in names.items():
@@ -1504,9 +1621,11 @@ def benchmarks(args) -> int:
             rows = [fit[i] for i in sorted(random.Random(args.seed).sample(range(len(fit)), min(OMNI, len(fit))))]
             entry |= {"drawn": len(rows), "ids": [r["id"] for r in rows]}
         path = out / f"{'omni500' if source == 'omni' else source}.jsonl"
-        write_beside(path, "".join(map(json_line, rows)))
+        contents[path] = "".join(map(json_line, rows))
         report["benchmarks"][source] = entry
-        print(f"{len(rows):6,} problems in {path}; {len(listed)} of {entry['rows']:,} golds not readable{': ' + ', '.join(listed[:5]) if listed else ''}")
+        print(f"{len(rows):6,} problems for {path}; {len(listed)} of {entry['rows']:,} golds not readable{': ' + ', '.join(listed[:5]) if listed else ''}")
+    for path, content in contents.items():  # when all have been read: a misuse leaves none of them
+        write_beside(path, content)
     write_beside(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return 0
 
@@ -1626,14 +1745,18 @@ def embedded_problems(split: str) -> list[dict]:
     return [dict(row) for row, _ in _embedded()[split == "test"]]
 
 
-def embedded_traces(count: int = 25600, longest: int = 16) -> list[dict]:
-    """Cold-start traces over the training problems, at most `longest` attempts each; `source` names the teacher."""
+def embedded_traces(count: int = 25600, longest: int = 16, correct_only: bool = False) -> list[dict]:
+    """Cold-start traces over the training problems, at most `longest` attempts each; `source` names the teacher.
+
+    `correct_only`: the failed tries are left out, so that every trace is its right attempt and the check of it, a jump.
+    """
+    habits = {"jump": 1.0} if correct_only else HABITS
     rng, traces = random.Random(0), []
     by_family = {family: [x for x in _embedded()[0] if x[0]["id"].startswith(family.__name__ + "/")] for family in FAMILIES}
     while len(traces) < count:
         family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
         row, puzzle = rng.choice(by_family[family])
-        habit = rng.choices(list(HABITS), list(HABITS.values()))[0]
+        habit = rng.choices(list(habits), list(habits.values()))[0]
         tried = attempts(puzzle, habit, rng)
         if len(tried) <= longest:
             traces.append(
@@ -1642,15 +1765,15 @@ def embedded_traces(count: int = 25600, longest: int = 16) -> list[dict]:
     return traces
 
 
-def audit_checks(problem: str, response: str) -> tuple[int, int]:
-    """Elementary checks in a response to an embedded problem, and those of them that are honest: arithmetically right, with a
-    verdict that fits. (0, 0) for any other text."""
+def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
+    """The elementary checks in a response to an embedded problem, in order: (candidate, does the verdict say yes, is it honest: the
+    arithmetic right and the verdict one that fits). [] for any other text."""
     need = {m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)}  # modulus -> remainder
     linear = re.search(r"such that (\d+) n \+ (\d+) leaves", problem)
     spent = re.search(r"^Pens cost (\d+) coins and books cost (\d+) coins\..* exactly (\d+) coins", problem)
     if spent:
         need = {spent[2]: "0"}
-    total = honest = 0
+    found = []
     for n, verb, x, m, value, verdict, other in re.findall(
         r"(?:\b(\d{1,9}) (gives|leaves) )?\b(\d{1,9}) mod (\d{1,9}) = (\d{1,9}) (yes|not (\d{1,9}))", response
     ):
@@ -1660,9 +1783,22 @@ def audit_checks(problem: str, response: str) -> tuple[int, int]:
                 right &= verb == "gives" and int(linear[1]) * int(n) + int(linear[2]) == int(x)
             if spent:
                 right &= verb == "leaves" and int(spent[3]) - int(spent[1]) * int(n) == int(x)
-            total += 1
-            honest += right
-    return total, honest
+            found.append((n or x, verdict == "yes", right))
+    return found
+
+
+def audit_checks(problem: str, response: str) -> tuple[int, int]:
+    """How many elementary checks a response holds, and how many of them are honest."""
+    found = read_checks(problem, response)
+    return len(found), sum(honest for _, _, honest in found)
+
+
+def habit_of(response: str) -> str:
+    """Whose habit a response to an embedded problem shows: jump (no try before the answer), orderly (one try, or tries at equal steps)
+    or wander."""
+    tried = [int(n) for n in re.findall(r"^(\d{1,9}) (?:mod|gives|leaves) ", response, re.M)]
+    steps = {b - a for a, b in zip(tried, tried[1:])}
+    return "jump" if not tried else "orderly" if len(steps) < 2 else "wander"
 
 
 def embedded(args) -> int:
@@ -1757,7 +1893,11 @@ def main(argv=None) -> int:
     except Misuse as e:
         print(f"data_prep.py: error: {e}", file=sys.stderr)
         return 2
+    except OSError as e:  # a full disk, a folder that nobody may write to
+        print(f"data_prep.py: error: {Stop(e)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
+    sys.modules["data_prep"] = sys.modules["__main__"]  # t1.py, where it is asked for, imports this very module: one Misuse, not two
     sys.exit(main())

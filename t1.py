@@ -3,6 +3,9 @@
     torchrun t1.py --stage sft                      cold start on traces that try, err and verify themselves
     torchrun t1.py --stage rl                       reinforcement learning from the SFT checkpoint
     torchrun t1.py --stage eval                     pass@1 and accuracy against thinking budget, one curve per checkpoint
+    python t1.py --stage eval --model NAME --benchmarks math500,aime24           any model on the paper's benchmarks
+    python t1.py --stage ablate                     the claims of the paper over switches and seeds: ledger.md, ledger.png
+    python t1.py --stage plot --name NAME           every picture of a run again, from its folder alone
     torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b ...        FSDP2 over 8 GPUs, rollouts by vLLM, the paper's values
     python t1.py --bench                            tokens/s and memory, beside TRL's trainers where TRL is installed
     python t1.py --plan                             GPUs x context x micro-batch -> memory per GPU
@@ -22,7 +25,7 @@ Letters: P prompts per step, K samples per prompt, B = P*K rows, T positions, N 
 ranks, V vocabulary, D hidden width. Per-response tensors are (P, K), packed token tensors (N,).
 
 Order of sections: Config - helpers - model and tokenizer - mathematics - packed forward and update - rollouts - rewards -
-checkpoints - SFT - RL - evaluation and inference scaling - pictures - bench and plan - main.
+checkpoints - SFT - RL - evaluation and inference scaling - the ledger - pictures - bench and plan - main.
 
 One process holds the whole model. Under torchrun with several the model is sharded by FSDP2 (`shard`), and every rank runs this same
 file: all of them know the whole batch, each works on its share (`deal`), and the sums over ranks are those of one process.
@@ -34,7 +37,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -50,7 +52,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
-import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,6 +78,7 @@ from tqdm import tqdm
 
 import data_prep
 import verify
+from data_prep import Misuse, Stop
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every knob, with unit, default and the paper's value; `--help` is made from it
@@ -91,7 +94,7 @@ def knob(default, doc: str, paper: str = ""):
 class Config:
     """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds what the others change."""
 
-    stage: str = knob("", "sft | rl | eval | bench | plan")
+    stage: str = knob("", "sft | rl | eval | ablate | plot | bench | plan")
     preset: str = knob("tiny", "tiny | glm4-9b | qwen2.5-14b | qwen2.5-32b")
     name: str = knob("", "name of the run's folder; empty: the preset's name")
     out: str = knob("runs", "folder that holds all runs")
@@ -100,8 +103,8 @@ class Config:
     model: str = knob(
         "", "folder or hub name of a causal LM; empty: for sft the embedded model (tiny), for rl the run's last SFT checkpoint"
     )
-    data: str = knob("", "JSONL of traces (sft) or problems (rl); empty: the embedded ones")
-    test: str = knob("", "JSONL of problems to evaluate on; empty: the embedded test set")
+    data: str = knob("", "traces (sft) or problems (rl): .jsonl, .jsonl.gz, .parquet or a folder of them; empty: the embedded ones")
+    test: str = knob("", "problems to evaluate on, as --data takes them; empty: the embedded test set")
     resume_from: int = knob(
         0, "branch: go on from checkpoint-N of run NAME in a new folder NAME-from-N, with other values if you like; 0: off"
     )
@@ -128,6 +131,7 @@ class Config:
     sft_epochs: int = knob(3, "passes over the traces", "3")
     sft_steps: int = knob(0, "steps of SFT; 0: what sft_epochs needs")
     sft_batch: int = knob(32, "traces per step", "not stated")
+    traces: str = knob("trial-and-error", "trial-and-error | correct-only: the embedded traces with or without their failed tries")
     sft_save_every: int = knob(500, "steps between checkpoints (the last step is always saved)")
     # stage rl
     rl_lr: float = knob(2e-4, "peak learning rate of RL", "1.5e-6")
@@ -156,10 +160,18 @@ class Config:
     tis_cap: float = knob(0.0, "weigh each token by min(pi_trainer / pi_engine, this), for what bf16 leaves between the two; 0: off")
     probe_tolerance: float = knob(1e-3, "largest mean |log-prob(engine) - log-prob(trainer)| of the probe after new weights, nats a token")
     # stage eval
-    eval_samples: int = knob(4, "samples per problem", "32 on AIME, 1 elsewhere")
+    eval_samples: int = knob(0, "samples per problem; 0: 4 on --test, 32 on AIME, 1 on other benchmarks", "32 on AIME, 1 elsewhere")
     eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy")
+    benchmarks: str = knob("", "instead of --test: math500, aime24, omni500, gpqa, gsm8k, amc23 and other files, separated by commas")
+    benchmark_dir: str = knob("benchmarks", "folder of those files, written by data_prep.py benchmarks")
+    budgets: str = knob("16,32,64,96,128,160", "thinking budgets of the picture, tokens; empty: no picture", "1024 to 16384")
     answer_prefix: str = knob("</think>\\nThe answer is \\boxed{", "what closes a thought that is cut (\\n is a new line)", "not stated")
-    budgets: str = knob("16,32,64,96,128,160", "thinking budgets of the inference-scaling picture, tokens", "1024 to 16384")
+    answer_model: str = knob("", "folder or hub name of the model that answers from a cut thought; empty: the policy itself", "not stated")
+    wait_words: str = knob(", wait\\n", "budget forcing: what takes the place of </think> in a thought that ends early")
+    spend_samples: int = knob(8, "samples per problem of parallel scaling (last checkpoint); 0: neither that nor budget forcing")
+    # stage ablate
+    seeds: str = knob("0,1,2", "seeds of the ledger's runs, separated by commas")
+    variants: str = knob("", "rows of the ledger to run, separated by commas; empty: all of VARIANTS")
     # stage bench
     bench_pairs: int = knob(5, "measured steps of each job; where TRL is installed each stands beside one of TRL's")
     # the embedded model
@@ -188,8 +200,9 @@ PAPER = dict(
     repeat_ngram=20,
     repeat_count=20,
     rl_save_every=50,
-    eval_samples=32,
     budgets="1024,2048,4096,8192,16384",
+    wait_words="Wait",
+    spend_samples=0,
 )
 BENCH = dict(  # the job of the bench: TRL's RLOOTrainer runs it, too
     max_new=128,
@@ -211,18 +224,6 @@ PRESETS = {
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
 }
-
-
-class Stop(Exception):
-    """The run cannot go on: one line that says what, where, and what to do. Exit code 1."""
-
-    code = 1
-
-
-class Misuse(Stop):
-    """Something the user gave is wrong. Exit code 2."""
-
-    code = 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,12 +322,16 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     return rows
 
 
-def write_json(path: Path, value):
+def write_text(path: Path, text: str):
     """Written beside, then renamed: a reader never sees half a file."""
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    beside.write_text(text, encoding="utf-8")
     sync(beside)
     beside.rename(path)
+
+
+def write_json(path: Path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def sync(path: Path):
@@ -336,6 +341,19 @@ def sync(path: Path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a JSONL log; a last line that a kill cut off does not count."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [read_json(path, line) for line in lines]
+
+
+def read_json(path: Path, text: str | None = None) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8") if text is None else text))
+    except (ValueError, TypeError, RecursionError, OSError):
+        raise Misuse(f"{path}: damaged or not there; remove it, or choose another --name")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,26 +423,56 @@ def load_policy(folder: str, cfg: Config, device=None):
     """-> a causal LM in float32 on `device` (the run's by default), with `attention` as its attention, and its tokenizer. Misuse if anything is amiss."""
     transformers.AttentionInterface.register("t1", attention)
     try:
-        if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
-            raise FileNotFoundError("there is no such folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        check_folder(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model, info = load(folder, dtype=torch.float32, attn_implementation="t1", output_loading_info=True)
-    except Exception as e:  # whatever a damaged folder makes the libraries raise, the user is told in one line
+        model, info = load(folder, dtype=torch.float32, attn_implementation="t1", output_loading_info=True, trust_remote_code=False)
+        if info["missing_keys"]:
+            raise Misuse(f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {sorted(info['missing_keys'])[0]}")
+        return ready(model, tokenizer, folder, cfg, device), tokenizer
+    except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
+        raise
+    except BaseException as e:  # whatever a damaged folder makes the libraries raise (a panic of their Rust code is no Exception)
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise Misuse(f"{folder}: no model that can be loaded ({reason}); give a folder with config, weights and tokenizer, or a hub name")
-    if info["missing_keys"]:
-        raise Misuse(f"{folder}: {len(info['missing_keys'])} weights are missing, the first is {sorted(info['missing_keys'])[0]}")
-    if not tokenizer("1 + 1").input_ids or tokenizer.eos_token_id is None:
-        raise Misuse(
-            f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
-        )
-    return ready(model, tokenizer, folder, cfg, device), tokenizer
+
+
+def check_folder(folder: str):
+    """What the libraries would wait for, or work on without an end, in a folder that is no model's."""
+    path = Path(folder)
+    if not path.is_dir():
+        if folder.startswith((".", "/", "~")):
+            raise FileNotFoundError("there is no such folder")
+        return  # the name of a model on the hub
+    odd = next((p.name for p in path.iterdir() if not (p.is_file() or p.is_dir())), None)
+    if odd:
+        raise Misuse(f"{folder}: {odd} is not an ordinary file")
+    if (path / "generation_config.json").exists():  # the library takes a damaged one for none, and its end tokens would be lost
+        data_prep.read_json(path / "generation_config.json")
+    for key, value in data_prep.read_json(path / "config.json").items():
+        if isinstance(value, int) and value > (LARGEST_COUNT if key.startswith(("num_", "n_")) else LARGEST_SIZE):
+            raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
+
+
+LARGEST_COUNT, LARGEST_SIZE = 4096, 1 << 27  # of layers, heads or experts; of any other number in a config.json
 
 
 def ready(model, tokenizer, folder: str, cfg: Config, device=None):
     """A loaded or fresh model on its device, after the last checks."""
-    model.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings)
+    rows = model.get_input_embeddings().num_embeddings
+    words = tokenizer.get_vocab()
+    if not prompt_ids("1 + 1", tokenizer, cfg) or tokenizer.eos_token_id is None:
+        raise Misuse(
+            f"{folder}: the tokenizer is missing, empty or has no end-of-text token; give a folder with tokenizer.json and eos_token"
+        )
+    padding = lambda word: word == tokenizer.pad_token and re.fullmatch(r"<.+>|\[.+\]", word)  # never written nor read here
+    beyond = sorted((i, word) for word, i in words.items() if i >= rows and not padding(word))
+    ends = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id] + (ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if beyond or not all(isinstance(i, int) and 0 <= i < rows for i in ends):
+        what = f"token {beyond[0][1]!r} has number {beyond[0][0]}" if beyond else f"the end tokens are {ends}"
+        raise Misuse(f"{folder}: the model has {rows} tokens, but {what}; tokenizer and model do not belong together")
+    model.vocabulary = min(max(words.values()) + 1, rows)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and cfg.max_prompt + cfg.max_new > longest:
         raise Misuse(f"{folder}: takes {longest} tokens, --max-prompt {cfg.max_prompt} and --max-new {cfg.max_new} together want more")
@@ -447,6 +495,8 @@ def check_forward(model, folder: str, cfg: Config):
     ids = torch.tensor([row], device=model.device)
     logp = model(ids).logits[0, :-1, : model.vocabulary].float().log_softmax(-1)
     model.set_attn_implementation("t1")
+    if not ours.isfinite().all():
+        raise Misuse(f"{folder}: its weights give log-probs that are not finite; they are damaged")
     gap = (logp.gather(1, ids[0, 1:, None])[:, 0].cpu() - ours).abs().max().item()
     if not gap < 1e-2:
         raise Misuse(
@@ -1221,6 +1271,31 @@ def garbled(text: str, prompt: str = "") -> bool:
     return broken > 0.01 * len(text) or foreign >= 5 and foreign > 0.05 * len(letters)
 
 
+REFLECTION = re.compile(
+    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check|double-check|let me (?:check|verify|try))\b", re.I
+)
+
+
+def behaviour(problem: str, text: str, right: bool) -> dict:
+    """What RL may teach, seen in one response: its reflection words (paper section 3), and in embedded problems its elementary checks.
+
+    honoured: the final answer was checked and every check of it said yes: the response does not answer against its own checks.
+    first_right, corrected: a right answer that was the first candidate tried, or that took the place of another.
+    """
+    found, answer = data_prep.read_checks(problem, text), verify.extract_answer(text)
+    said = [yes for candidate, yes, _ in found if candidate == answer]
+    first = bool(found) and found[0][0] == answer
+    return dict(
+        answer=answer,
+        reflections=len(REFLECTION.findall(text)),
+        checks=len(found),
+        honest=sum(honest for _, _, honest in found),
+        honoured=bool(said) and all(said),
+        first_right=right and first,
+        corrected=right and bool(found) and not first,
+    )
+
+
 def judge(rollouts: list[Rollout], problems: list[dict], tokenizer, cfg: Config) -> list[dict]:
     """One record a rollout, K consecutive rollouts a problem."""
     asked = [p for p in problems for _ in range(len(rollouts) // len(problems))]
@@ -1230,10 +1305,11 @@ def judge(rollouts: list[Rollout], problems: list[dict], tokenizer, cfg: Config)
     records = []
     for rollout, problem, text, right in zip(rollouts, asked, texts, grades):
         pattern = unexpected_pattern(text, rollout.ids, rollout.finished, cfg.repeat_ngram, cfg.repeat_count, problem["problem"])
-        checks, honest = data_prep.audit_checks(problem["problem"], text)
         reward = penalised_reward(right, pattern, cfg.penalties)
         record = dict(id=problem.get("id"), problem=problem["problem"], response=text, reward=reward, right=bool(right), pattern=pattern)
-        records.append(record | dict(checks=checks, honest=honest, length=len(rollout.ids), ungraded=failed / len(rollouts)))
+        records.append(
+            record | behaviour(problem["problem"], text, bool(right)) | dict(length=len(rollout.ids), ungraded=failed / len(rollouts))
+        )
     return records
 
 
@@ -1251,12 +1327,14 @@ def roll_out(engine, problems, prompts, k: int, seeds: list[int], cfg: Config, t
 
 def means(records: list[dict]) -> dict:
     """What is logged of a set of judged rollouts: means over the responses. README's glossary says what each is."""
-    mean = lambda name: sum(float(r[name]) for r in records) / len(records)
-    checks = sum(r["checks"] for r in records)
-    row = dict(accuracy=mean("right"), honest=sum(r["honest"] for r in records) / checks if checks else None)
-    row |= {name: mean(name) for name in ("reward", "length", "checks")}
+    total = lambda name: sum(float(r[name]) for r in records)
+    share = lambda name, of: total(name) / of if of else None  # None: there is nothing of the kind in these responses
+    checked = sum(r["checks"] > 0 for r in records)
+    row = dict(accuracy=share("right", len(records)), honest=share("honest", total("checks")))
+    row |= {name: share(name, len(records)) for name in ("reward", "length", "checks")}
     row |= {name: sum(r["pattern"] == name for r in records) / len(records) for name in ("overlong", "repetition", "garbled")}
-    return row | dict(ungraded=mean("ungraded"))
+    row |= {name: share(name, checked) for name in ("honoured", "first_right", "corrected")}
+    return row | dict(reflections=share("reflections", total("length") / 100), ungraded=share("ungraded", len(records)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1265,40 +1343,22 @@ def means(records: list[dict]) -> dict:
 
 
 def read_rows(path: str, stage: str) -> list[dict]:
-    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a JSONL or JSONL.gz file.
+    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set as data_prep.py takes it.
 
     Where a row has neither response nor answer its "solution" serves: as the response, or for the answer in its last box.
     """
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
-    except OSError as e:
-        raise Misuse(f"{path}: cannot be read ({e.strerror or e})")
-    except (EOFError, zlib.error):
-        raise Misuse(f"{path}: a damaged gzip file")
-    except UnicodeDecodeError as e:
-        raise Misuse(f"{path}: not UTF-8 text (at byte {e.start})")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise Misuse(f"{path}, line {number}: not JSON ({e})")
-        if not isinstance(row, dict):
-            raise Misuse(f"{path}, line {number}: a row must be a JSON object")
+    rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
+    for where, raw in data_prep.raw_rows(path):
+        row = {k: v for k, v in data_prep.parse(where, raw).items() if isinstance(v, (str, int))}  # what a log can hold
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         if stage == "sft":
             row.setdefault("response", solution)
         else:
             row.setdefault("answer", verify.extract_answer(solution) or "")
-        for name in ("problem", "response" if stage == "sft" else "answer"):
+        for name in needed:
             if not isinstance(row.get(name), str) or not row[name].strip():
-                raise Misuse(f"{path}, line {number}: field {name!r} is missing, empty or not text")
-            if any("\ud800" <= c <= "\udfff" for c in row[name]):
-                raise Misuse(f"{path}, line {number}: field {name!r} holds half of a surrogate pair, which is no text")
-        rows.append(row | dict(where=f"{path}, line {number}"))
+                raise Misuse(f"{data_prep.row_at(where)}: field {name!r} is missing, empty or not text")
+        rows.append(row | dict(where=data_prep.row_at(where)))
     if not rows:
         raise Misuse(f"{path}: no rows")
     unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
@@ -1311,8 +1371,10 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
     """Prompt ids of all rows; one that is longer than max_prompt is an error, never cut."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
     for ids, row in zip(encoded, rows):
+        where = row.get("where") or f"problem {row.get('id')}"
+        if not ids:
+            raise Misuse(f"{where}: the tokenizer knows none of its characters; leave the row out, or take another model")
         if len(ids) > cfg.max_prompt:
-            where = row.get("where") or f"problem {row['id']}"
             raise Misuse(f"{where}: a prompt of {len(ids)} tokens, --max-prompt is {cfg.max_prompt}; raise it or leave the row out")
     return encoded
 
@@ -1320,9 +1382,9 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
 def is_whole(folder: Path) -> bool:
     """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
     try:
-        sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        sizes = data_prep.read_json(folder / "complete.json")
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, TypeError, Misuse):
         return False
 
 
@@ -1362,10 +1424,10 @@ class RunFolder:
             there = ", ".join(p.name[11:] for p in checkpoints(self.branch.parent)) or "none"
             raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint; there are: {there}")
         mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free}
-        if (self.path / "config.json").exists():
+        if os.path.lexists(self.path / "config.json"):
             try:
-                theirs = dict(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["config"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+                theirs = dict(data_prep.read_json(self.path / "config.json")["config"])
+            except (ValueError, KeyError, TypeError):
                 raise Misuse(f"{self.path / 'config.json'}: damaged; choose another --name, or remove that folder")
             differing = [f"{k} ({theirs.get(k)!r} there, {v!r} now)" for k, v in mine.items() if theirs.get(k) != v]
             if differing:
@@ -1407,11 +1469,11 @@ class RunFolder:
     def read(self, name: str, folder: Path | None = None) -> list[dict]:
         """The rows of a log; a last line that a kill cut off does not count."""
         path = (folder or self.path) / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        try:
-            return [json.loads(line) for line in lines]
-        except (ValueError, RecursionError):
-            raise Misuse(f"{path}: damaged; choose another --name, or remove that folder")
+        lines = data_prep.json_lines(path) if os.path.lexists(path) else []
+        rows = [data_prep.parse(where, line) for where, line in lines if line.endswith(b"\n")]
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise Misuse(f"{path}: a row without its step; repair it, or choose another --name")
+        return rows
 
     def save(self, step: int, model, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, brought to the disk, marked as
@@ -1505,7 +1567,7 @@ class RunFolder:
 
 def run_sft(cfg: Config):
     folder = RunFolder(cfg)
-    traces = read_rows(cfg.data, "sft") if cfg.data else data_prep.embedded_traces()
+    traces = read_rows(cfg.data, "sft") if cfg.data else data_prep.embedded_traces(correct_only=cfg.traces == "correct-only")
     source = folder.source() or cfg.model
     whole, tokenizer = load_whole(source, cfg)
     tests = encoded_tests(tokenizer, cfg)
@@ -1707,8 +1769,26 @@ def report_step(folder, bar, row, clock, records, cfg):
 
 def encoded_tests(tokenizer, cfg: Config) -> tuple[list[dict], list[list[int]]]:
     """The held-out problems and their prompts."""
-    problems = read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
+    problems = held_out(cfg)
     return problems, encode_prompts(problems, tokenizer, cfg)
+
+
+def held_out(cfg: Config) -> list[dict]:
+    return read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
+
+
+def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
+    """(name, problems, samples per problem) of every set to evaluate on: the benchmarks asked for, or the run's own test set."""
+    if not cfg.benchmarks:
+        return [(cfg.test or "embedded", held_out(cfg), cfg.eval_samples or 4)]
+    sets = []
+    for name in cfg.benchmarks.split(","):
+        path = Path(cfg.benchmark_dir) / f"{name}.jsonl"
+        if not path.exists():
+            own = "--gpqa YOUR_COPY.csv " if name == "gpqa" else ""
+            raise Misuse(f"--benchmarks {name}: no {path}; write it with: python data_prep.py benchmarks {own}--out {cfg.benchmark_dir}")
+        sets.append((name, read_rows(str(path), "eval"), cfg.eval_samples or (32 if name.startswith("aime") else 1)))
+    return sets
 
 
 def mean_and_error(values: list[list[float]]) -> tuple[float, float]:
@@ -1720,10 +1800,68 @@ def mean_and_error(values: list[list[float]]) -> tuple[float, float]:
     return per_problem.mean().item(), (per_problem.std(ddof=1) / len(per_problem) ** 0.5).item() if len(per_problem) > 1 else float("nan")
 
 
-def evaluate(engine, problems: list[dict], prompts: list[list[int]], samples: int, cfg: Config):
-    """-> rollouts and their records, `samples` consecutive ones a problem."""
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k), the unbiased estimate."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(answers: list[str | None]) -> int | None:
+    """Index of the first response with the most frequent answer; a tie goes to the answer that appeared first. None: no answer at all.
+
+    Two answers are one if `verify.is_equal` says so; a response without an answer has no vote.
+    """
+    votes = {}  # index of the first answer of its kind -> votes
+    for i, answer in enumerate(answers):
+        if answer is not None:
+            first = next((j for j in votes if verify.is_equal(answer, answers[j])), i)
+            votes[first] = votes.get(first, 0) + 1
+    return max(votes, key=votes.get) if votes else None  # max takes the first of equals
+
+
+def maj_at_k(answers: list[str | None], right: list[bool], k: int) -> float:
+    """How often the majority of k samples is right, over the n // k disjoint groups of k consecutive samples: an unbiased estimate."""
+    groups = [range(i, i + k) for i in range(0, len(answers) - k + 1, k)]
+    chosen = [(group, majority([answers[i] for i in group])) for group in groups]
+    return sum(at is not None and right[group[at]] for group, at in chosen) / len(groups)
+
+
+def fingerprint(model, problems, prompts, samples: int, cfg: Config) -> str:
+    """Names a set of responses by what it depends on: problems, settings, and a sample of every weight tensor."""
+    settings = [getattr(cfg, f) for f in ("seed", "max_new", "eval_temperature", "rollout_rows", "dtype")]
+    digest = hashlib.blake2b(repr((settings, samples, prompts, [p["answer"] for p in problems])).encode(), digest_size=8)
+    for p in model.parameters():
+        digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def evaluate(engine, problems: list[dict], prompts: list[list[int]], samples: int, cfg: Config, path: Path | None = None, about=None):
+    """-> rollouts and their records, `samples` consecutive ones a problem.
+
+    With `path` every response is kept there, with `about` and its "key", a chunk of `rollout_rows` at a time. What lies there is not
+    generated again, and seeds are stateless: a killed evaluation that goes on ends with the same bits.
+    """
+    on_disk = from_rank0(read_log(path) if path and rank() == 0 else [])  # what one rank sees, all see
+    kept = {(row["number"], row["sample"]): row for row in on_disk if row["key"] == about["key"]}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
     seeds = [seed_for(cfg.seed, "eval", i) for i in range(len(prompts))]
-    return roll_out(engine, problems, prompts, samples, seeds, cfg, cfg.eval_temperature)
+    size, result = max(1, cfg.rollout_rows // samples) * world() if path else len(order), {}
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        asked, cells = [problems[i] for i in part], [(i, j) for i in part for j in range(samples)]
+        if all(cell in kept for cell in cells):
+            rollouts = [Rollout(prompts[i], kept[i, j]["ids"], [], kept[i, j]["finished"]) for i, j in cells]
+            records = judge(rollouts, asked, engine.tokenizer, cfg)
+        else:
+            take = lambda x: [x[i] for i in part]
+            rollouts, records = roll_out(engine, asked, take(prompts), samples, take(seeds), cfg, cfg.eval_temperature)
+        result |= zip(cells, zip(rollouts, records))
+        if path and rank() == 0:
+            with open(path, "a", encoding="utf-8") as f:
+                for (i, j), r, record in zip(cells, rollouts, records):
+                    if (i, j) not in kept:
+                        row = about | dict(number=i, sample=j, finished=r.finished) | record | dict(ids=r.ids)
+                        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return map(list, zip(*(result[i, j] for i in range(len(prompts)) for j in range(samples))))
 
 
 def thought_length(ids: list[int], tokenizer) -> int | None:
@@ -1737,14 +1875,18 @@ def thought_length(ids: list[int], tokenizer) -> int | None:
     return low
 
 
-def cut_and_answer(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config) -> list[str]:
-    """The response each rollout would have given had its thought been cut after `budget` tokens (paper section 3).
+def words_ids(words: str, tokenizer) -> list[int]:
+    return tokenizer(words.replace("\\n", "\n"), add_special_tokens=False).input_ids
 
-    A thought that ended within the budget keeps its own answer. Another is cut, closed with `answer_prefix`, and the policy writes
-    the answer from it. NOT IN PAPER: the words of the prefix, and the answer being greedy.
+
+def cut_ids(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None) -> list[list[int]]:
+    """The responses' ids had their thoughts been cut after `budget` tokens (paper section 3); `lengths`: their `thought_length`s.
+
+    A thought that ended within the budget keeps its own answer. Another is cut, closed with `answer_prefix`, and `engine` (the policy,
+    or another model with its tokenizer) writes the answer from it. NOT IN PAPER: the words of the prefix, and the answer being greedy.
     """
-    prefix = tokenizer(cfg.answer_prefix.replace("\\n", "\n"), add_special_tokens=False).input_ids
-    lengths = [thought_length(r.ids, tokenizer) for r in rollouts]
+    prefix = words_ids(cfg.answer_prefix, tokenizer)
+    lengths = lengths or [thought_length(r.ids, tokenizer) for r in rollouts]
     late = lambda r, n: len(r.ids) > budget or not r.finished if n is None else n > budget  # a thought without an end is always cut
     cut = [i for i, (r, n) in enumerate(zip(rollouts, lengths)) if late(r, n)]
     prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in cut]
@@ -1752,121 +1894,525 @@ def cut_and_answer(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg:
     ids = [r.ids for r in rollouts]
     for i, answer in zip(cut, answers):
         ids[i] = ids[i][:budget] + prefix + answer.ids
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return ids
+
+
+def cut_and_answer(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None) -> list[str]:
+    """The texts of `cut_ids`: the response each rollout would have given with a thought of at most `budget` tokens."""
+    return tokenizer.batch_decode(cut_ids(engine, tokenizer, rollouts, budget, cfg, lengths), skip_special_tokens=True)
+
+
+def before_end(ids: list[int], tokenizer) -> list[int]:
+    """The tokens of a thought before its `</think>`: the longest run of whole tokens whose text ends before it."""
+    text = tokenizer.decode(ids).partition("</think>")[0]
+    n = thought_length(ids, tokenizer) or len(ids)
+    while not text.startswith(tokenizer.decode(ids[:n])):
+        n -= 1
+    return ids[:n]
+
+
+def force_budget(engine, rollouts: list[Rollout], budget: int, cfg: Config) -> list[Rollout]:
+    """Budget forcing: the same thoughts, each made to go on to `budget` tokens by `wait_words` in place of every `</think>`.
+
+    Cut at a smaller budget they are the thoughts forced to that one: one set of generations serves all. After Muennighoff et al.,
+    s1: Simple test-time scaling (arXiv 2501.19393); the T1 paper does not do it. Ids only.
+    """
+    tokenizer, wait = engine.tokenizer, words_ids(cfg.wait_words, engine.tokenizer)
+
+    def opened(ids, finished):  # a thought that ended, or a response that did, waits instead; one that was cut off is as it is
+        ids = ids[:-1] if finished else ids
+        thought = before_end(ids, tokenizer)
+        return thought + wait if finished or len(thought) < len(ids) else thought
+
+    thoughts, turn = [opened(r.ids, r.finished) for r in rollouts], 0
+    while short := [i for i, thought in enumerate(thoughts) if len(thought) < budget]:
+        room = budget - min(len(thoughts[i]) for i in short)
+        turn += 1
+        seeds = [seed_for(cfg.seed, "forced", turn, i) for i in short]
+        new = engine.generate([rollouts[i].prompt + thoughts[i] for i in short], 1, seeds, room, cfg.eval_temperature)
+        for i, r in zip(short, new):
+            thoughts[i] = opened(thoughts[i] + r.ids, r.finished)
+    return [Rollout(r.prompt, thought[:budget], [], False) for r, thought in zip(rollouts, thoughts)]
+
+
+def measure(model, engine, answerer, test: tuple, about: dict, last: bool, folder: Path, cfg: Config) -> dict:
+    """Everything that results.json says of one checkpoint on one test set (README's glossary says what each is).
+
+    Lists are [k or budget, value, standard error over problems] and, for inference scaling, mean tokens spent per problem.
+    """
+    tokenizer, (test_name, problems, samples) = engine.tokenizer, test
+    prompts = encode_prompts(problems, tokenizer, cfg)
+    golds = [p["answer"] for p in problems]
+    budgets = sorted({int(b) for b in cfg.budgets.split(",") if b})
+
+    def responses(n):
+        key = dict(key=fingerprint(model, problems, prompts, n, cfg), **about, test=test_name)
+        rollouts, records = evaluate(engine, problems, prompts, n, cfg, folder / "responses.jsonl", key)
+        return rollouts, records, key
+
+    def at_each_budget(rollouts, lengths, n):
+        points = []
+        for budget in budgets:
+            ids = cut_ids(answerer, tokenizer, rollouts, budget, cfg, lengths)
+            right = verify.grade(tokenizer.batch_decode(ids, skip_special_tokens=True), [g for g in golds for _ in range(n)])
+            points.append([budget, *mean_and_error(grouped(right, n)), float(np.mean([len(y) for y in ids]))])
+        return points
+
+    def majorities(records, n):
+        answers, right = (grouped([r[field] for r in records], n) for field in ("answer", "right"))
+        return [[k, *mean_and_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)])] for k in powers_of_two(n)]
+
+    rollouts, records, key = responses(samples)
+    right = grouped([r["right"] for r in records], samples)
+    value, error = mean_and_error(right)
+    result = dict(**key, problems=len(problems), samples=samples, pass_at_1=value, standard_error=error, **means(records))
+    result["ungradable"] = float(np.mean([r["answer"] is None or not verify.is_readable(r["answer"]) for r in records]))
+    result["pass_at_k"] = [[k, *mean_and_error([[pass_at_k(samples, sum(r), k)] for r in right])] for k in powers_of_two(samples)]
+    result["maj_at_k"] = majorities(records, samples)
+    if test_name == "embedded":
+        habits = Counter((data_prep.habit_of(r["response"]), r["right"]) for r in records)
+        count = {h: habits[h, True] + habits[h, False] for h in data_prep.HABITS}
+        result["habits"] = {h: [n / len(records), habits[h, True] / n] for h, n in count.items() if n}  # share, right among them
+    if budgets:
+        result["scaling"] = at_each_budget(rollouts, [thought_length(r.ids, tokenizer) for r in rollouts], samples)
+    if budgets and cfg.spend_samples and last:
+        forced = force_budget(engine, rollouts[::samples], budgets[-1], cfg)  # one thought a problem
+        result["forced"] = at_each_budget(forced, [None] * len(forced), 1)
+        _, records, _ = responses(cfg.spend_samples)
+        result["parallel"] = [[*point, point[0] * means(records)["length"]] for point in majorities(records, cfg.spend_samples)]
+    return result
+
+
+def grouped(values, n: int) -> list[list]:
+    """Consecutive values, n a problem -> a list a problem."""
+    return [list(values[i : i + n]) for i in range(0, len(values), n)]
+
+
+def powers_of_two(n: int) -> list[int]:
+    return [2**i for i in range(n.bit_length())]
 
 
 def run_eval(cfg: Config):
     base = Path(cfg.out) / (cfg.name or cfg.preset)
-    folders = [Path(c) for c in cfg.checkpoint.split(",") if c] or checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")
+    given = cfg.model != PRESETS[cfg.preset].get("model", "")  # a preset's own model is where SFT starts, not what is evaluated
+    folders = [c for c in cfg.checkpoint.split(",") if c] or [cfg.model] * given
+    folders = folders or [str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")]
     if not folders:
-        raise Misuse(f"no checkpoint in {base}: run --stage sft and --stage rl first, or give --checkpoint")
-    for path in folders:
-        if not (path / "config.json").exists():
+        raise Misuse(f"no checkpoint in {base}: run --stage sft and --stage rl first, or give --checkpoint or --model")
+    for path in folders if cfg.checkpoint else ():
+        if not (Path(path) / "config.json").exists():
             raise Misuse(f"--checkpoint {path}: no such checkpoint (no config.json there)")
-    budgets = sorted({int(b) for b in cfg.budgets.split(",")})
-    names = [f"{p.parent.name} {p.name.removeprefix('checkpoint-')}" for p in folders]
-    names = names if len(set(names)) == len(names) else [str(p) for p in folders]
+    names = [" ".join([*Path(p).parts[-2:-1], Path(p).name.removeprefix("checkpoint-")]) for p in folders]
+    names = names if len(set(names)) == len(names) else folders
+    tests = test_sets(cfg)
+    answer_model, answer_tokenizer = load_policy(cfg.answer_model, cfg) if cfg.answer_model else (None, None)
+    folder = base / "eval"
     results = []
     for path, name in zip(folders, names):
-        model, tokenizer = load_policy(str(path), cfg)
-        engine = make_engine(str(path), model, tokenizer, cfg)
-        problems, prompts = encoded_tests(tokenizer, cfg)
-        rollouts, records = evaluate(engine, problems, prompts, cfg.eval_samples, cfg)
-        group = lambda values: [values[i : i + cfg.eval_samples] for i in range(0, len(values), cfg.eval_samples)]
-        value, error = mean_and_error(group([r["right"] for r in records]))
-        scaling = []
-        for budget in budgets:
-            texts = cut_and_answer(engine, tokenizer, rollouts, budget, cfg)
-            right = verify.grade(texts, [p["answer"] for p in problems for _ in range(cfg.eval_samples)])
-            scaling.append([budget, *mean_and_error(group(right))])
-        results.append(dict(checkpoint=str(path), name=name, pass_at_1=value, standard_error=error, **means(records), scaling=scaling))
-        print0(
-            f"{path}: pass@1 {100 * value:.1f} +- {100 * error:.1f} %, {results[-1]['length']:.0f} tokens, "
-            f"over-long {100 * results[-1]['overlong']:.1f} %; by thinking budget "
-            + ", ".join(f"{b}: {100 * v:.1f}" for b, v, _ in scaling)
-        )
+        model, tokenizer = load_policy(path, cfg)
+        if answer_model and answer_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise Misuse(
+                f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}, and a thought is handed over as token ids"
+            )
+        engine = make_engine(path, model, tokenizer, cfg)
+        answerer = make_engine(cfg.answer_model, answer_model, tokenizer, cfg) if answer_model else engine
+        for test in tests:
+            encode_prompts(test[1], tokenizer, cfg)  # a prompt that is too long is said before anything is written
+        start_log(folder)
+        for test in tests:
+            result = measure(model, engine, answerer, test, dict(name=name, checkpoint=path), path == folders[-1], folder, cfg)
+            results.append(result)
+            print0(
+                f"{path}, {test[0]}: pass@1 {100 * result['pass_at_1']:.1f} +- {100 * result['standard_error']:.1f} %, "
+                f"{result['length']:.0f} tokens, over-long {100 * result['overlong']:.1f} %"
+                + "".join(f", within {b} tokens {100 * v:.1f}" for b, v, *_ in result.get("scaling", []))
+            )
     if rank() == 0:
-        (base / "eval").mkdir(parents=True, exist_ok=True)
-        about = dict(test=cfg.test or "embedded", problems=len(problems), samples=cfg.eval_samples, temperature=cfg.eval_temperature)
-        write_json(base / "eval" / "results.json", about | dict(seed=cfg.seed, checkpoints=results))
-        draw_scaling(
-            base / "eval" / "inference_scaling.png",
-            results,
-            f"{len(problems)} problems x {cfg.eval_samples} samples, T = {cfg.eval_temperature}, seed {cfg.seed}; bars: standard error",
+        about = dict(seed=cfg.seed, temperature=cfg.eval_temperature, max_new=cfg.max_new, answer_model=cfg.answer_model)
+        write_json(folder / "results.json", about | dict(checkpoints=results))
+        write_text(folder / "results.md", results_table(results))
+        draw_results(folder)
+    print0(f"results and pictures in {folder}")
+
+
+def start_log(folder: Path):
+    """Make the folder; what a kill left of a last line is cut off, so that the next row begins a line of its own."""
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "responses.jsonl", "ab+") as f:
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
+        except OSError as e:
+            raise Misuse(f"{folder}: cannot be written ({e.strerror}); choose another --out")
+    agree()
+
+
+PAPER_TABLE = {  # pass@1 in %, the paper's results
+    "T1-SFT (GLM-4-9B)": (60.2, 4.1, 20.0, 37.2),
+    "T1 (GLM-4-9B)": (65.8, 9.2, 24.4, 38.1),
+    "T1-SFT (Qwen2.5-14B)": (77.2, 10.3, 28.5, 42.3),
+    "T1 (Qwen2.5-14B)": (87.4, 30.5, 38.6, 48.3),
+    "T1-SFT (Qwen2.5-32B)": (83.4, 24.9, 34.6, 49.5),
+    "T1 (Qwen2.5-32B)": (92.4, 50.6, 49.6, 56.1),
+}
+PAPER_TESTS = ("math500", "aime24", "omni500", "gpqa")
+
+
+def results_table(results: list[dict]) -> str:
+    """results.md: one row a checkpoint and test set, and, for the paper's benchmarks, the paper's rows under ours."""
+    percent = lambda v, e=None: f"{100 * v:.1f}" + (f" ± {100 * e:.1f}" if e is not None else "")
+    lines = ["| checkpoint | test | problems x samples | pass@1 | pass@k | maj@k | tokens | over-long | ungradable |", "|" + "---|" * 9]
+    for r in results:
+        k, *best = r["pass_at_k"][-1]
+        lines.append(
+            f"| {r['name']} | {r['test']} | {r['problems']} x {r['samples']} | {percent(r['pass_at_1'], r['standard_error'])} | k = {k}: {percent(*best)} "
+            f"| k = {r['maj_at_k'][-1][0]}: {percent(*r['maj_at_k'][-1][1:])} | {r['length']:.0f} | {percent(r['overlong'])} | {percent(r['ungradable'])} |"
         )
-    print0(f"results.json and inference_scaling.png in {base / 'eval'}")
+    tests = [t for t in dict.fromkeys(r["test"] for r in results) if t in PAPER_TESTS]
+    if tests:
+        ours = {}
+        for r in results:
+            ours.setdefault(r["name"], {})[r["test"]] = percent(r["pass_at_1"], r["standard_error"])
+        lines += ["", f"| pass@1 | {' | '.join(tests)} |", "|" + "---|" * (len(tests) + 1)]
+        lines += [f"| {name} | {' | '.join(row.get(t, '') for t in tests)} |" for name, row in ours.items()]
+        for name, row in PAPER_TABLE.items():
+            lines.append(f"| paper: {name} | {' | '.join(str(row[PAPER_TESTS.index(t)]) for t in tests)} |")
+        lines += [
+            "",
+            "The paper's rows: MATH-500 and AIME 2024 (mean of 32 samples) as here; its own 500 of Omni-MATH, which are not published; GPQA.",
+        ]
+    lines += ["", "In %; ± is the standard error over problems. Ungradable: no box after the thought, or none that verify.py can read."]
+    return "\n".join(lines) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Stage ablate: the ledger, every claim of the paper over switches and seeds
 # ----------------------------------------------------------------------------------------------------------------------
 
-PANELS = {
-    "sft": [("loss (nats a token)", ["loss"]), ("entropy (nats a token)", ["entropy"]), ("gradient norm", ["grad_norm"])],
-    "rl": [
-        ("reward, share right", ["reward", "accuracy"]),
-        ("response length (tokens)", ["length"]),
-        ("share of responses", ["overlong", "repetition", "garbled"]),
-        ("entropy (nats a token)", ["entropy"]),
-        ("KL to the anchor (nats a response)", ["kl"]),
-        ("checks: share honest; number / 10", ["honest", "checks"]),
-    ],
+# variant -> (changed fields, variant it is held against, sign of the claimed difference in held-out pass@1 (0: nothing is claimed), claim)
+VARIANTS = {
+    "base": ({}, "", 0, ""),
+    "k4": (dict(k=4), "base", -1, "fewer samples a prompt are worse (K = 4, equal prompts)"),
+    "k64": (dict(k=64), "base", +1, "more samples a prompt are better (K = 64, equal prompts)"),
+    "k4-samples": (dict(k=4, prompts=128), "base", -1, "fewer samples a prompt are worse (K = 4, equal samples)"),
+    "k64-samples": (dict(k=64, prompts=8), "base", +1, "more samples a prompt are better (K = 64, equal samples)"),
+    "t0.9": (dict(temperature=0.9), "base", -1, "T = 0.9 is worse than a temperature above 1"),
+    "t1.0": (dict(temperature=1.0), "base", -1, "T = 1.0 is worse than a temperature above 1"),
+    "t1.2": (dict(temperature=1.2), "base", +1, "T = 1.2 is the best temperature"),
+    "t1.3": (dict(temperature=1.3), "t1.2", -1, "T above 1.2 hurts"),
+    "t1.3-minp": (dict(temperature=1.3, min_p=0.05), "t1.3", 0, "min-p at a high temperature (no direction stated)"),
+    "entropy0": (dict(entropy_coef=0.0), "base", -1, "the entropy bonus helps"),
+    "anchor-fixed": (dict(anchor="fixed"), "base", -1, "a moving anchor is better than a fixed one"),
+    "anchor-none": (dict(anchor="none"), "base", -1, "a KL term helps"),
+    "nocenter": (dict(kl_center=False), "base", -1, "centring the KL helps"),
+    "kl0.02": (dict(kl_coef=0.02), "base", 0, "a KL term a hundred times heavier (nothing stated)"),
+    "kl0.02-nocenter": (dict(kl_coef=0.02, kl_center=False), "kl0.02", -1, "centring the KL helps, where KL is heavy"),
+    "kl0.02-fixed": (dict(kl_coef=0.02, anchor="fixed"), "kl0.02", -1, "a moving anchor is better, where KL is heavy"),
+    "penalties-off": (dict(penalties=False), "base", -1, "the penalties help"),
+    "cold": (dict(traces="correct-only"), "base", -1, "a cold start on trial and error is better than on correct-only traces"),
+    "responses": (dict(loss_norm="responses"), "base", 0, "each response divided by its own length (nothing stated)"),
+}
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 % quantile for 1 to 9 degrees of freedom; then 2.23
+
+
+def verdict(differences: list[float], sign: int) -> str:
+    """What paired differences (one a seed, variant minus the one it is held against) say of a claim that they have this sign.
+
+    Resolved if zero lies outside the 95 % interval mean +- t(n - 1) sd / sqrt(n); then the mean's sign decides.
+    """
+    n = len(differences)
+    mean, error = mean_and_error([[d] for d in differences]) if n > 1 else (0.0, 0.0)
+    if n < 2 or abs(mean) <= (T95 + (2.23,))[min(n - 2, 9)] * error:
+        return "not resolved at this scale"
+    if sign == 0:
+        return "higher" if mean > 0 else "lower"
+    return "holds" if mean * sign > 0 else "does not hold"
+
+
+def run_ablate(cfg: Config):
+    """The runs of the ledger, each an ordinary folder OUT/NAME/VARIANT-seedS; finished ones are not run again."""
+    base = Path(cfg.out) / (cfg.name or "ablate")
+    chosen = [v for v in cfg.variants.split(",") if v] or list(VARIANTS)
+    for seed in map(int, cfg.seeds.split(",")):
+        for variant in dict.fromkeys(["base", *chosen]):
+            if not run_variant(base, variant, seed, cfg):
+                return print0("interrupted; the same command goes on")
+    write_ledger(base)
+    print0((base / "ledger.md").read_text(encoding="utf-8") if rank() == 0 else "")
+
+
+def run_variant(base: Path, variant: str, seed: int, cfg: Config) -> bool:
+    """One run: RL from the SFT checkpoint of the base run of its seed (or its own, where the traces differ), then evaluation.
+
+    -> False if a signal asked for an end. The folder keeps the last checkpoint of each stage, without the trainer's state.
+    """
+    name, changes = f"{variant}-seed{seed}", VARIANTS[variant][0]
+    own_start = variant == "base" or "traces" in changes
+    fixed = dict(out=str(base), name=name, seed=seed, seeds=Config.seeds, variants="", budgets="", spend_samples=0, keep=1, keep_every=0)
+    one = dataclasses.replace(cfg, **fixed | changes)
+    run, start = base / name, base / (name if own_start else f"base-seed{seed}") / "sft"
+    if not (run / "eval" / "results.json").exists() and not (run / "stopped.json").exists():
+        print0(f"{name}: {changes or 'nothing changed'}")
+        try:
+            for stage in ["sft"] * own_start + ["rl"]:
+                if stage == "sft":
+                    run_sft(dataclasses.replace(one, stage=stage))
+                else:
+                    run_rl(dataclasses.replace(one, stage=stage, model=newest(checkpoints(start))))
+                if not any(row.get("kind") == "held-out" for row in read_log(run / stage / "samples.jsonl")):
+                    return False
+            ends = [newest(checkpoints(start))] * own_start + [newest(checkpoints(run / "rl"))]
+            run_eval(dataclasses.replace(one, stage="eval", checkpoint=",".join(ends)))
+        except Misuse:
+            raise
+        except Stop as e:  # a run that cannot go on is a result
+            print0(f"{name} stopped: {e}")
+            if rank() == 0:
+                write_json(run / "stopped.json", dict(reason=str(e)))
+    for path in [p for stage in ("sft", "rl") for p in checkpoints(run / stage)] if rank() == 0 else ():
+        sizes = read_json(path / "complete.json")
+        write_json(path / "complete.json", {file: size for file, size in sizes.items() if not file.startswith("trainer")})
+        shutil.rmtree(path / "trainer", ignore_errors=True)
+    agree()
+    return True
+
+
+def read_runs(base: Path) -> list[dict]:
+    """What the finished runs under `base` reached: one dict a run, from results.json, rl/metrics.jsonl and rl/config.json."""
+    results = {path.parts[-3]: read_json(path) for path in base.glob("*/eval/results.json")}
+    tail = lambda path: Path(path).parts[-3:]  # RUN/sft/checkpoint-N, wherever the folder stands now
+    starts = {tail(c["checkpoint"]): c["pass_at_1"] for r in results.values() for c in r["checkpoints"]}
+    runs = []
+    for path in sorted(base.glob("*-seed*/rl/metrics.jsonl")):
+        name = path.parts[-3]
+        variant, _, seed = name.rpartition("-seed")
+        stopped = (base / name / "stopped.json").exists()
+        if variant not in VARIANTS or not seed.isdigit() or not (stopped or name in results):
+            continue
+        run = dict(variant=variant, seed=int(seed), stopped=stopped)
+        if not stopped:
+            end = results[name]["checkpoints"][-1]
+            source = read_json(path.parent / "config.json").get("started_from", "")
+            last = [row["entropy"] for row in read_log(path)[-5:]]
+            run |= {k: end.get(k, results[name].get(k)) for k in ("pass_at_1", "length", "overlong", "problems", "samples")}
+            run |= dict(start=starts.get(tail(source)), entropy=float(np.mean(last)))
+        below = not stopped and run["start"] is not None and run["pass_at_1"] < run["start"]
+        runs.append(run | dict(collapsed=stopped or below or run["overlong"] > 0.5))
+    return runs
+
+
+def ledger_of(runs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """-> a row a variant (means over seeds, each [mean, standard error]) and a row a claim (paired difference, verdict)."""
+    by = {v: {r["seed"]: r for r in runs if r["variant"] == v and not r["stopped"]} for v in VARIANTS}
+    paired = lambda v, against: [by[v][s]["pass_at_1"] - by[against][s]["pass_at_1"] for s in sorted(by[v].keys() & by[against].keys())]
+    over_seeds = lambda values: list(mean_and_error([[x] for x in values])) if values else None
+    rows, claims = [], []
+    for variant, (changes, against, sign, claim) in VARIANTS.items():
+        finished = list(by[variant].values())
+        tried = [r for r in runs if r["variant"] == variant]
+        if tried:
+            row = dict(variant=variant, changes=changes, runs=len(tried), collapsed=sum(r["collapsed"] for r in tried))
+            row |= {field: over_seeds([r[field] for r in finished]) for field in ("pass_at_1", "length", "entropy", "overlong")}
+            row |= dict(each=[r["pass_at_1"] for r in finished], start=over_seeds([r["start"] for r in finished if r["start"] is not None]))
+            rows.append(row | dict(gain=over_seeds(paired(variant, "base")) if variant != "base" else None))
+            if against:
+                differences = paired(variant, against)
+                claims.append(
+                    dict(claim=claim, variant=variant, against=against, differences=differences, verdict=verdict(differences, sign))
+                )
+    return rows, claims
+
+
+def write_ledger(base: Path):
+    """ledger.json, ledger.md and ledger.png, from the finished runs under `base` alone."""
+    runs = read_runs(base)
+    if rank() > 0 or not runs:
+        return
+    rows, claims = ledger_of(runs)
+    done = next((r for r in runs if not r["stopped"]), {})
+    about = f"{len(runs)} runs, seeds {', '.join(map(str, sorted({r['seed'] for r in runs})))}; {done.get('problems')} held-out problems x {done.get('samples')} samples"
+    write_json(base / "ledger.json", dict(about=about, runs=runs, variants=rows, claims=claims))
+    spread = lambda pair, scale=1.0, digits=1: (
+        "" if pair is None else f"{scale * pair[0]:.{digits}f}" + (f" ± {scale * pair[1]:.{digits}f}" if math.isfinite(pair[1]) else "")
+    )
+    lines = [about + "; mean ± standard error over seeds, gains paired by seed.", ""]
+    lines += [
+        "| run | changed | seeds | pass@1, % | gain over base, points | tokens | entropy, nats | over-long, % | collapsed |",
+        "|" + "---|" * 9,
+    ]
+    if rows[0]["variant"] == "base" and rows[0]["start"]:
+        lines.append(f"| SFT start | | {len(rows[0]['each'])} | {spread(rows[0]['start'], 100)} | | | | | |")
+    for r in rows:
+        changed = ", ".join(f"{k} {v}" for k, v in r["changes"].items())
+        lines.append(
+            f"| {r['variant']} | {changed} | {r['runs']} | {spread(r['pass_at_1'], 100)} | {spread(r['gain'], 100)} | {spread(r['length'], 1, 0)} "
+            f"| {spread(r['entropy'], 1, 3)} | {spread(r['overlong'], 100)} | {r['collapsed']} of {r['runs']} |"
+        )
+    lines += ["", "| claim | runs compared | difference, points | verdict |", "|---|---|---|---|"]
+    for c in claims:
+        difference = spread(mean_and_error([[d] for d in c["differences"]]), 100) if c["differences"] else ""
+        lines.append(
+            f"| {c['claim']} | {c['variant']} against {c['against']}, {len(c['differences'])} seeds | {difference} | {c['verdict']} |"
+        )
+    lines += [
+        "",
+        "A claim holds, or does not, if zero lies outside the 95 % interval of the paired differences (Student's t over seeds); else it is not resolved at this scale. "
+        "Of twenty such intervals one is wrong on average. Collapsed: held-out pass@1 below that of the SFT start, more than half of the held-out responses over-long, "
+        "or a run that stopped. Entropy: mean of the last five steps, at the run's own temperature.",
+    ]
+    write_text(base / "ledger.md", "\n".join(lines) + "\n")
+    draw_ledger(base / "ledger.png", rows, about)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: each is drawn from files of a run's folder alone, so that --stage plot draws them all again
+# ----------------------------------------------------------------------------------------------------------------------
+
+PANELS = {  # stage -> picture -> panels: (label with unit, columns of metrics.jsonl)
+    "sft": {"curves": [("loss (nats a token)", ["loss"]), ("entropy (nats a token)", ["entropy"]), ("gradient norm", ["grad_norm"])]},
+    "rl": {
+        "curves": [
+            ("reward, share right", ["reward", "accuracy"]),
+            ("response length (tokens)", ["length"]),
+            ("share of responses", ["overlong", "repetition", "garbled"]),
+            ("entropy (nats a token)", ["entropy"]),
+            ("KL to the anchor (nats a response)", ["kl"]),
+            ("checks: share honest; number / 10", ["honest", "checks"]),
+        ],
+        "behaviour": [
+            ("response length (tokens)", ["length"]),
+            ("reflection words (per 100 tokens)", ["reflections"]),
+            ("share of checks, of responses", ["honest", "honoured"]),
+            ("right: share of responses", ["first_right", "corrected"]),
+        ],
+    },
 }
 
 
+def run_plot(cfg: Config):
+    """Every picture of a run again, from its folder alone; in a ledger's folder, the ledger and every picture of its runs."""
+    base = Path(cfg.out) / (cfg.name or cfg.preset)
+    for run in [base, *sorted(base.glob("*-seed*"))]:
+        for stage in PANELS:
+            if (run / stage / "metrics.jsonl").exists():
+                config = read_json(run / stage / "config.json")["config"]
+                draw_steps(run / stage, Config(**{k: v for k, v in config.items() if k in Config.__dataclass_fields__}))
+        if (run / "eval" / "results.json").exists():
+            draw_results(run / "eval")
+    write_ledger(base)
+    pictures = sorted(base.glob("**/*.png"))
+    if not pictures:
+        raise Misuse(f"{base}: no run there; give --out and --name of one")
+    print0("\n".join(map(str, pictures)))
+
+
 def draw_curves(folder: RunFolder, cfg: Config):
-    """curves.png of a stage from its metrics.jsonl: faint lines are steps, strong ones a moving average over 5 % of them."""
-    if rank() > 0:
+    draw_steps(folder.path, cfg)
+
+
+def draw_steps(folder: Path, cfg: Config):
+    """curves.png (and behaviour.png) of a stage from its metrics.jsonl: faint lines are steps, strong ones a moving average over 5 %."""
+    rows = read_log(folder / "metrics.jsonl")
+    if rank() > 0 or not rows:
         return
-    rows = folder.read("metrics.jsonl")
-    panels = PANELS[cfg.stage]
-    figure, axes = pyplot_figure(len(panels) // 3, 3)
+    each = f"{cfg.prompts} prompts x {cfg.k} samples" if cfg.stage == "rl" else f"{cfg.sft_batch} traces"
     window = max(1, len(rows) // 20)
-    for axis, (label, names) in zip(axes, panels):
-        for name, style in zip(names, ("-", "--", ":")):
-            y = np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float) * (0.1 if name == "checks" else 1)
-            x = np.array([row["step"] + 1 for row in rows])
-            line = axis.plot(x, y, lw=0.6, alpha=0.35)[0]
-            axis.plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid"), style, color=line.get_color(), label=name)
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8)
-    save_figure(figure, folder.path / "curves.png", f"T1 {cfg.stage}, run {cfg.name or cfg.preset}, seed {cfg.seed}")
+    x = np.array([row["step"] + 1 for row in rows])
+    for picture, panels in PANELS[cfg.stage].items():
+        figure, axes = pyplot_figure(*((2, 2) if len(panels) == 4 else (len(panels) // 3, 3)))
+        for axis, (label, names) in zip(axes, panels):
+            for name, style in zip(names, ("-", "--", ":")):
+                y = np.array([np.nan if row.get(name) is None else row[name] for row in rows], dtype=float) * (
+                    0.1 if name == "checks" else 1
+                )
+                line = axis.plot(x, y, lw=0.6, alpha=0.35)[0]
+                axis.plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid"), style, color=line.get_color(), label=name)
+            axis.set_xlabel("step")
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
+            if len(names) > 1:
+                axis.legend(fontsize=8)
+        save_figure(figure, folder / f"{picture}.png", f"T1 {cfg.stage}, run {folder.parent.name}, seed {cfg.seed}, {each} a step")
 
 
-def draw_scaling(path: Path, results: list[dict], title: str):
-    """Accuracy against thinking budget, one curve per checkpoint, in the form of the paper's figure."""
-    figure, (axis,) = pyplot_figure(1, 1)
-    for i, result in enumerate(results):
-        x, y, e = np.array(result["scaling"]).T
-        axis.errorbar(
-            x,
-            100 * y,
-            100 * e,
-            marker="osD^vPX*"[i % 8],
-            ls=("-", "--", "-.", ":")[i % 4],
-            color=str(0.65 * (1 - i / max(1, len(results) - 1))) if len(results) > 1 else "black",
-            capsize=2,
-            label=result["name"],
-        )
+STYLES = [dict(marker="osD^vPX*"[i], ls=("-", "--", "-.", ":")[i % 4], capsize=2) for i in range(8)]
+
+
+def draw_results(folder: Path):
+    """inference_scaling.png of each test set in results.json: accuracy against thinking budget, one curve per checkpoint, in the form of
+    the paper's figure; beside it, for the last checkpoint, what each way of spending tokens buys."""
+    content = read_json(folder / "results.json")
+    everything = [c for c in content["checkpoints"] if c.get("scaling")]
+    tests = list(dict.fromkeys(c.get("test") for c in everything))
+    for test in tests if rank() == 0 else ():
+        results = [c for c in everything if c.get("test") == test]
+        ways = {}
+        for label, name in (("cut at a budget", "scaling"), ("forced to a budget", "forced"), ("majority of k", "parallel")):
+            if results[-1].get(name) and "forced" in results[-1]:
+                ways[label] = [(point[3], *point[1:3]) for point in results[-1][name]]
+        figure, axes = pyplot_figure(1, 1 + bool(ways))
+        for i, result in enumerate(results):
+            shade = str(0.65 * (1 - i / max(1, len(results) - 1))) if len(results) > 1 else "black"
+            draw_points(axes[0], [point[:3] for point in result["scaling"]], label=result["name"], color=shade, **STYLES[i % 8])
+        for i, (label, points) in enumerate(ways.items()):
+            draw_points(axes[1], points, label=label, color=("0", "0.35", "0.55")[i], **STYLES[i])
+            if label == "majority of k":
+                for (k, *_), (tokens, value, _) in zip(results[-1]["parallel"], points):
+                    axes[1].annotate(f"k={k}", (tokens, 100 * value), (3, -10), textcoords="offset points", fontsize=7)
+        axes[0].set_xticks([p[0] for p in results[-1]["scaling"]], [p[0] for p in results[-1]["scaling"]])
+        axes[0].set_xlabel("thinking budget (tokens)")
+        axes[0].legend(fontsize=8, title="checkpoint")
+        if ways:
+            axes[1].set_xlabel("tokens spent per problem")
+            axes[1].legend(fontsize=8, title=results[-1]["name"])
+        one = {**content, **results[-1]}
+        title = f"{one['problems']} problems x {one['samples']} samples ({test or one['test']}), T = {one['temperature']}, seed {one['seed']}; bars: standard error over problems"
+        save_figure(figure, folder / f"inference_scaling{f'-{test}' * (len(tests) > 1)}.png", title)
+
+
+def draw_points(axis, points, **style):
+    """(x, share, standard error) as a curve in % with error bars over a logarithmic x."""
+    x, y, e = np.array(points, dtype=float).T
+    axis.errorbar(x, 100 * y, 100 * e, **style)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(x, [f"{b:.0f}" for b in x])
-    axis.set_xlabel("thinking budget (tokens)")
-    axis.set_ylabel("pass@1 (%)")
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set_ylabel("accuracy (%)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, title="checkpoint")
-    save_figure(figure, path, title)
 
 
-def pyplot_figure(rows: int, columns: int):
+def draw_ledger(path: Path, rows: list[dict], about: str):
+    """Held-out pass@1 of every variant: a circle a seed, the mean and its standard error, a cross for collapsed; base and SFT start as lines."""
+    figure, (axis,) = pyplot_figure(1, 1, height=0.32 * len(rows) + 1.5)
+    for y, row in enumerate(reversed(rows)):
+        if row["pass_at_1"]:
+            axis.plot([100 * v for v in row["each"]], [y] * len(row["each"]), "o", mfc="none", color="0.5", ms=5)
+            mean, error = row["pass_at_1"]
+            axis.errorbar(100 * mean, y, xerr=100 * error, fmt="D", color="black", ms=4, capsize=3)
+        if row["collapsed"]:
+            axis.text(
+                1.01, y, f"{row['collapsed']} of {row['runs']} collapsed", va="center", fontsize=7, transform=axis.get_yaxis_transform()
+            )
+    for label, style, pair in (("base", "--", rows[0]["pass_at_1"]), ("SFT start", ":", rows[0]["start"])):
+        if rows[0]["variant"] == "base" and pair:
+            axis.axvline(100 * pair[0], ls=style, color="black", lw=0.9, label=label)
+    axis.plot([], [], "o", mfc="none", color="0.5", label="one seed")
+    axis.errorbar([], [], xerr=[], fmt="D", color="black", ms=4, capsize=3, label="mean, standard error")
+    axis.set_yticks(range(len(rows)), [row["variant"] for row in reversed(rows)], fontsize=8)
+    axis.set_xlabel("held-out pass@1 (%)")
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    save_figure(figure, path, about)
+
+
+def pyplot_figure(rows: int, columns: int, height: float = 0):
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns + 2 * (columns == 1), 3 * rows + 1.5 * (columns == 1)), squeeze=False)
+    size = (4.2 * columns + 2 * (columns == 1), height or 3 * rows + 1.5 * (columns <= 2 and rows == 1))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     return figure, axes.ravel()
 
 
@@ -2168,7 +2714,7 @@ def run_plan(cfg: Config):
 # Main
 # ----------------------------------------------------------------------------------------------------------------------
 
-STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval, "bench": run_bench, "plan": run_plan}
+STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval, "ablate": run_ablate, "plot": run_plot, "bench": run_bench, "plan": run_plan}
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -2212,6 +2758,7 @@ CHOICES = dict(
     stage=tuple(STAGES),
     anchor=("ema", "fixed", "none"),
     loss_norm=("tokens", "responses"),
+    traces=("trial-and-error", "correct-only"),
     engine=("auto", "torch", "vllm"),
     dtype=("float32", "bfloat16"),
     device=("", "cpu", "cuda"),
@@ -2230,6 +2777,8 @@ MAY_BE_ZERO = {
     "entropy_coef",
     "weight_decay",
     "eval_temperature",
+    "eval_samples",
+    "spend_samples",
 }
 
 
@@ -2247,13 +2796,20 @@ def check_config(cfg: Config):
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")
             need(value > 0 or name in MAY_BE_ZERO, name, "must be above 0")
+        elif isinstance(value, str):
+            need(value == value.encode(errors="replace").decode(), name, "is not UTF-8 text")
     need(cfg.k >= 2, "k", "leave-one-out needs at least 2 samples per prompt")
     need(cfg.min_p < 1, "min_p", "must be below 1")
     need(cfg.ema_decay <= 1, "ema_decay", "must be at most 1")
     need(cfg.repeat_count > 1, "repeat_count", "must be at least 2: every block stands once")
     need(cfg.tiny_width % 8 == 0, "tiny_width", "must be a multiple of 8: four heads of an even width")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "device", "torch sees no GPU here")
-    need(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.budgets), "budgets", "must be whole numbers above 0, separated by commas")
+    need(re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.budgets), "budgets", "must be whole numbers above 0, separated by commas")
+    need(re.fullmatch(r"\d+(,\d+)*", cfg.seeds), "seeds", "must be whole numbers, separated by commas")
+    need(re.fullmatch(r"([\w-]+(,[\w-]+)*)?", cfg.benchmarks), "benchmarks", "must be names as math500,aime24, separated by commas")
+    need(cfg.wait_words, "wait_words", "must not be empty: the thought would end again at once")
+    for variant in filter(None, cfg.variants.split(",")):
+        need(variant in VARIANTS, "variants", f"no variant {variant!r}; choose from {', '.join(VARIANTS)}")
     need("{problem}" in (cfg.prompt_template or "{problem}"), "prompt_template", "must contain {problem}")
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
     planned = cfg.stage == "plan"  # for ranks that are not here

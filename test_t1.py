@@ -1,19 +1,26 @@
 """Tests of t1.py, data_prep.py and verify.py against independent oracles.   python -m pytest -q test_t1.py"""
 
+import contextlib
 import copy
+import faulthandler
 import gzip
 import http.server
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import weakref
 from collections import Counter
 from fractions import Fraction
@@ -21,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import sympy
 import torch
 import transformers
@@ -826,6 +833,225 @@ def test_standard_error_is_over_problems():
     assert mean == 0.5 and error == pytest.approx(np.std([1, 0, 0.5], ddof=1) / 3**0.5)
 
 
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    for n, right in itertools.product(range(1, 7), range(7)):
+        for k in range(1, n + 1):
+            if right <= n:
+                samples = [i < right for i in range(n)]
+                subsets = list(itertools.combinations(samples, k))
+                assert t1.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_is_by_equality_and_a_tie_goes_to_the_first_answer():
+    assert t1.majority(["1/2", "3", "0.5", "3", "\\frac12"]) == 0  # three spellings of one half
+    assert t1.majority(["7", "3", "3", "7"]) == 0 and t1.majority([None, "3", None, "7"]) == 1 and t1.majority([None, None]) is None
+    rng = random.Random(0)
+    for _ in range(300):  # brute force on integers: count, then the first to appear among the most frequent
+        n, k = rng.randint(1, 9), rng.randint(1, 4)
+        answers = [rng.choice([None, "1", "2", "3"]) for _ in range(n)]
+        right = [a == "2" for a in answers]
+        groups = [answers[i : i + k] for i in range(0, n, k) if i + k <= n]
+        if groups:
+            winners = [next((a for a in g if a is not None and g.count(a) == max(g.count(b) for b in g if b is not None)), None) for g in groups]
+            assert t1.maj_at_k(answers, right, k) == sum(w == "2" for w in winners) / len(groups)
+
+
+def test_behaviour_of_a_response():
+    problem = "Find the smallest positive integer n that leaves remainder 3 when divided by 5 and remainder 1 when divided by 7."
+    say = lambda *lines, answer: "<think>\n" + "\n".join(lines) + f"\n</think>\nThe answer is \\boxed{{{answer}}}."
+    corrected = say("3 mod 5 = 3 yes, 3 mod 7 = 3 not 1, wait", "8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8)
+    facts = t1.behaviour(problem, corrected, True)
+    assert facts == dict(answer="8", reflections=1, checks=4, honest=4, honoured=True, first_right=False, corrected=True)
+    jump = t1.behaviour(problem, say("So 8, check: 8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8), True)
+    assert jump["first_right"] and jump["honoured"] and not jump["corrected"]
+    stubborn = t1.behaviour(problem, say("So 3, check: 3 mod 5 = 3 yes, 3 mod 7 = 3 not 1", answer=3), False)
+    assert not stubborn["honoured"] and not stubborn["first_right"] and stubborn["honest"] == 2
+    assert not t1.behaviour(problem, say("8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=43), False)["honoured"]  # 43 was never checked
+    other = t1.behaviour("What is 1 + 1?", "Wait, perhaps 3. Hmm, alternatively \\boxed{2}", True)
+    assert other["reflections"] == 4 and other["checks"] == 0 and not other["first_right"] and not other["corrected"]
+    assert [data_prep.habit_of(r) for r in (corrected, say("So 8", answer=8), say("3 mod 5 = 3 yes", "9 mod 5 = 4 not 3", "8 mod 5 = 3 yes", answer=8))] == ["orderly", "jump", "wander"]
+    records = [dict(x, reward=1.0, right=True, length=50, pattern=None, ungraded=0.0) for x in (facts, other)]
+    mean = t1.means(records)
+    assert (mean["corrected"], mean["first_right"], mean["honoured"], mean["honest"], mean["checks"], mean["reflections"]) == (1.0, 0.0, 1.0, 1.0, 2.0, 5.0)
+    assert t1.means(records[1:])["corrected"] is None
+
+
+def test_budget_forcing_works_on_ids(talkative):
+    """Every thought has exactly the budget's tokens, begins with its own and waits where it would have ended; a cut never re-encodes."""
+    folder, cfg, tokenizer, model = talkative
+    engine = engine_for(talkative)
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    thought, question, wait = encode("<think>\n12 mod 5 = 2 not 3, wait\n13 mod 5 = 3 yes\n"), encode("Find n.\n"), encode(", wait\n")
+    ended = thought + encode("</think>\nThe answer is \\boxed{13}.") + [tokenizer.eos_token_id]
+    endless = encode("<think>\n" + "7 mod 5 = 2 not 3, wait\n" * 3)
+    rollouts = [t1.Rollout(question, ended, 0.0, True), t1.Rollout(question, endless, 0.0, False), t1.Rollout(question, thought + [tokenizer.eos_token_id], 0.0, True)]
+    assert t1.before_end(ended, tokenizer) == thought and t1.before_end(thought, tokenizer) == thought
+    assert t1.before_end(encode("so</th") + encode("ink> 5"), tokenizer) == encode("so")  # spelled with other tokens
+    forced = t1.force_budget(engine, rollouts, 60, cfg)
+    assert [len(r.ids) for r in forced] == [60] * 3 and not any(r.finished for r in forced)
+    assert not any("</think>" in tokenizer.decode(r.ids) or tokenizer.eos_token_id in r.ids for r in forced)
+    for r, start in zip(forced, (thought + wait, endless, thought + wait)):
+        assert r.ids[: len(start)] == start and r.prompt == question
+    assert forced == t1.force_budget(engine, rollouts, 60, cfg)
+    class Ends:  # an engine whose every answer is the end of the thought
+        tokenizer = engine.tokenizer
+        generate = lambda self, prompts, k, seed, room, temperature: [t1.Rollout(p, ended[len(thought) :], 0.0, True) for p in prompts]
+    assert t1.force_budget(Ends(), rollouts[:1], 60, cfg)[0].ids == (thought + wait * 60)[:60]
+    prefix = encode("</think>\nThe answer is \\boxed{")
+    for budget, ids in ((20, forced[0].ids[:20]), (60, forced[0].ids)):
+        assert t1.cut_ids(engine, tokenizer, forced, budget, cfg)[0][: budget + len(prefix)] == ids + prefix
+
+
+def evaluate_again(learned, out, *more):
+    base = learned[0]
+    (base / "few.jsonl").write_text("".join((base / "rows.jsonl").read_text().splitlines(True)[:40]))
+    args = ["--stage", "eval", "--checkpoint", base / "runs/tiny/sft/checkpoint-250", "--test", base / "few.jsonl", "--out", out, "--max-new", 24, "--budgets", "4,24",
+            "--spend-samples", 4, "--rollout-rows", 30, *more]
+    assert t1.main([str(x) for x in args]) == 0
+    return out / "tiny/eval"
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bits(learned, tmp_path, monkeypatch):
+    whole = evaluate_again(learned, tmp_path / "whole", "--eval-samples", 2)
+    text = (whole / "responses.jsonl").read_bytes()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == 40 * 2 + 40 * 4 and len({(r["key"], r["number"], r["sample"]) for r in rows}) == len(rows)
+    killed = tmp_path / "killed/tiny/eval"
+    killed.mkdir(parents=True)
+    (killed / "responses.jsonl").write_bytes(text[: len(text) // 5])  # the first chunk of 30, a part of the second, half a line
+    asked = []
+    generate = t1.TorchEngine.generate
+    monkeypatch.setattr(t1.TorchEngine, "generate", lambda self, prompts, k, *a, **kw: asked.append(k * len(prompts)) or generate(self, prompts, k, *a, **kw))
+    evaluate_again(learned, tmp_path / "killed", "--eval-samples", 2)
+    resumed = sum(asked)
+    for name in ("responses.jsonl", "results.json", "results.md"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    asked.clear()
+    evaluate_again(learned, tmp_path / "killed", "--eval-samples", 2)  # nothing is generated again but the answers from cut thoughts
+    assert resumed - sum(asked) == 40 * 6 - 30 and (killed / "responses.jsonl").read_bytes() == text
+    evaluate_again(learned, tmp_path / "killed", "--eval-samples", 2, "--eval-temperature", 0.5)  # other settings: other responses
+    assert (killed / "responses.jsonl").read_bytes().startswith(text) and (killed / "responses.jsonl").stat().st_size > len(text) * 3 // 2
+
+
+def test_benchmarks_and_their_tables(learned, tmp_path, capsys):
+    rows = naming_rows("rl")[:12]
+    for name in ("math500", "aime24"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    base = learned[0]
+    args = ["--stage", "eval", "--model", base / "runs/tiny/rl/checkpoint-150", "--benchmark-dir", tmp_path, "--out", tmp_path, "--name", "b", "--max-new", 24, "--budgets", "8,24", "--spend-samples", 0]
+    assert t1.main([str(x) for x in (*args, "--benchmarks", "math500,aime24", "--answer-model", base / "runs/tiny/sft/checkpoint-250")]) == 0
+    results = json.loads((tmp_path / "b/eval/results.json").read_text())["checkpoints"]
+    kept = [json.loads(line) for line in (tmp_path / "b/eval/responses.jsonl").read_text().splitlines()]
+    assert [(r["test"], r["samples"]) for r in results] == [("math500", 1), ("aime24", 32)] and len(kept) == 12 * 33
+    for r in results:
+        mine = [row for row in kept if row["key"] == r["key"]]
+        right = [[row["right"] for row in mine if row["number"] == i] for i in range(12)]
+        assert r["pass_at_1"] == pytest.approx(np.mean(right)) and r["standard_error"] == pytest.approx(np.std(np.mean(right, 1), ddof=1) / 12**0.5)
+        assert r["length"] == pytest.approx(np.mean([len(row["ids"]) for row in mine])) and r["ungradable"] == np.mean([row["answer"] is None for row in mine])
+        assert [k for k, *_ in r["pass_at_k"]] == [k for k, *_ in r["maj_at_k"]] == [2**i for i in range(r["samples"].bit_length())]
+        assert r["pass_at_k"][0][1] == pytest.approx(r["pass_at_1"]) and r["pass_at_k"][-1][1] == np.mean([any(x) for x in right])
+        assert (tmp_path / f"b/eval/inference_scaling-{r['test']}.png").exists()
+    table = (tmp_path / "b/eval/results.md").read_text()
+    assert "| paper: T1 (Qwen2.5-32B) | 92.4 | 50.6 |" in table and "12 x 32" in table and "gpqa" not in table.lower().split("the paper's rows")[0]
+    assert t1.main([str(x) for x in (*args, "--benchmarks", "math500,gpqa")]) == 2
+    assert "python data_prep.py benchmarks --gpqa YOUR_COPY.csv --out" in capsys.readouterr().err
+
+
+def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path, capsys):
+    t1.shutil.copytree(tiny[0], tmp_path / "other")
+    tokenizer = copy.deepcopy(tiny[2])
+    tokenizer.add_tokens(["something else"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    args = ["--stage", "eval", "--checkpoint", tiny[0], "--out", tmp_path, "--answer-model", tmp_path / "other"]
+    assert t1.main([str(x) for x in args]) == 2
+    assert "its tokenizer is not that of" in capsys.readouterr().err and not (tmp_path / "tiny").exists()
+
+
+def test_plot_redraws_every_picture_from_the_folder_alone(learned, tmp_path):
+    evaluate_again(learned, tmp_path, "--eval-samples", 1)
+    for stage in ("sft", "rl"):
+        (tmp_path / "tiny" / stage).mkdir()
+        for name in ("metrics.jsonl", "config.json", "curves.png", "behaviour.png"):
+            if (learned[0] / "runs/tiny" / stage / name).exists():
+                t1.shutil.copy(learned[0] / "runs/tiny" / stage / name, tmp_path / "tiny" / stage)
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*.png")}
+    assert {str(p) for p in before} == {f"tiny/{p}.png" for p in ("sft/curves", "rl/curves", "rl/behaviour", "eval/inference_scaling")}
+    for path in before:
+        (tmp_path / path).unlink()
+    assert t1.main(["--stage", "plot", "--out", str(tmp_path)]) == 0
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*.png")} == before
+    assert t1.main(["--stage", "plot", "--out", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("differences, sign, expected", [
+    ([0.05, 0.06, 0.055], +1, "holds"), ([0.05, 0.06, 0.055], -1, "does not hold"), ([0.05, 0.06, 0.055], 0, "higher"), ([-0.05, -0.06, -0.055], 0, "lower"),
+    ([0.05, 0.01, 0.06], +1, "not resolved at this scale"),  # mean 2.6 standard errors from zero: beyond 1.96, within t(2) = 4.30
+    ([0.05], +1, "not resolved at this scale"), ([], +1, "not resolved at this scale"), ([0.0, 0.0], -1, "not resolved at this scale")])
+def test_verdict(differences, sign, expected):
+    assert t1.verdict(differences, sign) == expected
+
+
+def test_the_quantiles_are_students():
+    for dof, quantile in enumerate(t1.T95, 1):  # P(T <= q) = 0.975 by numerical integration of the density
+        x = np.linspace(0, quantile, 200_001)
+        density = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(dof * math.pi) * (1 + x**2 / dof) ** (-(dof + 1) / 2)
+        assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=3e-4)
+
+
+def test_correct_only_traces_hold_no_failed_try(tmp_path):
+    traces = data_prep.embedded_traces(2000, correct_only=True)
+    assert {data_prep.habit_of(t["response"]) for t in traces} == {"jump"} and not any(" not " in t["response"] or "wait" in t["response"] for t in traces)
+    assert all(verify.grade([t["response"] for t in traces], [t["answer"] for t in traces]))
+    assert {data_prep.habit_of(t["response"]) for t in data_prep.embedded_traces(2000)} == {"jump", "wander", "orderly"}
+
+
+def ledger_args(out, rows):
+    return ["--stage", "ablate", "--out", str(out), "--name", "led", "--seeds", "0,1", "--variants", "k4,cold", "--sft-steps", "2", "--sft-batch", "4", "--rl-steps", "2",
+            "--prompts", "4", "--k", "2", "--max-new", "40", "--eval-samples", "1", "--test", str(rows), *SMALL]
+
+
+def test_the_ledger_end_to_end_with_a_kill(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in naming_rows("rl")[:10]))
+    monkeypatch.setattr(data_prep, "embedded_traces", lambda correct_only=False, made=data_prep.embedded_traces(400, 1): made)  # short ones
+    rl, calls = t1.run_rl, []
+
+    def killed(cfg):  # the third run of RL is cut off in the middle
+        calls.append(cfg.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        rl(cfg)
+
+    monkeypatch.setattr(t1, "run_rl", killed)
+    with pytest.raises(KeyboardInterrupt):
+        t1.main(ledger_args(tmp_path, tmp_path / "rows.jsonl"))
+    assert t1.main(ledger_args(tmp_path, tmp_path / "rows.jsonl")) == 0
+    assert calls == ["base-seed0", "k4-seed0", "cold-seed0", "cold-seed0", "base-seed1", "k4-seed1", "cold-seed1"]
+    base = tmp_path / "led"
+    ledger = json.loads((base / "ledger.json").read_text())
+    assert [(r["variant"], r["seed"]) for r in ledger["runs"]] == [(v, s) for v in ("base", "cold", "k4") for s in (0, 1)]
+    assert all(r["start"] is not None for r in ledger["runs"]) and [r["variant"] for r in ledger["variants"]] == ["base", "k4", "cold"]
+    assert json.loads((base / "k4-seed1/rl/config.json").read_text())["config"]["k"] == 4
+    assert json.loads((base / "k4-seed1/rl/config.json").read_text())["started_from"] == str(base / "base-seed1/sft/checkpoint-2")
+    assert [p.name for p in base.rglob("checkpoint-*")] == ["checkpoint-2"] * 10 and not list(base.rglob("trainer"))
+    before = {p: p.read_bytes() for p in base.glob("ledger.*")}
+    assert len(before) == 3
+    for path in before:
+        path.unlink()
+    assert t1.main(["--stage", "plot", "--out", str(tmp_path), "--name", "led"]) == 0  # from the finished runs alone
+    assert {p: p.read_bytes() for p in base.glob("ledger.*")} == before
+
+
+def test_the_ledger_counts_pairs_and_collapses():
+    run = lambda variant, seed, value, **more: dict(variant=variant, seed=seed, stopped=False, pass_at_1=value, length=50, overlong=0.1, entropy=0.1, start=0.4, collapsed=False) | more
+    runs = [run("base", s, v) for s, v in enumerate((0.7, 0.8, 0.75))] + [run("k4", s, v) for s, v in enumerate((0.6, 0.71, 0.65))]
+    runs += [run("t1.0", 0, 0.2, collapsed=True), dict(variant="t1.0", seed=1, stopped=True, collapsed=True)]
+    rows, claims = t1.ledger_of(runs)
+    by = {r["variant"]: r for r in rows}
+    assert by["base"]["pass_at_1"] == pytest.approx([0.75, 0.05 / 3**0.5]) and by["k4"]["gain"] == pytest.approx([-0.29 / 3, np.std([0.1, 0.09, 0.1], ddof=1) / 3**0.5])
+    assert (by["t1.0"]["collapsed"], by["t1.0"]["runs"], by["t1.0"]["each"]) == (2, 2, [0.2])
+    assert {c["variant"]: c["verdict"] for c in claims} == {"k4": "holds", "t1.0": "not resolved at this scale"}
+
+
 def metrics(folder):
     return (folder / "metrics.jsonl").read_bytes()
 
@@ -1088,11 +1314,18 @@ def kills(count, ranks, seed, guess, base):
     return hit, runs
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_resumed_is_the_same_run(guess, tmp_path, ranks):
+def kills_command(count, ranks=1, seed=0, guess_folder=None, base=None):
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        hit, runs = kills(count, ranks, seed, Path(guess_folder or make_guess(Path(folder))), Path(base or folder))
+    print(f"{hit.total()} kills on {ranks} rank(s), {runs} runs of 20 steps, all bit-equal to the undisturbed one; hit in", dict(hit.most_common()))
+
+
+@pytest.mark.parametrize("ranks, count", [(1, 12), (2, 5)])
+def test_killed_and_resumed_is_the_same_run(guess, tmp_path, ranks, count):
     """In a process of its own, since it forks; `python test_t1.py kills 300` is the long form."""
-    done = subprocess.run([sys.executable, __file__, "kills", "12", str(ranks), "5", str(guess), str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "12 kills" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
+    done = subprocess.run([sys.executable, __file__, "kills", str(count), str(ranks), "5", str(guess), str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and f"{count} kills" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
 
 
 def wait_for_rows(folder, n, process, seconds=120):
@@ -1260,6 +1493,7 @@ def test_real_rows_train(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- misuse
 
+RARE_PATHS = ["pipe", "loop", "device", "folder", "dangling"]
 GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{2}"}\n'
 
 
@@ -1275,15 +1509,23 @@ GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{
     (["--stage", "rl"], "--stage sft first"),
     (["--stage", "eval"], "--stage sft"),
     (["--stage", "eval", "--checkpoint", "nowhere"], "nowhere"),
+    (["--stage", "eval", "--model", "model", "--benchmarks", "math500"], "python data_prep.py benchmarks --out benchmarks"),
+    (["--stage", "eval", "--model", "model", "--benchmarks", "../math500"], "--benchmarks '../math500'"),
+    (["--stage", "ablate", "--variants", "k4,k5"], "no variant 'k5'"),
+    (["--stage", "ablate", "--seeds", "0-2"], "--seeds '0-2'"),
+    (["--stage", "plot"], "no run there"),
     (["--stage", "sft", "--model", "empty"], "empty"),
     (["--stage", "sft", "--data", "none.jsonl"], "none.jsonl"),
     (["--stage", "sft", "--data", "blank.jsonl"], "no rows"),
-    (["--stage", "sft", "--data", "broken.jsonl"], "broken.jsonl, line 2"),
-    (["--stage", "sft", "--data", "list.jsonl"], "list.jsonl, line 1"),
+    (["--stage", "sft", "--data", "broken.jsonl"], "broken.jsonl, row 2"),
+    (["--stage", "sft", "--data", "list.jsonl"], "list.jsonl, row 1"),
     (["--stage", "sft", "--data", "latin.jsonl"], "not UTF-8"),
     (["--stage", "sft", "--data", "cut.jsonl.gz"], "gzip"),
+    (["--stage", "sft", "--data", "pipe.jsonl"], "pipe.jsonl: not a file but"),
+    (["--stage", "sft", "--data", "good.jsonl", "--test", "twice.jsonl"], "twice.jsonl, row 1: not JSON (key 'problem' is there twice)"),
+    (["--stage", "sft", "--data", os.fsdecode(b"\xff.jsonl")], "--data '\\udcff.jsonl': is not UTF-8 text"),
     (["--stage", "sft", "--data", "noresponse.jsonl"], "'response'"),
-    (["--stage", "rl", "--data", "noanswer.jsonl", "--model", "model"], "noanswer.jsonl, line 2: field 'answer'"),
+    (["--stage", "rl", "--data", "noanswer.jsonl", "--model", "model"], "noanswer.jsonl, row 2: field 'answer'"),
     (["--stage", "rl", "--data", "good.jsonl", "--model", "model", "--max-prompt", "3"], "--max-prompt is 3"),
     (["--stage", "sft", "--data", "good.jsonl", "--max-new", "1"], "--max-new 1"),
 ])
@@ -1296,11 +1538,86 @@ def test_misuse_is_one_line_and_leaves_nothing(tmp_path, tiny, args, says):
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "caf\xe9"}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD_ROW.encode() * 100)[:-20])
+    (tmp_path / "twice.jsonl").write_text(GOOD_ROW.replace("{", '{"problem": "a", ', 1))
+    os.mkfifo(tmp_path / "pipe.jsonl")
     before = {p.name for p in tmp_path.iterdir()}
     code, out, err = run(*args, cwd=tmp_path)
     assert code == 2, err
     assert says in err and err.strip().count("\n") == 0 and "Traceback" not in err
     assert {p.name for p in tmp_path.iterdir()} == before
+
+
+ROW = GOOD_ROW.encode().strip()
+
+
+@pytest.mark.parametrize("content", [
+    b"\xef\xbb\xbf" + ROW, ROW + b"\r\n\r\n" + ROW + b"\r\n", b"\n \n" + ROW, gzip.compress(ROW), gzip.compress(ROW + b"\n") + gzip.compress(ROW),
+    ROW.replace(b"What", b"\\ud83d\\ude00 \\u0000 \\u2028 \xe2\x80\xa8 \\\\ud800"), ROW[:-1] + b', "id": 7, "messages": [{"a": null}], "level": 1.5}'])
+def test_odd_but_good_rows_are_read(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    for stage in ("sft", "rl"):
+        rows = t1.read_rows(str(tmp_path / "rows.jsonl"), stage)
+        assert all(row["answer"] == "2" and "1 + 1?" in row["problem"] for row in rows) and rows[0]["where"].startswith(str(tmp_path / "rows.jsonl"))
+        json.dumps(rows, ensure_ascii=False).encode()
+
+
+def test_parquet_and_folders_are_read_as_jsonl_is(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(GOOD_ROW) | dict(id=str(i), problem=f"What is {i} + 1?") for i in range(500)]
+    (tmp_path / "folder").mkdir()
+    jsonl(tmp_path / "rows.jsonl", rows[:300]).rename(tmp_path / "folder/a.jsonl")
+    pq.write_table(pa.Table.from_pylist(rows[300:]), tmp_path / "folder/b.parquet")
+    (tmp_path / "folder/notes.txt").write_text("no data")
+    read = t1.read_rows(str(tmp_path / "folder"), "rl")
+    assert [(r["id"], r["problem"]) for r in read] == [(r["id"], r["problem"]) for r in rows]
+    assert read[299]["where"] == f"{tmp_path}/folder/a.jsonl, row 300" and read[300]["where"] == f"{tmp_path}/folder/b.parquet, row 1"
+
+
+@pytest.mark.parametrize("content, says", [
+    (ROW + b"\n" + ROW[:-1] + b', "answer": "3"}', "row 2: not JSON .key 'answer' is there twice"), (ROW + b"\r" + ROW + b"\r", "row 1: not JSON .Extra data"),
+    (ROW.decode().encode("utf-16"), "row 1: not UTF-8 text .byte 0xff in column 1"), (ROW.decode().encode("utf-16-le"), "row 1: .*NUL bytes: damaged, or UTF-16"),
+    (ROW.replace(b"What", b"\\ud800"), "row 1: half of a surrogate pair"), (ROW.replace(b'"2"', b'"2", "x": ["\\udfff"]'), "row 1: half of a surrogate pair"),
+    (ROW.replace(b'"2"', b"NaN"), "row 1: not JSON .NaN"), (ROW.replace(b'"2"', b"1e999"), "row 1: not JSON .1e999"), (ROW.replace(b'"2"', b"2"), "row 1: field 'answer' is .* not text"),
+    (ROW.replace(b'"2"', b"[" * 100_000), "row 1: not JSON .maximum recursion"), (ROW.replace(b"What", b"a\0b"), "row 1: not JSON .Invalid control character.*NUL"),
+    (ROW + b"\n" + b"x" * (100 << 20), "row 2: longer than 16 MiB"), (gzip.compress(b"\n" * (100 << 20)), "row .*: the gzip file grows to more than 200 times"),
+    (gzip.compress(b"x" * (100 << 20)), "row 1: longer than 16 MiB"), (gzip.compress(ROW)[:-3], "cannot be read .damaged gzip"), (b"", "no rows")])
+def test_every_bad_row_says_where_and_why(tmp_path, content, says):
+    (tmp_path / "a\nb.jsonl").write_bytes(content)
+    with pytest.raises(t1.Misuse) as e:
+        t1.read_rows(str(tmp_path / "a\nb.jsonl"), "rl")
+    assert re.search(r"a\\nb.jsonl(, |: )" + says, str(e.value)) and str(e.value).isprintable()
+
+
+def test_a_line_of_100_MB_is_refused_in_bounded_memory(tmp_path):
+    with open(tmp_path / "rows.jsonl", "wb") as f:
+        f.writelines([ROW, b'\n{"problem": "', *[b"x" * (1 << 20)] * 100, b'"}\n'])
+    program = "import sys, tracemalloc; sys.path.insert(0, sys.argv[1]); import data_prep; tracemalloc.start()\ntry: print(len(list(data_prep.raw_rows(sys.argv[2]))))\n" \
+              "except data_prep.Misuse as e: print(e, tracemalloc.get_traced_memory()[1] >> 20)"
+    done = subprocess.run([sys.executable, "-c", program, str(HERE), str(tmp_path / "rows.jsonl")], capture_output=True, text=True)
+    assert "row 2: longer than 16 MiB" in done.stdout and int(done.stdout.split()[-1]) < 64, done
+
+
+@pytest.mark.parametrize("kind", RARE_PATHS)
+def test_what_is_no_file_is_one_line_and_no_wait(tmp_path, kind):
+    path = tmp_path / "rows.jsonl"
+    {"pipe": os.mkfifo, "loop": lambda p: p.symlink_to(p), "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir, "dangling": lambda p: p.symlink_to("nowhere")}[kind](path)
+    for reader in (lambda: t1.read_rows(str(path), "rl"), lambda: verify.load_rows(str(path)), lambda: data_prep.gpqa_rows(str(path), 0), lambda: data_prep.read_journal(path, {}, {})):
+        with pytest.raises((t1.Misuse, SystemExit), match="rows.jsonl: "):
+            reader()
+
+
+def test_a_journal_that_is_refused_is_left_as_it_is(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    for content, says in ((b"my own notes, without an end", "not a journal"), (b'{"a": 1}\n{"b"', "not a journal"), (b'{"settings": {"n": 1}}\n{"id"', "another n"), (b'{"settings": {"n": 2}}\n{"id": 3}\n{"i', "row 2: field 'id'")):
+        path.write_bytes(content)
+        with pytest.raises(data_prep.Misuse, match=says):
+            data_prep.read_journal(path, {"n": 2}, {"id": str})
+        assert path.read_bytes() == content
+    for content in (b'{"sett', b'{"settings": {"n": 2}}\n{"id": "a"', b""):  # what a kill leaves
+        path.write_bytes(content)
+        assert data_prep.read_journal(path, {"n": 2}, {"id": str}) == [] and path.read_bytes() == b'{"settings": {"n": 2}}\n'
 
 
 def test_corrected_misuse_goes_through(tmp_path):
@@ -1336,9 +1653,22 @@ def test_logs_survive_any_text_and_a_cut_line(tmp_path):
     assert folder.read("samples.jsonl") == rows
 
 
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000]), "no model that can be loaded"),
     (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "tokenizer"),
+    (lambda d: [(d / "tokenizer.json").unlink(), os.mkfifo(d / "tokenizer.json")], "tokenizer.json is not an ordinary file"),
+    (lambda d: change(d / "config.json", num_hidden_layers=10**9), "num_hidden_layers = 1000000000, which no model has"),
+    (lambda d: change(d / "config.json", hidden_size=32), "no model that can be loaded"),
+    (lambda d: change(d / "generation_config.json", eos_token_id=[0, 10**6]), "the end tokens are"),
+    (lambda d: (d / "generation_config.json").write_text("{"), "generation_config.json: damaged"),
+    (lambda d: change(d / "tokenizer_config.json", eos_token=None), "end-of-text"),
+    (lambda d: (d / "model.safetensors").unlink(), "no model that can be loaded"),
+    (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100), "no model that can be loaded"),
+    (lambda d: safetensors.torch.save_file({k: v * float("nan") for k, v in safetensors.torch.load_file(d / "model.safetensors").items()}, d / "model.safetensors", {"format": "pt"}), "not finite"),
     (lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')), "missing|no model"),
     (lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"max_position_embeddings": 1024', '"max_position_embeddings": 100')), "takes 100 tokens"),
 ])
@@ -1367,6 +1697,28 @@ def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, 
     else:
         with pytest.raises(t1.Misuse, match="not supported"):
             t1.load_policy(str(tmp_path), cfg)
+
+
+def test_no_pickle_of_a_model_folder_is_executed(tiny, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    t1.shutil.copytree(tiny[0], tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    torch.save({"model.norm.weight": Bomb()}, tmp_path / "model/pytorch_model.bin")
+    with pytest.raises(t1.Misuse, match="no model that can be loaded"):
+        t1.load_policy(str(tmp_path / "model"), tiny[1])
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_tokenizer_without_pad_token_or_template_will_do(tiny, tmp_path):
+    t1.shutil.copytree(tiny[0], tmp_path / "model")
+    change(tmp_path / "model/tokenizer_config.json", pad_token=None)
+    assert t1.load_policy(str(tmp_path / "model"), tiny[1])[1].pad_token is None
+    (tmp_path / "model/chat_template.jinja").write_text("{{ raise_exception('system first') }}")
+    with pytest.raises(t1.Misuse, match="system first"):
+        t1.load_policy(str(tmp_path / "model"), tiny[1])
 
 
 def test_a_chat_template_is_used(tiny):
@@ -2603,7 +2955,7 @@ def test_verify_grade_keeps_order_and_counts():
 
 
 def test_verify_grade_survives_killed_and_stopped_workers():
-    """kill -9 costs one pair, a worker that stands still costs its pair the deadline; everything else stays right."""
+    """kill -9 costs nothing, a worker that stands still costs its pair the deadline; everything else stays right."""
     verify.grade([r"\boxed{\sqrt{4}}"], ["2"])
     done, harmed = threading.Event(), []
 
@@ -2625,8 +2977,8 @@ def test_verify_grade_survives_killed_and_stopped_workers():
     seconds = time.monotonic() - start
     done.set()
     thread.join()
-    lost = grades.stats["timeouts"] + grades.stats["crashes"]
-    assert harmed and 0 < lost <= len(harmed) + 2
+    lost = grades.stats["timeouts"]
+    assert grades.stats["crashes"] == 0 and len(harmed) > 1 and 0 < lost <= len(harmed) + 2
     assert sum(grades) == size - lost and seconds < 60
     again = verify.grade([f"\\boxed{{\\sqrt{{{n}}}+{n}}}" for n in range(size)], [f"{n}^{{1/2}}+{n}" for n in range(size)], timeout=20)
     assert all(again) and again.stats["timeouts"] == again.stats["crashes"] == 0        # lost pairs were not cached
@@ -2645,8 +2997,45 @@ def test_verify_grade_restarts_a_dead_server():
     verify.grade([r"\boxed{\sqrt{9}}"], ["3"])
     verify._pool.process.kill()
     verify._pool.process.wait()
-    verify.grade([r"\boxed{\sqrt{16}}"], ["4"])             # this batch may be lost, but the next one is not
     assert verify.grade([r"\boxed{\sqrt{25}}"], ["5"], timeout=20) == [True]
+    server, done = verify._pool.process, threading.Event()
+
+    def kill_during_the_batch():
+        while not done.wait(0.2):
+            server.kill()
+
+    thread = threading.Thread(target=kill_during_the_batch)
+    thread.start()
+    size = 6_000
+    grades = verify.grade([f"\\boxed{{\\sqrt{{{n}}}+{n}-2}}" for n in range(size)], [f"{n}^{{1/2}}+{n}-2" for n in range(size)], timeout=20)
+    done.set()
+    thread.join()
+    assert all(grades) and verify._pool.process is not server
+
+
+def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
+    """An RL run whose grader's workers and server are shot at random writes the metrics of one that was left alone."""
+    rows = [dict(problem=f"Name the number {i}.", answer=f"\\sqrt{{{i}}}", response=f"\\boxed{{\\sqrt{{{(i * 7) % 40}}}}}") for i in range(40)]
+    common = ["--data", jsonl(tmp_path / "rows.jsonl", rows), "--test", tmp_path / "rows.jsonl", "--out", tmp_path, "--max-new", 24, *SMALL]
+    assert run("--stage", "sft", *common, "--sft-steps", 80, "--sft-batch", 16, "--sft-lr", "4e-3", "--name", "start")[0] == 0
+    rl = ["--stage", "rl", *common, "--model", tmp_path / "start/sft/checkpoint-80", "--rl-steps", 30, "--prompts", 16, "--k", 8]
+    assert run(*rl, "--name", "calm")[0] == 0
+    command = [sys.executable, str(HERE / "t1.py"), *map(str, rl), "--name", "shot"]
+    trainer = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    children = lambda pid: [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    rng, shots, last = random.Random(0), Counter(), 0.0
+    while trainer.poll() is None:
+        time.sleep(rng.uniform(0.02, 0.4))
+        with contextlib.suppress(OSError):  # one that ended meanwhile
+            servers = [pid for pid in children(trainer.pid) if b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            kind = "server" if time.monotonic() - last > 2 and rng.random() < 0.5 else "worker"  # a new server needs a while to stand up
+            if targets := servers if kind == "server" else [w for s in servers for w in children(s)]:
+                os.kill(rng.choice(targets), signal.SIGKILL)
+                shots[kind] += 1
+                last = time.monotonic() if kind == "server" else last
+    assert trainer.returncode == 0 and min(shots["server"], shots["worker"]) >= 2, shots
+    assert metrics(tmp_path / "calm/rl") == metrics(tmp_path / "shot/rl")
+    assert any(json.loads(line)["accuracy"] > 0 for line in metrics(tmp_path / "calm/rl").splitlines())
 
 
 def test_verify_grade_from_threads():
@@ -2699,7 +3088,7 @@ def test_verify_command_line(tmp_path):
     assert code == 0 and "50.00 % of 2 rows right, 0 false right, 1 false wrong" in out and "FALSE WRONG" in out and "rows/s" in out
     rows.write_text("{\n")
     code, out, err = verify_command("--jsonl", str(rows))
-    assert code == 2 and "line 1" in err and "Traceback" not in err
+    assert code == 2 and "rows.jsonl, row 1" in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- data_prep.py
@@ -3501,18 +3890,345 @@ def test_data_hub_names_configs_and_splits(monkeypatch):
         list(data_prep.raw_rows("openai/gsm8k"))
 
 
-if __name__ == "__main__":
-    what, *rest = sys.argv[1:] or ["help"]
-    if what == "kills":  # kills COUNT [RANKS SEED [GUESS BASE]]
-        count, ranks, seed = int(rest[0]), int((rest[1:2] or [1])[0]), int((rest[2:3] or [0])[0])
-        if rest[3:]:
-            guess_folder, base = Path(rest[3]), Path(rest[4])
-        else:
-            import tempfile
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+#
+# No file that a user can give makes a traceback, a hang or half an output: it works, or it is one line. A case is a seeded
+# mutation of a good file and its readers, in this process.   python test_t1.py fuzz COUNT [SEED [CASE]]
 
-            guess_folder, base = make_guess(Path(tempfile.mkdtemp())), Path(tempfile.mkdtemp())
-        torch.set_num_threads(1)
-        hit, runs = kills(count, ranks, seed, guess_folder, base)
-        print(f"{sum(hit.values())} kills on {ranks} rank(s), {runs} runs of 20 steps, all bit-equal to the undisturbed one; hit in", dict(hit.most_common()))
+SLOW = 30  # seconds that one case may take
+ODD_VALUES = [None, True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf"), "", " ", "\0", "\ud800", "a\udfffb", "x" * 60_000, "9" * 5000, "\\boxed{" * 400, "\\boxed{2}", "25\n",
+              "\u2028", "<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000, [], {}, [[]], {"a": 1}, [1, "a", None], [{"role": "user", "content": 3}], [{"role": "user"}, {"content": "x"}]]
+ODD_BYTES = [b"", b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"caf\xe9", b"\xed\xa0\x80", b"\\ud800", b"\\udc00", b"\\u0000", b"NaN", b"-Infinity", b"1e999",
+             b"[" * 3000, b'{"a":' * 3000, b"1" * 5000, b'"', b"\\", b",", b"{", b"}", b"null", b"\x1f\x8b", b"PAR1", "é\u2028😀".encode(), b" " * 3000, b'"problem": 1, ']
+ENCODINGS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "cp500"]
+RARE_FILES = [*RARE_PATHS, "missing", "empty", "newline", "not UTF-8", "long name", "no permission", "long line", "zeros", "many lines", "not gzip"]
+
+
+def odd_json(rng, value, depth=0):
+    """A copy of a JSON value with one thing changed: a value, a key gone, renamed or added, something nested."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key, result = rng.choice(list(value)), dict(value)
+        what = rng.randrange(8)
+        if what == 0:
+            del result[key]
+        elif what == 1:
+            result[rng.choice([key.upper(), key + "\ud800", "", "problem", "answer", "id", "settings", "x" * 3000])] = result.pop(key)
+        else:
+            result[key] = odd_json(rng, value[key], depth + 1)
+        return result
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        return value[:at] + ([odd_json(rng, value[at], depth + 1)] if rng.random() < 0.8 else []) + value[at + 1 :]
+    if isinstance(value, (int, float)) and rng.random() < 0.5:
+        return rng.choice([-value, value + 1, value * 10**9, 0, 1, str(value), float(value), [value]])
+    if isinstance(value, str) and value and rng.random() < 0.4:
+        at = rng.randrange(len(value))
+        return value[:at] + rng.choice(["\0", "\ud800", "\r", "\u2028", "}", "{", "\\", "$", "", value]) + value[at + 1 :]
+    return rng.choice(ODD_VALUES)
+
+
+def odd_bytes(rng, data):
+    """Bytes flipped, cut, inserted, doubled or taken out; or the whole in another encoding."""
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        at, end = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
+        what = rng.randrange(8)
+        if what == 0:
+            data = data[:at]
+        elif what == 1:
+            data = data[:at] + rng.choice(ODD_BYTES) + data[at:]
+        elif what == 2:
+            data = data[:at] + data[min(end, at + 50) :]
+        elif what == 3:
+            data = data[:end] + data[at:end][:5000] + data[end:]
+        elif what == 4:
+            data = data.replace(b"\n", rng.choice([b"\r\n", b"\r", b"\n\n", b"\0\n"]))
+        else:
+            data = bytearray(data or b"x")
+            for _ in range(rng.choice([1, 1, 4, 30])):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            data = bytes(data)
+    return data
+
+
+def odd_text(rng, data):
+    """`odd_bytes`, or a change of one line's JSON, or a key that is there twice, or another encoding."""
+    what = rng.randrange(10)
+    if what < 5:
+        lines = data.split(b"\n")
+        at = rng.randrange(max(1, len(lines) - 1))
+        try:
+            value = json.loads(lines[at])
+        except ValueError:  # one JSON text on many lines
+            value, lines, at = json.loads(data), [b""], 0
+        lines[at] = json.dumps(odd_json(rng, value), ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        return b"\n".join(lines)
+    if what == 5:
+        keys = re.findall(rb'"(\w+)": ', data)
+        return data.replace(b"{", b'{"' + rng.choice(keys or [b"a"]) + b'": 1, ', rng.randint(1, 2))
+    if what == 6:
+        return data.decode(errors="replace").encode(rng.choice(ENCODINGS), "replace")
+    return odd_bytes(rng, data)
+
+
+def rare_file(rng, path, data, kinds=RARE_FILES):
+    """Something else than a file with text in it, or far more of it. -> the path to read"""
+    what = rng.choice(kinds)
+    if what in ("newline", "not UTF-8", "long name"):
+        path = path.parent / {"newline": "a\nb" + path.name, "not UTF-8": os.fsdecode(b"\xff\xfe" + path.name.encode()), "long name": 300 * "x" + path.name}[what]
+    elif what == "folder":
+        path.mkdir()
+        for name in ("a", "b.jsonl", "c.txt"):
+            (path / name).mkdir() if name == "a" else (path / name).write_bytes(data)
+        return path
+    elif what in ("pipe", "loop", "dangling", "device"):
+        os.mkfifo(path) if what == "pipe" else path.symlink_to({"loop": path, "dangling": path.parent / "nowhere", "device": "/dev/zero"}[what])
+        return path
+    content = {"empty": b"", "long line": data[:50] + b"x" * (17 << 20), "zeros": FUZZ_BOMBS[0], "many lines": FUZZ_BOMBS[1], "not gzip": data + b"\x1f\x8b"}.get(what, data)
+    if what not in ("missing", "long name"):
+        path.write_bytes(content)
+        path.chmod(0 if what == "no permission" else 0o600)
+    return path
+
+
+FUZZ_BOMBS = [gzip.compress(b"\0" * (20 << 20)), gzip.compress(b'{"problem": "%b", "answer": "1", "pred": "1", "gold": "1"}\n' % (b"x y " * 50_000) * 100)]
+
+
+def fuzz_base(folder):
+    """Good files of every kind, to be mutated."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [dict(id=f"r{i}", problem=f"What is {i} + $\\frac{{{i}}}{{2}}$ as a number?", answer=str(i), solution=f"It is \\boxed{{{i}}}.", response=f"<think>\nhm\n</think>\n\\boxed{{{i}}}", source="s", level=i)
+            for i in range(6)]
+    rows += [dict(messages=[dict(role="user", content="What is 1+1?"), dict(role="assistant", content="\\boxed{2}")], problem="What is 1+1 then?", answer=2.0, prompt="p", split="test")]
+    gpqa = [{"Question": "What, then?", "Correct Answer": "a", "Incorrect Answer 1": "b", "Incorrect Answer 2": "c", "Incorrect Answer 3": "d", "Record ID": "r"}] * 2
+    settings, base = {"n": 2, "model": "m"}, {}
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    lines = lambda rows: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+    base["rows"] = lines(rows)
+    base["gpqa"] = lines(gpqa)
+    base["csv"] = (",".join(gpqa[0]) + "\n" + 'r,"a, ""b""\n\nc",d,e,f,g\n' * 2).encode()
+    base["verify"] = lines([dict(pred="\\frac12", gold="0.5", equal=True, category="c"), dict(pred="so \\boxed{3}", gold="4", equal=False, form="response"), dict(pred="7", gold="7")])
+    base["journal"] = lines([dict(settings=settings), dict(id="a", pass_rate=0.5), dict(id="b", trace=None, why="x", failed=0), dict(id="c", trace={"id": "c"}, why="x", failed=1, pass_rate=1)])
+    for name, options in (("plain", dict(compression="NONE", use_dictionary=False)), ("snappy", dict(row_group_size=2)), ("zstd", dict(compression="zstd", data_page_version="2.0"))):
+        pq.write_table(pa.Table.from_pylist([{k: v for k, v in r.items() if k != "answer"} | dict(answer=str(r["answer"]), pred="1", gold="1") for r in rows]), folder / name, **options)
+        base["parquet " + name] = (folder / name).read_bytes()
+    cfg = config("--tiny-width", "8", "--tiny-layers", "1")
+    (folder / "model").mkdir()
+    for part in t1.tiny_policy(cfg):
+        part.save_pretrained(folder / "model")
+    base["model"] = {p.name: p.read_bytes() for p in (folder / "model").iterdir()}
+    model, base["tokenizer"] = t1.load_policy(str(folder / "model"), cfg)
+    model.save_pretrained(folder / "shards", max_shard_size="5KB")
+    base["shards"] = base["model"] | {p.name: p.read_bytes() for p in (folder / "shards").iterdir()}
+    del base["shards"]["model.safetensors"]
+    base["model"]["chat_template.jinja"] = b"{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} [assistant]{% endif %}"
+    return base
+
+
+def fuzz_rows(rng, folder, base):
+    path, data = folder / "rows.jsonl", base["rows"]
+    if rng.random() < 0.05:
+        path = rare_file(rng, path, data)
+    elif rng.random() < 0.2:
+        path = folder / "rows.jsonl.gz"
+        path.write_bytes(odd_bytes(rng, gzip.compress(data)) if rng.random() < 0.7 else gzip.compress(odd_text(rng, data)))
+    elif rng.random() < 0.2:
+        path = folder / "rows.parquet"
+        path.write_bytes(odd_bytes(rng, base["parquet " + rng.choice(["plain", "snappy", "zstd"])]))
     else:
-        sys.exit("python test_t1.py kills COUNT [RANKS [SEED]]")
+        path.write_bytes(odd_text(rng, data))
+    yield path
+    for stage in ("sft", "rl"):
+        yield lambda: t1.encode_prompts(t1.read_rows(str(path), stage), base["tokenizer"], config("--max-prompt", "2000"))
+    data_prep.prepare([], ("latin",))
+    yield lambda: data_prep.sift(("local", list(data_prep.raw_rows(str(path)))))
+    yield lambda: data_prep.Benchmarks([data_prep.checked_problem(where, raw, "b") for where, raw in data_prep.raw_rows(str(path))])
+    yield lambda: data_prep.read_problems(str(path))
+    for source in ("gsm8k", "aime24"):
+        yield lambda: json.dumps(data_prep.benchmark_rows(source, str(path)), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fuzz_commands(rng, folder, base):
+    """Whole commands: what they print and what they leave."""
+    source = rng.choice(["--authors", "--math500", "--gpqa", "--gpqa", "--omni", "--numina"])
+    csv = source == "--gpqa" and rng.random() < 0.7
+    data, path = base["csv" if csv else "gpqa" if source == "--gpqa" else "rows"], folder / f"rows.{'csv' if csv else 'jsonl'}"
+    if rng.random() < 0.1:
+        path = rare_file(rng, path, data)
+    else:
+        path.write_bytes(odd_bytes(rng, data) if csv else odd_text(rng, data))
+    yield path
+    (folder / "good.jsonl").write_bytes(base["rows"])
+    name, more = {"--authors": ("cot", []), "--numina": ("curate", ["--processes", "1"])}.get(source, ("benchmarks", ["--amc23", str(folder / "good.jsonl")]))
+
+    def command():
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = data_prep.main([name, *more, source, str(path), "--out", str(folder / "out")])
+        said = re.sub(r"(?m)^data_prep.py: warning: no --decontaminate.*\n|^.*\r.*(\n|$)|^rules: .*(\n|$)|^near-dup.*(\n|$)", "", said.getvalue())  # and progress
+        if code == 2:
+            raise data_prep.Misuse(said.removesuffix("\n"))
+        assert code == 0 and not said, said
+    yield command
+
+
+def fuzz_verify(rng, folder, base):
+    path = folder / rng.choice(["rows.jsonl", "rows.jsonl.gz"])
+    if rng.random() < 0.05:
+        path = rare_file(rng, path, base["verify"])
+    else:
+        path.write_bytes(odd_text(rng, base["verify"]) if path.suffix == ".jsonl" else odd_bytes(rng, gzip.compress(base["verify"])))
+    yield path
+
+    def command():
+        rows = verify.load_rows(str(path))
+        with contextlib.redirect_stdout(io.StringIO()):
+            verify.report(rows, [bool(verify.answer_of(row)) for row in rows], "rows", True)
+    yield command
+
+
+def fuzz_journal(rng, folder, base):
+    path = folder / "journal.jsonl"
+    path.write_bytes(odd_text(rng, base["journal"]))
+    if rng.random() < 0.05:
+        path.unlink()
+        path = rare_file(rng, path, base["journal"], RARE_FILES[:7])
+    yield path
+    kinds = rng.choice([{"id": str}, {"id": str, "pass_rate": (int, float)}, {"id": str, "why": str, "failed": int}])
+    before = path.read_bytes() if os.path.isfile(path) else None
+
+    def command():
+        try:
+            data_prep.read_journal(path, {"n": 2, "model": "m"}, kinds)
+        except data_prep.Misuse:
+            assert before is None or path.read_bytes() == before, "a journal was changed although it was refused"
+            raise
+    yield command
+
+
+def fuzz_model(rng, folder, base):
+    files = base[rng.choice(["model", "model", "shards"])]
+    name = rng.choice(list(files))
+    path, data = folder / name, files[name]
+    for other, content in files.items():
+        (folder / other).write_bytes(content)
+    path.unlink()
+    if rng.random() < 0.04:
+        rare_file(rng, path, data)
+    elif path.suffix == ".safetensors":
+        size = 8 + int.from_bytes(data[:8], "little")
+        head = json.loads(data[8:size])
+        what = rng.randrange(4)
+        header = json.dumps(odd_json(rng, head)).encode() if what < 2 else odd_bytes(rng, data[8:size])
+        path.write_bytes(odd_bytes(rng, data) if what == 3 else len(header).to_bytes(8, "little") + header + data[size:])
+    elif path.suffix == ".json" and rng.random() < 0.6:
+        path.write_bytes(json.dumps(odd_json(rng, json.loads(data))).encode())
+    else:
+        path.write_bytes((odd_text if path.suffix == ".json" else odd_bytes)(rng, data))
+    yield folder
+    cfg = config("--max-new", "100", "--max-prompt", "100")
+
+    def command():
+        model, tokenizer = t1.load_policy(str(folder), cfg)
+        engine = t1.TorchEngine(tokenizer, cfg)
+        engine.load(model)
+        engine.generate([t1.prompt_ids("What is 1 + 1?", tokenizer, cfg)], 2, [0], 3)
+    yield command
+
+
+def fuzz_run_folder(rng, folder, base):
+    """config.json and metrics.jsonl of a run that is to go on."""
+    cfg = config("--out", str(folder), "--name", "run")
+    run_folder = t1.RunFolder(cfg)
+    run_folder.create("somewhere")
+    run_folder.append("metrics.jsonl", *(dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)))
+    (run_folder.path / "checkpoint-3").mkdir()
+    t1.write_json(run_folder.path / "checkpoint-3/complete.json", {"../metrics.jsonl": 1, "a": 2})
+    path = run_folder.path / rng.choice(["config.json", "metrics.jsonl", "checkpoint-3/complete.json"])
+    data = path.read_bytes()
+    path.unlink()
+    if rng.random() < 0.06:
+        rare_file(rng, path, data)
+    else:
+        path.write_bytes(odd_text(rng, data))
+    yield run_folder.path
+    yield lambda: (t1.RunFolder(cfg).read("metrics.jsonl"), t1.checkpoints(run_folder.path))
+
+
+FUZZ = {"rows": (fuzz_rows, 8), "commands": (fuzz_commands, 2), "verify": (fuzz_verify, 2), "journal": (fuzz_journal, 2), "model": (fuzz_model, 4), "run folder": (fuzz_run_folder, 1)}
+
+
+def fuzz_case(kind, seed, case, folder, base):
+    """-> "works" or "one line"; AssertionError or whatever a reader raised."""
+    rng = random.Random(f"{seed} {case}")
+    steps = FUZZ[kind][0](rng, folder, base)
+    path, outcomes = next(steps), []
+    before = {p for p in folder.rglob("*") if not p.is_dir()}
+    name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path.name)
+    for reader in steps:
+        start = time.monotonic()
+        before |= {folder / "good.jsonl"} & {p for p in folder.iterdir()}
+        signal.setitimer(signal.ITIMER_REAL, SLOW)
+        faulthandler.dump_traceback_later(2 * SLOW, exit=True)  # for a hang inside a library
+        try:
+            reader()
+            outcomes.append("works")
+            assert not [p for p in folder.rglob("*partial*")], "half an output"
+        except (t1.Stop, SystemExit) as e:
+            line = str(e)
+            assert line and line.isprintable() and len(line) <= 2100 and (name[:200] in line or "a reader" in line), f"not one line that names the file: {line!r}"
+            assert {p for p in folder.rglob("*") if not p.is_dir()} <= before, "an output of a refused input"
+            outcomes.append("one line")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.cancel_dump_traceback_later()
+        assert time.monotonic() - start < SLOW, "hangs"
+    return "works" if "works" in outcomes else "one line"
+
+
+def fuzz(count, seed, folder, only=None):
+    """-> counts of (kind, outcome), and the failures as (case, kind, traceback)."""
+    def late(*_):
+        raise AssertionError(f"longer than {SLOW} s")
+    old = signal.signal(signal.SIGALRM, late)
+    base, counts, failures = fuzz_base(folder), Counter(), []
+    kinds = [kind for kind, (_, weight) in FUZZ.items() for _ in range(weight)]
+    for case in [only] if only is not None else range(count):
+        kind = kinds[case % len(kinds)]
+        place = folder / f"case{case}"
+        place.mkdir()
+        try:
+            counts[kind, fuzz_case(kind, seed, case, place, base)] += 1
+        except Exception:
+            counts[kind, "FAILED"] += 1
+            failures.append((case, kind, traceback.format_exc()))
+        else:
+            shutil.rmtree(place)
+    signal.signal(signal.SIGALRM, old)
+    return counts, failures
+
+
+def test_fuzz_no_input_makes_a_traceback_a_hang_or_half_an_output(tmp_path):
+    counts, failures = fuzz(1000, 1, tmp_path)
+    assert not failures, failures[0][2]
+    assert {kind for kind, _ in counts} == set(FUZZ) and counts.total() == 1000
+
+
+def fuzz_command(count, seed=0, only=None):
+    with tempfile.TemporaryDirectory() as folder:
+        counts, failures = fuzz(count, seed, Path(folder), only)
+    for case, kind, trace in failures:
+        print(f"FAILED {kind}: python test_t1.py fuzz 1 {seed} {case}\n{trace}")
+    for kind in FUZZ:
+        print(f"{kind:10}", ", ".join(f"{n} {outcome}" for (k, outcome), n in sorted(counts.items()) if k == kind))
+    print(f"{counts.total()} cases, {len(failures)} failed, seed {seed}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    commands = {"fuzz": fuzz_command, "kills": kills_command}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit("python test_t1.py fuzz COUNT [SEED [CASE]], or kills COUNT [RANKS [SEED]]")
+    sys.exit(commands[sys.argv[1]](*(int(x) if x.isdigit() else x for x in sys.argv[2:])))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import ctypes
-import gzip
 import importlib.util
 import itertools
 import json
@@ -50,6 +49,7 @@ MAX_SUMS = 4               # \sum and \prod in one answer; nested ones are read,
 MAX_SUM_STEPS = 1500       # terms of a sum times the nodes of a term
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
 CACHE_SIZE = 100_000       # pairs that `grade` remembers
+TRIES = 4                 # deaths of workers on one pair, or of servers on one batch, until it counts as crashed
 MAX_MEMORY = 512 << 20     # bytes of address space of one worker process
 
 
@@ -1778,6 +1778,7 @@ def serve() -> None:
         timeout, pairs = batch
         verdicts: list = [None] * len(pairs)
         waiting, idle, busy = list(range(len(pairs)))[::-1], list(workers), {}          # busy: outbox -> (worker, index, deadline)
+        deaths = [0] * len(pairs)
         while waiting or busy:
             while waiting and idle:
                 job, index = idle.pop(), waiting.pop()
@@ -1796,9 +1797,13 @@ def serve() -> None:
             for outbox, (job, index, deadline) in list(busy.items()):
                 if outbox in ready:
                     verdicts[index] = receive(outbox)
-                    if verdicts[index] is None:
-                        verdicts[index] = "crashes"
+                    if verdicts[index] is None:             # its worker died: killed from outside, or by this very pair?
                         job = replace(workers, job)
+                        deaths[index] += 1
+                        if deaths[index] < TRIES:
+                            waiting.append(index)
+                        else:
+                            verdicts[index] = "crashes"
                 elif now >= deadline:
                     verdicts[index] = "timeouts"
                     job = replace(workers, job)
@@ -1835,8 +1840,8 @@ class Pool:
             self.stop()
             raise RuntimeError(f"verify.py: the grading server did not start; `{sys.executable} {__file__} --serve` shows why")
 
-    def ask(self, pairs: list[tuple[str, str]], timeout: float) -> list:
-        """A verdict for each pair: True, False, 'unparsable', 'timeouts' or 'crashes'."""
+    def ask(self, pairs: list[tuple[str, str]], timeout: float) -> list | None:
+        """A verdict for each pair: True, False, 'unparsable', 'timeouts' or 'crashes'. None: the server died."""
         patience = 30 + timeout * (len(pairs) / self.workers + 1)
         try:
             send(self.process.stdin.fileno(), [timeout, pairs])
@@ -1845,7 +1850,6 @@ class Pool:
             verdicts = None
         if verdicts is None:
             self.stop()
-            return ["crashes"] * len(pairs)
         return verdicts
 
     def stop(self) -> None:
@@ -1868,6 +1872,18 @@ def pool() -> Pool:
         _pool = Pool()
         atexit.register(_pool.stop)
     return _pool
+
+
+def ask(pairs: list[tuple[str, str]], timeout: float) -> list:
+    """The verdicts of the server. One that dies is replaced and asked again: a kill costs time, and no reward."""
+    for attempt in range(TRIES):
+        try:
+            if (verdicts := pool().ask(pairs, timeout)) is not None:
+                return verdicts
+        except RuntimeError:                                # it did not even start
+            if attempt == TRIES - 1:
+                raise
+    return ["crashes"] * len(pairs)
 
 
 def grade(responses: list[str], golds: list[str], timeout: float = 1.0) -> Grades:
@@ -1900,7 +1916,7 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
             if verdicts[-1] is None and (answer, gold) not in _cache:
                 asked[answer, gold] = False
         if asked:
-            asked = dict(zip(asked, pool().ask(list(asked), timeout)))
+            asked = dict(zip(asked, ask(list(asked), timeout)))
         for i, pair in enumerate(zip(answers, golds)):
             if verdicts[i] is None:
                 if pair in _cache:
@@ -1919,23 +1935,21 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
 # Command line
 
 def load_rows(path: str) -> list[dict]:
-    """JSON lines {"pred", "gold"[, "equal", "category", "form", "debatable"]}, also gzipped; debatable rows are left out."""
-    opener = gzip.open if path.endswith(".gz") else open
+    """Rows {"pred", "gold"[, "equal", "category", "form", "debatable"]} of a file; debatable rows are left out."""
+    from data_prep import Misuse, parse, raw_rows, row_at   # the one reader of files; only this command needs it, grading does not
+
     rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number_of_line, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row["pred"], str) or not isinstance(row["gold"], str):
-                    raise ValueError("pred and gold must be strings")
-            except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(f"{path}, line {number_of_line}: not a row with pred and gold ({error})")
+    try:
+        for where, raw in raw_rows(path, {"pred", "gold", "equal", "category", "form", "debatable"}):
+            row = parse(where, raw)
+            if not isinstance(row.get("pred"), str) or not isinstance(row.get("gold"), str):
+                raise Misuse(f"{row_at(where)}: fields 'pred' and 'gold' must be there and text")
             if not row.get("debatable"):
-                rows.append(row)
-    if not rows:
-        raise SystemExit(f"{path}: no rows")
+                rows.append(row | {"category": str(row.get("category", "-"))})
+        if not rows:
+            raise Misuse(f"{path}: no rows")
+    except Misuse as error:
+        raise SystemExit(str(error))
     return rows
 
 
@@ -1956,7 +1970,7 @@ def report(rows: list[dict], verdicts: list[bool], title: str, details: bool) ->
     print(f"{title}: {100 * (1 - len(wrong) / len(labelled)):.2f} % of {len(labelled)} rows right, "
           f"{false_right} false right, {len(wrong) - false_right} false wrong")
     if details:
-        total, missed = (Counter(row.get("category", "-") for row, _ in part) for part in (labelled, wrong))
+        total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
         for category in sorted(total):
             print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
         for row, verdict in wrong:
@@ -2005,10 +2019,9 @@ def main() -> None:
     if args.jsonl and not args.answers and args.timeout > 0:
         try:
             return run_rows(args.jsonl, args.bench, args.timeout)
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"cannot read {args.jsonl}: {error}")
         except SystemExit as error:
-            parser.error(str(error))
+            print(f"verify.py: {error}", file=sys.stderr)
+            sys.exit(2)
     if args.jsonl or args.bench or len(args.answers) != 2:
         parser.error("give two answers (ANSWER GOLD), or --jsonl FILE")
     equal = is_equal(*args.answers)
