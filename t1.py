@@ -40,6 +40,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -2846,6 +2847,8 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that there is one process
+        logging.disable(logging.WARNING)  # the libraries' remarks; what fails is raised, and said in one line
         STAGES[cfg.stage](cfg)
         return 0
     except Stop as e:

@@ -1473,10 +1473,12 @@ def test_a_step_that_teaches_nothing_is_skipped(guess, tmp_path):
 
 
 def test_warnings_say_what_to_do(guess, tmp_path):
-    code, out, err = run(*rl_args(guess, "--out", tmp_path, "--rl-steps", 2, "--entropy-floor", 99, "--kl-ceiling", "1e-12", "--max-new", 8))
-    assert code == 0
+    code, out, err = run(*rl_args(guess, "--out", tmp_path, "--rl-steps", 8, "--rl-lr", "1e-2", "--warmup", 0, "--entropy-coef", 1, "--entropy-floor", 99, "--kl-ceiling", "1e-12"))
+    short, out2, err2 = run(*rl_args(guess, "--out", tmp_path, "--name", "short", "--rl-steps", 1, "--max-new", 8))
+    assert code == short == 0
     for words in ("below --entropy-floor; raise --temperature", "reached --max-new 8", "beyond --kl-ceiling; lower --rl-lr"):
-        assert words in out + err, words
+        assert words in out + err + out2 + err2, words
+    assert "Warning" not in err + err2
 
 
 @pytest.mark.skipif(not (SHARED / "data/math_train.jsonl.gz").exists(), reason="the real MATH rows are not beside this checkout")
