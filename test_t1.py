@@ -1211,10 +1211,44 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
     alike(tmp_path / "a/tiny/rl", tmp_path / "c/tiny/rl", 2e-4)
 
 
+SAME_PROBLEM = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+import t1, test_t1
+dist.init_process_group("gloo")
+cfg = test_t1.config("--engine", {engine!r}, "--max-new", "24")
+whole, tokenizer = t1.load_whole({folder!r}, cfg)
+model = t1.shard(whole, cfg)
+engine = t1.make_engine({folder!r}, model, tokenizer, cfg)
+problems = [dict(id="0", problem="Name a number.", answer="1")] * 4
+prompts = t1.encode_prompts(problems, tokenizer, cfg)
+draw = lambda step: [r.ids for r in t1.roll_out(engine, problems, prompts, 3, [t1.seed_for(0, "rollout", step, i) for i in range(4)], cfg, 1.0)[0]]
+drawn = [draw(0), draw(1), draw(0)]
+assert all(other == drawn for other in t1.gather([drawn]))  # every rank sees the same batch
+if t1.rank() == 0:
+    torch.save(drawn, {out!r})
+if "vllm" in sys.modules:
+    sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=needs_vllm)])
+def test_two_ranks_sample_differently(talkative, tmp_path, engine):
+    """One problem four times over, two on each rank: no group of samples is another's; the same step again draws the same."""
+    script, out = tmp_path / "same.py", tmp_path / "out.pt"
+    script.write_text(SAME_PROBLEM.format(here=str(HERE), engine=engine, folder=str(talkative[0]), out=str(out)))
+    torchrun(script)
+    first, other, again = torch.load(out, weights_only=True)
+    assert first == again and len(first) == 12
+    groups = [str(step[i : i + 3]) for step in (first, other) for i in range(0, 12, 3)]
+    assert len(set(groups)) == 8
+
+
 @needs_vllm
 def test_two_ranks_with_vllm(talkative, tmp_path):
-    """A vLLM engine a rank, and one over both: weights reach it after every step (the probe), its log-probs are the trainer's, and the two
-    ranks' rollouts differ."""
+    """A vLLM engine a rank, and one over both: weights reach it after every step (the probe), and its log-probs are the trainer's."""
     folder = talkative[0]
     for name, more in (("apart", []), ("shared", ["--vllm-tp", 2])):
         args = ["--stage", "rl", "--model", folder, "--engine", "vllm", "--rl-steps", 3, "--prompts", 4, "--k", 4, "--max-new", 24, "--rl-lr", "1e-2", "--warmup", 0]
