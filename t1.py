@@ -1534,10 +1534,12 @@ class RunFolder:
         source = self.source()
         step = int(Path(source).name[11:]) if source else 0
         found, error = Path(source).parent if source else self.path, None
-        if rank() == 0:
-            for path in sorted(self.path.glob("partial-*")) + sorted(self.path.glob("checkpoint-*")):
-                if path.is_dir() and not is_whole(path):
-                    print0(f"{path}: half-written, ignored")
+        for path in sorted(self.path.glob("*-*")) if rank() == 0 else ():
+            if path.name.startswith("partial-") and path.is_dir():
+                print0(f"{path}: half-written, removed")
+                shutil.rmtree(path)
+            elif path.name.startswith("checkpoint-") and not is_whole(path):
+                print0(f"{path}: half-written, ignored")
         if source:
             state = trainer_state(model, optimizer, anchor)
             try:
