@@ -64,7 +64,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -160,7 +164,9 @@ class Config:
     vllm_tp: int = knob(1, "vllm engine: ranks that share one engine (tensor parallel); the others are copies of it")
     vllm_memory: float = knob(0.5, "vllm engine: share of the GPU's memory for its weights and cache")
     tis_cap: float = knob(0.0, "weigh each token by min(pi_trainer / pi_engine, this), for what bf16 leaves between the two; 0: off")
-    probe_tolerance: float = knob(1e-3, "largest mean |log-prob(engine) - log-prob(trainer)| of the probe after new weights, nats a token")
+    probe_tolerance: float = knob(
+        0.0, "largest mean |log-prob(engine) - log-prob(trainer)| of the probe after new weights, nats; 0: 1e-3, in bfloat16 0.1"
+    )
     # stage eval
     eval_samples: int = knob(0, "samples per problem; 0: 4 on --test, 32 on AIME, 1 on other benchmarks", "32 on AIME, 1 elsewhere")
     eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy")
@@ -188,7 +194,6 @@ PAPER = dict(
     micro_tokens=32768,
     checkpointing=True,
     tis_cap=2.0,
-    probe_tolerance=0.1,
     keep=2,
     keep_every=550,
     weight_decay=0.1,
@@ -289,15 +294,18 @@ def deal(work: list[int], shares: int) -> list[list[int]]:
 
 
 class Interrupt:
-    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the step at hand; a second one ends at once."""
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the step at hand. Launchers often send a
+    signal twice within moments; one that comes ten seconds later, or more, ends at once."""
 
     def __init__(self):
-        self.name = ""
+        self.name, self.at = "", 0.0
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def note(self, number, frame):
-        self.name = signal.Signals(number).name
-        self.release()
+        if self.name and time.monotonic() > self.at + 10:
+            self.release()
+            os.kill(os.getpid(), number)
+        self.name, self.at = self.name or signal.Signals(number).name, self.at or time.monotonic()
 
     def release(self):
         for number, handler in self.before.items():
@@ -548,7 +556,8 @@ def shard(whole, cfg: Config, offload: bool = False):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="t1").eval()
         model.generation_config, model.vocabulary, units = generation_config, vocabulary, backbone(model).layers
         gpu = device_of(cfg).type == "cuda"
-        how = dict(offload_policy=CPUOffloadPolicy() if offload and gpu else OffloadPolicy())
+        mesh = init_device_mesh(device_of(cfg).type, (world(),))
+        how = dict(mesh=mesh, offload_policy=CPUOffloadPolicy() if offload and gpu else OffloadPolicy())
         if cfg.dtype == "bfloat16":
             how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if not gpu:
@@ -566,6 +575,8 @@ def shard(whole, cfg: Config, offload: bool = False):
     if cfg.checkpointing:
         for unit in units:
             unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=False)
+    if cfg.dtype == "bfloat16" and device_of(cfg).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32, the head's gradient: finer than bfloat16
     return model
 
 
@@ -1095,6 +1106,7 @@ class VLLMEngine:
 
     def __init__(self, folder: str, model, tokenizer, cfg: Config):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights need no copy to reach it
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 takes other logits processors, and seeds of numpy that no call sets
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         warnings.filterwarnings("ignore", module="vllm")
@@ -1119,8 +1131,11 @@ class VLLMEngine:
 
         self.tokenizer, self.cfg, self.asleep, self.gpu = tokenizer, cfg, False, device_of(cfg).type == "cuda"
         self.ends, self.params, self.dtype = end_ids(model, tokenizer), vllm.SamplingParams, getattr(torch, cfg.dtype)
-        room = cfg.max_prompt + cfg.max_new + 128  # 128: the words that close a cut thought, and its answer
-        where = dict(gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=True) if self.gpu else dict(kv_cache_memory_bytes=1 << 29)
+        longest = max([cfg.max_new, *(int(b) for b in cfg.budgets.split(",") if b)] if cfg.stage == "eval" else [cfg.max_new])
+        room = cfg.max_prompt + longest + 128  # 128: the words that close a cut thought, and its answer
+        self.sleeps = self.gpu and cfg.stage == "rl"
+        share = cfg.vllm_memory / (2 if cfg.answer_model and cfg.stage == "eval" else 1)  # then there are two engines
+        where = dict(gpu_memory_utilization=share, enable_sleep_mode=self.sleeps) if self.gpu else dict(kv_cache_memory_bytes=1 << 29)
         with self.failing("could not be started"):
             self.llm = vllm.LLM(
                 folder,
@@ -1158,7 +1173,7 @@ class VLLMEngine:
 
     def sleep(self):
         """Give the GPU's memory to the update; the next `load` wakes the engine."""
-        if self.gpu:
+        if self.sleeps:
             with self.failing("did not fall asleep"):
                 self.llm.sleep(level=2)
             self.asleep = True
@@ -1208,11 +1223,11 @@ def check_push(engine, model, prompt: list[int], cfg: Config):
     (probe,) = engine.generate([prompt], 1, [0], 16, temperature=0.0)
     (ours,) = response_logprobs(model, [(probe.prompt, probe.ids)], cfg)
     gap = (torch.tensor(probe.logprobs) - ours).abs().mean().item()
-    error = None
-    if not gap <= cfg.probe_tolerance:
+    error, tolerance = None, cfg.probe_tolerance or dict(float32=1e-3, bfloat16=0.1)[cfg.dtype]
+    if not gap <= tolerance:
         error = Stop(
             f"rank {rank()}: after new weights engine and trainer are {gap:.2g} nats a token apart on a fixed probe (--probe-tolerance"
-            f" {cfg.probe_tolerance}): the push failed, or the two compute differently"
+            f" {tolerance}): the push failed, or the two compute differently"
         )
     agree(error)
 
@@ -1413,7 +1428,9 @@ class RunFolder:
     checkpoint-N; curves.png. A stage that was interrupted goes on from its last whole checkpoint."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
-    free = ("out", "name", "timeout", "keep", "keep_every", "entropy_floor", "kl_ceiling")  # may differ when a run goes on
+    free = ("out", "name", "timeout", "keep", "keep_every", "entropy_floor", "kl_ceiling")  # may differ when a run goes on;
+    layout = ("micro_tokens", "checkpointing", "offload_anchor", "offload_optimizer", "rollout_rows")  # these change but the order of sums
+    layout += ("vllm_tp", "vllm_memory", "probe_tolerance")
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)
@@ -1429,11 +1446,12 @@ class RunFolder:
                 theirs = dict(data_prep.read_json(self.path / "config.json")["config"])
             except (ValueError, KeyError, TypeError):
                 raise Misuse(f"{self.path / 'config.json'}: damaged; choose another --name, or remove that folder")
-            differing = [f"{k} ({theirs.get(k)!r} there, {v!r} now)" for k, v in mine.items() if theirs.get(k) != v]
+            differing = {k: f"{k} ({theirs.get(k)!r} there, {v!r} now)" for k, v in mine.items() if theirs.get(k) != v}
+            if not differing.keys() <= set(self.layout):
+                others = ", ".join(differing.values())
+                raise Misuse(f"{self.path} holds a run of another configuration: {others}; choose another --name, or remove that folder")
             if differing:
-                raise Misuse(
-                    f"{self.path} holds a run of another configuration: {', '.join(differing)}; choose another --name, or remove that folder"
-                )
+                print0(f"{self.path} began with other values: {', '.join(differing.values())}; the same up to the order of sums")
         self.config = dict(
             config=mine,
             world_size=world(),
@@ -1446,8 +1464,8 @@ class RunFolder:
         )
 
     def source(self) -> str:
-        """The checkpoint that this stage goes on from, or the empty string."""
-        return newest(checkpoints(self.path)) or (str(self.branch) if self.cfg.resume_from else "")
+        """The checkpoint that this stage goes on from, or the empty string; what rank 0 sees on the disk."""
+        return from_rank0(newest(checkpoints(self.path)) or (str(self.branch) if self.cfg.resume_from else "") if rank() == 0 else "")
 
     def create(self, source: str):
         """Called when all inputs have been read and checked, so that a misuse leaves no folder behind."""
@@ -1492,10 +1510,15 @@ class RunFolder:
                 tokenizer.save_pretrained(beside)
         except Exception as e:  # a full disk speaks through many libraries
             error = self.unwritten(e, beside)
+        del weights
         agree(error)
         try:
-            writer = dcp.HuggingFaceStorageWriter(str(beside / "trainer"), save_distributed=True)  # safetensors: nothing is unpickled
-            dcp.save(trainer_state(model, optimizer, anchor), storage_writer=writer)
+            state = trainer_state(model, optimizer, anchor)
+            files = {name: 1 + i // 32 for i, name in enumerate(state)}  # a file is gathered in memory before it is written
+            writer = dcp.HuggingFaceStorageWriter(
+                str(beside / "trainer"), files, save_distributed=True
+            )  # safetensors: nothing is unpickled
+            dcp.save(state, storage_writer=writer)
         except (Exception, dcp.CheckpointException) as e:
             error = self.unwritten(e, beside)
         agree(error)
@@ -1706,11 +1729,11 @@ def run_rl(cfg: Config):
             norm = update(model, optimizer, lr, cfg)
             if cfg.anchor == "ema":
                 ema_update_(anchor, model, cfg.ema_decay)
-            if engine.load(model):
-                check_push(engine, model, prompts[0], cfg)
         else:
             norm = 0.0
             optimizer.zero_grad(set_to_none=True)
+        if engine.load(model):  # a step without an update, too, has to wake the engine
+            check_push(engine, model, prompts[0], cfg)
         clock.append(time.perf_counter())
         # 5. say what happened
         row = dict(step=step, **means(records), kl=kl.mean().item(), entropy=entropy / N, nll=nll / N, logprob_gap=gap / N)
@@ -1936,7 +1959,7 @@ def force_budget(engine, rollouts: list[Rollout], budget: int, cfg: Config) -> l
         room = budget - min(len(thoughts[i]) for i in short)
         turn += 1
         seeds = [seed_for(cfg.seed, "forced", turn, i) for i in short]
-        new = engine.generate([rollouts[i].prompt + thoughts[i] for i in short], 1, seeds, room, cfg.eval_temperature)
+        new = from_rank0(engine.generate([rollouts[i].prompt + thoughts[i] for i in short], 1, seeds, room, cfg.eval_temperature))
         for i, r in zip(short, new):
             thoughts[i] = opened(thoughts[i] + r.ids, r.finished)
     return [Rollout(r.prompt, thought[:budget], [], False) for r, thought in zip(rollouts, thoughts)]
@@ -2016,6 +2039,9 @@ def run_eval(cfg: Config):
     folder, engine = base / "eval", None
     results = []
     for path, name in zip(folders, names):
+        whole = model = None  # one checkpoint at a time
+        if isinstance(engine, TorchEngine) and world() == 1:
+            engine.model = None
         whole, tokenizer = load_whole(path, cfg)
         model = shard(whole, cfg)
         if answer_model and answer_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -2782,6 +2808,7 @@ CHOICES = dict(
     device=("", "cpu", "cuda"),
 )
 MAY_BE_ZERO = {
+    "probe_tolerance",
     "keep_every",
     "resume_from",
     "tis_cap",
