@@ -1323,7 +1323,7 @@ def start_ranks(args, ranks, kill=None, log=None):
 
 
 def kills(count, ranks, seed, guess, base):
-    """20 steps in one go, and 20 steps with up to twelve SIGKILLs a run, over and over until `count` kills -> where they hit, runs compared."""
+    """20 steps in one go, and 20 steps with up to twelve SIGKILLs a run, over and over until `count` kills; says where they hit."""
     rng, hit, runs = random.Random(seed), Counter(), 0
     args = lambda name: rl_args(guess, "--out", base, "--name", name)
     assert start_ranks(args("whole"), ranks, log=base / "log") == [0] * ranks
@@ -1346,14 +1346,13 @@ def kills(count, ranks, seed, guess, base):
         assert not list((base / "killed/rl").glob("partial-*"))
         t1.shutil.rmtree(base / "killed")
         runs += 1
-    return hit, runs
+        print(f"{hit.total()} kills on {ranks} rank(s), {runs} runs of 20 steps, all bit-equal to the undisturbed one; hit in", dict(hit.most_common()), flush=True)
 
 
 def kills_command(count, ranks=1, seed=0, guess_folder=None, base=None):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        hit, runs = kills(count, ranks, seed, Path(guess_folder or make_guess(Path(folder))), Path(base or folder))
-    print(f"{hit.total()} kills on {ranks} rank(s), {runs} runs of 20 steps, all bit-equal to the undisturbed one; hit in", dict(hit.most_common()))
+        kills(count, ranks, seed, Path(guess_folder or make_guess(Path(folder))), Path(base or folder))
 
 
 @pytest.mark.parametrize("ranks, count", [(1, 12), (2, 5)])
