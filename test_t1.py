@@ -1329,9 +1329,11 @@ def kills(count, ranks, seed, guess, base):
     assert start_ranks(args("whole"), ranks, log=base / "log") == [0] * ranks
     whole = outcome(base / "whole/rl", 20)
     while sum(hit.values()) < count:
-        for _ in range(min(12, count - sum(hit.values()))):
+        for n in range(min(12, count - sum(hit.values()))):
             (base / "log").unlink(missing_ok=True)
-            kill = (rng.randrange(ranks), rng.choice(list(PHASES)), rng.randrange(1, 9), rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.3))))
+            phase = rng.choice([p for p in PHASES if p != "end" or n > 9])
+            nth = 1 if phase in ("start", "resume", "end") else rng.randrange(1, 3 if phase in ("checkpoint", "rename") else 6)
+            kill = (rng.randrange(ranks), phase, nth, rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.3))))
             codes = start_ranks(args("killed"), ranks, kill, base / "log")
             if (base / "log").exists():
                 hit[(base / "log").read_text()] += 1
