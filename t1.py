@@ -464,6 +464,11 @@ def check_folder(folder: str):
 LARGEST_COUNT, LARGEST_SIZE = 4096, 1 << 27  # of layers, heads or experts; of any other number in a config.json
 
 
+def end_ids(model, tokenizer) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
+
+
 def ready(model, tokenizer, folder: str, cfg: Config, device=None):
     """A loaded or fresh model on its device, after the last checks."""
     rows = model.get_input_embeddings().num_embeddings
@@ -474,8 +479,7 @@ def ready(model, tokenizer, folder: str, cfg: Config, device=None):
         )
     padding = lambda word: word == tokenizer.pad_token and re.fullmatch(r"<.+>|\[.+\]", word)  # never written nor read here
     beyond = sorted((i, word) for word, i in words.items() if i >= rows and not padding(word))
-    ends = model.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id] + (ends if isinstance(ends, list) else [] if ends is None else [ends])
+    ends = end_ids(model, tokenizer)
     if beyond or not all(isinstance(i, int) and 0 <= i < rows for i in ends):
         what = f"token {beyond[0][1]!r} has number {beyond[0][0]}" if beyond else f"the end tokens are {ends}"
         raise Misuse(f"{folder}: the model has {rows} tokens, but {what}; tokenizer and model do not belong together")
@@ -868,24 +872,29 @@ def on_rows(model, rows: list[Row], cfg: Config, head):
     return head(hidden, head_of(model), targets)
 
 
+def through(model, rows: list[Row], cfg: Config, head):
+    """`on_rows`, as FSDP's forward method where the model is sharded."""
+    return getattr(model, "on_rows", functools.partial(on_rows, model))(rows, cfg, head)
+
+
 def accumulate_gradient(model, rows, advantages, weights, cfg, entropy_coef=0.0, temperature=1.0, min_p=0.0, sampled=None):
     """Add the gradient of the objective to .grad; advantages and weights: a number a row. `sampled`: the engine's log-probs of each row.
 
     Returns the loss and, summed over this rank's tokens, -log p and the entropy; and |log p - sampled| of each token.
     """
     sums, gaps, error = torch.zeros(3, dtype=torch.float64), [torch.zeros(0)], None
-    through = getattr(model, "on_rows", functools.partial(on_rows, model))
     ranks = world() if is_sharded(model) else 1  # FSDP takes the mean over ranks where the objective has a sum
     for group, real in lockstep(model, rows, cfg.micro_tokens):
         sizes = torch.tensor([len(rows[i][1]) for i in group])
+        behaviour = torch.cat([torch.tensor(sampled[i]) for i in group]) if sampled else None
 
         def head(hidden, lm_head, targets):
             per_token = lambda x, scale=1.0: (scale * torch.tensor([x[i] for i in group])).repeat_interleave(sizes).to(hidden.device)
             w = per_token(weights, real * ranks)
-            behaviour = torch.cat([torch.tensor(sampled[i]) for i in group]).to(hidden.device) if sampled else None
-            return policy_loss(hidden, lm_head, targets, per_token(advantages), w, entropy_coef, temperature, min_p, behaviour, cfg.tis_cap)
+            mu = behaviour.to(hidden.device) if sampled else None
+            return policy_loss(hidden, lm_head, targets, per_token(advantages), w, entropy_coef, temperature, min_p, mu, cfg.tis_cap)
 
-        loss, logprob, entropy = through([rows[i] for i in group], cfg, head)
+        loss, logprob, entropy = through(model, [rows[i] for i in group], cfg, head)
         loss.backward()
         if real:
             part = torch.stack([loss.detach() / ranks, -logprob.sum(), entropy.sum()]).double().cpu()
@@ -893,7 +902,7 @@ def accumulate_gradient(model, rows, advantages, weights, cfg, entropy_coef=0.0,
                 error = error or Stop(f"rank {rank()}: loss, log-prob or entropy of rows {group[:8]} is not finite: {part.tolist()}")
             sums += part
             if sampled:
-                gaps.append((logprob.cpu() - torch.cat([torch.tensor(sampled[i]) for i in group])).abs())
+                gaps.append((logprob.cpu() - behaviour).abs())
     agree(error)
     return *sums.tolist(), torch.cat(gaps)
 
@@ -902,9 +911,8 @@ def accumulate_gradient(model, rows, advantages, weights, cfg, entropy_coef=0.0,
 def response_logprobs(model, rows: list[Row], cfg: Config, temperature: float = 1.0, min_p: float = 0.0) -> list[torch.Tensor]:
     """log pi(y_t | x, y_<t) of the tokens of each row's response, float32, on the CPU."""
     result = [torch.zeros(0)] * len(rows)
-    through = getattr(model, "on_rows", functools.partial(on_rows, model))
     for group, _ in lockstep(model, rows, cfg.micro_tokens):
-        logprob, _ = through([rows[i] for i in group], cfg, lambda h, w, y: token_logprobs_and_entropy(h, w, y, temperature, min_p))
+        logprob, _ = through(model, [rows[i] for i in group], cfg, lambda h, w, y: token_logprobs_and_entropy(h, w, y, temperature, min_p))
         for i, part in zip(group, logprob.cpu().split([len(rows[i][1]) for i in group])):
             result[i] = part
     if is_sharded(model):
@@ -993,11 +1001,6 @@ class Caches:
 
     def get_seq_length(self, layer_idx=0):
         return self.layers[layer_idx].n
-
-
-def end_ids(model, tokenizer) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
 
 
 class TorchEngine:
@@ -1529,6 +1532,18 @@ class RunFolder:
             error = self.unwritten(e, beside)
         agree(error)
 
+    def after_step(self, step: int, steps: int, draw_every: int, save_every: int, interrupt: Interrupt, *what) -> bool:
+        """Draw and save (`what`: the arguments of `save`) when it is time, at the end, and when a signal asks for an end: True."""
+        last, asked = step + 1 == steps, interrupt.asked()
+        if last or asked or (step + 1) % draw_every == 0:
+            draw_steps(self.path, self.cfg)
+        if last or asked or (step + 1) % save_every == 0:
+            self.save(step + 1, *what)
+        if asked and not last:
+            print0(f"{asked}: saved after step {step + 1} of {steps}; the same command goes on from there")
+            return True
+        return False
+
     def seal(self, beside: Path, step: int):
         files = [p for p in beside.rglob("*") if p.is_file()]
         write_json(beside / "complete.json", {str(p.relative_to(beside)): p.stat().st_size for p in files})
@@ -1571,7 +1586,7 @@ class RunFolder:
                 reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
                 error = Misuse(f"{source}: its trainer state cannot be read ({reason}); remove that folder to go on from the one before")
             agree(error)
-            ranks = json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("world_size")
+            ranks = data_prep.read_json(self.path / "config.json").get("world_size")
             other = f"; the run began on {ranks} ranks, here are {world()}: the same up to the order of sums" if ranks != world() else ""
             print0(f"going on from {source}{other}")
         for name in self.logs if rank() == 0 else ():
@@ -1627,13 +1642,7 @@ def run_sft(cfg: Config):
         folder.append("metrics.jsonl", dict(step=step, loss=loss, entropy=entropy / N, grad_norm=norm, lr=lr, tokens=N))
         folder.append("timings.jsonl", dict(step=step, train=seconds, tokens=N))
         bar.set_postfix_str(f"loss {loss:.3f} entropy {entropy / N:.3f} {N / seconds:,.0f} tokens/s", refresh=False)
-        last, asked = step + 1 == steps, interrupt.asked()
-        if last or asked or (step + 1) % 100 == 0:
-            draw_curves(folder, cfg)
-        if last or asked or (step + 1) % cfg.sft_save_every == 0:
-            folder.save(step + 1, model, tokenizer, optimizer)
-        if asked and not last:
-            print0(f"{asked}: saved after step {step + 1} of {steps}; the same command goes on from there")
+        if folder.after_step(step, steps, 100, cfg.sft_save_every, interrupt, model, tokenizer, optimizer):
             return
     interrupt.release()
     finish_stage(folder, steps, make_engine(folder.source(), model, tokenizer, cfg), tests, cfg, "rl")
@@ -1720,10 +1729,8 @@ def run_rl(cfg: Config):
             sampled=take([r.logprobs for r in rollouts]),
         )
         _, nll, entropy, gap = all_sum([*sums, gaps.sum().item()])
-        worst_gap = max(gather([gaps.quantile(0.99).item() if len(gaps) < 2**24 else gaps[: 2**24 - 1].quantile(0.99).item()]))
-        flat = sum((r == r[0]).all().item() for r in rewards) / len(
-            rewards
-        )  # groups that teach nothing: their advantages are zero, KL aside
+        worst_gap = max(gather([np.quantile(gaps.numpy(), 0.99).item()]))
+        flat = np.mean([(r == r[0]).all().item() for r in rewards]).item()  # groups that teach nothing: their advantages are zero, KL aside
         lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
         if flat < 1:
             norm = update(model, optimizer, lr, cfg)
@@ -1739,13 +1746,7 @@ def run_rl(cfg: Config):
         row = dict(step=step, **means(records), kl=kl.mean().item(), entropy=entropy / N, nll=nll / N, logprob_gap=gap / N)
         row |= dict(logprob_gap_p99=worst_gap, flat_groups=flat, skipped=flat == 1, grad_norm=norm, lr=lr, tokens=N)
         report_step(folder, bar, row, clock, records, cfg)
-        last, asked = step + 1 == cfg.rl_steps, interrupt.asked()
-        if last or asked or (step + 1) % 10 == 0:
-            draw_curves(folder, cfg)
-        if last or asked or (step + 1) % cfg.rl_save_every == 0:
-            folder.save(step + 1, model, tokenizer, optimizer, anchor)
-        if asked and not last:
-            print0(f"{asked}: saved after step {step + 1} of {cfg.rl_steps}; the same command goes on from there")
+        if folder.after_step(step, cfg.rl_steps, 10, cfg.rl_save_every, interrupt, model, tokenizer, optimizer, anchor):
             return
     interrupt.release()
     finish_stage(folder, cfg.rl_steps, engine, tests, cfg, "eval")
@@ -2051,7 +2052,8 @@ def run_eval(cfg: Config):
         if engine is None:
             engine = make_engine(path, model, tokenizer, cfg)
             answerer = make_engine(cfg.answer_model, answer_model, tokenizer, cfg) if answer_model else engine
-        engine.load(model)
+        else:
+            engine.load(model)
         for test in tests:
             encode_prompts(test[1], tokenizer, cfg)  # a prompt that is too long is said before anything is written
         start_log(folder)
@@ -2344,10 +2346,6 @@ def run_plot(cfg: Config):
     if not pictures:
         raise Misuse(f"{base}: no run there; give --out and --name of one")
     print0("\n".join(map(str, pictures)))
-
-
-def draw_curves(folder: RunFolder, cfg: Config):
-    draw_steps(folder.path, cfg)
 
 
 def draw_steps(folder: Path, cfg: Config):
