@@ -1431,7 +1431,9 @@ class RunFolder:
     checkpoint-N; curves.png. A stage that was interrupted goes on from its last whole checkpoint."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
-    free = ("out", "name", "timeout", "keep", "keep_every", "entropy_floor", "kl_ceiling")  # may differ when a run goes on;
+    free = ("out", "name", "timeout", "keep", "keep_every", "entropy_floor", "kl_ceiling")  # may differ when a run goes on,
+    free += ("eval_samples", "benchmarks", "benchmark_dir", "budgets", "answer_prefix", "answer_model", "wait_words", "spend_samples")
+    free += ("seeds", "variants", "bench_pairs")  # as may what only other stages read;
     layout = ("micro_tokens", "checkpointing", "offload_anchor", "offload_optimizer", "rollout_rows")  # these change but the order of sums
     layout += ("vllm_tp", "vllm_memory", "probe_tolerance")
 
@@ -2190,7 +2192,7 @@ def run_variant(base: Path, variant: str, seed: int, cfg: Config) -> bool:
     """
     name, changes = f"{variant}-seed{seed}", VARIANTS[variant][0]
     own_start = variant == "base" or "traces" in changes
-    fixed = dict(out=str(base), name=name, seed=seed, seeds=Config.seeds, variants="", budgets="", spend_samples=0, keep=1, keep_every=0)
+    fixed = dict(out=str(base), name=name, seed=seed, budgets="", spend_samples=0, keep=1, keep_every=0)
     one = dataclasses.replace(cfg, **fixed | changes)
     run, start = base / name, base / (name if own_start else f"base-seed{seed}") / "sft"
     if not (run / "eval" / "results.json").exists() and not (run / "stopped.json").exists():

@@ -1797,6 +1797,7 @@ def test_a_run_folder_of_another_configuration_is_refused(tmp_path):
     code, _, err = run(*args, "--sft-lr", "0.5")
     assert code == 2 and "another configuration: sft_lr (0.0015 there, 0.5 now)" in err
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
+    assert run(*args, "--budgets", 8)[0] == 0  # what only an evaluation reads may differ
 
 
 def test_help_tells_every_field():
