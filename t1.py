@@ -2133,6 +2133,7 @@ def results_table(results: list[dict]) -> str:
 # Stage ablate: the ledger, every claim of the paper over switches and seeds
 # ----------------------------------------------------------------------------------------------------------------------
 
+HOT = dict(rl_lr=1e-3)  # so far and so fast does the policy move here that KL, penalties and temperature have something to hold
 # variant -> (changed fields, variant it is held against, sign of the claimed difference in held-out pass@1 (0: nothing is claimed), claim)
 VARIANTS = {
     "base": ({}, "", 0, ""),
@@ -2149,12 +2150,15 @@ VARIANTS = {
     "anchor-fixed": (dict(anchor="fixed"), "base", -1, "a moving anchor is better than a fixed one"),
     "anchor-none": (dict(anchor="none"), "base", -1, "a KL term helps"),
     "nocenter": (dict(kl_center=False), "base", -1, "centring the KL helps"),
-    "kl0.02": (dict(kl_coef=0.02), "base", 0, "a KL term a hundred times heavier (nothing stated)"),
-    "kl0.02-nocenter": (dict(kl_coef=0.02, kl_center=False), "kl0.02", -1, "centring the KL helps, where KL is heavy"),
-    "kl0.02-fixed": (dict(kl_coef=0.02, anchor="fixed"), "kl0.02", -1, "a moving anchor is better, where KL is heavy"),
     "penalties-off": (dict(penalties=False), "base", -1, "the penalties help"),
     "cold": (dict(traces="correct-only"), "base", -1, "a cold start on trial and error is better than on correct-only traces"),
     "responses": (dict(loss_norm="responses"), "base", 0, "each response divided by its own length (nothing stated)"),
+    "hot": (HOT, "base", 0, "five times the learning rate: ground on which a run can collapse (nothing stated)"),
+    "hot-kl": (HOT | dict(kl_coef=0.05), "hot", +1, "a KL term helps, where a run can collapse"),
+    "hot-kl-nocenter": (HOT | dict(kl_coef=0.05, kl_center=False), "hot-kl", -1, "centring the KL helps, where a run can collapse"),
+    "hot-kl-fixed": (HOT | dict(kl_coef=0.05, anchor="fixed"), "hot-kl", -1, "a moving anchor is better, where a run can collapse"),
+    "hot-t0.9": (HOT | dict(temperature=0.9), "hot", -1, "T = 0.9 is worse than a temperature above 1, where a run can collapse"),
+    "hot-penalties-off": (HOT | dict(penalties=False), "hot", -1, "the penalties help, where a run can collapse"),
 }
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 % quantile for 1 to 9 degrees of freedom; then 2.23
 
@@ -2237,11 +2241,12 @@ def read_runs(base: Path) -> list[dict]:
         if not stopped:
             end = results[name]["checkpoints"][-1]
             source = data_prep.read_json(path.parent / "config.json").get("started_from", "")
-            last = [row["entropy"] for row in read_log(path)[-5:]]
+            steps, mean_of = read_log(path), lambda name, rows: float(np.mean([row[name] for row in rows]))
             run |= {k: end.get(k, results[name].get(k)) for k in ("pass_at_1", "length", "overlong", "problems", "samples")}
-            run |= dict(start=starts.get(tail(source)), entropy=float(np.mean(last)))
+            run |= dict(start=starts.get(tail(source)), entropy=mean_of("entropy", steps[-5:]))
+            run |= dict(fell=mean_of("accuracy", steps[-5:]) < mean_of("accuracy", steps[:5]))
         below = not stopped and run["start"] is not None and run["pass_at_1"] < run["start"]
-        runs.append(run | dict(collapsed=stopped or below or run["overlong"] > 0.5))
+        runs.append(run | dict(collapsed=stopped or run["fell"] or below or run["overlong"] > 0.5))
     return runs
 
 
@@ -2301,8 +2306,8 @@ def write_ledger(base: Path):
     lines += [
         "",
         "A claim holds, or does not, if zero lies outside the 95 % interval of the paired differences (Student's t over seeds); else it is not resolved at this scale. "
-        "Of twenty such intervals one is wrong on average. Collapsed: held-out pass@1 below that of the SFT start, more than half of the held-out responses over-long, "
-        "or a run that stopped. Entropy: mean of the last five steps, at the run's own temperature.",
+        "Of twenty such intervals one is wrong on average. Collapsed: held-out pass@1 below that of the SFT start, accuracy in training lower in the last five "
+        "steps than in the first, more than half of the held-out responses over-long, or a run that stopped. Entropy: mean of the last five steps, at the run's own temperature.",
     ]
     write_text(base / "ledger.md", "\n".join(lines) + "\n")
     draw_ledger(base / "ledger.png", rows, about)

@@ -1040,6 +1040,9 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, monkeypatch, capsys):
         path.unlink()
     assert t1.main(["--stage", "plot", "--out", str(tmp_path), "--name", "led"]) == 0  # from the finished runs alone
     assert {p: p.read_bytes() for p in base.glob("ledger.*")} == before
+    falling = "".join(json.dumps(dict(step=i, accuracy=0.9 - 0.01 * i, entropy=0.1)) + "\n" for i in range(8))
+    (base / "k4-seed0/rl/metrics.jsonl").write_text(falling)  # ends below where it began
+    assert [(r["fell"], r["collapsed"] >= r["fell"]) for r in t1.read_runs(base)] == [(r["variant"] == "k4" and r["seed"] == 0, True) for r in ledger["runs"]]
 
 
 def test_the_ledger_counts_pairs_and_collapses():
