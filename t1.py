@@ -175,6 +175,7 @@ class Config:
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets of the picture, tokens; empty: no picture", "1024 to 16384")
     answer_prefix: str = knob("</think>\\nThe answer is \\boxed{", "what closes a thought that is cut (\\n is a new line)", "not stated")
     answer_model: str = knob("", "folder or hub name of the model that answers from a cut thought; empty: the policy itself", "not stated")
+    answer_tokens: int = knob(64, "longest answer after a cut thought, tokens", "not stated")
     wait_words: str = knob(", wait\\n", "budget forcing: what takes the place of </think> in a thought that ends early")
     spend_samples: int = knob(8, "samples per problem of parallel scaling (last checkpoint); 0: neither that nor budget forcing")
     # stage ablate
@@ -1135,7 +1136,7 @@ class VLLMEngine:
         self.tokenizer, self.cfg, self.asleep, self.gpu = tokenizer, cfg, False, device_of(cfg).type == "cuda"
         self.ends, self.params, self.dtype = end_ids(model, tokenizer), vllm.SamplingParams, getattr(torch, cfg.dtype)
         longest = max([cfg.max_new, *(int(b) for b in cfg.budgets.split(",") if b)] if cfg.stage == "eval" else [cfg.max_new])
-        room = cfg.max_prompt + longest + 128  # 128: the words that close a cut thought, and its answer
+        room = cfg.max_prompt + longest + cfg.answer_tokens + 64  # 64: the words that close a cut thought
         self.sleeps = self.gpu and cfg.stage == "rl"
         share = cfg.vllm_memory / (2 if cfg.answer_model and cfg.stage == "eval" else 1)  # then there are two engines
         where = dict(gpu_memory_utilization=share, enable_sleep_mode=self.sleeps) if self.gpu else dict(kv_cache_memory_bytes=1 << 29)
@@ -1431,11 +1432,11 @@ class RunFolder:
     checkpoint-N; curves.png. A stage that was interrupted goes on from its last whole checkpoint."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
-    free = ("out", "name", "timeout", "keep", "keep_every", "entropy_floor", "kl_ceiling")  # may differ when a run goes on,
-    free += ("eval_samples", "benchmarks", "benchmark_dir", "budgets", "answer_prefix", "answer_model", "wait_words", "spend_samples")
-    free += ("seeds", "variants", "bench_pairs")  # as may what only other stages read;
-    layout = ("micro_tokens", "checkpointing", "offload_anchor", "offload_optimizer", "rollout_rows")  # these change but the order of sums
-    layout += ("vllm_tp", "vllm_memory", "probe_tolerance")
+    # fields that may differ when a run goes on: what changes nothing in it, what only other stages read, what but changes the order of sums
+    free = "out name timeout keep keep_every entropy_floor kl_ceiling".split()
+    free += "eval_samples benchmarks benchmark_dir budgets answer_prefix answer_model answer_tokens wait_words spend_samples".split()
+    free += "seeds variants bench_pairs".split()
+    layout = "micro_tokens checkpointing offload_anchor offload_optimizer rollout_rows vllm_tp vllm_memory probe_tolerance".split()
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)
@@ -1916,14 +1917,14 @@ def cut_ids(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config
     """The responses' ids had their thoughts been cut after `budget` tokens (paper section 3); `lengths`: their `thought_length`s.
 
     A thought that ended within the budget keeps its own answer. Another is cut, closed with `answer_prefix`, and `engine` (the policy,
-    or another model with its tokenizer) writes the answer from it. NOT IN PAPER: the words of the prefix, and the answer being greedy.
+    or another model with its tokenizer) writes the answer from it. NOT IN PAPER: the words of the prefix, and the answer: greedy and short.
     """
     prefix = words_ids(cfg.answer_prefix, tokenizer)
     lengths = lengths or [thought_length(r.ids, tokenizer) for r in rollouts]
     late = lambda r, n: len(r.ids) > budget or not r.finished if n is None else n > budget  # a thought without an end is always cut
     cut = [i for i, (r, n) in enumerate(zip(rollouts, lengths)) if late(r, n)]
     prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in cut]
-    answers = engine.generate(prompts, 1, [0] * len(prompts), 32, temperature=0.0)
+    answers = engine.generate(prompts, 1, [0] * len(prompts), cfg.answer_tokens, temperature=0.0)
     ids = [r.ids for r in rollouts]
     for i, answer in zip(cut, answers):
         ids[i] = ids[i][:budget] + prefix + answer.ids

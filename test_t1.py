@@ -820,7 +820,7 @@ def test_cut_and_answer(talkative):
     prefix = encode("</think>\nThe answer is \\boxed{")
     for budget in (3, len(thought), n - 1):
         texts = t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)
-        answer = engine.generate([question + ended[:budget] + prefix], 1, [0], 32, temperature=0.0)[0]
+        answer = engine.generate([question + ended[:budget] + prefix], 1, [0], cfg.answer_tokens, temperature=0.0)[0]
         assert texts[0] == tokenizer.decode(ended[:budget] + prefix + answer.ids, skip_special_tokens=True) != own
     assert t1.cut_and_answer(engine, tokenizer, rollouts, n, cfg)[0] == own
     for budget in (len(thought), 10 * len(thought)):  # a thought that ran into the limit is closed however large the budget is
