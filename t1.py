@@ -175,7 +175,7 @@ class Config:
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets of the picture, tokens; empty: no picture", "1024 to 16384")
     answer_prefix: str = knob("</think>\\nThe answer is \\boxed{", "what closes a thought that is cut (\\n is a new line)", "not stated")
     answer_model: str = knob("", "folder or hub name of the model that answers from a cut thought; empty: the policy itself", "not stated")
-    answer_tokens: int = knob(64, "longest answer after a cut thought, tokens", "not stated")
+    answer_tokens: int = knob(32, "longest answer after a cut thought, tokens; a long one leaves room to think on", "not stated")
     wait_words: str = knob(", wait\\n", "budget forcing: what takes the place of </think> in a thought that ends early")
     spend_samples: int = knob(8, "samples per problem of parallel scaling (last checkpoint); 0: neither that nor budget forcing")
     # stage ablate
@@ -209,6 +209,7 @@ PAPER = dict(
     repeat_count=20,
     rl_save_every=50,
     budgets="1024,2048,4096,8192,16384",
+    answer_tokens=64,
     wait_words="Wait",
     spend_samples=0,
 )
@@ -2157,8 +2158,6 @@ VARIANTS = {
     "hot": (HOT, "base", 0, "five times the learning rate: ground on which a run can collapse (nothing stated)"),
     "hot-kl": (HOT | dict(kl_coef=0.05), "hot", +1, "a KL term helps, where a run can collapse"),
     "hot-kl-nocenter": (HOT | dict(kl_coef=0.05, kl_center=False), "hot-kl", -1, "centring the KL helps, where a run can collapse"),
-    "hot-kl-fixed": (HOT | dict(kl_coef=0.05, anchor="fixed"), "hot-kl", -1, "a moving anchor is better, where a run can collapse"),
-    "hot-t0.9": (HOT | dict(temperature=0.9), "hot", -1, "T = 0.9 is worse than a temperature above 1, where a run can collapse"),
     "hot-penalties-off": (HOT | dict(penalties=False), "hot", -1, "the penalties help, where a run can collapse"),
 }
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 % quantile for 1 to 9 degrees of freedom; then 2.23
