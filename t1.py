@@ -2135,7 +2135,7 @@ def results_table(results: list[dict]) -> str:
 # Stage ablate: the ledger, every claim of the paper over switches and seeds
 # ----------------------------------------------------------------------------------------------------------------------
 
-HOT = dict(rl_lr=1e-3)  # so far and so fast does the policy move here that KL, penalties and temperature have something to hold
+HOT = dict(rl_lr=1e-3)  # so far and so fast does the policy move here that KL and penalties have something to hold
 # variant -> (changed fields, variant it is held against, sign of the claimed difference in held-out pass@1 (0: nothing is claimed), claim)
 VARIANTS = {
     "base": ({}, "", 0, ""),
