@@ -107,7 +107,7 @@ class Config:
     seed: int = knob(0, "seed of data order, sampling and the tiny model's weights")
     # inputs
     model: str = knob(
-        "", "folder or hub name of a causal LM; empty: for sft the embedded model (tiny), for rl the run's last SFT checkpoint"
+        "", "folder or hub name of a causal LM; empty: for sft the preset's model, for rl and eval the run's own checkpoints"
     )
     data: str = knob("", "traces (sft) or problems (rl): .jsonl, .jsonl.gz, .parquet or a folder of them; empty: the embedded ones")
     test: str = knob("", "problems to evaluate on, as --data takes them; empty: the embedded test set")
@@ -1624,6 +1624,7 @@ def run_sft(cfg: Config):
     folder.create(source)
     model = shard(whole, cfg, cfg.offload_optimizer)
     steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
+    print0(f"the policy starts from {source or 'random weights'}")
     print0(
         f"{len(kept)} traces of {np.mean([len(y) for _, y in kept]):.0f} tokens ({len(rows) - len(kept)} longer than --max-new left out), "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {cfg.sft_batch}"
@@ -2029,8 +2030,7 @@ def powers_of_two(n: int) -> list[int]:
 
 def run_eval(cfg: Config):
     base = Path(cfg.out) / (cfg.name or cfg.preset)
-    given = cfg.model != PRESETS[cfg.preset].get("model", "")  # a preset's own model is where SFT starts, not what is evaluated
-    folders = [c for c in cfg.checkpoint.split(",") if c] or [cfg.model] * given
+    folders = [c for c in cfg.checkpoint.split(",") if c] or [cfg.model] * bool(cfg.model)
     folders = folders or [str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")]
     if not folders:
         raise Misuse(f"no checkpoint in {base}: run --stage sft and --stage rl first, or give --checkpoint or --model")
@@ -2733,7 +2733,7 @@ def shape_of(config) -> tuple:
 def run_plan(cfg: Config):
     """GPUs x context x micro-batch -> GiB per GPU, for the presets' models or the folder given as --model."""
     shapes = SHAPES
-    if cfg.model != PRESETS[cfg.preset].get("model", ""):
+    if cfg.model:
         try:
             shapes = {cfg.model: shape_of(transformers.AutoConfig.from_pretrained(cfg.model, local_files_only=True))}
         except (OSError, ValueError, AttributeError) as e:
@@ -2798,7 +2798,10 @@ def parse_args(argv: list[str] | None = None) -> Config:
     preset = given.get("preset", {"bench": "bench", "plan": "qwen2.5-14b"}.get(given.get("stage"), "tiny"))
     if preset not in PRESETS:
         raise Misuse(f"--preset {preset!r}: there is no such preset; choose from {', '.join(PRESETS)}")
-    cfg = Config(**{**PRESETS[preset], "preset": preset, **given})
+    values = dict(PRESETS[preset])
+    if given.get("stage") != "sft":  # a preset's model is where SFT starts; the other stages take the run's own checkpoints
+        values.pop("model", None)
+    cfg = Config(**{**values, "preset": preset, **given})
     check_config(cfg)
     return cfg
 

@@ -1440,6 +1440,28 @@ def test_no_checkpoint_is_unpickled(guess, tmp_path):
         assert not re.search(r"\bpickle|torch\.load", (HERE / source).read_text().replace("nothing is unpickled", ""))
 
 
+def test_rl_and_eval_of_a_preset_with_a_model_take_the_runs_own_checkpoint(guess, tmp_path, monkeypatch, capsys):
+    """The preset's model is where SFT starts; RL and eval start from what SFT made of it, unless --model is given."""
+    model, data = str(guess / "tiny/sft/checkpoint-250"), str(guess / "ten.jsonl")
+    small = dict(model=model, dtype="float32", max_prompt=256, max_new=24, sft_batch=4, prompts=2, k=2, budgets="8", answer_tokens=8)
+    monkeypatch.setitem(t1.PRESETS, "qwen2.5-14b", t1.PRESETS["qwen2.5-14b"] | small)
+
+    def started_from(stage, *more):
+        common = ["--stage", stage, "--preset", "qwen2.5-14b", "--data", data, "--test", data, "--out", str(tmp_path)]
+        assert t1.main([*common, "--sft-steps", "2", "--rl-steps", "1", "--eval-samples", "1", *more]) == 0
+        run = tmp_path / ("given" if more else "qwen2.5-14b")
+        if stage == "eval":
+            return [c["checkpoint"] for c in json.loads((run / "eval/results.json").read_text())["checkpoints"]]
+        return json.loads((run / stage / "config.json").read_text())["started_from"]
+
+    own = str(tmp_path / "qwen2.5-14b/sft/checkpoint-2")
+    assert started_from("sft") == model and f"starts from {model}" in capsys.readouterr().out
+    assert started_from("rl") == own and f"starts from {own}" in capsys.readouterr().out
+    assert started_from("eval") == [own, str(tmp_path / "qwen2.5-14b/rl/checkpoint-1")]
+    assert started_from("rl", "--name", "given", "--model", model) == model
+    assert started_from("eval", "--name", "given", "--model", model) == [model]
+
+
 def test_a_branch_goes_on_from_a_checkpoint_with_other_values(guess, tmp_path):
     assert run(*rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 9))[0] == 0
     branch = lambda *more: run(*rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 9, "--resume-from", 6, *more))
