@@ -241,7 +241,9 @@ def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, 
             mine = ours(len(results))
             results.append((mine, theirs))
             rates = f"{mine.rate(0):,.0f} and {theirs.rate(0):,.0f} tokens per CPU second"
-            t1.print0(f"{type(trainer).__name__} {len(results) - 1} of {pairs}: {rates}, {mine.rate(0) / theirs.rate(0):.2f}")
+            t1.print0(
+                f"{type(trainer).__name__} {len(results) - 1} of {pairs}: {rates}, {mine.rate(0) / theirs.rate(0):.2f}"
+            )
             self.start()
 
     trainer.add_callback(InTurn())
@@ -275,7 +277,9 @@ def about_machine() -> str:
     packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     cpu = names[0] if names else platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} thread(s); {versions}"
+    return (
+        f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} thread(s); {versions}"
+    )
 
 
 def report(rl: list[Timing], sft: list[Timing], memory: float):

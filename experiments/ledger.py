@@ -29,7 +29,9 @@ class Variant:
 
     changes: dict  # fields of t1.Config that differ from the base run
     against: str = ""
-    sign: int = 0  # sign of the claimed difference in held-out pass@1, this variant minus `against`; 0: no direction is claimed
+    sign: int = (
+        0  # sign of the claimed difference in held-out pass@1, this variant minus `against`; 0: no direction is claimed
+    )
     claim: str = ""
 
 
@@ -38,13 +40,19 @@ VARIANTS = {
     "base": Variant({}),
     "k4": Variant(dict(k=4), "base", -1, "fewer samples per prompt are worse (K = 4, equal prompts)"),
     "k64": Variant(dict(k=64), "base", +1, "more samples per prompt are better (K = 64, equal prompts)"),
-    "k4-samples": Variant(dict(k=4, prompts=128), "base", -1, "fewer samples per prompt are worse (K = 4, equal samples)"),
-    "k64-samples": Variant(dict(k=64, prompts=8), "base", +1, "more samples per prompt are better (K = 64, equal samples)"),
+    "k4-samples": Variant(
+        dict(k=4, prompts=128), "base", -1, "fewer samples per prompt are worse (K = 4, equal samples)"
+    ),
+    "k64-samples": Variant(
+        dict(k=64, prompts=8), "base", +1, "more samples per prompt are better (K = 64, equal samples)"
+    ),
     "t0.9": Variant(dict(temperature=0.9), "base", -1, "T = 0.9 is worse than a temperature above 1"),
     "t1.0": Variant(dict(temperature=1.0), "base", -1, "T = 1.0 is worse than a temperature above 1"),
     "t1.2": Variant(dict(temperature=1.2), "base", +1, "T = 1.2 is the best temperature"),
     "t1.3": Variant(dict(temperature=1.3), "t1.2", -1, "T above 1.2 hurts"),
-    "t1.3-minp": Variant(dict(temperature=1.3, min_p=0.05), "t1.3", 0, "min-p at a high temperature (no direction stated)"),
+    "t1.3-minp": Variant(
+        dict(temperature=1.3, min_p=0.05), "t1.3", 0, "min-p at a high temperature (no direction stated)"
+    ),
     "entropy0": Variant(dict(entropy_coef=0.0), "base", -1, "the entropy bonus helps"),
     "anchor-fixed": Variant(dict(anchor="fixed"), "base", -1, "a moving anchor is better than a fixed one"),
     "anchor-none": Variant(dict(anchor="none"), "base", -1, "a KL term helps"),
@@ -56,7 +64,7 @@ VARIANTS = {
     "responses": Variant(
         dict(loss_norm="responses"), "base", 0, "each response divided by its own length (nothing stated)"
     ),
-    "hot": Variant(HOT, "base", 0, "five times the learning rate: ground on which a run can collapse (nothing stated)"),
+    "hot": Variant(HOT, "base", 0, "five times the learning rate (nothing stated)"),
     "hot-kl": Variant(HOT | dict(kl_coef=0.05), "hot", +1, "a KL term helps, where a run can collapse"),
     "hot-kl-nocenter": Variant(
         HOT | dict(kl_coef=0.05, kl_center=False), "hot-kl", -1, "centring the KL helps, where a run can collapse"
@@ -266,7 +274,11 @@ def write_ledger(base: Path):
     done = next((r for r in runs if not r["stopped"]), {})
     about = f"{len(runs)} runs, seeds {seeds}; {done.get('problems')} held-out problems x {done.get('samples')} samples"
     t1.write_json(base / "ledger.json", dict(about=about, runs=runs, variants=rows, claims=claims))
-    parts = [about + "; mean ± standard error over seeds, gains paired by seed.\n", variant_table(rows), claim_table(claims)]
+    parts = [
+        about + "; mean±standard error over seeds, gains over base paired by seed.\n",
+        variant_table(rows),
+        claim_table(claims),
+    ]
     t1.write_text(base / "ledger.md", "\n".join(parts) + HOW_TO_READ)
     draw(base / "ledger.png", rows, about)
 
@@ -276,28 +288,36 @@ def spread(pair: list | None, scale: float = 1.0, digits: int = 1) -> str:
     if pair is None:
         return ""
     mean, error = pair
-    return f"{scale * mean:.{digits}f}" + (f" ± {scale * error:.{digits}f}" if error is not None else "")
+    return f"{scale * mean:.{digits}f}" + (f"±{scale * error:.{digits}f}" if error is not None else "")
+
+
+def table_of(columns: list[str], rows: list[list]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
 
 
 def variant_table(rows: list[dict]) -> str:
-    columns = "run | changed | seeds | pass@1, % | gain over base, points | tokens | entropy, nats | over-long, % | collapsed"
-    lines = [f"| {columns} |", "|" + "---|" * 9]
+    """One row per variant; the last column is the number of collapsed runs of all its runs."""
+    table = []
     if rows[0]["variant"] == "base" and rows[0]["start"]:
-        lines.append(f"| SFT start | | {len(rows[0]['each'])} | {spread(rows[0]['start'], 100)} | | | | | |")
+        table.append(["SFT start", "", spread(rows[0]["start"], 100), "", "", "", "", ""])
     for r in rows:
-        changed = ", ".join(f"{k} {v}" for k, v in r["changes"].items())
-        cells = [r["variant"], changed, r["runs"], spread(r["pass_at_1"], 100), spread(r["gain"], 100)]
-        cells += [spread(r["length"], 1, 0), spread(r["entropy"], 1, 3), spread(r["overlong"], 100)]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{r['collapsed']} of {r['runs']}"])) + " |")
-    return "\n".join(lines) + "\n"
+        changed = [f"{name}={'off' if value is False else value}" for name, value in r["changes"].items()]
+        shares = [spread(r["pass_at_1"], 100), spread(r["gain"], 100), spread(r["length"], 1, 0)]
+        shares += [spread(r["entropy"], 1, 3), spread(r["overlong"], 100)]
+        table.append([r["variant"], " ".join(changed), *shares, f"{r['collapsed']}/{r['runs']}"])
+    columns = ["run", "changed", "pass@1, %", "gain, points", "tokens", "entropy, nats", "over-long, %", "collapsed"]
+    return table_of(columns, table)
 
 
 def claim_table(claims: list[dict]) -> str:
-    lines = ["| claim | runs compared | difference, points | verdict |", "|---|---|---|---|"]
+    """One row per claim; n is the number of paired seeds."""
+    table = []
     for c in claims:
-        compared = f"{c['variant']} against {c['against']}, {len(c['differences'])} seeds"
-        lines.append(f"| {c['claim']} | {compared} | {spread(over_seeds(c['differences']), 100)} | {c['verdict']} |")
-    return "\n".join(lines) + "\n"
+        short = c["verdict"].removesuffix(" at this scale")
+        difference = spread(over_seeds(c["differences"]), 100)
+        table.append([c["claim"], f"{c['variant']} - {c['against']}", len(c["differences"]), difference, short])
+    return table_of(["claim", "difference of", "n", "points", "verdict"], table)
 
 
 def draw(path: Path, rows: list[dict], about: str):
@@ -323,3 +343,54 @@ def draw(path: Path, rows: list[dict], about: str):
     axis.grid(alpha=0.3, axis="x")
     axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     t1.save_figure(figure, path, about)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def whole_numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, separated by commas")
+    return [int(part) for part in text.split(",")]
+
+
+def variant_names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in VARIANTS:
+            raise argparse.ArgumentTypeError(f"no variant {name!r}; choose from {', '.join(VARIANTS)}")
+    return names
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.ledger",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--seeds", type=whole_numbers, default=[0, 1, 2], metavar="LIST", help="separated by commas (default: 0,1,2)")
+    add("--variants", type=variant_names, default=list(VARIANTS), metavar="LIST", help="rows to run (default: all)")
+    add("--table", action="store_true", help="run nothing: write the ledger of the finished runs")
+    try:
+        own, options = parser.parse_known_args(argv)
+        cfg = t1.parse_args([*options, "--stage", "rl"])
+        base = Path(cfg.out) / (cfg.name or "ledger")
+        if own.table:
+            write_ledger(base)
+        elif not run_ledger(base, own.seeds, own.variants, options):
+            return 0
+        t1.print0((base / "ledger.md").read_text(encoding="utf-8"))
+        return 0
+    except argparse.ArgumentError as e:
+        return t1.complain(str(e), 2)
+    except t1.Stop as e:
+        return t1.complain(str(e), e.code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -130,7 +130,9 @@ COLUMNS = ("weights", "optimizer", "anchor", "gathered", "activations", "update"
 
 def table_of(shapes: dict[str, Shape], gpus: list[int], contexts: list[int], cfg: t1.Config) -> list[str]:
     """Lines of the table: model x GPUs x context x micro-batch (one row, and cfg.micro_tokens) -> GiB per GPU, and the card that fits."""
-    lines = [f"{'model':14} {'GPUs':>4} {'context':>8} {'micro':>7} " + " ".join(f"{c:>11}" for c in COLUMNS) + "  fits"]
+    lines = [
+        f"{'model':14} {'GPUs':>4} {'context':>8} {'micro':>7} " + " ".join(f"{c:>11}" for c in COLUMNS) + "  fits"
+    ]
     for name, shape in shapes.items():
         for count in gpus:
             for context in contexts:
@@ -152,9 +154,14 @@ def run_plan(gpus: list[int], contexts: list[int], cfg: t1.Config):
         except (OSError, ValueError, AttributeError) as e:
             reason = str(e).splitlines()[0]
             raise t1.Misuse(f"--model {cfg.model}: no config.json of a causal LM that can be planned for ({reason})")
-    switches = [f"{name} {'on' if getattr(cfg, name) else 'off'}" for name in ("checkpointing", "offload_optimizer", "offload_anchor")]
+    switches = [
+        f"{name} {'on' if getattr(cfg, name) else 'off'}"
+        for name in ("checkpointing", "offload_optimizer", "offload_anchor")
+    ]
     t1.print0(", ".join([cfg.dtype, *switches, f"anchor {cfg.anchor}", f"vllm_tp {cfg.vllm_tp}"]))
-    t1.print0(f"GiB per GPU, computed. `rollout` has vLLM's weights and a cache of {VLLM_ROWS} rows of full context. A card fits where")
+    t1.print0(
+        f"GiB per GPU, computed. `rollout` has vLLM's weights and a cache of {VLLM_ROWS} rows of full context. A card fits where"
+    )
     t1.print0(f"{USABLE:.0%} of it is enough: the rest is for CUDA, NCCL and fragmentation.")
     for line in table_of(shapes, gpus, contexts or [4096, cfg.max_prompt + cfg.max_new, 32768], cfg):
         t1.print0(line)

@@ -103,3 +103,152 @@ def force_budget(engine, rollouts: list[t1.Rollout], budget: int, wait_words: st
         for i, new in zip(short, engine.generate(prompts, 1, seeds, room, cfg.eval_temperature)):
             thoughts[i] = reopened(thoughts[i] + new.ids, new.finished, wait, tokenizer)
     return [t1.Rollout(r.prompt, thought[:budget], [], False) for r, thought in zip(rollouts, thoughts)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run's folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+NOT_OF_THE_RUN = {
+    "stage",
+    "name",
+    "out",
+    "model",
+    "data",
+    "test",
+    "checkpoint",
+    "resume_from",
+}  # this command's own, or not read
+
+
+def settings_of(base: Path, results: dict, options: list[str]) -> t1.Config:
+    """The Config of the run's evaluation: what its folder says, then `options`."""
+    values = {}
+    for stage in ("sft", "rl"):
+        if (base / stage / "config.json").exists():
+            values |= data_prep.read_json(base / stage / "config.json")["config"]
+    values = {k: v for k, v in values.items() if k in t1.Config.__dataclass_fields__ and k not in NOT_OF_THE_RUN}
+    values |= dict(seed=results["seed"], eval_temperature=results["temperature"], max_new=results["max_new"])
+    values |= dict(answer_model=results["answer_model"])
+    stored = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return t1.parse_args([*stored, *options, "--stage", "eval"])
+
+
+def problems_of(entry: dict, cfg: t1.Config) -> list[dict]:
+    """The problems of one entry of results.json: the embedded ones, a benchmark, or the file that was given as --test."""
+    if entry["test"] == "embedded":
+        problems = data_prep.embedded_problems("test")
+    else:
+        benchmark = Path(cfg.benchmark_dir) / f"{entry['test']}.jsonl"
+        problems = t1.read_rows(str(benchmark) if benchmark.exists() else entry["test"], "eval")
+    if len(problems) != entry["problems"]:
+        raise t1.Misuse(
+            f"{entry['test']}: {len(problems)} problems, where {entry['problems']} were evaluated; evaluate again"
+        )
+    return problems
+
+
+def responses_of(base: Path, entry: dict) -> list[dict]:
+    """The evaluated responses of one entry of results.json, its samples of each problem in order."""
+    path = base / "eval" / "responses.jsonl"
+    rows = {(row["number"], row["sample"]): row for row in t1.read_log(path) if row["key"] == entry["key"]}
+    if len(rows) != entry["problems"] * entry["samples"]:
+        raise t1.Misuse(f"{path}: it does not hold the responses of {entry['name']} on {entry['test']}; evaluate again")
+    return [rows[cell] for cell in sorted(rows)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurement
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def at_each_budget(
+    answerer, rollouts: list[t1.Rollout], golds: list[str], budgets: list[int], cfg: t1.Config
+) -> list[list]:
+    """One rollout per problem, cut at each budget and answered -> [budget, accuracy, standard error over problems, tokens spent]."""
+    points = []
+    for budget in budgets:
+        ids = t1.cut_ids(answerer, answerer.tokenizer, rollouts, budget, cfg)
+        right = verify.grade(answerer.tokenizer.batch_decode(ids, skip_special_tokens=True), golds)
+        points.append([budget, *t1.with_error([[r] for r in right]), float(np.mean([len(y) for y in ids]))])
+    return points
+
+
+def spend(engine, answerer, base: Path, entry: dict, samples: int, wait_words: str, cfg: t1.Config) -> dict:
+    """What each way of spending tokens buys on one test set -> cut, forced, majority: lists of [budget or k, accuracy, standard error
+    over problems, tokens spent per problem]."""
+    problems, kept = problems_of(entry, cfg), responses_of(base, entry)
+    prompts = t1.encode_prompts(problems, engine.tokenizer, cfg)
+    firsts = [t1.Rollout(prompts[r["number"]], r["ids"], [], r["finished"]) for r in kept if r["sample"] == 0]
+    budgets = [point[0] for point in entry["scaling"]]
+    forced = force_budget(engine, firsts, budgets[-1], wait_words, cfg)
+    if samples > entry["samples"]:
+        about = dict(
+            key=f"{entry['key']} x {samples}", name=entry["name"], checkpoint=entry["checkpoint"], test=entry["test"]
+        )
+        _, kept = t1.evaluate(engine, problems, prompts, samples, cfg, base / "eval" / "spending.jsonl", about)
+    else:
+        kept = [r for r in kept if r["sample"] < samples]
+    return dict(
+        test=entry["test"],
+        problems=len(problems),
+        cut=entry["scaling"],
+        forced=at_each_budget(answerer, forced, [p["answer"] for p in problems], budgets, cfg),
+        majority=majorities(list(kept), samples),
+    )
+
+
+def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
+    """Measure the last evaluated checkpoint of a run on every test set it was evaluated on -> the folder with spending.json."""
+    asked = t1.parse_args([*options, "--stage", "eval"])
+    base = Path(asked.out) / (asked.name or asked.preset)
+    if not (base / "eval" / "results.json").exists():
+        raise t1.Misuse(
+            f"{base / 'eval'}: no results.json; run python t1.py --stage eval first, or give --out and --name"
+        )
+    results = data_prep.read_json(base / "eval" / "results.json")
+    last = results["checkpoints"][-1]
+    entries = [entry for entry in results["checkpoints"] if entry["checkpoint"] == last["checkpoint"]]
+    if not all(entry.get("scaling") for entry in entries):
+        raise t1.Misuse(f"{base / 'eval'}: evaluated without --budgets; evaluate again")
+    cfg = settings_of(base, results, options)
+    policy, tokenizer = t1.load_policy(last["checkpoint"], cfg)
+    engine = answerer = t1.make_engine(last["checkpoint"], policy, tokenizer, cfg)
+    if cfg.answer_model:
+        answerer = t1.make_engine(cfg.answer_model, *t1.load_policy(cfg.answer_model, cfg), cfg)
+    tests = [spend(engine, answerer, base, entry, samples, wait_words, cfg) for entry in entries]
+    about = dict(checkpoint=last["checkpoint"], name=last["name"], seed=cfg.seed, temperature=cfg.eval_temperature)
+    about |= dict(wait_words=wait_words, samples=samples, tests=tests)
+    t1.write_json(base / "eval" / "spending.json", about)
+    draw(base / "eval", about)
+    return base / "eval"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Picture
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def draw(folder: Path, content: dict):
+    """spending.png: accuracy over the tokens spent per problem, one curve for each way, one picture per test set."""
+    for test in content["tests"]:
+        ways = {
+            "cut at a budget": test["cut"],
+            "forced to a budget (1 sample)": test["forced"],
+            f"majority of k (of {content['samples']} samples)": test["majority"],
+        }
+        figure, (axis,) = t1.new_figure(1, 1)
+        for (label, points), style, color in zip(ways.items(), ("o-", "s--", "D-."), ("0", "0.35", "0.55")):
+            value, error, tokens = np.array([point[1:] for point in points], dtype=float).T
+            axis.errorbar(tokens, 100 * value, 100 * error, fmt=style, color=color, capsize=2, label=label)
+        for k, value, _, tokens in test["majority"]:
+            axis.annotate(f"k={k}", (tokens, 100 * value), (3, -10), textcoords="offset points", fontsize=7)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set_xlabel("tokens spent per problem")
+        axis.set_ylabel("accuracy (%)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, title=content["name"])
+        title = f"{test['problems']} problems ({test['test']}), T = {content['temperature']}, seed {content['seed']}"
+        several = f"-{test['test']}" if len(content["tests"]) > 1 else ""
+        t1.save_figure(figure, folder / f"spending{several}.png", title + "; bars: standard error over problems")

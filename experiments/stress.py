@@ -85,7 +85,14 @@ def make_guess(base: Path) -> Path:
 
 def rl_args(guess: Path, out: Path, name: str) -> list[str]:
     """20 steps of 3 of 10 problems: an epoch ends inside a batch, three steps in ten."""
-    inputs = ["--model", guess / "tiny/sft/checkpoint-250", "--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl"]
+    inputs = [
+        "--model",
+        guess / "tiny/sft/checkpoint-250",
+        "--data",
+        guess / "ten.jsonl",
+        "--test",
+        guess / "ten.jsonl",
+    ]
     settings = f"--max-new 24 --prompts 3 --k 6 --rl-steps {STEPS} --rl-lr 1e-3 --rl-save-every 3 --keep 2"
     return ["--stage", "rl", *map(str, inputs), *settings.split(), "--out", str(out), "--name", name]
 
@@ -118,32 +125,24 @@ def kill_in(phase: str, nth: int, delay: float, log: Path):
         log.write_text(state["now"])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def watched(inner, name, *args, **kwargs):
-        before, state["now"] = state["now"], name
-        if name == phase:
-            state["calls"] += 1
-            if state["calls"] == nth:
-                threading.Thread(target=die, daemon=True).start()
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            state["now"] = before
+    def watch(inner, name):
+        def watched(*args, **kwargs):
+            before, state["now"] = state["now"], name
+            if name == phase:
+                state["calls"] += 1
+                if state["calls"] == nth:
+                    threading.Thread(target=die, daemon=True).start()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                state["now"] = before
+
+        return watched
 
     for name, functions in PHASES.items():
         for path in functions:
             holder, attribute = find(path)
-            inner = getattr(holder, attribute)
-            if holder is t1:
-                setattr(t1, attribute, partial(watched, inner, name))
-            else:  # a method: `partial` would not bind self
-                setattr(holder, attribute, partialmethod_of(watched, inner, name))
-
-
-def partialmethod_of(watched, inner, name):
-    def method(self, *args, **kwargs):
-        return watched(inner, name, self, *args, **kwargs)
-
-    return method
+            setattr(holder, attribute, watch(getattr(holder, attribute), name))
 
 
 def rank_process(rank: int, ranks: int, port: str, args: list[str], kill: tuple | None, log: Path):
@@ -225,7 +224,10 @@ def run_kills(count: int, ranks: int, seed: int, guess: Path, base: Path) -> Cou
         shutil.rmtree(base / "killed")
         runs += 1
         where = ", ".join(f"{n} in {phase}" for phase, n in hit.most_common())
-        print(f"{hit.total()} kills on {ranks} rank(s), {runs} runs, all bit-equal to the undisturbed one: {where}", flush=True)
+        print(
+            f"{hit.total()} kills on {ranks} rank(s), {runs} runs, all bit-equal to the undisturbed one: {where}",
+            flush=True,
+        )
     return hit
 
 
@@ -236,12 +238,58 @@ def run_kills(count: int, ranks: int, seed: int, guess: Path, base: Path) -> Cou
 SLOW = 30  # seconds that one reader may take
 MESSAGES = [[dict(role="user", content=3)], [dict(role="user"), dict(content="x")]]
 ODD_NUMBERS = [True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf")]
-ODD_TEXTS = ["", " ", "\0", "\ud800", "a\udfffb", "x" * 60_000, "9" * 5000, "\\boxed{" * 400, "\\boxed{2}", "25\n", "\u2028"]
+ODD_TEXTS = [
+    "",
+    " ",
+    "\0",
+    "\ud800",
+    "a\udfffb",
+    "x" * 60_000,
+    "9" * 5000,
+    "\\boxed{" * 400,
+    "\\boxed{2}",
+    "25\n",
+    "\u2028",
+]
 ODD_TEXTS += ["<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000]
 ODD_VALUES = [None, *ODD_NUMBERS, *ODD_TEXTS, [], {}, [[]], {"a": 1}, [1, "a", None], *MESSAGES]
-ODD_BYTES = [b"", b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"caf\xe9", b"\xed\xa0\x80"]
-ODD_BYTES += [b"\\ud800", b"\\udc00", b"\\u0000", b"NaN", b"-Infinity", b"1e999", b"[" * 3000, b'{"a":' * 3000, b"1" * 5000]
-ODD_BYTES += [b'"', b"\\", b",", b"{", b"}", b"null", b"\x1f\x8b", b"PAR1", "é\u2028😀".encode(), b" " * 3000, b'"problem": 1, ']
+ODD_BYTES = [
+    b"",
+    b"\0",
+    b"\0" * 64,
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r",
+    b"\r\n",
+    b"\n",
+    b"\n\n",
+    b"caf\xe9",
+    b"\xed\xa0\x80",
+]
+ODD_BYTES += [
+    b"\\ud800",
+    b"\\udc00",
+    b"\\u0000",
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"[" * 3000,
+    b'{"a":' * 3000,
+    b"1" * 5000,
+]
+ODD_BYTES += [
+    b'"',
+    b"\\",
+    b",",
+    b"{",
+    b"}",
+    b"null",
+    b"\x1f\x8b",
+    b"PAR1",
+    "é\u2028😀".encode(),
+    b" " * 3000,
+    b'"problem": 1, ',
+]
 ODD_CHARACTERS = ["\0", "\ud800", "\r", "\u2028", "}", "{", "\\", "$", ""]
 ENCODINGS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "cp500"]
 RARE_PATHS = ["pipe", "loop", "device", "folder", "dangling"]
@@ -257,7 +305,9 @@ def odd_json(rng: random.Random, value):
         if what == 0:
             del result[key]
         elif what == 1:
-            result[rng.choice([key.upper(), key + "\ud800", "", "problem", "answer", "id", "settings", "x" * 3000])] = result.pop(key)
+            result[rng.choice([key.upper(), key + "\ud800", "", "problem", "answer", "id", "settings", "x" * 3000])] = (
+                result.pop(key)
+            )
         else:
             result[key] = odd_json(rng, value[key])
         return result
@@ -389,7 +439,7 @@ def good_models(folder: Path) -> dict:
     for name, size in (("model", "1GB"), ("shards", "5KB")):
         policy.lm.save_pretrained(folder / name, max_shard_size=size)
         tokenizer.save_pretrained(folder / name)
-    models = {n: {p.name: p.read_bytes() for p in (folder / n).iterdir()} for n in ("model", "shards")}
+    models = {n: {p.name: p.read_bytes() for p in sorted((folder / n).iterdir())} for n in ("model", "shards")}
     turn = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     models["model"]["chat_template.jinja"] = (turn + "{% if add_generation_prompt %} [assistant]{% endif %}").encode()
     return models | dict(tokenizer=tokenizer)
@@ -541,7 +591,7 @@ def read_journal(path: Path, kinds: dict):
 def model_case(rng: random.Random, folder: Path, base: dict):
     """A model folder with one damaged file: config, generation config, tokenizer, chat template, weights whole or in shards."""
     files = base[rng.choice(["model", "model", "shards"])]
-    name = rng.choice(list(files))
+    name = rng.choice(sorted(files))
     path, data = folder / name, files[name]
     for other in files.keys() - {name}:
         (folder / other).write_bytes(files[other])
@@ -668,3 +718,28 @@ def run_fuzz(cases: range, seed: int, folder: Path) -> tuple[Counter, list[tuple
             failures.append((case, kind, traceback.format_exc()))
     signal.signal(signal.SIGALRM, before)
     return counts, failures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def kills_command(count: int, ranks: int, seed: int) -> int:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        run_kills(count, ranks, seed, make_guess(Path(folder)), Path(folder))
+    return 0
+
+
+def fuzz_command(count: int, seed: int, case: int | None) -> int:
+    """Print the table of outcomes -> exit code, 1 for failures."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts, failures = run_fuzz(range(count) if case is None else range(case, case + count), seed, Path(folder))
+    for number, kind, trace in failures:
+        print(f"FAILED {kind}: python -m experiments.stress fuzz 1 --seed {seed} --case {number}\n{trace}")
+    for kind in KINDS:
+        print(f"{kind:10}", ", ".join(f"{n} {outcome}" for (k, outcome), n in sorted(counts.items()) if k == kind))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"{counts.total()} cases, {len(failures)} failed, seed {seed}, peak memory {memory} MiB")
+    return 1 if failures else 0
