@@ -4,10 +4,10 @@
     python -m experiments.bench                   with TRL in the environment: pip install trl==1.16.0
     python -m experiments.bench --max-new 512     rows of different lengths
 
-The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch, float32, random weights. Up to 128 new
-tokens the model has one end token, so nearly all responses have the full length; above, one token in 64 is an end token: lengths differ,
-64 on average. Both sides get the same folder, problems, K, lengths, type and threads; after each of TRL's steps one of ours is run, so
-that both see the same machine. Other options are t1.py's.
+The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch, float32, random
+weights. Up to 128 new tokens the model has one end token, so nearly all responses have the full length; above, one
+token in 64 is an end token: lengths differ, 64 on average. Both sides get the same folder, problems, K, lengths, type
+and threads; after each of TRL's steps one of ours is run, so that both see the same machine. Other options are t1.py's.
 """
 
 import argparse
@@ -224,7 +224,8 @@ def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
 
 
 def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, Timing]]:
-    """Run a TRL trainer for `pairs` steps and one more to warm up, and ours(step) after each -> (ours, TRL's) of each pair."""
+    """Run a TRL trainer for `pairs` steps and one more to warm up, and ours(step) after each -> (ours, TRL's) of each
+    pair."""
     results = []
 
     class InTurn(transformers.TrainerCallback):
@@ -330,3 +331,34 @@ def run_bench(pairs: int, cfg: t1.Config):
     report_pairs("RLOOTrainer", rl)
     report_pairs("SFTTrainer, packing", sft)
     t1.print0(f"peak memory with TRL in the same process {peak_memory():.2f} GiB")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
+    try:
+        own, options = parser.parse_known_args(argv)
+        if own.pairs < 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise t1.Misuse("--pairs must be above 0, in one process: it measures one")
+        job = [f"--{name.replace('_', '-')}={value}" for name, value in BENCH.items()]
+        run_bench(own.pairs, t1.parse_args([*job, *options, "--stage", "rl"]))
+        return 0
+    except argparse.ArgumentError as e:
+        return t1.complain(str(e), 2)
+    except t1.Stop as e:
+        return t1.complain(str(e), e.code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

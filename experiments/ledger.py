@@ -1,12 +1,13 @@
-"""The ledger: does each claim of the paper (sections 2 and 4) hold at this scale? One row per variant, several seeds each.
+"""The ledger: does each claim of the paper (sections 2 and 4) hold at this scale? A row per variant, several seeds.
 
-    python -m experiments.ledger                                        all of VARIANTS x 3 seeds: hours of one core
-    python -m experiments.ledger --variants k4,k64 --seeds 0,1,2,3,4    some of them (base always runs: it is what they are held against)
-    python -m experiments.ledger --table                                ledger.md, ledger.json and ledger.png from the finished runs alone
+    python -m experiments.ledger                    all of VARIANTS x 3 seeds: 5 hours of one core
+    python -m experiments.ledger --variants k4,k64 --seeds 0,1,2,3,4          some of them; base always runs
+    python -m experiments.ledger --table            ledger.md, ledger.json and ledger.png of the finished runs alone
 
 Other options are those of t1.py and hold for every run, for instance --rl-steps 120. Each run is an ordinary folder
-OUT/NAME/VARIANT-seedS (OUT: runs, NAME: ledger) that keeps its last checkpoint without the trainer's state. All variants of a seed start
-from one SFT checkpoint (`cold` from its own), so differences are paired by seed. After a kill the same command resumes.
+OUT/NAME/VARIANT-seedS (OUT: runs, NAME: ledger) that keeps its last checkpoint without the trainer's state. All
+variants of a seed start from one SFT checkpoint (`cold` from its own), so differences are paired by seed. After a kill
+the same command resumes.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import t1
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the ledger: what it changes, the variant it is compared with, and the claim that the comparison tests."""
+    """One row of the ledger: what it changes, what it is compared with, and the claim that the comparison tests."""
 
     changes: dict  # fields of t1.Config that differ from the base run
     against: str = ""
@@ -86,8 +87,8 @@ UNRESOLVED = "not resolved at this scale"
 def verdict(differences: list[float], sign: int) -> str:
     """What paired differences say of the claim that they have this sign.
 
-    `differences`: one per seed, the variant's pass@1 minus that of the variant it is held against, as shares. Resolved if zero lies
-    outside the 95 % interval mean +- t(n - 1) sd / sqrt(n); then the sign of the mean decides.
+    `differences`: one per seed, the variant's pass@1 minus that of the variant it is held against, as shares. Resolved
+    if zero lies outside the 95 % interval mean +- t(n - 1) sd / sqrt(n); then the sign of the mean decides.
     -> "holds" or "does not hold"; "higher" or "lower" where sign is 0; or UNRESOLVED.
     """
     n = len(differences)
@@ -115,8 +116,8 @@ def paired_differences(runs: list[dict], variant: str, against: str) -> list[flo
 
 
 def ledger_of(runs: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Rows of `read_runs` -> one row per variant (means over seeds, each [mean, standard error]) and one row per claim (paired
-    differences and verdict), both in the order of VARIANTS."""
+    """Rows of `read_runs` -> one row per variant (means over seeds, each [mean, standard error]) and one row per claim
+    (paired differences and verdict), both in the order of VARIANTS."""
     rows, claims = [], []
     for name, variant in VARIANTS.items():
         tried = [r for r in runs if r["variant"] == name]
@@ -157,9 +158,10 @@ def run_ledger(base: Path, seeds: list[int], variants: list[str], options: list[
 
 
 def run_variant(base: Path, variant: str, seed: int, options: list[str]) -> bool:
-    """One run: RL from the SFT checkpoint of its seed's base run (or its own, where the traces differ), then evaluation.
+    """RL from the SFT checkpoint of its seed's base run (or its own, where the traces differ), then evaluation.
 
-    A run that cannot go on (a loss that is not finite, for instance) is a result: stopped.json says why. Finished runs are not run again.
+    A run that cannot go on (a loss that is not finite, for instance) is a result: stopped.json says why. Finished runs
+    are not run again.
     -> False if a signal asked for an end.
     """
     name, changes = f"{variant}-seed{seed}", VARIANTS[variant].changes
@@ -194,7 +196,7 @@ def run_stages(base: Path, variant: str, seed: int, options: list[str]) -> bool:
 
 
 def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
-    """One stage of t1.py with `options`, then the fields of Config in `fixed` -> was it finished, or did a signal ask for an end?"""
+    """One stage of t1.py with `options`, then the fields of Config in `fixed` -> False if a signal asked for an end."""
     cfg = dataclasses.replace(t1.parse_args([*options, "--stage", stage]), **fixed)
     {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
     if stage == "eval":
@@ -215,8 +217,9 @@ def drop_trainer_states(run: Path):
 def read_runs(base: Path) -> list[dict]:
     """The finished runs under `base`, one dict each, from results.json, rl/metrics.jsonl and rl/config.json.
 
-    Keys: variant, seed, stopped (it could not go on), collapsed; of those that did not stop also pass_at_1 (held out), start (that of the
-    SFT checkpoint it began from, or None), length (tokens), overlong (share), entropy (nats, last five steps), fell, problems, samples.
+    Keys: variant, seed, stopped (it could not go on), collapsed; of those that did not stop also pass_at_1 (held out),
+    start (that of the SFT checkpoint it began from, or None), length (tokens), overlong (share), entropy (nats, last
+    five steps), fell, problems, samples.
     """
     results = {path.parts[-3]: data_prep.read_json(path) for path in base.glob("*/eval/results.json")}
     starts = {}  # RUN/sft/checkpoint-N, wherever the folder was moved -> pass@1
@@ -235,8 +238,8 @@ def read_runs(base: Path) -> list[dict]:
 
 
 def measured(rl_folder: Path, result: dict, starts: dict) -> dict:
-    """What one run reached, for `read_runs`; it collapsed if it ended below its start or fell in training, or half of its held-out
-    responses are over-long."""
+    """What one run reached, for `read_runs`; it collapsed if it ended below its start or fell in training, or half of
+    its held-out responses are over-long."""
     steps = t1.read_log(rl_folder / "metrics.jsonl")
     source = data_prep.read_json(rl_folder / "config.json").get("started_from", "")
     end = result | result["checkpoints"][-1]
@@ -257,10 +260,10 @@ def column_mean(rows: list[dict], column: str) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 
 HOW_TO_READ = """
-A claim holds, or does not, if zero lies outside the 95 % interval of the paired differences (Student's t over seeds); else it is not
-resolved at this scale. Of twenty such intervals one is wrong on average. Collapsed: held-out pass@1 below that of the SFT start, accuracy
-in training lower in the last five steps than in the first, more than half of the held-out responses over-long, or a run that stopped.
-Entropy: mean of the last five steps, at the run's own temperature.
+A claim holds, or does not, if zero lies outside the 95 % interval of the paired differences (Student's t over seeds);
+else it is not resolved at this scale. Of twenty such intervals one is wrong on average. Collapsed: held-out pass@1
+below that of the SFT start, accuracy in training lower in the last five steps than in the first, more than half of the
+held-out responses over-long, or a run that stopped. Entropy: mean of the last five steps, at the run's own temperature.
 """
 
 
@@ -321,8 +324,8 @@ def claim_table(claims: list[dict]) -> str:
 
 
 def draw(path: Path, rows: list[dict], about: str):
-    """Held-out pass@1 of every variant: a circle per seed, the mean and its standard error, a note on collapsed runs; base and SFT start
-    as vertical lines."""
+    """Held-out pass@1 of every variant: a circle per seed, the mean and its standard error, a note on collapsed runs;
+    base and SFT start as vertical lines."""
     figure, (axis,) = t1.new_figure(1, 1, height=0.32 * len(rows) + 1.5)
     for y, row in enumerate(reversed(rows)):
         if row["pass_at_1"]:

@@ -1,15 +1,17 @@
-"""What a run on GPUs costs, before it is started: memory per GPU, computed from the model's shape as t1.py shards it with FSDP2.
+"""What a run on GPUs costs, before it is started: memory per GPU, computed from the shape of the model.
 
     python -m experiments.plan --vllm-tp 4                          the presets' models
     python -m experiments.plan --model FOLDER --gpus 1,2 --contexts 4096
 
-Other options are t1.py's, on top of the preset qwen2.5-14b (--preset for another): --dtype, --checkpointing, --offload-anchor, ...
-Computed, not measured: no number here was read from a GPU. On one rank in float32 the plan agrees with the live tensors of a step, and
-its activations with what autograd saves (test_experiments.py).
+Other options are t1.py's, on top of the preset qwen2.5-14b (--preset for another): --dtype, --checkpointing,
+--offload-anchor, ... The layout is that of FSDP2 as t1.py shards a model. Computed, not measured: no number here was
+read from a GPU. On one rank in float32 the plan agrees with the live tensors of a step, and its activations with what
+autograd saves (test_experiments.py).
 """
 
 import argparse
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +71,12 @@ def parameter_counts(shape: Shape) -> tuple[int, int]:
 def memory_plan(shape: Shape, gpus: int, context: int, micro_tokens: int, cfg: t1.Config) -> dict[str, float]:
     """Bytes on each device for one step of RL; `parameters` is their number, over all devices.
 
-    Held throughout: `weights`, `optimizer` (AdamW) and `anchor`, float32 shards over all ranks (`t1.shard`). During the update besides:
-    `gradients`; `gathered`, the layers at hand and the root in cfg.dtype; and the greatest of three moments: the head works on its chunks
-    (`activations` kept, `head_gradient`, `head_chunks`); the last layer runs `backward` while the head's gradient waits; the root's
-    gradient is summed over ranks. `update` and `rollout` are the peaks of the two phases; vLLM sleeps during the update.
-    `context`: tokens of the longest row; a micro-batch has `micro_tokens`, but at least one row.
+    Held throughout: `weights`, `optimizer` (AdamW) and `anchor`, float32 shards over all ranks (`t1.shard`). During the
+    update besides: `gradients`; `gathered`, the layers at hand and the root in cfg.dtype; and the greatest of three
+    moments: the head works on its chunks (`activations` kept, `head_gradient`, `head_chunks`); the last layer runs
+    `backward` while the head's gradient waits; the root's gradient is summed over ranks. `update` and `rollout` are the
+    peaks of the two phases; vLLM sleeps during the update. `context`: tokens of the longest row; a micro-batch has
+    `micro_tokens`, but at least one row.
     """
     layer, root = parameter_counts(shape)
     parameters, n, sharded = shape.layers * layer + root, max(context, micro_tokens), gpus > 1
@@ -104,7 +107,7 @@ def memory_plan(shape: Shape, gpus: int, context: int, micro_tokens: int, cfg: t
 
 
 def activation_plan(shape: Shape, n: int, size: int, sharded: bool, cfg: t1.Config) -> dict[str, float]:
-    """Bytes that autograd keeps of `n` packed tokens (`activations`), and those that the head and a layer's backward take besides.
+    """Bytes that autograd keeps of `n` packed tokens (`activations`), and what head and backward take besides.
 
     With checkpointing each layer's input is kept, and one layer's inside is made again in its backward.
     """
@@ -129,7 +132,7 @@ COLUMNS = ("weights", "optimizer", "anchor", "gathered", "activations", "update"
 
 
 def table_of(shapes: dict[str, Shape], gpus: list[int], contexts: list[int], cfg: t1.Config) -> list[str]:
-    """Lines of the table: model x GPUs x context x micro-batch (one row, and cfg.micro_tokens) -> GiB per GPU, and the card that fits."""
+    """Lines of the table, GiB per GPU: model x GPUs x context x micro-batch (one row, and cfg.micro_tokens)."""
     lines = [
         f"{'model':14} {'GPUs':>4} {'context':>8} {'micro':>7} " + " ".join(f"{c:>11}" for c in COLUMNS) + "  fits"
     ]
@@ -159,9 +162,53 @@ def run_plan(gpus: list[int], contexts: list[int], cfg: t1.Config):
         for name in ("checkpointing", "offload_optimizer", "offload_anchor")
     ]
     t1.print0(", ".join([cfg.dtype, *switches, f"anchor {cfg.anchor}", f"vllm_tp {cfg.vllm_tp}"]))
-    t1.print0(
-        f"GiB per GPU, computed. `rollout` has vLLM's weights and a cache of {VLLM_ROWS} rows of full context. A card fits where"
-    )
-    t1.print0(f"{USABLE:.0%} of it is enough: the rest is for CUDA, NCCL and fragmentation.")
+    t1.print0(f"GiB per GPU, computed. `rollout` has vLLM's weights and a cache of {VLLM_ROWS} rows of full context.")
+    t1.print0(f"A card fits where {USABLE:.0%} of it is enough: the rest is for CUDA, NCCL and fragmentation.")
     for line in table_of(shapes, gpus, contexts or [4096, cfg.max_prompt + cfg.max_new, 32768], cfg):
         t1.print0(line)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def whole_numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers above 0, separated by commas")
+    return [int(part) for part in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--gpus", type=whole_numbers, default=[8, 16, 32, 64], metavar="LIST", help="default: 8,16,32,64")
+    add(
+        "--contexts",
+        type=whole_numbers,
+        default=[],
+        metavar="LIST",
+        help="prompt and response, tokens; default: 4096, --max-prompt + --max-new, 32768",
+    )
+    add("--vllm-tp", type=int, default=1, help="ranks that share one vLLM engine (default: %(default)s)")
+    try:
+        own, options = parser.parse_known_args(argv)
+        if own.vllm_tp < 1:
+            raise t1.Misuse("--vllm-tp must be above 0")
+        cfg = t1.parse_args(["--preset", "qwen2.5-14b", *options, "--stage", "rl"])
+        run_plan(own.gpus, own.contexts, dataclasses.replace(cfg, vllm_tp=own.vllm_tp))
+        return 0
+    except argparse.ArgumentError as e:
+        return t1.complain(str(e), 2)
+    except t1.Stop as e:
+        return t1.complain(str(e), e.code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

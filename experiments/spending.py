@@ -1,19 +1,21 @@
-"""Other ways of spending tokens than a longer thought: budget forcing and the majority of k. Neither is in the T1 paper.
+"""Other ways of spending tokens than a longer thought: budget forcing and the majority of k.
 
     python -m experiments.spending --name NAME                      after python t1.py --stage eval --name NAME
     python -m experiments.spending --name NAME --samples 32 --wait-words Wait
 
-Takes the run's last evaluated checkpoint and asks, on the same test set, what accuracy its tokens could have bought otherwise:
-  cut      a thought of at most a budget of tokens (paper, section 3): read from results.json;
-  forced   budget forcing after Muennighoff et al., s1: Simple test-time scaling (arXiv 2501.19393): each time a thought ends before the
-           budget, `</think>` gives way to --wait-words and the policy thinks on; one thought per problem, the first of responses.jsonl;
-  majority the most frequent answer of k of --samples responses.
-Writes OUT/NAME/eval/spending.json, spending.png and spending.jsonl (the responses of `majority`). Settings are those of the run and of
-its evaluation; other options are t1.py's. The same command after a kill resumes and ends with the same numbers.
+NOT IN PAPER, both. Takes the run's last evaluated checkpoint and asks, on the same test set, what accuracy its tokens
+could have bought otherwise:
+  cut       a thought of at most a budget of tokens (paper, section 3): read from results.json;
+  forced    budget forcing after Muennighoff et al., s1: Simple test-time scaling (arXiv 2501.19393): each time a
+            thought ends before the budget, `</think>` gives way to --wait-words and the policy thinks on; one thought
+            per problem, the first of responses.jsonl;
+  majority  the most frequent answer of k of --samples responses.
+Writes OUT/NAME/eval/spending.json, spending.png and spending.jsonl (the responses of `majority`). Settings are those of
+the run and of its evaluation; other options are t1.py's. The same command after a kill resumes and ends with the same
+numbers.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -29,9 +31,10 @@ import verify
 
 
 def majority(answers: list[str | None]) -> int | None:
-    """Index of the first response with the most frequent answer; a tie goes to the answer that appeared first. None: no answer at all.
+    """Index of the first response with the most frequent answer; None if no response has an answer.
 
-    Two answers are one if `verify.is_equal` says so; a response without an answer has no vote.
+    A tie goes to the answer that appeared first. Two answers are one if `verify.is_equal` says so; a response without
+    an answer has no vote.
     >>> majority(["1/2", "3", "0.5", None])
     0
     """
@@ -44,7 +47,7 @@ def majority(answers: list[str | None]) -> int | None:
 
 
 def maj_at_k(answers: list[str | None], right: list[bool], k: int) -> float:
-    """How often the majority of k samples is right, over the n // k disjoint groups of k consecutive samples: an unbiased estimate."""
+    """How often the majority of k samples is right: the mean over the n // k disjoint groups of k consecutive ones."""
     hits = []
     for start in range(0, len(answers) - k + 1, k):
         chosen = majority(answers[start : start + k])
@@ -81,7 +84,7 @@ def before_end(ids: list[int], tokenizer) -> list[int]:
 
 
 def reopened(ids: list[int], finished: bool, wait: list[int], tokenizer) -> list[int]:
-    """A thought that ended, or a response that did, waits instead of ending; one that was cut off is returned unchanged."""
+    """The thought without its end, then `wait`; one that was cut off before it ended is returned unchanged."""
     ids = ids[:-1] if finished else ids  # without the end token
     thought = before_end(ids, tokenizer)
     ended = finished or len(thought) < len(ids)
@@ -89,8 +92,9 @@ def reopened(ids: list[int], finished: bool, wait: list[int], tokenizer) -> list
 
 
 def force_budget(engine, rollouts: list[t1.Rollout], budget: int, wait_words: str, cfg: t1.Config) -> list[t1.Rollout]:
-    """The same thoughts, each forced to `budget` tokens: `wait_words` stand in place of every `</think>`. Ids only, nothing is encoded
-    again. Cut at a smaller budget they are the thoughts forced to that one: one set of generations serves all budgets."""
+    """The same thoughts, each forced to `budget` tokens: `wait_words` stand in place of every `</think>`. Ids only,
+    nothing is encoded again. Cut at a smaller budget they are the thoughts forced to that one: one set of generations
+    serves all budgets."""
     tokenizer = engine.tokenizer
     wait = tokenizer(wait_words.replace("\\n", "\n"), add_special_tokens=False).input_ids
     thoughts = [reopened(r.ids, r.finished, wait, tokenizer) for r in rollouts]
@@ -135,7 +139,7 @@ def settings_of(base: Path, results: dict, options: list[str]) -> t1.Config:
 
 
 def problems_of(entry: dict, cfg: t1.Config) -> list[dict]:
-    """The problems of one entry of results.json: the embedded ones, a benchmark, or the file that was given as --test."""
+    """The problems of one entry of results.json: the embedded ones, a benchmark's, or those of its --test file."""
     if entry["test"] == "embedded":
         problems = data_prep.embedded_problems("test")
     else:
@@ -165,7 +169,8 @@ def responses_of(base: Path, entry: dict) -> list[dict]:
 def at_each_budget(
     answerer, rollouts: list[t1.Rollout], golds: list[str], budgets: list[int], cfg: t1.Config
 ) -> list[list]:
-    """One rollout per problem, cut at each budget and answered -> [budget, accuracy, standard error over problems, tokens spent]."""
+    """One rollout per problem, cut at each budget and answered -> [budget, accuracy, standard error over problems,
+    tokens spent]."""
     points = []
     for budget in budgets:
         ids = t1.cut_ids(answerer, answerer.tokenizer, rollouts, budget, cfg)
@@ -175,8 +180,8 @@ def at_each_budget(
 
 
 def spend(engine, answerer, base: Path, entry: dict, samples: int, wait_words: str, cfg: t1.Config) -> dict:
-    """What each way of spending tokens buys on one test set -> cut, forced, majority: lists of [budget or k, accuracy, standard error
-    over problems, tokens spent per problem]."""
+    """What each way of spending tokens buys on one test set -> cut, forced, majority: lists of [budget or k, accuracy,
+    standard error over problems, tokens spent per problem]."""
     problems, kept = problems_of(entry, cfg), responses_of(base, entry)
     prompts = t1.encode_prompts(problems, engine.tokenizer, cfg)
     firsts = [t1.Rollout(prompts[r["number"]], r["ids"], [], r["finished"]) for r in kept if r["sample"] == 0]
@@ -199,7 +204,7 @@ def spend(engine, answerer, base: Path, entry: dict, samples: int, wait_words: s
 
 
 def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
-    """Measure the last evaluated checkpoint of a run on every test set it was evaluated on -> the folder with spending.json."""
+    """Measure the last evaluated checkpoint on every test set it was evaluated on -> the folder of spending.json."""
     asked = t1.parse_args([*options, "--stage", "eval"])
     base = Path(asked.out) / (asked.name or asked.preset)
     if not (base / "eval" / "results.json").exists():
@@ -252,3 +257,41 @@ def draw(folder: Path, content: dict):
         title = f"{test['problems']} problems ({test['test']}), T = {content['temperature']}, seed {content['seed']}"
         several = f"-{test['test']}" if len(content["tests"]) > 1 else ""
         t1.save_figure(figure, folder / f"spending{several}.png", title + "; bars: standard error over problems")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.spending",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--samples", type=int, default=8, help="responses per problem of the majority (default: %(default)s)")
+    add(
+        "--wait-words",
+        default=", wait\\n",
+        help="what stands in place of </think>, \\n a new line (default: %(default)r)",
+    )
+    try:
+        own, options = parser.parse_known_args(argv)
+        if own.samples < 1 or not own.wait_words:
+            raise t1.Misuse(
+                "--samples must be above 0, and --wait-words not empty: the thought would end again at once"
+            )
+        t1.print0(f"spending.json and spending.png in {run_spending(own.samples, own.wait_words, options)}")
+        return 0
+    except argparse.ArgumentError as e:
+        return t1.complain(str(e), 2)
+    except t1.Stop as e:
+        return t1.complain(str(e), e.code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,10 +5,12 @@
     python -m experiments.stress fuzz 12000                 COUNT damaged files through every reader; 20 minutes
     python -m experiments.stress fuzz 1 --seed 0 --case 77  one case again
 
-kills: one run of 20 steps undisturbed, then the same run with up to twelve SIGKILLs at random moments of random phases, resumed after
-each; metrics.jsonl, weights, AdamW and anchor must be bit-equal. On two ranks one is killed and the other must end by itself with one line.
+kills: one run of 20 steps undisturbed, then the same run with up to twelve SIGKILLs at random moments of random phases,
+resumed after each; metrics.jsonl, weights, AdamW and anchor must be bit-equal. On two ranks one is killed and the other
+must end by itself with one line.
 
-fuzz: a case is a seeded change of a good file and the readers it goes through, in this process. Each reader must take it, or raise one
+fuzz: a case is a seeded change of a good file and the readers it goes through, in this process. Each reader must take
+it, or raise one
 line that names the file: no traceback, no hang (SLOW seconds at most), no half output.
 """
 
@@ -73,7 +75,8 @@ def naming_rows(stage: str) -> list[dict]:
 
 
 def make_guess(base: Path) -> Path:
-    """A policy that guesses among ten numbers, and its problems: rewards differ within a group from the first step on."""
+    """A policy that guesses among ten numbers, and its problems: rewards differ within a group from the first step
+    on."""
     for name, stage in (("rows", "sft"), ("ten", "rl")):
         t1.write_text(base / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in naming_rows(stage)))
     data = f"--data {base}/rows.jsonl --test {base}/rows.jsonl --out {base}"
@@ -98,7 +101,8 @@ def rl_args(guess: Path, out: Path, name: str) -> list[str]:
 
 
 def outcome(folder: Path, step: int) -> tuple[bytes, dict[str, bytes]]:
-    """What must be equal to the bit: metrics.jsonl, weights and trainer state, tensor by tensor (a header lists them in any order)."""
+    """What must be equal to the bit: metrics.jsonl, weights and trainer state, tensor by tensor (a header lists them in
+    any order)."""
     tensors = {}
     for path in sorted((folder / f"checkpoint-{step}").rglob("*.safetensors")):
         with safetensors.safe_open(path, "np") as f:
@@ -116,8 +120,8 @@ def find(path: str):
 
 
 def kill_in(phase: str, nth: int, delay: float, log: Path):
-    """Wrap the functions of all phases so that this process is killed `delay` seconds after the nth call of one of `phase` begins; `log`
-    then names the phase that the kill hit."""
+    """Wrap the functions of all phases so that this process is killed `delay` seconds after the nth call of one of
+    `phase` begins; `log` then names the phase that the kill hit."""
     state = dict(calls=0, now="between")
 
     def die():
@@ -164,7 +168,8 @@ def rank_process(rank: int, ranks: int, port: str, args: list[str], kill: tuple 
 
 
 def start_ranks(args: list[str], ranks: int, log: Path, kill: tuple | None = None, seconds: int = 240) -> list[int]:
-    """t1.main(args) in forked processes -> exit codes, -9 for one that was killed. `kill`: (rank, phase, nth call, delay)."""
+    """t1.main(args) in forked processes -> exit codes, -9 for one that was killed. `kill`: (rank, phase, nth call,
+    delay)."""
     port, pids = str(29900 + random.Random().randrange(2000)), []
     for rank in range(ranks):
         pid = os.fork()
@@ -204,7 +209,8 @@ def check_codes(codes: list[int], killed: int, log: Path):
 
 
 def run_kills(count: int, ranks: int, seed: int, guess: Path, base: Path) -> Counter:
-    """Kill, resume and compare until `count` kills have hit -> how many hit in each phase. AssertionError at the first difference."""
+    """Kill, resume and compare until `count` kills have hit -> how many hit in each phase. AssertionError at the first
+    difference."""
     rng, hit, runs, log = random.Random(seed), Counter(), 0, base / "log"
     assert start_ranks(rl_args(guess, base, "whole"), ranks, log) == [0] * ranks
     whole, args = outcome(base / "whole/rl", STEPS), rl_args(guess, base, "killed")
@@ -237,59 +243,18 @@ def run_kills(count: int, ranks: int, seed: int, guess: Path, base: Path) -> Cou
 
 SLOW = 30  # seconds that one reader may take
 MESSAGES = [[dict(role="user", content=3)], [dict(role="user"), dict(content="x")]]
-ODD_NUMBERS = [True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf")]
-ODD_TEXTS = [
-    "",
-    " ",
-    "\0",
-    "\ud800",
-    "a\udfffb",
-    "x" * 60_000,
-    "9" * 5000,
-    "\\boxed{" * 400,
-    "\\boxed{2}",
-    "25\n",
-    "\u2028",
+# fmt: off
+ODD_VALUES = [
+    None, True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf"), [], {}, [[]], {"a": 1}, [1, "a", None],
+    *MESSAGES, "", " ", "\0", "\ud800", "a\udfffb", "x" * 60_000, "9" * 5000, "\\boxed{" * 400, "\\boxed{2}", "25\n", "\u2028",
+    "<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000,
 ]
-ODD_TEXTS += ["<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000]
-ODD_VALUES = [None, *ODD_NUMBERS, *ODD_TEXTS, [], {}, [[]], {"a": 1}, [1, "a", None], *MESSAGES]
 ODD_BYTES = [
-    b"",
-    b"\0",
-    b"\0" * 64,
-    b"\xff\xfe",
-    b"\xef\xbb\xbf",
-    b"\r",
-    b"\r\n",
-    b"\n",
-    b"\n\n",
-    b"caf\xe9",
-    b"\xed\xa0\x80",
+    b"", b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"caf\xe9", b"\xed\xa0\x80",
+    b"\\ud800", b"\\udc00", b"\\u0000", b"NaN", b"-Infinity", b"1e999", b"[" * 3000, b'{"a":' * 3000, b"1" * 5000, b'"',
+    b"\\", b",", b"{", b"}", b"null", b"\x1f\x8b", b"PAR1", "é\u2028😀".encode(), b" " * 3000, b'"problem": 1, ',
 ]
-ODD_BYTES += [
-    b"\\ud800",
-    b"\\udc00",
-    b"\\u0000",
-    b"NaN",
-    b"-Infinity",
-    b"1e999",
-    b"[" * 3000,
-    b'{"a":' * 3000,
-    b"1" * 5000,
-]
-ODD_BYTES += [
-    b'"',
-    b"\\",
-    b",",
-    b"{",
-    b"}",
-    b"null",
-    b"\x1f\x8b",
-    b"PAR1",
-    "é\u2028😀".encode(),
-    b" " * 3000,
-    b'"problem": 1, ',
-]
+# fmt: on
 ODD_CHARACTERS = ["\0", "\ud800", "\r", "\u2028", "}", "{", "\\", "$", ""]
 ENCODINGS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "cp500"]
 RARE_PATHS = ["pipe", "loop", "device", "folder", "dangling"]
@@ -305,9 +270,8 @@ def odd_json(rng: random.Random, value):
         if what == 0:
             del result[key]
         elif what == 1:
-            result[rng.choice([key.upper(), key + "\ud800", "", "problem", "answer", "id", "settings", "x" * 3000])] = (
-                result.pop(key)
-            )
+            names = [key.upper(), key + "\ud800", "", "problem", "answer", "id", "settings", "x" * 3000]
+            result[rng.choice(names)] = result.pop(key)
         else:
             result[key] = odd_json(rng, value[key])
         return result
@@ -401,7 +365,7 @@ def rare_file(rng: random.Random, path: Path, data: bytes, kinds=RARE_FILES) -> 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def json_lines(rows: list[dict]) -> bytes:
+def as_lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
@@ -463,18 +427,19 @@ def good_files(folder: Path) -> dict:
         dict(id="c", trace=dict(id="c"), why="x", failed=1, pass_rate=1),
     ]
     return dict(
-        rows=json_lines(good_rows()),
-        gpqa=json_lines([question] * 2),
+        rows=as_lines(good_rows()),
+        gpqa=as_lines([question] * 2),
         csv=(",".join(question) + "\n" + 'r,"a, ""b""\n\nc",d,e,f,g\n' * 2).encode(),
-        verify=json_lines(pairs),
-        journal=json_lines(journal),
+        verify=as_lines(pairs),
+        journal=as_lines(journal),
         **good_parquet(folder),
         **good_models(folder),
     )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Fuzz: kinds of cases. Each makes a damaged file in `folder` -> (its path, the readers to try: functions without arguments)
+# Fuzz: kinds of cases. Each makes a damaged file in `folder` -> (its path, the readers to try: functions without
+# arguments)
 # ----------------------------------------------------------------------------------------------------------------------
 
 JOURNAL_SETTINGS = dict(n=2, model="m")
@@ -589,7 +554,8 @@ def read_journal(path: Path, kinds: dict):
 
 
 def model_case(rng: random.Random, folder: Path, base: dict):
-    """A model folder with one damaged file: config, generation config, tokenizer, chat template, weights whole or in shards."""
+    """A model folder with one damaged file: config, generation config, tokenizer, chat template, weights whole or in
+    shards."""
     files = base[rng.choice(["model", "model", "shards"])]
     name = rng.choice(sorted(files))
     path, data = folder / name, files[name]
@@ -675,7 +641,8 @@ def check_refusal(error: BaseException, name: str):
 
 
 def fuzz_case(kind: str, seed: int, case: int, folder: Path, base: dict) -> str:
-    """-> "works" if any reader took the file, else "one line"; AssertionError, or whatever a reader raised, is a failure."""
+    """-> "works" if any reader took the file, else "one line"; AssertionError, or whatever a reader raised, is a
+    failure."""
     path, readers = KINDS[kind][0](random.Random(f"{seed} {case}"), folder, base)
     name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path.name)
     before, taken = files_in(folder), 0
@@ -732,10 +699,10 @@ def kills_command(count: int, ranks: int, seed: int) -> int:
     return 0
 
 
-def fuzz_command(count: int, seed: int, case: int | None) -> int:
-    """Print the table of outcomes -> exit code, 1 for failures."""
+def fuzz_command(count: int, seed: int, first: int) -> int:
+    """Cases first, ..., first + count - 1; print the table of outcomes -> exit code, 1 for failures."""
     with tempfile.TemporaryDirectory() as folder:
-        counts, failures = run_fuzz(range(count) if case is None else range(case, case + count), seed, Path(folder))
+        counts, failures = run_fuzz(range(first, first + count), seed, Path(folder))
     for number, kind, trace in failures:
         print(f"FAILED {kind}: python -m experiments.stress fuzz 1 --seed {seed} --case {number}\n{trace}")
     for kind in KINDS:
@@ -743,3 +710,36 @@ def fuzz_command(count: int, seed: int, case: int | None) -> int:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"{counts.total()} cases, {len(failures)} failed, seed {seed}, peak memory {memory} MiB")
     return 1 if failures else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.stress",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = refuse
+    add = parser.add_argument
+    add("what", choices=("kills", "fuzz"))
+    add("count", type=int, help="number of kills, or of damaged files")
+    add("--seed", type=int, default=0, help="of the moments or of the damage (default: %(default)s)")
+    add("--ranks", type=int, default=1, help="kills: ranks of the run (default: %(default)s)")
+    add("--case", type=int, help="fuzz: the first of COUNT cases, as a failure names it (default: 0)")
+    try:
+        own = parser.parse_args(argv)
+        if own.count < 1 or own.ranks < 1:
+            raise t1.Misuse("COUNT and --ranks must be above 0")
+        if own.what == "kills":
+            return kills_command(own.count, own.ranks, own.seed)
+        return fuzz_command(own.count, own.seed, own.case or 0)
+    except t1.Stop as e:
+        return t1.complain(str(e), e.code)
+
+
+def refuse(message: str):
+    raise t1.Misuse(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
