@@ -246,8 +246,8 @@ MESSAGES = [[dict(role="user", content=3)], [dict(role="user"), dict(content="x"
 # fmt: off
 ODD_VALUES = [
     None, True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf"), [], {}, [[]], {"a": 1}, [1, "a", None],
-    *MESSAGES, "", " ", "\0", "\ud800", "a\udfffb", "x" * 60_000, "9" * 5000, "\\boxed{" * 400, "\\boxed{2}", "25\n", "\u2028",
-    "<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000,
+    "", " ", "\0", "\ud800", "a\udfffb", "x" * 60_000, "9" * 5000, "\\boxed{" * 400, "\\boxed{2}", "25\n", "\u2028",
+    "<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000, *MESSAGES,
 ]
 ODD_BYTES = [
     b"", b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"caf\xe9", b"\xed\xa0\x80",
