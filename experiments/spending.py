@@ -161,6 +161,13 @@ def responses_of(base: Path, entry: dict) -> list[dict]:
     return [rows[cell] for cell in sorted(rows)]
 
 
+def drop_cut_line(path: Path):
+    """Remove what a kill left of a log's last line, so that the next row begins a line of its own."""
+    if path.exists():
+        data = path.read_bytes()
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Measurement
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,7 +198,9 @@ def spend(engine, answerer, base: Path, entry: dict, samples: int, wait_words: s
         about = dict(
             key=f"{entry['key']} x {samples}", name=entry["name"], checkpoint=entry["checkpoint"], test=entry["test"]
         )
-        _, kept = t1.evaluate(engine, problems, prompts, samples, cfg, base / "eval" / "spending.jsonl", about)
+        path = base / "eval" / "spending.jsonl"
+        drop_cut_line(path)
+        _, kept = t1.evaluate(engine, problems, prompts, samples, cfg, path, about)
     else:
         kept = [r for r in kept if r["sample"] < samples]
     return dict(
