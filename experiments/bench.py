@@ -93,7 +93,11 @@ def make_job(folder: str, pairs: int, cfg: t1.Config) -> Job:
     sums = np.random.default_rng(cfg.seed).integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist()
     problems = [dict(id=str(i), problem=f"{a}+{b}=", answer=str(a + b)) for i, (a, b) in enumerate(sums)]
     traces = data_prep.embedded_traces()[: 4 * cfg.sft_batch * (pairs + 1)]  # enough for TRL to pack
-    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    questions = [t1.prompt_ids(t["problem"], tokenizer, cfg) for t in traces]
     return Job(
         cfg=cfg,
         policy=policy,
@@ -104,9 +108,7 @@ def make_job(folder: str, pairs: int, cfg: t1.Config) -> Job:
         problems=problems,
         prompts=[ids(p["problem"]) for p in problems],
         traces=traces,
-        rows=[
-            (t1.prompt_ids(t["problem"], tokenizer, cfg), ids(t["response"]) + [tokenizer.eos_token_id]) for t in traces
-        ],
+        rows=[(x, ids(t["response"]) + [tokenizer.eos_token_id]) for x, t in zip(questions, traces)],
     )
 
 
@@ -224,8 +226,7 @@ def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
 
 
 def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, Timing]]:
-    """Run a TRL trainer for `pairs` steps and one more to warm up, and ours(step) after each -> (ours, TRL's) of each
-    pair."""
+    """Run a TRL trainer for one step to warm up and `pairs` more, and ours(step) after each -> pairs of (ours, TRL's)."""
     results = []
 
     class InTurn(transformers.TrainerCallback):
@@ -241,10 +242,9 @@ def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, 
             tokens.clear()
             mine = ours(len(results))
             results.append((mine, theirs))
-            rates = f"{mine.rate(0):,.0f} and {theirs.rate(0):,.0f} tokens per CPU second"
-            t1.print0(
-                f"{type(trainer).__name__} {len(results) - 1} of {pairs}: {rates}, {mine.rate(0) / theirs.rate(0):.2f}"
-            )
+            pair = f"{type(trainer).__name__} {len(results) - 1} of {pairs}"
+            ratio = mine.rate(0) / theirs.rate(0)
+            t1.print0(f"{pair}: {mine.rate(0):,.0f} and {theirs.rate(0):,.0f} tokens per CPU second, {ratio:.2f}")
             self.start()
 
     trainer.add_callback(InTurn())
@@ -277,10 +277,8 @@ def about_machine() -> str:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    cpu = names[0] if names else platform.machine()
-    return (
-        f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} thread(s); {versions}"
-    )
+    cpu = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{cpu}, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} thread(s); {versions}"
 
 
 def report(rl: list[Timing], sft: list[Timing], memory: float):
