@@ -226,7 +226,7 @@ def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
 
 
 def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, Timing]]:
-    """Run a TRL trainer for one step to warm up and `pairs` more, and ours(step) after each -> pairs of (ours, TRL's)."""
+    """Run a TRL trainer for one step to warm up and `pairs` more, and ours(step) after each -> the pairs."""
     results = []
 
     class InTurn(transformers.TrainerCallback):
