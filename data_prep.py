@@ -1898,6 +1898,168 @@ def main(argv=None) -> int:
         return 1
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What t1.py shares: rows and logs, measures of a response, text rules, the embedded tokenizer, data order
+# ----------------------------------------------------------------------------------------------------------------------
+
+REFLECTION = re.compile(
+    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check|double-check"
+    r"|let me (?:check|verify|try))\b", re.I,
+)  # fmt: skip
+
+def behaviour(problem: str, response: str, right: bool) -> dict:
+    """What RL may teach, measured on one response: reflection words (section 3) and, in embedded problems, checks.
+
+    honoured: the final answer was checked, and every check of it said yes: it contradicts no check of its own.
+    first_right, corrected: a right answer that was the first candidate tried, or that replaced another one.
+    """
+    found, answer = read_checks(problem, response), verify.extract_answer(response)
+    verdicts = [yes for candidate, yes, _ in found if candidate == answer]
+    first = bool(found) and found[0][0] == answer
+    return dict(
+        answer=answer,
+        reflections=len(REFLECTION.findall(response)),
+        checks=len(found),
+        honest=sum(honest for _, _, honest in found),
+        honoured=bool(verdicts) and all(verdicts),
+        first_right=right and first,
+        corrected=right and bool(found) and not first,
+    )
+
+def habit_shares(records: list[dict]) -> dict[str, list[float]]:
+    """Embedded problems: habit -> [share of the responses, share right among them]."""
+    count = Counter((habit_of(r["response"]), r["right"]) for r in records)
+    shares = {}
+    for habit in HABITS:
+        n = count[habit, True] + count[habit, False]
+        if n:
+            shares[habit] = [n / len(records), count[habit, True] / n]
+    return shares
+
+def append_rows(path: Path, rows: list[dict]):
+    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first."""
+    with open(path, "ab+") as f:
+        if f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n":
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)
+        f.write("".join(map(json_line, rows)).encode())
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
+    lines = json_lines(path) if os.path.lexists(path) else []
+    return [parse(where, line) for where, line in lines if line.endswith(b"\n")]
+
+def write_json(path: Path, value):
+    write_beside(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+def read_rows(path: str, stage: str) -> list[dict]:
+    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set.
+
+    A row without response or answer is completed from its "solution": as the response, or its last box as the answer.
+    """
+    rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
+    for where, raw in raw_rows(path):
+        row = {k: v for k, v in parse(where, raw).items() if isinstance(v, (str, int))}  # fit for a log
+        solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
+        if stage == "sft":
+            row.setdefault("response", solution)
+        else:
+            row.setdefault("answer", verify.extract_answer(solution) or "")
+        for name in needed:
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
+        rows.append(row | dict(where=row_at(where)))
+    if not rows:
+        raise Misuse(f"{path}: no rows")
+    unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
+    if unreadable and os.environ.get("RANK", "0") == "0":
+        print(f"{len(unreadable)} answers cannot be read by verify.py, so nothing will equal them; the first is in {unreadable[0]}")
+    return rows
+
+def repeats(ids: list[int], n: int) -> int:
+    """How often the most frequent block of n tokens occurs in ids, counted without overlap."""
+    seen, most = {}, 0  # block -> (count, end of its last occurrence)
+    for i in range(len(ids) - n + 1):
+        block = tuple(ids[i : i + n])
+        count, end = seen.get(block, (0, 0))
+        if i >= end:
+            seen[block] = count + 1, i + n
+            most = max(most, count + 1)
+    return most
+
+MATHS_SCRIPTS = set("LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
+                    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())  # fmt: skip
+BROKEN = ("Cc", "Cn", "Co", "Cs")  # Unicode categories: control, unassigned, private use, half surrogate pairs
+
+def garbled(text: str, prompt: str = "") -> bool:
+    """Mixed languages or random characters: at least 5 letters, and 5 % of all, are of a script used neither in
+    mathematics nor in the prompt; or more than 1 % of the characters are broken (replacement, control, unassigned); or
+    60 Latin letters follow each other."""
+    broken = [c for c in text if (c < " " and c not in "\n\t\r") or (c > "~" and unicodedata.category(c) in BROKEN)]
+    if len(broken) + text.count("\ufffd") > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
+        return True
+    if text.isascii():
+        return False
+    scripts, known = ([unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt))
+    foreign = sum(name not in MATHS_SCRIPTS and name not in known for name in scripts)
+    return foreign >= 5 and foreign > 0.05 * len(scripts)
+
+def means(records: list[dict]) -> dict:
+    """Means over judged responses, as they are logged (docs/metrics.md). None: there is nothing to take a mean of."""
+    n, checked = len(records), sum(r["checks"] > 0 for r in records)
+    names = "right reward length checks honest honoured first_right corrected reflections ungraded".split()
+    total = {name: sum(float(r[name]) for r in records) for name in names}
+    row = dict(accuracy=total["right"] / n, honest=total["honest"] / total["checks"] if total["checks"] else None)
+    row |= {name: total[name] / n for name in ("reward", "length", "checks")}
+    row |= {name: sum(r["pattern"] == name for r in records) / n for name in ("overlong", "repetition", "garbled")}
+    row |= {name: total[name] / checked if checked else None for name in ("honoured", "first_right", "corrected")}
+    return row | dict(reflections=total["reflections"] / (total["length"] / 100), ungraded=total["ungraded"] / n)
+
+def check_model_folder(folder: str):
+    """Reject folders that would hang the loaders, exhaust memory, or be read as something else."""
+    path = Path(folder)
+    if not path.is_dir():
+        if folder.startswith((".", "/", "~")):
+            raise FileNotFoundError("there is no such folder")
+        return  # a name on the hub
+    for file in path.iterdir():
+        if not (file.is_file() or file.is_dir()):
+            raise Misuse(f"{folder}: {file.name} is not an ordinary file")
+    if (path / "generation_config.json").exists():
+        read_json(path / "generation_config.json")  # the library would ignore a damaged one, and with it the end tokens
+    for key, value in read_json(path / "config.json").items():
+        if isinstance(value, int) and value > (4096 if key.startswith(("num_", "n_")) else 1 << 27):
+            raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
+
+def embedded_tokenizer():
+    """The tokenizer of the embedded model: Qwen2's class over single bytes, so any text can be written, with whole tokens
+    for the numbers 0 to 199 and for the text between numbers in the traces: `12 mod 5 = 2 not 3, wait` is 8 tokens."""
+    import tokenizers  # not for those who only prepare data
+    import transformers
+
+    symbols = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = transformers.Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[])
+    texts = [row[part] + "\n" for row in embedded_traces() for part in ("problem", "response")]
+    pieces = {piece for text in texts for piece in re.split(r"\d+|(?<=\n)", text) if piece}
+    words = [*map(str, range(200)), *sorted(pieces)]
+    tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    return tokenizer
+
+def seed_for(seed: int, *what) -> int:
+    """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted one would have."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big") >> 1
+
+def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
+    """The `size` row numbers of step `step` in an endless stream of shuffled epochs over n rows."""
+    rows = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, at = divmod(i, n)
+        if not rows or at == 0:
+            order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(n)
+        rows.append(int(order[at]))
+    return rows
+
+
 if __name__ == "__main__":
     sys.modules["data_prep"] = sys.modules["__main__"]  # t1.py, where it is asked for, imports this very module: one Misuse, not two
     sys.exit(main())

@@ -1927,6 +1927,7 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
             _cache.popitem(last=False)
     grades = Grades(verdict is True for verdict in verdicts)
     grades.stats = {name: verdicts.count(name) for name in ("no_answer", "unparsable", "timeouts", "crashes")}
+    grades.failed = {i for i, verdict in enumerate(verdicts) if verdict in ("timeouts", "crashes")}
     grades.stats["workers"] = _pool.workers if _pool else 0
     return grades
 
