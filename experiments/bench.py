@@ -10,7 +10,6 @@ token in 64 is an end token: lengths differ, 64 on average. Both sides get the s
 and threads; after each of TRL's steps one of ours is run, so that both see the same machine. Other options are t1.py's.
 """
 
-import argparse
 import copy
 import importlib.metadata
 import importlib.util
@@ -29,6 +28,7 @@ import torch
 import transformers
 
 import data_prep
+import experiments
 import t1
 
 BENCH = dict(  # the job, on top of the preset tiny
@@ -337,25 +337,16 @@ def run_bench(pairs: int, cfg: t1.Config):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = experiments.Parser("bench", __doc__)
     parser.add_argument("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
-    try:
-        own, options = parser.parse_known_args(argv)
-        if own.pairs < 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise t1.Misuse("--pairs must be above 0, in one process: it measures one")
-        job = [f"--{name.replace('_', '-')}={value}" for name, value in BENCH.items()]
-        run_bench(own.pairs, t1.parse_args([*job, *options, "--stage", "rl"]))
-        return 0
-    except argparse.ArgumentError as e:
-        return t1.complain(str(e), 2)
-    except t1.Stop as e:
-        return t1.complain(str(e), e.code)
+    return experiments.run(parser, bench_command, argv)
+
+
+def bench_command(own, options: list[str]):
+    if own.pairs < 1:
+        raise t1.Misuse("--pairs must be above 0")
+    job = [f"--{name.replace('_', '-')}={value}" for name, value in BENCH.items()]
+    run_bench(own.pairs, t1.parse_args([*job, *options, "--stage", "rl"]))
 
 
 if __name__ == "__main__":

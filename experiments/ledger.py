@@ -12,15 +12,16 @@ the same command resumes.
 
 import argparse
 import dataclasses
-import re
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import data_prep
+import experiments
 import t1
 
 
@@ -105,7 +106,7 @@ def verdict(differences: list[float], sign: int) -> str:
 
 def over_seeds(values: list[float]) -> list | None:
     """[mean, standard error over seeds], the error None for one seed; None for no seed."""
-    return t1.with_error([[x] for x in values]) if values else None
+    return list(t1.mean_and_error([[x] for x in values])) if values else None
 
 
 def paired_differences(runs: list[dict], variant: str, against: str) -> list[float]:
@@ -144,25 +145,20 @@ def ledger_of(runs: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def run_ledger(base: Path, seeds: list[int], variants: list[str], options: list[str]) -> bool:
-    """Run what is not finished under `base`, then write the ledger; `options`: t1.py's, for every run.
-
-    -> False if a signal asked for an end: the same command resumes.
-    """
+    """Run what is not finished under `base`, with t1.py's `options` in every run -> False if a signal asked to stop."""
     for seed in seeds:
         for variant in dict.fromkeys(["base", *variants]):
             if not run_variant(base, variant, seed, options):
                 t1.print0("interrupted; the same command resumes")
                 return False
-    write_ledger(base)
     return True
 
 
 def run_variant(base: Path, variant: str, seed: int, options: list[str]) -> bool:
     """RL from the SFT checkpoint of its seed's base run (or its own, where the traces differ), then evaluation.
 
-    A run that cannot go on (a loss that is not finite, for instance) is a result: stopped.json says why. Finished runs
-    are not run again.
-    -> False if a signal asked for an end.
+    A run that cannot go on (a loss that is not finite, for instance) is a result: stopped.json says why; remove it to
+    try again. Finished runs are not run again. -> False if a signal asked for an end.
     """
     name, changes = f"{variant}-seed{seed}", VARIANTS[variant].changes
     run = base / name
@@ -175,6 +171,7 @@ def run_variant(base: Path, variant: str, seed: int, options: list[str]) -> bool
             raise
         except t1.Stop as e:
             t1.print0(f"{name} stopped: {e}")
+            run.mkdir(parents=True, exist_ok=True)
             t1.write_json(run / "stopped.json", dict(reason=str(e)))
     drop_trainer_states(run)
     return True
@@ -188,10 +185,10 @@ def run_stages(base: Path, variant: str, seed: int, options: list[str]) -> bool:
     start = base / (name if own_start else f"base-seed{seed}") / "sft"
     if own_start and not run_stage("sft", fixed, options):
         return False
-    first = t1.newest(t1.checkpoints(start))
+    first = t1.newest(start)
     if not run_stage("rl", fixed | dict(model=first), options):
         return False
-    last = t1.newest(t1.checkpoints(base / name / "rl"))
+    last = t1.newest(base / name / "rl")
     return run_stage("eval", fixed | dict(checkpoint=",".join([first] * own_start + [last])), options)
 
 
@@ -227,13 +224,12 @@ def read_runs(base: Path) -> list[dict]:
         for checkpoint in result["checkpoints"]:
             starts[Path(checkpoint["checkpoint"]).parts[-3:]] = checkpoint["pass_at_1"]
     runs = []
-    for path in sorted(base.glob("*-seed*/rl/metrics.jsonl")):
-        name = path.parts[-3]
-        variant, _, seed = name.rpartition("-seed")
-        stopped = (base / name / "stopped.json").exists()
-        if variant in VARIANTS and seed.isdigit() and (stopped or name in results):
+    for path in sorted(base.glob("*-seed*")):
+        variant, _, seed = path.name.rpartition("-seed")
+        stopped = (path / "stopped.json").exists()
+        if variant in VARIANTS and seed.isdigit() and (stopped or path.name in results):
             run = dict(variant=variant, seed=int(seed), stopped=stopped, collapsed=stopped)
-            runs.append(run if stopped else run | measured(path.parent, results[name], starts))
+            runs.append(run if stopped else run | measured(path / "rl", results[path.name], starts))
     return runs
 
 
@@ -282,7 +278,7 @@ def write_ledger(base: Path):
         variant_table(rows),
         claim_table(claims),
     ]
-    t1.write_text(base / "ledger.md", "\n".join(parts) + HOW_TO_READ)
+    data_prep.write_beside(base / "ledger.md", "\n".join(parts) + HOW_TO_READ)
     draw(base / "ledger.png", rows, about)
 
 
@@ -326,7 +322,7 @@ def claim_table(claims: list[dict]) -> str:
 def draw(path: Path, rows: list[dict], about: str):
     """Held-out pass@1 of every variant: a circle per seed, the mean and its standard error, a note on collapsed runs;
     base and SFT start as vertical lines."""
-    figure, (axis,) = t1.new_figure(1, 1, height=0.32 * len(rows) + 1.5)
+    axis = Figure(figsize=(6.2, 0.32 * len(rows) + 1.5)).subplots()
     for y, row in enumerate(reversed(rows)):
         if row["pass_at_1"]:
             axis.plot([100 * v for v in row["each"]], [y] * len(row["each"]), "o", mfc="none", color="0.5", ms=5)
@@ -343,20 +339,13 @@ def draw(path: Path, rows: list[dict], about: str):
     axis.errorbar([], [], xerr=[], fmt="D", color="black", ms=4, capsize=3, label="mean, standard error")
     axis.set_yticks(range(len(rows)), [row["variant"] for row in reversed(rows)], fontsize=8)
     axis.set_xlabel("held-out pass@1 (%)")
-    axis.grid(alpha=0.3, axis="x")
     axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    t1.save_figure(figure, path, about)
+    t1.save_figure(axis.figure, path, about)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def whole_numbers(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, separated by commas")
-    return [int(part) for part in text.split(",")]
 
 
 def variant_names(text: str) -> list[str]:
@@ -368,31 +357,20 @@ def variant_names(text: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.ledger",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = experiments.Parser("ledger", __doc__)
     add = parser.add_argument
-    add("--seeds", type=whole_numbers, default=[0, 1, 2], metavar="LIST", help="separated by commas (default: 0,1,2)")
+    add("--seeds", type=experiments.whole_numbers, default=[0, 1, 2], metavar="LIST", help="by commas (default: 0,1,2)")
     add("--variants", type=variant_names, default=list(VARIANTS), metavar="LIST", help="rows to run (default: all)")
-    add("--table", action="store_true", help="run nothing: write the ledger of the finished runs")
-    try:
-        own, options = parser.parse_known_args(argv)
-        cfg = t1.parse_args([*options, "--stage", "rl"])
-        base = Path(cfg.out) / (cfg.name or "ledger")
-        if own.table:
-            write_ledger(base)
-        elif not run_ledger(base, own.seeds, own.variants, options):
-            return 0
+    add("--table", action="store_true", help="run nothing: write the ledger of the finished runs (default: off)")
+    return experiments.run(parser, ledger_command, argv)
+
+
+def ledger_command(own, options: list[str]):
+    cfg = t1.parse_args([*options, "--stage", "rl"])
+    base = Path(cfg.out) / (cfg.name or "ledger")
+    if own.table or run_ledger(base, own.seeds, own.variants, options):
+        write_ledger(base)
         t1.print0((base / "ledger.md").read_text(encoding="utf-8"))
-        return 0
-    except argparse.ArgumentError as e:
-        return t1.complain(str(e), 2)
-    except t1.Stop as e:
-        return t1.complain(str(e), e.code)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ read from a GPU. On one rank in float32 the plan agrees with the live tensors of
 autograd saves (test_experiments.py).
 """
 
-import argparse
 import dataclasses
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
 
+import experiments
 import t1
 
 
@@ -173,41 +172,21 @@ def run_plan(gpus: list[int], contexts: list[int], cfg: t1.Config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def whole_numbers(text: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers above 0, separated by commas")
-    return [int(part) for part in text.split(",")]
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    add = parser.add_argument
-    add("--gpus", type=whole_numbers, default=[8, 16, 32, 64], metavar="LIST", help="default: 8,16,32,64")
-    add(
-        "--contexts",
-        type=whole_numbers,
-        default=[],
-        metavar="LIST",
-        help="prompt and response, tokens; default: 4096, --max-prompt + --max-new, 32768",
-    )
+    parser = experiments.Parser("plan", __doc__)
+    add, numbers = parser.add_argument, experiments.whole_numbers
+    add("--gpus", type=numbers, default=[8, 16, 32, 64], metavar="LIST", help="numbers of GPUs (default: 8,16,32,64)")
+    default = "(default: 4096, --max-prompt + --max-new, 32768)"
+    add("--contexts", type=numbers, default=[], metavar="LIST", help=f"prompt and response, tokens {default}")
     add("--vllm-tp", type=int, default=1, help="ranks that share one vLLM engine (default: %(default)s)")
-    try:
-        own, options = parser.parse_known_args(argv)
-        if own.vllm_tp < 1:
-            raise t1.Misuse("--vllm-tp must be above 0")
-        cfg = t1.parse_args(["--preset", "qwen2.5-14b", *options, "--stage", "rl"])
-        run_plan(own.gpus, own.contexts, dataclasses.replace(cfg, vllm_tp=own.vllm_tp))
-        return 0
-    except argparse.ArgumentError as e:
-        return t1.complain(str(e), 2)
-    except t1.Stop as e:
-        return t1.complain(str(e), e.code)
+    return experiments.run(parser, plan_command, argv)
+
+
+def plan_command(own, options: list[str]):
+    if min(own.vllm_tp, *own.gpus, *own.contexts) < 1:
+        raise t1.Misuse("--gpus, --contexts and --vllm-tp must be above 0")
+    cfg = t1.parse_args(["--preset", "qwen2.5-14b", *options, "--stage", "rl"])
+    run_plan(own.gpus, own.contexts, dataclasses.replace(cfg, vllm_tp=own.vllm_tp))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ the run and of its evaluation; other options are t1.py's. The same command after
 numbers.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import data_prep
+import experiments
 import t1
 import verify
 
@@ -65,7 +66,7 @@ def majorities(records: list[dict], samples: int) -> list[list]:
     length = float(np.mean([r["length"] for r in records]))
     points = []
     for k in (2**i for i in range(samples.bit_length())):
-        points.append([k, *t1.with_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)]), k * length])
+        points.append([k, *t1.mean_and_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)]), k * length])
     return points
 
 
@@ -161,13 +162,6 @@ def responses_of(base: Path, entry: dict) -> list[dict]:
     return [rows[cell] for cell in sorted(rows)]
 
 
-def drop_cut_line(path: Path):
-    """Remove what a kill left of a log's last line, so that the next row begins a line of its own."""
-    if path.exists():
-        data = path.read_bytes()
-        path.write_bytes(data[: data.rfind(b"\n") + 1])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Measurement
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,7 +176,7 @@ def at_each_budget(
     for budget in budgets:
         ids = t1.cut_ids(answerer, answerer.tokenizer, rollouts, budget, cfg)
         right = verify.grade(answerer.tokenizer.batch_decode(ids, skip_special_tokens=True), golds)
-        points.append([budget, *t1.with_error([[r] for r in right]), float(np.mean([len(y) for y in ids]))])
+        points.append([budget, *t1.mean_and_error([[r] for r in right]), float(np.mean([len(y) for y in ids]))])
     return points
 
 
@@ -199,7 +193,6 @@ def spend(engine, answerer, base: Path, entry: dict, samples: int, wait_words: s
             key=f"{entry['key']} x {samples}", name=entry["name"], checkpoint=entry["checkpoint"], test=entry["test"]
         )
         path = base / "eval" / "spending.jsonl"
-        drop_cut_line(path)
         _, kept = t1.evaluate(engine, problems, prompts, samples, cfg, path, about)
     else:
         kept = [r for r in kept if r["sample"] < samples]
@@ -251,7 +244,7 @@ def draw(folder: Path, content: dict):
             "forced to a budget (1 sample)": test["forced"],
             f"majority of k (of {content['samples']} samples)": test["majority"],
         }
-        figure, (axis,) = t1.new_figure(1, 1)
+        axis = Figure(figsize=(6.2, 4.5)).subplots()
         for (label, points), style, color in zip(ways.items(), ("o-", "s--", "D-."), ("0", "0.35", "0.55")):
             value, error, tokens = np.array([point[1:] for point in points], dtype=float).T
             axis.errorbar(tokens, 100 * value, 100 * error, fmt=style, color=color, capsize=2, label=label)
@@ -261,11 +254,10 @@ def draw(folder: Path, content: dict):
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_xlabel("tokens spent per problem")
         axis.set_ylabel("accuracy (%)")
-        axis.grid(alpha=0.3)
         axis.legend(fontsize=8, title=content["name"])
         title = f"{test['problems']} problems ({test['test']}), T = {content['temperature']}, seed {content['seed']}"
         several = f"-{test['test']}" if len(content["tests"]) > 1 else ""
-        t1.save_figure(figure, folder / f"spending{several}.png", title + "; bars: standard error over problems")
+        t1.save_figure(axis.figure, folder / f"spending{several}.png", title + "; bars: standard error over problems")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,32 +266,18 @@ def draw(folder: Path, content: dict):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.spending",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = experiments.Parser("spending", __doc__)
     add = parser.add_argument
     add("--samples", type=int, default=8, help="responses per problem of the majority (default: %(default)s)")
-    add(
-        "--wait-words",
-        default=", wait\\n",
-        help="what stands in place of </think>, \\n a new line (default: %(default)r)",
-    )
-    try:
-        own, options = parser.parse_known_args(argv)
-        if own.samples < 1 or not own.wait_words:
-            raise t1.Misuse(
-                "--samples must be above 0, and --wait-words not empty: the thought would end again at once"
-            )
-        t1.print0(f"spending.json and spending.png in {run_spending(own.samples, own.wait_words, options)}")
-        return 0
-    except argparse.ArgumentError as e:
-        return t1.complain(str(e), 2)
-    except t1.Stop as e:
-        return t1.complain(str(e), e.code)
+    words = "what stands in place of </think>, \\n for a new line (default: %(default)r)"
+    add("--wait-words", default=", wait\\n", help=words)
+    return experiments.run(parser, spending_command, argv)
+
+
+def spending_command(own, options: list[str]):
+    if own.samples < 1 or not own.wait_words:
+        raise t1.Misuse("--samples must be above 0, and --wait-words not empty: the thought would end again at once")
+    t1.print0(f"spending.json and spending.png in {run_spending(own.samples, own.wait_words, options)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ it, or raise one
 line that names the file: no traceback, no hang (SLOW seconds at most), no half output.
 """
 
-import argparse
 import contextlib
 import faulthandler
 import gzip
@@ -37,9 +36,9 @@ from pathlib import Path
 
 import safetensors
 import torch
-import transformers
 
 import data_prep
+import experiments
 import t1
 import verify
 
@@ -54,7 +53,7 @@ PHASES = {  # phase -> the functions of t1.py that it consists of
     "grading": ("judge",),
     "anchor": ("response_logprobs",),
     "update": ("accumulate_gradient", "update", "ema_update_"),
-    "log": ("report_step",),
+    "log": ("RunFolder.log", "report_step"),
     "checkpoint": ("RunFolder.save",),
     "rename": ("RunFolder.seal",),
     "end": ("finish_stage",),
@@ -78,7 +77,7 @@ def make_guess(base: Path) -> Path:
     """A policy that guesses among ten numbers, and its problems: rewards differ within a group from the first step
     on."""
     for name, stage in (("rows", "sft"), ("ten", "rl")):
-        t1.write_text(base / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in naming_rows(stage)))
+        data_prep.write_beside(base / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in naming_rows(stage)))
     data = f"--data {base}/rows.jsonl --test {base}/rows.jsonl --out {base}"
     small = "--max-new 24 --sft-steps 250 --sft-lr 4e-3 --tiny-layers 1 --tiny-width 64"
     codes = start_ranks(["--stage", "sft", *data.split(), *small.split()], 1, log=base / "sft-log")
@@ -411,8 +410,6 @@ def good_models(folder: Path) -> dict:
 
 def good_files(folder: Path) -> dict:
     """Good files of every kind, to be damaged."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     wrong = {f"Incorrect Answer {i}": letter for i, letter in ((1, "b"), (2, "c"), (3, "d"))}
     question = {"Question": "What, then?", "Correct Answer": "a", **wrong, "Record ID": "r"}
     pairs = [
@@ -595,7 +592,7 @@ def run_folder_case(rng: random.Random, folder: Path, base: dict):
     cfg = t1.parse_args(["--stage", "rl", "--out", str(folder), "--name", "run"])
     run = t1.RunFolder(cfg)
     run.create("somewhere")
-    run.append("metrics.jsonl", *(dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)))
+    t1.append_rows(run.path / "metrics.jsonl", [dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)])
     (run.path / "checkpoint-3").mkdir()
     t1.write_json(run.path / "checkpoint-3/complete.json", {"../metrics.jsonl": 1, "a": 2})
     path = run.path / rng.choice(["config.json", "metrics.jsonl", "checkpoint-3/complete.json"])
@@ -610,7 +607,7 @@ def run_folder_case(rng: random.Random, folder: Path, base: dict):
 
 def reopen_run(cfg: t1.Config):
     run = t1.RunFolder(cfg)
-    run.read("metrics.jsonl")
+    t1.read_log(run.path / "metrics.jsonl")
     t1.checkpoints(run.path)
 
 
@@ -713,32 +710,29 @@ def fuzz_command(count: int, seed: int, first: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.stress",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = refuse
+    parser = experiments.Parser("stress", __doc__)
     add = parser.add_argument
     add("what", choices=("kills", "fuzz"))
     add("count", type=int, help="number of kills, or of damaged files")
     add("--seed", type=int, default=0, help="of the moments or of the damage (default: %(default)s)")
     add("--ranks", type=int, default=1, help="kills: ranks of the run (default: %(default)s)")
-    add("--case", type=int, help="fuzz: the first of COUNT cases, as a failure names it (default: 0)")
-    try:
-        own = parser.parse_args(argv)
-        if own.count < 1 or own.ranks < 1:
-            raise t1.Misuse("COUNT and --ranks must be above 0")
-        if own.what == "kills":
-            return kills_command(own.count, own.ranks, own.seed)
-        return fuzz_command(own.count, own.seed, own.case or 0)
-    except t1.Stop as e:
-        return t1.complain(str(e), e.code)
+    add(
+        "--case",
+        type=int,
+        default=0,
+        help="fuzz: the first of COUNT cases, as a failure names it (default: %(default)s)",
+    )
+    return experiments.run(parser, stress_command, argv)
 
 
-def refuse(message: str):
-    raise t1.Misuse(message)
+def stress_command(own, options: list[str]) -> int:
+    if options:
+        raise t1.Misuse(f"unrecognized arguments: {' '.join(options)}")
+    if own.count < 1 or own.ranks < 1:
+        raise t1.Misuse("COUNT and --ranks must be above 0")
+    if own.what == "kills":
+        return kills_command(own.count, own.ranks, own.seed)
+    return fuzz_command(own.count, own.seed, own.case)
 
 
 if __name__ == "__main__":

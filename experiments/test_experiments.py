@@ -1,6 +1,7 @@
-"""Tests of the experiments.   python -m pytest -q -m "not slow" experiments; without -m also the slow ones"""
+"""Tests of the experiments.   python -m pytest -q experiments: the quick core; -m slow: kills and more fuzz"""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -35,6 +36,14 @@ def program(name, *args):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=env)
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tokenizer():
+    """The embedded tokenizer takes seconds to make: once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_prep, "embedded_tokenizer", functools.cache(data_prep.embedded_tokenizer))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -154,6 +163,11 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, few_traces, monkeypatch):
 def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(tmp_path, few_traces, monkeypatch, capsys):
     rows = few_problems(tmp_path / "rows.jsonl")
     args = ledger_args(tmp_path, rows, "--seeds", "0", "--variants", "hot")
+    with monkeypatch.context() as patch:
+        patch.setattr(t1.Interrupt, "received", lambda self: "SIGTERM")  # the stage saves and returns after one step
+        assert ledger.main(args) == 0 and "the same command resumes" in capsys.readouterr().out
+    assert len(t1.read_log(tmp_path / "led/base-seed0/sft/metrics.jsonl")) == 1
+    assert not (tmp_path / "led/ledger.json").exists()
     rl = t1.run_rl
 
     def fails(cfg):
@@ -161,16 +175,11 @@ def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(tmp_path, few_t
             raise t1.Stop("the loss is not finite")
         rl(cfg)
 
-    def interrupted(cfg):  # returns early, without its last checkpoint
-        rl(t1.dataclasses.replace(cfg, rl_steps=1))
-
-    monkeypatch.setattr(t1, "run_rl", interrupted)
-    assert ledger.main(args) == 0 and "the same command resumes" in capsys.readouterr().out
-    assert not (tmp_path / "led/ledger.json").exists()
-    shutil.rmtree(tmp_path / "led/base-seed0/rl")
     monkeypatch.setattr(t1, "run_rl", fails)
     assert ledger.main(args) == 0
+    assert len(t1.read_log(tmp_path / "led/base-seed0/sft/metrics.jsonl")) == 2
     assert json.loads((tmp_path / "led/hot-seed0/stopped.json").read_text())["reason"] == "the loss is not finite"
+    assert "| hot | rl_lr=0.001 |  |  |  |  |  | 1/1 |" in (tmp_path / "led/ledger.md").read_text()
 
 
 def test_the_ledger_counts_pairs_and_collapses():
@@ -255,7 +264,7 @@ def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, c
     state = [x for entry in optimizer.state.values() for x in entry.values()]
     with LiveBytes(*policy.parameters(), *anchor.parameters(), *state) as live:
         t1.response_logprobs(anchor, rows, cfg, 1.0, 0.0)
-        t1.accumulate_gradient(policy, rows, [1.0] * len(rows), [1e-3] * len(rows), cfg, 1e-3)
+        t1.accumulate_gradient(policy, rows, torch.ones(len(rows)), torch.full((len(rows),), 1e-3), cfg, 1e-3)
         t1.update(policy, optimizer, 1e-4, cfg)
     planned = plan.memory_plan(plan.shape_of(policy.lm.config), 1, length, micro, cfg)
     assert planned["parameters"] == sum(p.numel() for p in policy.parameters())
@@ -264,11 +273,11 @@ def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, c
 
 def small_policy(cfg, vocabulary):
     """The embedded model, its vocabulary padded to `vocabulary` rows that are all used."""
-    policy, _ = t1.tiny_policy(cfg)
+    policy, tokenizer = t1.tiny_policy(cfg)
     if vocabulary:
         policy.lm.resize_token_embeddings(vocabulary, mean_resizing=False)
         policy.vocabulary = vocabulary
-    return t1.shard(policy, cfg)
+    return t1.shard(policy, tokenizer, cfg)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
