@@ -114,16 +114,7 @@ def force_budget(engine, rollouts: list[t1.Rollout], budget: int, wait_words: st
 # The run's folder
 # ----------------------------------------------------------------------------------------------------------------------
 
-NOT_OF_THE_RUN = {
-    "stage",
-    "name",
-    "out",
-    "model",
-    "data",
-    "test",
-    "checkpoint",
-    "resume_from",
-}  # this command's own, or not read
+OWN = set("stage name out model data test checkpoint resume_from".split())  # fields that this command sets or ignores
 
 
 def settings_of(base: Path, results: dict, options: list[str]) -> t1.Config:
@@ -132,7 +123,7 @@ def settings_of(base: Path, results: dict, options: list[str]) -> t1.Config:
     for stage in ("sft", "rl"):
         if (base / stage / "config.json").exists():
             values |= data_prep.read_json(base / stage / "config.json")["config"]
-    values = {k: v for k, v in values.items() if k in t1.Config.__dataclass_fields__ and k not in NOT_OF_THE_RUN}
+    values = {k: v for k, v in values.items() if k in t1.Config.__dataclass_fields__ and k not in OWN}
     values |= dict(seed=results["seed"], eval_temperature=results["temperature"], max_new=results["max_new"])
     values |= dict(answer_model=results["answer_model"])
     stored = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
@@ -148,7 +139,7 @@ def problems_of(entry: dict, cfg: t1.Config) -> list[dict]:
         problems = t1.read_rows(str(benchmark) if benchmark.exists() else entry["test"], "eval")
     if len(problems) != entry["problems"]:
         raise t1.Misuse(
-            f"{entry['test']}: {len(problems)} problems, where {entry['problems']} were evaluated; evaluate again"
+            f"{entry['test']}: {len(problems)} problems, {entry['problems']} were evaluated; evaluate again"
         )
     return problems
 
@@ -167,11 +158,8 @@ def responses_of(base: Path, entry: dict) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def at_each_budget(
-    answerer, rollouts: list[t1.Rollout], golds: list[str], budgets: list[int], cfg: t1.Config
-) -> list[list]:
-    """One rollout per problem, cut at each budget and answered -> [budget, accuracy, standard error over problems,
-    tokens spent]."""
+def at_each_budget(answerer, rollouts: list[t1.Rollout], golds: list[str], budgets: list[int], cfg) -> list[list]:
+    """One rollout per problem, cut at each budget and answered -> [budget, accuracy, standard error, tokens spent]."""
     points = []
     for budget in budgets:
         ids = t1.cut_ids(answerer, answerer.tokenizer, rollouts, budget, cfg)
@@ -180,20 +168,20 @@ def at_each_budget(
     return points
 
 
-def spend(engine, answerer, base: Path, entry: dict, samples: int, wait_words: str, cfg: t1.Config) -> dict:
-    """What each way of spending tokens buys on one test set -> cut, forced, majority: lists of [budget or k, accuracy,
-    standard error over problems, tokens spent per problem]."""
+def spend(policy, engine, answerer, base: Path, entry: dict, samples: int, wait_words: str, cfg: t1.Config) -> dict:
+    """What each way of spending tokens buys on the test set of `entry`, one entry of results.json.
+
+    -> cut, forced, majority: lists of [budget or k, accuracy, standard error over problems, tokens spent per problem].
+    """
     problems, kept = problems_of(entry, cfg), responses_of(base, entry)
     prompts = t1.encode_prompts(problems, engine.tokenizer, cfg)
     firsts = [t1.Rollout(prompts[r["number"]], r["ids"], [], r["finished"]) for r in kept if r["sample"] == 0]
     budgets = [point[0] for point in entry["scaling"]]
     forced = force_budget(engine, firsts, budgets[-1], wait_words, cfg)
     if samples > entry["samples"]:
-        about = dict(
-            key=f"{entry['key']} x {samples}", name=entry["name"], checkpoint=entry["checkpoint"], test=entry["test"]
-        )
-        path = base / "eval" / "spending.jsonl"
-        _, kept = t1.evaluate(engine, problems, prompts, samples, cfg, path, about)
+        about = {field: entry[field] for field in ("name", "checkpoint", "test")}
+        about["key"] = t1.fingerprint(policy, problems, prompts, samples, cfg)
+        _, kept = t1.evaluate(engine, problems, prompts, samples, cfg, base / "eval" / "spending.jsonl", about)
     else:
         kept = [r for r in kept if r["sample"] < samples]
     return dict(
@@ -201,7 +189,7 @@ def spend(engine, answerer, base: Path, entry: dict, samples: int, wait_words: s
         problems=len(problems),
         cut=entry["scaling"],
         forced=at_each_budget(answerer, forced, [p["answer"] for p in problems], budgets, cfg),
-        majority=majorities(list(kept), samples),
+        majority=majorities(kept, samples),
     )
 
 
@@ -210,9 +198,7 @@ def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
     asked = t1.parse_args([*options, "--stage", "eval"])
     base = Path(asked.out) / (asked.name or asked.preset)
     if not (base / "eval" / "results.json").exists():
-        raise t1.Misuse(
-            f"{base / 'eval'}: no results.json; run python t1.py --stage eval first, or give --out and --name"
-        )
+        raise t1.Misuse(f"{base / 'eval'}: no results.json; run python t1.py --stage eval first, or give --out, --name")
     results = data_prep.read_json(base / "eval" / "results.json")
     last = results["checkpoints"][-1]
     entries = [entry for entry in results["checkpoints"] if entry["checkpoint"] == last["checkpoint"]]
@@ -223,7 +209,7 @@ def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
     engine = answerer = t1.make_engine(last["checkpoint"], policy, tokenizer, cfg)
     if cfg.answer_model:
         answerer = t1.make_engine(cfg.answer_model, *t1.load_policy(cfg.answer_model, cfg), cfg)
-    tests = [spend(engine, answerer, base, entry, samples, wait_words, cfg) for entry in entries]
+    tests = [spend(policy, engine, answerer, base, entry, samples, wait_words, cfg) for entry in entries]
     about = dict(checkpoint=last["checkpoint"], name=last["name"], seed=cfg.seed, temperature=cfg.eval_temperature)
     about |= dict(wait_words=wait_words, samples=samples, tests=tests)
     t1.write_json(base / "eval" / "spending.json", about)
