@@ -199,6 +199,7 @@ def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
     import datasets
     import trl
 
+    datasets.disable_progress_bars()
     length, rows = TRL_PACK
     settings = trl.SFTConfig(
         **trl_options(folder, pairs, cfg),

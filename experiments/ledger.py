@@ -30,10 +30,8 @@ class Variant:
     """One row of the ledger: what it changes, what it is compared with, and the claim that the comparison tests."""
 
     changes: dict  # fields of t1.Config that differ from the base run
-    against: str = ""
-    sign: int = (
-        0  # sign of the claimed difference in held-out pass@1, this variant minus `against`; 0: no direction is claimed
-    )
+    against: str = ""  # the variant that it is compared with
+    sign: int = 0  # of the claimed difference in held-out pass@1, this one minus `against`; 0: no direction is claimed
     claim: str = ""
 
 
