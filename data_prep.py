@@ -1959,12 +1959,15 @@ def read_rows(path: str, stage: str) -> list[dict]:
     """
     rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
     for where, raw in raw_rows(path):
-        row = {k: v for k, v in parse(where, raw).items() if isinstance(v, (str, int))}  # fit for a log
+        everything = parse(where, raw)
+        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))}  # fit for a log
+        messages = everything.get("messages")  # chat data: the last message of each role
+        for message in messages if isinstance(messages, list) else ():
+            if isinstance(message, dict) and message.get("role") in ("user", "assistant"):
+                row[{"user": "problem", "assistant": "response"}[message["role"]]] = message.get("content")
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
-        if stage == "sft":
-            row.setdefault("response", solution)
-        else:
-            row.setdefault("answer", verify.extract_answer(solution) or "")
+        row.setdefault("answer", verify.extract_answer(solution) or "")
+        row.setdefault("response", solution)
         for name in needed:
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
@@ -2019,8 +2022,8 @@ def check_model_folder(folder: str):
     """Reject folders that would hang the loaders, exhaust memory, or be read as something else."""
     path = Path(folder)
     if not path.is_dir():
-        if folder.startswith((".", "/", "~")):
-            raise FileNotFoundError("there is no such folder")
+        if folder.startswith((".", "/", "~")) or folder.count("/") > 1:
+            raise Misuse(f"{folder}: there is no such folder")
         return  # a name on the hub
     for file in path.iterdir():
         if not (file.is_file() or file.is_dir()):
