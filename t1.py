@@ -997,7 +997,8 @@ def finish_stage(folder, steps: int, engine, tests, test_prompts, cfg: Config, n
     own = (*" ".join(STAGE_FIELDS.values()).split(), "stage", "model", "resume_from", "config")  # of this stage alone
     flags = {k: v for k, v in mine.items() if k not in own and v != usual[k]}
     flags = "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in flags.items())
-    print0(f"next: torchrun t1.py --stage {next_stage}{flags}")
+    ranks = f" --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" * (world() > 1)
+    print0(f"next: torchrun{ranks} t1.py --stage {next_stage}{flags}")
 
 # ---------------------------------------------------------------------------------------- machinery: the vLLM engine
 class VLLMEngine:
@@ -1679,7 +1680,7 @@ def draw_results(folder: Path):
         axis.legend(fontsize=8, title="checkpoint")
         title = f"{test}: {entry['problems']} problems x {entry['samples']} samples at T = {entry['temperature']}"
         suffix = re.sub(r"\W+", "-", f"-{Path(test).stem}") * (len(by_test) > 1)
-        save_figure(axis.figure, folder / f"inference_scaling{suffix}.png", title + "; bars: standard error over problems")
+        save_figure(axis.figure, folder / f"inference_scaling{suffix}.png", title + "; bars: standard error")
 
 def save_figure(figure: Figure, path: Path, title: str):
     for axis in figure.axes:
