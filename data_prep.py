@@ -20,7 +20,6 @@ import codecs
 import csv
 import gzip
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -29,7 +28,6 @@ import random
 import re
 import stat
 import sys
-import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -65,7 +63,7 @@ class Misuse(Stop):
     code = 2
 
 
-# --- Files and data sets. One reader serves every command: rows come as a stream, and an error names the file and the row. 
+# --- Files and data sets: one reader for every command. Rows are a stream; an error names the file and the row. -------
 
 _MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 HUB = {  # name on the hub -> [(configuration, split, file)]; columns are recognised by name, see `to_problem`
@@ -75,15 +73,14 @@ HUB = {  # name on the hub -> [(configuration, split, file)]; columns are recogn
     "AI-MO/NuminaMath-1.5": [(None, "train", None)],  # 896,215 rows with answers and validity
     "zai-org/T1": [(None, "train", "rl-data.jsonl")],  # the authors' RL problems
     "zai-org/T1:sft": [(None, "train", "sft.jsonl")],  # the authors' traces
-    "HuggingFaceH4/MATH-500": [(None, "test", None)],
-    "HuggingFaceH4/aime_2024": [(None, "train", None)],
-    "KbsdJames/Omni-MATH": [(None, "test", None)],
-    "openai/gsm8k": [("main", "test", None)],
+    "HuggingFaceH4/MATH-500": [(None, "test", None)], "HuggingFaceH4/aime_2024": [(None, "train", None)],
+    "KbsdJames/Omni-MATH": [(None, "test", None)], "openai/gsm8k": [("main", "test", None)],
     "math-ai/amc23": [(None, "test", None)]}
 COLUMNS = set("""id _id row unique_id problem question text answer label solution source level difficulty
     problem_is_valid solution_is_valid question_type messages conversations prompt response url""".split())
 ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of it
 GZIP_BYTES, GZIP_RATIO = 16 << 20, 200  # a gzip file that grows past both is a bomb; problems shrink to a fifth
+LONGEST = 50_000  # characters of problem, solution or answer: beyond, comparing texts takes more than linear time
 
 
 def local_files(name: str) -> list[Path]:
@@ -104,10 +101,9 @@ def local_files(name: str) -> list[Path]:
 
 
 def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
-    """Rows of a data set as a stream of (where, raw).
+    """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be read.
 
     where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a dict; `parse` takes both.
-    Raises Misuse, one line, for whatever cannot be read.
     """
     if name in HUB and not os.path.exists(name):
         yield from hub_rows(name, columns)
@@ -138,7 +134,7 @@ def byte_lines(path: Path) -> Iterator[tuple]:
             for number, line in enumerate(iter(partial(file.readline, ROW_BYTES + 1), b""), 1):
                 room -= len(line)
                 if len(line) > ROW_BYTES:
-                    raise Misuse(f"{path}, row {number}: longer than {ROW_BYTES >> 20} MiB; one row per line, ended by \\n")
+                    raise Misuse(f"{path}, row {number}: longer than {ROW_BYTES >> 20} MiB; rows end with \\n")
                 if room < 0:
                     raise Misuse(f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times its size")
                 yield (str(path), number), line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -178,14 +174,13 @@ def hub_rows(name: str, columns) -> Iterator[tuple]:
     from datasets import load_dataset
 
     for config, split, file in HUB[name]:
-        stem = config or name.split("/")[1].replace(":", "-")
         try:
             rows = load_dataset(name.split(":")[0], config, split=split, data_files=file, streaming=True)
             for number, row in enumerate(rows, 1):
-                yield (stem, number), {c: v for c, v in row.items() if c in columns}
+                place = config or name.split("/")[1].replace(":", "-"), number
+                yield place, {c: v for c, v in row.items() if c in columns}
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
-            said = " ".join(str(e).split())[:200]
-            raise Misuse(f"{name}: cannot be loaded from the hub ({said}); give a local copy instead")
+            raise Misuse(f"{name}: cannot be loaded from the hub ({' '.join(str(e).split())[:200]}); give a local copy")
 
 
 def _unique(pairs: list) -> dict:
@@ -261,14 +256,13 @@ def to_problem(where, raw, default_source: str) -> dict:
     if problem is None:
         found = ", ".join(sorted(row)) or "no field"
         raise Misuse(f"{row_at(where)}: field 'problem' (or 'question', 'text') is missing; found {found}")
-    stem = os.path.basename(where[0]).split(".")[0]
-    own = next((row[k] for k in ("id", "_id", "unique_id", "row") if row.get(k) is not None), None)
+    own = next((row[k] for k in ("id", "_id", "unique_id", "row") if row.get(k) is not None), where[1])
     source = row.get("source") if "domain" not in row else "omni_math"  # Omni-MATH's `source` is the contest
     if "_id" in row:
         source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
     level = re.fullmatch(r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", ""))))
     return {
-        "id": own if isinstance(own, str) else f"{stem}-{where[1] if own is None else own}",
+        "id": own if isinstance(own, str) else f"{os.path.basename(where[0]).split('.')[0]}-{own}",
         "problem": problem,
         "answer": field(row, "answer label", where),
         "solution": field(row, "solution", where) or "",
@@ -276,9 +270,6 @@ def to_problem(where, raw, default_source: str) -> dict:
         "level": None if level is None else float(level[1]) if level[2] else int(level[1]),
         "flags": {k: row[k] for k in ("problem_is_valid", "solution_is_valid", "question_type") if k in row},
     }
-
-
-LONGEST = 50_000  # characters of problem, solution or answer: beyond, comparing texts takes more than linear time
 
 
 def too_long(row: dict) -> bool:
@@ -293,31 +284,16 @@ def checked_problem(where, raw, default_source: str) -> dict:
     return row
 
 
-def write_beside(path: Path, content: str | bytes):
-    """Writes beside the file, then renames: a half-written file never has the final name."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(beside, path)
-
-
 def json_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def write_rows(path: Path, rows):
-    """JSON lines, written beside and then renamed."""
+def write(path: Path, lines):
+    """Writes beside the file, then renames: a half-written file never has the final name."""
     beside = path.with_name(path.name + ".partial")
     with open(beside, "w", encoding="utf-8") as f:
-        f.writelines(map(json_line, rows))
+        f.writelines(lines)
     os.replace(beside, path)
-
-
-def out_folder(path: str) -> Path:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise Misuse(f"--out {path}: not a folder that can be made ({e.strerror})")
-    return Path(path)
 
 
 def chunks(rows, size: int) -> Iterator[list]:
@@ -376,14 +352,7 @@ _HARMLESS = set("""a an the of in on at by to for from is are be was were it its
     real reals following problem have has had does do can one could will would must may using use figure diagram shown
     above below centre center respectively both each all any some possible denote denotes denoted called say simplest
     form common fraction s th expression""".split())
-_CAPITAL_COMMAND = re.compile(r"\\[a-z]*[A-Z]")
-
-
-def _lower_words(text: str) -> str:
-    """Lower case, but commands keep theirs: `\\Gamma` is not `\\gamma`."""
-    if not _CAPITAL_COMMAND.search(text):
-        return text.lower()
-    return re.sub(r"\\[a-zA-Z]+|[A-Z]+", lambda m: m[0] if m[0][0] == "\\" else m[0].lower(), text)
+_CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
 
 
 def tokens(text: str) -> list[str]:
@@ -391,8 +360,9 @@ def tokens(text: str) -> list[str]:
     text = _DRAWING.sub(" ", unicodedata.normalize("NFC", text)).translate(_UNICODE)
     text = _THOUSANDS.sub("", _BULLET.sub(" ", _SHORT_FRACTION.sub(r"\1 \2 ", text)))
     text = _ENVIRONMENT.sub(" ", _BLANK.sub(" ", _WORD_HYPHEN.sub(" ", text)))
+    text = _CAPITALS.sub(lambda m: m[1] or m[0].lower(), text)  # `\Gamma` is not `\gamma`
     found, last = [], ""
-    for token in _TOKEN.findall(_lower_words(text)):
+    for token in _TOKEN.findall(text):
         if token in "!'" and (len(last) == 1 and last.isalnum() or last.isdigit() or last == ")"):
             found.append(token)  # n! and f'(x) are no punctuation
         elif len(token) <= 3 and token.isalpha() and token not in _HARMLESS:
@@ -466,17 +436,22 @@ def same_answer(a: str, b: str) -> bool:
     return a == b or key(tokens(a)) == key(tokens(b)) or verify.is_equal(a, b)
 
 
-# --- curate: which rows can a rule grade? Each rule takes a row and returns why it is rejected, or None. --------------
-# NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows filtered. Each rule was
-# read off rejected and kept rows, and rejects at least 20 of 29,078 rows of MATH and NuminaMath that no other rule
-# rejects (docs/data.md).
+# --- curate: which rows can a rule grade? -----------------------------------------------------------------------------
+# NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows filtered. A rule takes
+# a row and returns why it is rejected, or None. Each was read off rejected and kept rows, and rejects at least 20 of
+# the 29,078 rows of docs/data.md that no other rule rejects; `marked_invalid` reads columns that those do not have.
 
 _OLD_COMMANDS = re.compile(r"\\(equal|plus|minus)\s*\{\}")  # of the AoPS forum
 _REPAIRS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
     (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""), (r"\r\n?", "\n"), (r"[\xa0\u3000]", " "),
     (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
-    (r"(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan|log|ln|alpha|theta)", r"\\"))]
+    (r"(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan|log|ln)", "\\\\"))]
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
+_WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]"
+                      r"|\\boxed\s*\{((?:(?!\\boxed).)*)\}", re.S)
+_FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad|qquad)(?![a-zA-Z])"
+                    r"|[{}$~]|\*\*|\\[ ,;!:]")
 
 
 def repair(text: str) -> str:
@@ -487,35 +462,23 @@ def repair(text: str) -> str:
     return text.strip()
 
 
-_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
-
-
 def boxes(text: str) -> list[str | None]:
     """The content of every outermost box, in order; None for a box whose braces do not close."""
     found, end = [], 0
     for match in _BOX.finditer(text):
+        at, depth = match.end(), 0
         if match.start() < end:
             continue  # inside the box before
-        at = match.end()
         if text[at : at + 1] != "{":
             found.append(text[at : at + 1] or None)  # `\boxed 2`
             continue
-        depth = 0
         for brace in re.finditer(r"\\.|[{}]", text[at : at + 2000], re.S):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
                 end = at + brace.end()
-                found.append(text[at + 1 : end - 1])
                 break
-        else:
-            found.append(None)
+        found.append(text[at + 1 : end - 1] if end > at else None)
     return found
-
-
-_WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]"
-                      r"|\\boxed\s*\{((?:(?!\\boxed).)*)\}", re.S)
-_FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad|qquad)(?![a-zA-Z])"
-                    r"|[{}$~]|\*\*|\\[ ,;!:]")
 
 
 def bare(answer: str) -> str:
@@ -534,6 +497,15 @@ def plain_text(answer: str) -> str:
     return _FONTS.sub(" ", answer).strip(" .")
 
 
+def searched(reason: str, part: str, *patterns: str):
+    """A rule: reject a row if one of the patterns is found in that part of it."""
+    compiled = [re.compile(pattern, re.S) for pattern in patterns]
+
+    def rule(row: dict) -> str | None:
+        return reason if any(pattern.search(row[part]) for pattern in compiled) else None
+    return rule
+
+
 def empty_problem(row: dict) -> str | None:
     row["words"] = _DRAWING.sub(" ", row["problem"])  # the rules on wording must not read the labels of a drawing
     row["lower"] = row["words"].lower()
@@ -542,23 +514,20 @@ def empty_problem(row: dict) -> str | None:
 
 def marked_invalid(row: dict) -> str | None:
     """NuminaMath-1.5 says itself which rows are incomplete, proofs or multiple choice."""
-    flags = row["flags"]
-    if flags.get("question_type") == "proof" or row["answer"] in ("proof", "notfound"):
+    if row["flags"].get("question_type") == "proof" or row["answer"] in ("proof", "notfound"):
         return "proof"
-    if flags.get("question_type") == "MCQ":
+    if row["flags"].get("question_type") == "MCQ":
         return "multiple choice"
-    if any(flags.get(k, "Yes") != "Yes" for k in ("problem_is_valid", "solution_is_valid")):
-        return "marked invalid by its source"
-    return None
+    valid = all(row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid"))
+    return None if valid else "marked invalid by its source"
 
 
 _FIGURE = re.compile(
-    r"https?:|!\[|\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d"
+    r"https?:|!\[|\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture|graph)"
     r"|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
     r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b"
-    r"|\b(?:shown|pictured|drawn|depicted|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diagram|pict))"
+    r"|\b(?:shown|pictured|drawn|depicted|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
     r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above|indicates?|shows?)\b"
-    r"|\b(?:following|accompanying)\s+(?:figure|diagram|picture|graph|chart)"
     r"|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b")
 _DRAWN = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|")
 
@@ -570,31 +539,19 @@ def missing_figure(row: dict) -> str | None:
     return "link or missing figure" if lost else None
 
 
-SCRIPTS = {  # Greek letters and the letter-like symbols of mathematics are welcome everywhere
-    "latin": "", "cyrillic": "\u0400-\u052f", "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff",
+SCRIPTS = {  # besides Latin and Greek, and the letter-like symbols of mathematics
+    "cyrillic": "\u0400-\u052f", "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff",
     "kana": "\u3041-\u30ff", "hangul": "\u1100-\u11ff\uac00-\ud7af", "arabic": "\u0600-\u06ff",
     "hebrew": "\u05d0-\u05f4", "devanagari": "\u0900-\u097f", "thai": "\u0e01-\u0e5b"}
 
 
-@lru_cache
-def foreign(scripts: tuple[str, ...]) -> re.Pattern:
-    """Letters of all scripts but the given ones; private-use characters and U+FFFD always."""
-    others = "".join(letters for name, letters in SCRIPTS.items() if name not in scripts)
-    return re.compile(f"[\ue000-\uf8ff\ufffd{others}]")
+def foreign(scripts: tuple[str, ...] = ()) -> str:
+    """A pattern: letters of the other scripts, but not of the given ones; private-use characters and U+FFFD always."""
+    return "[\ue000-\uf8ff\ufffd" + "".join(SCRIPTS[name] for name in SCRIPTS if name not in scripts) + "]"
 
 
-def other_script(row: dict, scripts: tuple[str, ...]) -> str | None:
-    return "another script" if foreign(scripts).search(row["problem"] + row["answer"]) else None
-
-
-_PROOF = re.compile(r"\bprove\b(?! your)|\bdemonstrate\s+that\b|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b"
-                    r"|(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b")
-
-
-def proof(row: dict) -> str | None:
-    return "proof" if _PROOF.search(row["lower"]) else None
-
-
+_LETTER = (r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
+           r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z")
 _CONTINUES = re.compile(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
     r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for (?:all|any|every|some))\s*(?:\\[(\[]|\$)|is either\b)"
     r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)")
@@ -604,52 +561,23 @@ def find_answer(row: dict) -> str | None:
     """Puts the answer into the row: from the answer column, else from the last box of the solution (paper: answers
     extracted). Returns why there is none, or none that can be trusted."""
     raw = boxes(row["solution"])
+    found = [bare(box or "") for box in raw] or [""]
     if row["answer"] is not None:
         row["answer"] = bare(row["answer"])
-        box = bare((raw or [""])[-1] or "")
-        if box and not _LETTER.fullmatch(plain_text(box)) and not same_answer(box, row["answer"]):
+        letter = re.search(_LETTER, plain_text(found[-1]), re.S)
+        if found[-1] and not letter and not same_answer(found[-1], row["answer"]):
             return "answer and box differ"
-        return None if row["answer"] else "empty answer"
-    if not raw or None in raw:
+    elif not raw or None in raw:
         return "no box"
-    found = [bare(b) for b in raw]
-    if not found[-1]:
-        return "empty answer"
-    row["answer"] = found[-1]
-    last = row["solution"].rfind("{" + raw[-1] + "}")
-    if last >= 0 and _CONTINUES.match(row["solution"], last + len(raw[-1]) + 2):
-        return "answer continues after the box"
-    if not all(same_answer(b, found[-1]) for b in set(found)):
-        return "several different boxes"
-    return None
-
-
-_OPTIONS = [re.compile(pattern, re.S) for pattern in (  # at least three, in order
-    r"(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Za-z\\])\(\s*C\s*\)",
-    r"(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,400}?\s(?:\*\*)?\(?C\s*[).:、]")]
-_WHICH = re.compile(r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b|\bamong the following\b"
-                    r"|\bthe following (?:statement|conclusion|proposition|option)s?\b")
-_LETTER = re.compile(r"\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
-                     r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*", re.S)
-
-
-def multiple_choice(row: dict) -> str | None:
-    """Options in the problem, or a letter as the answer, also where the options are gone (most of amc_aime)."""
-    asked = _WHICH.search(row["lower"]) or any(options.search(row["words"]) for options in _OPTIONS)
-    return "multiple choice" if asked or _LETTER.fullmatch(plain_text(row["answer"])) else None
-
-
-_YES_NO = re.compile(
-    r"(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false|correct|incorrect|(?:im)?possible"
-    r"|not\s+(?:possible|always|necessarily|true)|always|never|exists?|it is (?:im)?possible)\b.*", re.I | re.S)
-_WHETHER = re.compile(
-    r"\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate|examine)\s+(?:whether|if it)\b"
-    r"|(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true|necessar\w+|always))\b")
-
-
-def yes_or_no(row: dict) -> str | None:
-    asked = _WHETHER.search(row["lower"])
-    return "yes or no, true or false" if asked or _YES_NO.fullmatch(plain_text(row["answer"])) else None
+    else:
+        row["answer"] = found[-1]
+        last = row["solution"].rfind("{" + raw[-1] + "}")
+        if last >= 0 and _CONTINUES.match(row["solution"], last + len(raw[-1]) + 2):
+            return "answer continues after the box"
+        if found[-1] and not all(same_answer(box, found[-1]) for box in set(found)):
+            return "several different boxes"
+    row["plain"] = plain_text(row["answer"])
+    return None if row["answer"] else "empty answer"
 
 
 _NUMERAL = r"(?:[1-5]|[a-e]|i{1,3}|iv|I{1,3}|IV|Ⅰ|Ⅱ|Ⅲ)"
@@ -663,41 +591,31 @@ _TASK = re.compile(  # a part asks: a question mark, or an order at its beginnin
 _LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ...
     r"\W*(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b"
     r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b).{0,80}", re.I | re.S)
-_SECOND_TASK = re.compile(r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b"
-                          r"|\balso,?\s+(?:find|determine|calculate|compute|give|what)\b")
 _BLANKS = re.compile(r"(?:\\?_\s?){2,}")
-_QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b", re.I)
+_QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
 
 
 def several_questions(row: dict) -> str | None:
-    """Parts that each ask something, two tasks in one sentence, two blanks to fill, or two questions."""
-    words = row["words"]
-    head, *parts = _PART.split(words)
-    sentences = re.split(r"(?<=[?.!])\s+", words)
-    several = (
-        sum(bool(_TASK.search(part)) for part in parts) >= 2
-        or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head)
-        or _SECOND_TASK.search(row["lower"])
-        or len(_BLANKS.findall(words)) >= 2
-        or sum(s.endswith("?") and bool(_QUESTION.search(s)) for s in sentences) >= 2)
+    """Parts that each ask something, two sentences that do, or two blanks to fill."""
+    head, *parts = _PART.split(row["words"])
+    sentences = re.split(r"(?<=[?.!])\s+", row["lower"])
+    several = (sum(s.endswith("?") and bool(_QUESTION.search(s)) for s in sentences) >= 2
+               or sum(bool(_TASK.search(part)) for part in parts) >= 2
+               or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head) or len(_BLANKS.findall(row["words"])) >= 2)
     return "several questions" if several else None
 
 
 MAX_ANSWER = 50  # characters; longer ones are prose or systems that no rule grades
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-_VALUE_WORDS = set("and sin cos tan log frac sqrt square cubic per hours minutes seconds the base pmatrix begin "
-                   "end".split())
-_NO_VALUE = re.compile(
-    r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])|\\[lc]?dots"
-    r"|answer|\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b", re.I)
+_VALUE_WORDS = set("and sin cos tan log frac sqrt square cubic per hours minutes seconds the base pmatrix begin end"
+                   .split())
 
 
 def not_a_value(row: dict) -> str | None:
     """Too long, or prose: more than two words are a statement, which a rule can only compare letter by letter."""
     if len(row["answer"]) > MAX_ANSWER:
         return "answer longer than 50 characters"
-    words = [w for w in _WORD.findall(plain_text(row["answer"])) if w.lower() not in _VALUE_WORDS]
-    return "answer in prose" if len(words) > 2 or _NO_VALUE.search(row["answer"]) else None
+    return "answer in prose" if sum(w.lower() not in _VALUE_WORDS for w in _WORD.findall(row["plain"])) > 2 else None
 
 
 _ROUNDED = re.compile(r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}")  # eighths and sixteenths are exact
@@ -717,8 +635,7 @@ _USUAL = set("eidxyfcnzpqrs")  # constants, and the names that answers give to t
 
 
 def unknown_letter(row: dict) -> str | None:
-    """An answer in letters that the problem does not name (a family k pi, an arbitrary constant): it equals no answer
-    with other letters."""
+    """Letters that the problem does not name (a family k pi, an arbitrary constant): other letters are never equal."""
     letters = set(re.findall(r"[a-z]", _NOT_VARIABLES.sub(" ", row["answer"]).lower())) - _USUAL
     return None if letters <= set(tokens(row["problem"])) else "letters that the problem does not name"
 
@@ -730,8 +647,7 @@ _ASKS = re.compile(
     r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")
 _ANY = re.compile(
     r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)|any|some"
-    r"|\d+\s+(?:natural|positive|different|distinct))\b"
-    r"|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she|they|this|it)\b")
+    r"|\d+\s+(?:natural|positive|different|distinct))\b|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b")
 _ONE = re.compile(r"smallest|largest|least|greatest|unique|only|all\b")
 
 
@@ -743,22 +659,51 @@ def nothing_asked(row: dict) -> str | None:
 
 def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     """The rules in the order of the funnel."""
-    return (empty_problem, marked_invalid, missing_figure, proof, find_answer, partial(other_script, scripts=scripts),
-            multiple_choice, yes_or_no, several_questions, not_a_value, rounded, unknown_letter, nothing_asked)
+    return (
+        empty_problem, marked_invalid, missing_figure,
+        searched("proof", "lower", r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
+                 r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b"),
+        find_answer,
+        searched("another script", "problem", foreign(scripts)), searched("another script", "answer", foreign(scripts)),
+        searched("multiple choice", "words",  # at least three options, in order
+                 r"(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Za-z\\])\(\s*C\s*\)",
+                 r"(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,400}?\s(?:\*\*)?"
+                 r"\(?C\s*[).:、]"),
+        searched("multiple choice", "lower", r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
+                 r"\bamong the following\b|\bthe following (?:statement|conclusion|proposition|option)s?\b"),
+        searched("multiple choice", "plain", _LETTER),  # also where the options are gone, as in most of amc_aime
+        searched("yes or no, true or false", "lower",
+                 r"\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate|examine)\s+(?:whether|if it)\b",
+                 r"(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true|necessar\w+|always))\b"),
+        searched("yes or no, true or false", "plain",
+                 r"(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false|(?:in)?correct"
+                 r"|(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?"
+                 r"|it is (?:im)?possible)\b"),
+        several_questions,
+        searched("several questions", "lower",  # two tasks in one sentence
+                 r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
+                 r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b"),
+        not_a_value,
+        searched("answer in prose", "answer", r"answer|\\[lc]?dots",
+                 r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])",
+                 r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b"),
+        rounded, unknown_letter, nothing_asked)
 
 
 REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box
 empty answer; answer continues after the box; several different boxes; answer and box differ; another script
-multiple choice; yes or no, true or false; several questions; answer longer than 50 characters; answer in prose; rounded answer
-letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
+multiple choice; yes or no, true or false; several questions; answer longer than 50 characters; answer in prose
+rounded answer; letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
 same problem, different answers; duplicate; near-duplicate
 pass rate 0 or 1; beyond the target""".replace("\n", "; ").split("; ")
 
 
-# --- curate: benchmark problems and near-duplicates. NOT IN PAPER: how; the evaluation sets must not be trained on. ---
+# --- curate: benchmark problems and near-duplicates -------------------------------------------------------------------
+# NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
 
 N_GRAM = 13  # tokens: the usual length of decontamination, here on LaTeX-aware tokens
 SHORT = 8  # tokens of the skeleton, for short or reworded problems; finds candidates only, `same_problem` decides
+PHRASE = 12  # an n-gram in more problems of the benchmarks is a phrase ("m and n are relatively prime ...")
 SHINGLE, SKETCH = 4, 8  # near-duplicates: 4-token shingles, of which the 8 with the least hashes make up the sketch
 NEAR = 0.6  # exact Jaccard index of near-duplicates
 _POWERS = np.random.default_rng(2501).integers(1, 1 << 63, N_GRAM, np.uint64) | np.uint64(1)  # any odd numbers
@@ -788,30 +733,25 @@ class Benchmarks:
     """Finds the benchmark problem that a row repeats: equal normalised text, or a common 13-gram (or 8-gram of
     skeletons), after which `same_problem` or `reworded` decides."""
 
-    PHRASE = 12  # an n-gram in more problems of the benchmarks is a phrase ("m and n are relatively prime ...")
-
     def __init__(self, rows: list[dict]):
-        self.rows = []  # (id, tokens, gold answer)
-        for row in rows:
-            gold = row["answer"] or (boxes(row["solution"]) or [""])[-1] or ""
-            self.rows.append((row["id"], tokens(repair(row["problem"])), bare(gold)))
-        self.keys = {key(words): i for i, (_, words, _) in reversed(list(enumerate(self.rows)))}
-        owners = defaultdict(set)
-        for i, (_, words, _) in enumerate(self.rows):
-            for gram in self.grams(words).tolist():
+        self.rows, self.keys, owners = [], {}, defaultdict(set)  # (id, tokens, gold answer); text -> row; gram -> rows
+        for i, row in enumerate(rows):
+            words, gold = tokens(repair(row["problem"])), row["answer"] or (boxes(row["solution"]) or [""])[-1] or ""
+            self.rows.append((row["id"], words, bare(gold)))
+            self.keys.setdefault(key(words), i)
+            for gram in self.grams(words):
                 owners[gram].add(i)
-        self.owners = {gram: sorted(found) for gram, found in owners.items() if len(found) <= self.PHRASE}
+        self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
 
     @staticmethod
-    def grams(words: list[str]) -> np.ndarray:
-        return np.concatenate([gram_hashes(words, N_GRAM), gram_hashes(skeleton(words), SHORT)])
+    def grams(words: list[str]) -> list[int]:
+        return gram_hashes(words, N_GRAM).tolist() + gram_hashes(skeleton(words), SHORT).tolist()
 
     def find(self, words: list[str], answer: str) -> str | None:
         """The id of the benchmark problem that this one repeats, or None."""
         if (i := self.keys.get(key(words))) is not None:
             return self.rows[i][0]
-        candidates = {i for gram in self.grams(words).tolist() for i in self.owners.get(gram, ())}
-        for i in sorted(candidates):
+        for i in sorted({i for gram in self.grams(words) for i in self.owners.get(gram, ())}):
             name, other, gold = self.rows[i]
             if same_problem(words, other, same_answer(answer, gold)) or reworded(words, other):
                 return name
@@ -821,38 +761,6 @@ class Benchmarks:
 # --- curate: the pipeline ---------------------------------------------------------------------------------------------
 
 _WORKER = {}  # benchmarks and rules of this process, set once by `prepare`
-
-
-def prepare(benchmarks: list[dict], scripts: tuple[str, ...]):
-    """Gives a process what it needs to judge rows."""
-    _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=rules(scripts))
-
-
-def sift(chunk) -> tuple[Counter, list[Candidate]]:
-    """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows that pass the rules."""
-    default_source, rows = chunk
-    counts, passed = Counter(), []
-    for where, raw in rows:
-        row = to_problem(where, raw, default_source)
-        source = row["source"]
-        counts[source, "read"] += 1
-        if too_long(row):
-            counts[source, "too long"] += 1
-            continue
-        row["problem"] = repair(row["problem"])
-        if reason := next(filter(None, (rule(row) for rule in _WORKER["rules"])), None):
-            counts[source, reason] += 1
-            continue
-        words = tokens(row["problem"])
-        hit = _WORKER["benchmarks"].find(words, row["answer"])
-        names = ("id", "problem", "answer", "source", "level", "solution")
-        line = json_line({k: row[k] for k in names if row[k] not in (None, "")}).encode()
-        # Near-duplicates agree in every number and sign, so these are part of the bucket: problems made from one
-        # template with other numbers never meet, which keeps the search linear.
-        buckets = sketch(words) ^ np.uint64(token_hash(" ".join(sorted(signs(words)))))
-        text = token_hash(key(words) + drawing(row["problem"]))
-        passed.append(Candidate(line, row["id"], row["answer"], sys.intern(source), hit, text, buckets.tobytes()))
-    return counts, passed
 
 
 class Candidate(NamedTuple):
@@ -866,12 +774,40 @@ class Candidate(NamedTuple):
     text: int  # hash of the normalised text: equal for duplicates
     buckets: bytes  # (SKETCH,) uint64: rows that share one are compared
 
-    def row(self) -> dict:
-        return json.loads(self.line)
+
+def prepare(benchmarks: list[dict], scripts: tuple[str, ...]):
+    """Gives a process what it needs to judge rows."""
+    _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=rules(scripts))
+
+
+def sift(chunk) -> tuple[Counter, list[Candidate]]:
+    """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows that pass."""
+    default_source, rows = chunk
+    counts, passed = Counter(), []
+    for where, raw in rows:
+        row = to_problem(where, raw, default_source)
+        counts[row["source"], "read"] += 1
+        reason = "too long" if too_long(row) else None
+        if not reason:
+            row["problem"] = repair(row["problem"])
+            reason = next(filter(None, (rule(row) for rule in _WORKER["rules"])), None)
+        if reason:
+            counts[row["source"], reason] += 1
+            continue
+        words = tokens(row["problem"])
+        hit = _WORKER["benchmarks"].find(words, row["answer"])
+        # Near-duplicates agree in every number and sign, so these are part of the bucket: problems made from one
+        # template with other numbers never meet, which keeps the search linear.
+        buckets = sketch(words) ^ np.uint64(token_hash(" ".join(sorted(signs(words)))))
+        text = token_hash(key(words) + drawing(row["problem"]))
+        names = ("id", "problem", "answer", "source", "level", "solution")
+        line = json_line({k: row[k] for k in names if row[k] not in (None, "")}).encode()
+        passed.append(Candidate(line, row["id"], row["answer"], row["source"], hit, text, buckets.tobytes()))
+    return counts, passed
 
 
 def read_pools(pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int) -> tuple[Counter, list]:
-    """Streams every pool through the rules -> counts of (source, reason), and the candidates in the order of the pools."""
+    """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
     counts, candidates = Counter(), []
     work = ((default, part) for name, default in pools for part in chunks(raw_rows(name), 250))
     with tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
@@ -891,6 +827,14 @@ def ungradable(answers: list[str]) -> set[str]:
     return {a for a, ok in zip(different, equal, strict=True) if not (ok and verify.is_readable(a))}
 
 
+@lru_cache(1 << 12)
+def shingles(line: bytes) -> tuple[str, list[str], set[int]]:
+    """A row's problem, its tokens and the hashes of its shingles."""
+    problem = json.loads(line)["problem"]
+    words = tokens(problem)
+    return problem, words, set(gram_hashes(words, SHINGLE).tolist())
+
+
 def near_duplicates(a: Candidate, b: Candidate) -> bool:
     """The exact comparison of two rows that share a bucket."""
     (problem_a, words_a, grams_a), (problem_b, words_b, grams_b) = shingles(a.line), shingles(b.line)
@@ -900,21 +844,14 @@ def near_duplicates(a: Candidate, b: Candidate) -> bool:
     return same_problem(words_a, words_b, equal) and (equal or drawing(problem_a) == drawing(problem_b))
 
 
-@lru_cache(1 << 12)
-def shingles(line: bytes) -> tuple[str, list[str], set[int]]:
-    """A row's problem, its tokens and the hashes of its shingles."""
-    problem = json.loads(line)["problem"]
-    words = tokens(problem)
-    return problem, words, set(gram_hashes(words, SHINGLE).tolist())
-
-
 def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]:
     """Pairs of near-duplicates among the rows `alive` (ascending), the earlier row first."""
     table = np.frombuffer(b"".join(rows[i].buckets for i in alive), np.uint64)  # (rows * SKETCH,)
     _, first, bucket = np.unique(table, return_index=True, return_inverse=True)
     earlier = first[bucket] // SKETCH  # each row is compared with the first one of each of its buckets
     later = np.arange(len(table)) // SKETCH
-    found = sorted({(alive[a], alive[b]) for a, b in zip(earlier.tolist(), later.tolist()) if a < b})
+    new = earlier < later
+    found = sorted({(alive[a], alive[b]) for a, b in zip(earlier[new].tolist(), later[new].tolist())})
     bar = tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1)
     return [(a, b) for a, b in bar if near_duplicates(rows[a], rows[b])]
 
@@ -949,8 +886,7 @@ def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
 
 def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -> list[int]:
     """A seeded order of rows whose every prefix holds the sources in proportion to their size, or equally until one
-    source ends. NOT IN PAPER: the mixture. Proportional is the average of a uniform draw; equal is nearer to the
-    authors' own 30,000."""
+    source ends. NOT IN PAPER: the mixture; equal is nearer to the authors' own 30,000."""
     strata, place = defaultdict(list), {}
     for i in rows:
         strata[sources[i]].append(i)
@@ -961,8 +897,8 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
     return sorted(rows, key=place.__getitem__)
 
 
-def pass_rates(problems: list[dict], model: Model, n: int, journal: Path) -> Iterator[tuple[dict, float]]:
-    """(problem, share of n sampled answers that are right), in order. Each is measured once, also when the command is
+def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[tuple[dict, float]]:
+    """(problem, share of n sampled answers that are right), in order; each is measured once, also when the command is
     given again. A request that the server refuses counts as a rate of 0."""
     settings, kinds = {"n": n, "model": model.name}, {"id": str, "pass_rate": (int, float)}
     done = {row["id"]: row["pass_rate"] for row in read_journal(journal, settings, kinds)}
@@ -979,18 +915,17 @@ def pass_rates(problems: list[dict], model: Model, n: int, journal: Path) -> Ite
         with ThreadPoolExecutor(model.concurrency) as pool:
             for problem, rate in zip(todo, pool.map(measure, todo)):
                 done[problem["id"]] = rate
-                append(journal, [{"id": problem["id"], "pass_rate": rate}])
+                append(journal, {"id": problem["id"], "pass_rate": rate})
         yield from ((problem, done[problem["id"]]) for problem in part)
 
 
 def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]) -> dict[int, dict]:
-    """-> row -> problem, for the first --target rows of the order that pass the difficulty filter; adds the rest to
-    `gone`."""
+    """Row -> problem, for the first --target rows of the order that pass the difficulty filter; others go to `gone`."""
     seen, names, chosen = Counter(), {}, {}
     for i in sorted(order):  # two sources may use one id; `cot` resumes by id
         seen[rows[i].id] += 1
         names[i] = rows[i].id if seen[rows[i].id] == 1 else f"{rows[i].id}~{seen[rows[i].id]}"
-    problems = (rows[i].row() | {"id": names[i]} for i in order)
+    problems = (json.loads(rows[i].line) | {"id": names[i]} for i in order)
     rates = ((problem, None) for problem in problems)
     if model:
         rates = pass_rates(problems, model, args.samples, Path(args.out) / "pass_rates.jsonl")
@@ -1005,13 +940,13 @@ def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gon
     return chosen
 
 
-def curate(args) -> int:
-    """Pools -> rl.jsonl, report.json, funnel.png and a data card (paper: MATH-train and NuminaMath, 30,000 kept)."""
+def curate(args, out: Path) -> int:
+    """Pools -> rl.jsonl, report.json and a data card (paper: MATH-train and NuminaMath, filtered to 30,000)."""
     pools = [(name, default) for default in ("math", "numina") for name in getattr(args, default) or ()]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
         args.decontaminate = args.decontaminate or [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
-    model, out = Model(args.pass_rate, args) if args.pass_rate else None, out_folder(args.out)
+    model = Model(args.pass_rate, args) if args.pass_rate else None
     given = (row for name in args.decontaminate for row in raw_rows(name))
     benchmarks = [checked_problem(where, raw, "benchmark") for where, raw in given]
     if not benchmarks:
@@ -1023,76 +958,43 @@ def curate(args) -> int:
     left = [i for i in range(len(rows)) if i not in gone]
     order = stratified_order(left, [row.source for row in rows], args.seed, args.mix)
     chosen = draw(rows, order, model, args, gone)
-    write_rows(out / "rl.jsonl", (chosen[i] for i in sorted(chosen)))
-    for i in sorted(gone):
-        counts[rows[i].source, gone[i]] += 1
-    kept = Counter(rows[i].source for i in chosen)
-    names = ("decontaminate", "target", "seed", "mix", "scripts", "pass_rate")
-    settings = {"pools": [name for name, _ in pools], "benchmark problems": len(benchmarks)}
-    settings |= {name: getattr(args, name) for name in names}
+    write(out / "rl.jsonl", (json_line(chosen[i]) for i in sorted(chosen)))
+    counts.update((rows[i].source, reason) for i, reason in gone.items())
+    counts.update((rows[i].source, "kept") for i in chosen)
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
-    write_report(out, settings, counts, kept, removed)
+    names = "math numina decontaminate target seed mix scripts pass_rate".split()
+    write_report(out, {name: getattr(args, name) for name in names}, counts, removed)
     return 0
 
 
-def write_report(out: Path, settings: dict, counts: Counter, kept: Counter, removed: dict):
-    """The funnel on the console, as report.json, as a picture and in the data card.
+def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
+    """The funnel on the console, as report.json, and in the data card.
 
-    counts: of (source, reason or "read"). kept: rows per source. removed: id -> benchmark problem that it repeats.
+    counts: of (source, reason, "read" or "kept"). removed: id -> benchmark problem that it repeats.
     """
-    total = Counter()
-    for (_, reason), n in counts.items():
-        total[reason] += n
-    funnel = [("read", 0, total["read"])]  # (step, rows gone, rows left)
+    total, by_source = Counter(), defaultdict(dict)
+    for source, reason in sorted(counts, key=lambda c: (c[0], ["read", "kept", *REASONS].index(c[1]))):
+        total[reason] += counts[source, reason]
+        by_source[source][reason] = counts[source, reason]
+    left, funnel = total["read"], []
     for reason in REASONS:
         if total[reason]:
-            funnel.append((reason, total[reason], funnel[-1][2] - total[reason]))
-    by_source = {}
-    for source in sorted({source for source, _ in counts}):
-        reasons = {reason: counts[source, reason] for reason in REASONS if counts[source, reason]}
-        by_source[source] = {"read": counts[source, "read"], "kept": kept[source]} | reasons
-    report = {"settings": settings, "read": total["read"], "rows": kept.total(),
-              "funnel": [{"why": why, "gone": n, "left": left} for why, n, left in funnel[1:]],
+            left -= total[reason]
+            funnel.append({"why": reason, "gone": total[reason], "left": left})
+    report = {"settings": settings, "read": total["read"], "rows": total["kept"], "funnel": funnel,
               "by_source": by_source, "in a benchmark": removed}
-    table = ["| step | gone | left |", "|---|---:|---:|", *(f"| {why} | {n:,} | {left:,} |" for why, n, left in funnel)]
+    table = ["| step | gone | left |", "|---|---:|---:|", f"| read | | {total['read']:,} |"]
+    table += [f"| {step['why']} | {step['gone']:,} | {step['left']:,} |" for step in funnel]
     table += ["", "| source | read | kept |", "|---|---:|---:|"]
-    table += [f"| {source} | {row['read']:,} | {row['kept']:,} |" for source, row in by_source.items()]
-    write_beside(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write_beside(out / "funnel.png", draw_funnel(funnel))
-    card = CARD.format(rows=kept.total(), table="\n".join(table), settings=json.dumps(settings, ensure_ascii=False))
-    write_beside(out / "README.md", card)
+    table += [f"| {source} | {row['read']:,} | {row.get('kept', 0):,} |" for source, row in by_source.items()]
+    write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write(out / "README.md", CARD.format(rows=total["kept"], table="\n".join(table), settings=json.dumps(settings)))
     print("\n".join(table))
-    print(f"\n{kept.total():,} problems in {out / 'rl.jsonl'}; report, funnel.png and data card beside it")
+    print(f"\n{total['kept']:,} problems in {out / 'rl.jsonl'}; report and data card beside it")
     print(f"next: python t1.py --stage rl --data {out / 'rl.jsonl'}")
 
 
-def draw_funnel(funnel: list[tuple[str, int, int]]) -> bytes:
-    """A bar per step, rows left and rows gone, as the bytes of a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names, gone, left = zip(*funnel)
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(names) + 1))
-    axes.barh(names, left, color="tab:blue", label="left")
-    bars = axes.barh(names, gone, left=left, color="tab:red", label="gone")
-    axes.bar_label(bars, [f" {left[0]:,}", *(f" -{n:,}" for n in gone[1:])], fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="rows", xlim=(0, left[0] * 1.15))
-    axes.legend(loc="lower right")
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-    return image.getvalue()
-
-
-CARD = """---
-language: en
-task_categories: [question-answering]
-configs: [{{config_name: default, data_files: rl.jsonl}}]
----
-# {rows:,} mathematics problems with answers that a rule can grade
+CARD = """# {rows:,} mathematics problems with answers that a rule can grade
 
 Made by `python data_prep.py curate`. One JSON object per line: `id`, `problem`, `answer`, `source`, and where known
 `level`, `solution`, `pass_rate`. Licences are those of the sources; answers are the sources' own and not proven.
@@ -1123,11 +1025,11 @@ class Model:
     def __init__(self, name: str, args):
         import openai
 
-        self.name, self.openai, self.args, self.concurrency = name, openai, args, args.concurrency
-        api_key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = openai.OpenAI(base_url=args.base_url, api_key=api_key, timeout=args.timeout, max_retries=0)
+        self.name, self.args, self.openai, self.concurrency = name, args, openai, args.concurrency
+        self.client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
+                                    timeout=args.timeout, max_retries=args.retries)
         try:
-            self.client.with_options(timeout=10).models.list()
+            self.client.with_options(timeout=10, max_retries=0).models.list()
         except openai.APIConnectionError as e:  # refused, unknown host, no answer in time
             raise Misuse(f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start one, for instance "
                          f"`vllm serve {name}`, or correct the address")
@@ -1135,42 +1037,37 @@ class Model:
             pass  # a server without a list of models may still answer questions
 
     def ask(self, prompt: str, n: int) -> list[str]:
-        """n texts for one prompt. Raises Misuse, Refused, or, after all retries, Unfinished."""
-        texts, attempt = [], 0
+        """n texts for one prompt. The library retries lost connections, time-outs, 408, 409, 429 and 5xx, and waits
+        between; replies that are no completion are asked again here. Raises Misuse, Refused, or at last Unfinished."""
+        texts, faults, openai = [], 0, self.openai
         while len(texts) < n:  # some servers give one choice whatever n
-            new, fault, wait = self._request(prompt, n - len(texts))
-            texts += new
-            if fault:
-                if attempt == self.args.retries:
-                    raise Unfinished(f"{self.name}: no usable reply after {attempt + 1} requests (last: {fault[:120]})")
-                time.sleep(min(max(self.args.backoff * 2**attempt, wait), 60))
-                attempt += 1
+            try:
+                reply = self.client.chat.completions.create(
+                    model=self.name, messages=[{"role": "user", "content": prompt}], n=n - len(texts),
+                    temperature=self.args.temperature, max_tokens=self.args.max_tokens)
+                new = [choice.message.content for choice in reply.choices]
+                if not new or not all(text.strip() for text in new):
+                    raise ValueError("a reply without text")
+                texts += new
+            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
+                raise Misuse(f"--base-url {self.args.base_url}: status {e.status_code} for model {self.name!r}; check "
+                             "the address, the model's name and OPENAI_API_KEY")
+            except openai.APIStatusError as e:
+                if e.status_code < 500 and e.status_code not in (408, 409, 429):
+                    raise Refused(f"refused by the server with status {e.status_code}")
+                raise Unfinished(f"{self.name}: status {e.status_code}; run the same command again to resume")
+            except (openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:  # lost, or no completion
+                faults += 1
+                if isinstance(e, openai.APIConnectionError) or faults > self.args.retries:
+                    raise Unfinished(f"{self.name}: no usable reply ({type(e).__name__}: {str(e)[:120]}); run the same "
+                                     "command again to resume")
         return texts[:n]
-
-    def _request(self, prompt: str, n: int) -> tuple[list[str], str | None, float]:
-        """-> (texts, fault that a retry may mend or None, seconds that the server asks to wait)."""
-        try:
-            reply = self.client.chat.completions.create(
-                model=self.name, messages=[{"role": "user", "content": prompt}], n=n,
-                temperature=self.args.temperature, max_tokens=self.args.max_tokens)
-            texts = [choice.message.content for choice in reply.choices]
-            return (texts, None, 0) if texts and all(text.strip() for text in texts) else ([], "a reply without text", 0)
-        except self.openai.APIStatusError as e:
-            if e.status_code in (401, 403, 404):
-                raise Misuse(f"--base-url {self.args.base_url}: status {e.status_code} for model {self.name!r}; "
-                             "check the address, the model's name and OPENAI_API_KEY")
-            if e.status_code < 500 and e.status_code not in (408, 409, 429):
-                raise Refused(f"refused by the server with status {e.status_code}")
-            after = e.response.headers.get("retry-after", "")
-            return [], f"status {e.status_code}", float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0
-        except (self.openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:  # not a completion
-            return [], f"{type(e).__name__}: {e}", 0
 
 
 def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
     """Finished rows of an earlier run with the same settings; a line that a kill cut is removed.
 
-    kinds: the type of each field. Other settings, or a file that is no journal, are Misuse, and the file is not changed.
+    kinds: the type of each field. Other settings, or a file that is no journal, are Misuse; the file is not changed.
     """
     lines = list(json_lines(path)) if os.path.lexists(path) else []
     cut = len(lines.pop()[1]) if lines and not lines[-1][1].endswith(b"\n") else 0
@@ -1184,31 +1081,29 @@ def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
         raise Misuse(f"{path}: written with another {changed}; take another --out, or delete the file to start again")
     for (where, _), row in zip(lines[1:], rows[1:]):
         if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
-            raise Misuse(f"{row_at(where)}: field {wrong[0]!r} is missing or of another type; remove the line, and its "
-                         "problem is asked again")
+            raise Misuse(f"{row_at(where)}: field {wrong[0]!r} is missing or of another type; remove the line")
     if cut:
         os.truncate(path, path.stat().st_size - cut)
     if not rows:
-        append(path, [{"settings": settings}])
+        append(path, {"settings": settings})
     return rows[1:]
 
 
-def append(path: Path, rows: list[dict]):
-    """Appends rows and returns when they are on the disk: they survive kill -9."""
+def append(path: Path, row: dict):
+    """Appends a row and returns when it is on the disk: it survives kill -9."""
     with open(path, "ab") as f:
-        f.write("".join(map(json_line, rows)).encode())
+        f.write(json_line(row).encode())
         f.flush()
         os.fsync(f.fileno())
 
 
-# --- cot: cold-start traces (paper, section 1: attempts of several models, a critique of each, merged into one thought) 
-#
+# --- cot: cold-start traces (paper, section 1) ------------------------------------------------------------------------
+# The paper's recipe: attempts of several models, a critique of each, merged into one train of thought.
 # NOT IN PAPER: the wording of the prompts, the number of attempts, and the rules by which a rewritten trace is kept.
 
 ATTEMPT = """{problem}
 
 Solve the problem step by step and put the final answer in \\boxed{{}}."""
-
 CRITIQUE = """Here is a problem and one attempt at it. The attempt's final answer is {verdict}.
 
 Problem:
@@ -1223,7 +1118,6 @@ verdict."""
 WHY_IT_FAILS = "Find the first step that goes wrong, say why it is wrong, and how one could notice it."
 WHY_IT_HOLDS = ("Check the result by an independent route (substitute it back, try a special case, or count another "
                 "way) and say why it holds.")
-
 REWRITE = """Rewrite the material below as one train of thought of a single person who solves the problem alone, \
 thinking aloud.
 
@@ -1244,7 +1138,6 @@ ONE_ATTEMPT = """Attempt {number} ({verdict}):
 {kind}:
 {critique}
 """
-
 _NOTICE = re.compile(
     r"\b(?:wait|but|however|mistake|wrong|error|incorrect|not right|no[,.;:!]|hmm|oops|fails?|failed|contradict\w*"
     r"|doesn't|does not|can't be|cannot be|isn't|is not|overlooked|forgot|missed|recheck|re-?examine|reconsider"
@@ -1254,14 +1147,8 @@ _VERIFY = re.compile(r"\b(?:check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*|do
 _MARKUP = re.compile(r"\\(?:boxed|text|mathrm|left|right|displaystyle|[dt]?frac(?=\b))|[{}$\\]|(?<=\d),(?=\d{3}\b)")
 
 
-def without_thought(text: str) -> str:
-    """The part of a reasoning model's reply after its own thought."""
-    return text.rsplit("</think>", 1)[-1].strip()
-
-
 def choose_attempts(row: dict, attempts: list[str], args) -> tuple[list[tuple[str, bool]], str | None]:
-    """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one last; or the reason
-    why there is no trace."""
+    """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one last; or why none."""
     right = verify.grade(attempts, [row["answer"]] * len(attempts))
     good = [a for a, ok in zip(attempts, right) if ok]
     wrong = {verify.extract_answer(a): a for a, ok in zip(attempts, right) if not ok and verify.extract_answer(a)}
@@ -1293,31 +1180,26 @@ def plain(text: str) -> str:
     return re.sub(r"\s+", " ", _MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text)).strip()
 
 
-def said(text: str, answer: str) -> list[int]:
+def named(text: str, answer: str) -> list[int]:
     """Positions at which a text, as `plain` writes it, names an answer."""
     target = re.escape(plain(answer))
     return [m.start() for m in re.finditer(rf"(?<![\d.\w]){target}(?![\w]|\.\d)", text)] if target else []
 
 
-def recognised(thought: str, failed: list[str], gold: str) -> bool:
-    """Does the thought name a failed answer, then a word that takes it back, and after that the right answer?
+def recognised(text: str, failed: list[str], gold: str) -> bool:
+    """Does a thought name a failed answer, then a word that takes it back, and after that the right answer?
 
     NOT IN PAPER: a rule in place of a reader. It asks for the wrong value itself, so a mere "wait" does not count.
     """
-    text = plain(thought)
-    for answer in failed:
-        for at in said(text, answer)[:1]:
-            notice = _NOTICE.search(text, at)
-            if notice and any(right > notice.start() for right in said(text, gold)):
-                return True
-    return False
+    last = max(named(text, gold), default=-1)
+    notices = [_NOTICE.search(text, at) for answer in failed for at in named(text, answer)[:1]]
+    return any(notice and notice.start() < last for notice in notices)
 
 
 def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) -> str | None:
     """Why a rewritten response is not a trace, or None."""
-    thought, _, rest = response.removeprefix("<think>").partition("</think>")
-    if not response.startswith("<think>") or "</think>" not in response or "<think>" in thought + rest \
-            or "</think>" in rest or len(thought) < 33:
+    thought = re.fullmatch(r"<think>((?:(?!</?think>).){33,})</think>(?:(?!</?think>).)*", response, re.S)
+    if not thought:
         return "not one thought and one answer"
     if not verify.grade([response], [row["answer"]])[0]:
         return "wrong answer"
@@ -1326,32 +1208,33 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
     words = response.split()
     if max(Counter(zip(*(words[i:] for i in range(12)))).values(), default=0) > 3:
         return "repetitive"
-    strange = foreign(("latin",))
-    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]|\S{200,}", response) \
-            or len(strange.findall(response)) > len(strange.findall(row["problem"])):
+    strange = [len(re.findall(foreign(), text)) for text in (response, row["problem"])]
+    if strange[0] > strange[1] or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]|\S{200,}", response):
         return "garbled"
+    text = plain(thought[1])
     failed = [verify.extract_answer(attempt) for attempt, ok in path if not ok]
-    if failed and not recognised(thought, failed, row["answer"]):
+    if failed and not recognised(text, failed, row["answer"]):
         return "failed attempt not recognised"
-    text = plain(thought)
-    places = said(text, verify.extract_answer(response) or "")
-    if not places or not _VERIFY.search(text, places[0]):
-        return "no self-verification"
-    return None
+    places = named(text, verify.extract_answer(response) or "")
+    return None if places and _VERIFY.search(text, places[0]) else "no self-verification"
 
 
 def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model, args) -> dict:
     """A problem -> its outcome {"id", "trace" or None, "why", "failed": failed attempts that the trace shows}."""
+    def ask(model: Model, prompt: str, n: int) -> list[str]:
+        return [text.rsplit("</think>", 1)[-1].strip() for text in model.ask(prompt, n)]  # not its own thought
+
     attempts = []
-    for t, teacher in enumerate(teachers):  # the attempts are shared out over the teachers, the first ones take the rest
+    for t, teacher in enumerate(teachers):  # each makes its share of the attempts, the first ones one more
         if share := len(range(t, args.attempts, len(teachers))):
-            attempts += map(without_thought, teacher.ask(ATTEMPT.format(problem=row["problem"]), share))
+            attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
     path, why = choose_attempts(row, attempts, args)
     if not why:
-        critiques = [without_thought(critic.ask(critique_prompt(row, attempt, ok), 1)[0]) for attempt, ok in path]
+        critiques = [ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path]
         response = rewriter.ask(rewrite_prompt(row, path, critiques), 1)[0].strip()
         why = trace_fault(row, response, path, args)
-    trace = None if why else {name: row[name] for name in ("id", "problem", "answer", "source")} | {"response": response}
+    trace = None if why else {"id": row["id"], "problem": row["problem"], "response": response,
+                              "answer": row["answer"], "source": row["source"]}
     return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
 
 
@@ -1361,8 +1244,8 @@ def read_problems(name: str) -> list[dict]:
     for where, raw in raw_rows(name):
         row = checked_problem(where, raw, "local")
         if find_answer(row):
-            raise Misuse(f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a box of 'solution'; "
-                         "run `curate` first")
+            raise Misuse(f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a box of "
+                         "'solution'; run `curate` first")
         if row["id"] in rows:
             raise Misuse(f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each problem its own")
         rows[row["id"]] = {k: row[k] for k in ("id", "problem", "answer", "source")}
@@ -1371,10 +1254,10 @@ def read_problems(name: str) -> list[dict]:
     return list(rows.values())
 
 
-def cot(args) -> int:
+def cot(args, out: Path) -> int:
     """Problems -> sft.jsonl, by models; every finished problem is on disk at once and is never asked again."""
     if args.authors:
-        return read_authors(args.authors, out_folder(args.out))
+        return read_authors(args.authors, out)
     if not args.teacher or not args.problems:
         raise Misuse("cot: give --problems FILE and at least one --teacher (or --authors FILE for the authors' traces)")
     problems = read_problems(args.problems)
@@ -1382,15 +1265,12 @@ def cot(args) -> int:
     models = {name: Model(name, args) for name in dict.fromkeys([*args.teacher, args.critic, args.rewriter])}
     roles = [models[name] for name in args.teacher], models[args.critic], models[args.rewriter]
     names = "teacher critic rewriter attempts reflect_share max_failed temperature max_tokens max_chars seed".split()
-    texts = "".join((ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT))
-    settings = {name: getattr(args, name) for name in names}
-    settings["prompts"] = hashlib.sha256(texts.encode()).hexdigest()[:16]
-    out = out_folder(args.out)
+    prompts = "".join((ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT)).encode()
+    settings = {name: getattr(args, name) for name in names} | {"prompts": hashlib.sha256(prompts).hexdigest()[:16]}
     journal, kinds = out / "journal.jsonl", {"id": str, "trace": (dict, type(None)), "why": str, "failed": int}
     done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
-    unfinished = []
-    with ThreadPoolExecutor(args.concurrency) as pool, tqdm(
-            total=len(problems), initial=len(done), unit=" problems", desc="traces") as bar:
+    unfinished, bar = [], tqdm(total=len(problems), initial=len(done), unit=" problems", desc="traces")
+    with ThreadPoolExecutor(args.concurrency) as pool, bar:
         tasks = {pool.submit(make_trace, row, *roles, args): row for row in problems if row["id"] not in done}
         try:
             for task in as_completed(tasks):
@@ -1401,27 +1281,25 @@ def cot(args) -> int:
                 except Unfinished as e:
                     unfinished.append(e)
                     continue
-                append(journal, [outcome])
+                append(journal, outcome)
                 done[outcome["id"]] = outcome
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
     if unfinished:
-        raise Unfinished(f"{len(unfinished)} of {len(problems)} problems are still open ({unfinished[0]}); run the same "
-                         "command again to resume")
-    return write_traces(out, [done[row["id"]] for row in problems], settings)
-
-
-def write_traces(out: Path, outcomes: list[dict], settings: dict) -> int:
-    """Writes sft.jsonl and report.json, and prints how many problems ended in which way."""
-    kept = [row for row in outcomes if row["trace"]]
+        raise Unfinished(f"{len(unfinished)} of {len(problems)} problems are still open ({unfinished[0]})")
+    kept = [done[row["id"]] for row in problems if done[row["id"]]["trace"]]
     reflecting = sum(row["failed"] > 0 for row in kept)
-    counts = dict(Counter(row["why"] for row in sorted(outcomes, key=lambda row: row["why"])).most_common())
-    report = {"settings": settings, "problems": len(outcomes), "outcomes": counts, "with a failed attempt": reflecting}
-    write_rows(out / "sft.jsonl", (row["trace"] for row in kept))
-    write_beside(out / "report.json", json.dumps(report, indent=1) + "\n")
+    counts = dict(Counter(sorted(row["why"] for row in done.values())).most_common())
+    report = {"settings": settings, "problems": len(done), "outcomes": counts, "with a failed attempt": reflecting}
+    write(out / "report.json", json.dumps(report, indent=1) + "\n")
     print("\n".join(f"{n:8,}  {why}" for why, n in counts.items()))
-    print(f"{len(kept):,} traces in {out / 'sft.jsonl'}, {reflecting:,} with a failed attempt that is recognised")
+    return write_traces(out, [row["trace"] for row in kept], f"{reflecting:,} with a failed attempt that is recognised")
+
+
+def write_traces(out: Path, traces: list[dict], remark: str) -> int:
+    write(out / "sft.jsonl", map(json_line, traces))
+    print(f"{len(traces):,} traces in {out / 'sft.jsonl'}, {remark}")
     print(f"next: python t1.py --stage sft --data {out / 'sft.jsonl'}")
     return 0
 
@@ -1434,12 +1312,16 @@ def read_authors(name: str, out: Path) -> int:
     traces, without_box = [], 0
     for where, raw in raw_rows(name):
         row = parse(where, raw)
-        prompt, response = first_exchange(row)
+        turns = row.get("messages") or row.get("conversations")
+        prompt, response = (next((row[k] for k in names if k in row), None) for names in (
+            ("prompt", "problem", "question", "instruction", "text"), ("response", "solution", "output", "answer")))
+        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+            said = [t.get("content", t.get("value")) for t in turns if t.get("role", t.get("from")) != "system"]
+            prompt, response = [*said, None, None][:2]
         if not (isinstance(prompt, str) and isinstance(response, str)):
             found = ", ".join(sorted(row))
             raise Misuse(f"{row_at(where)}: neither 'messages' nor 'prompt' and 'response'; found {found}")
-        answer = verify.extract_answer(response)
-        if not answer:
+        if not (answer := verify.extract_answer(response)):
             without_box += 1
             continue
         if "</think>" not in response:  # their traces think aloud without tags; the last paragraph is the answer
@@ -1450,20 +1332,7 @@ def read_authors(name: str, out: Path) -> int:
         traces.append(dict(id=f"t1-sft-{where[1]}", problem=prompt, response=response, answer=answer, source="t1-sft"))
     if not traces:
         raise Misuse(f"{name}: no rows with a boxed answer")
-    write_rows(out / "sft.jsonl", traces)
-    print(f"{len(traces):,} traces in {out / 'sft.jsonl'}; {without_box:,} rows without a boxed answer left out")
-    print(f"next: python t1.py --stage sft --data {out / 'sft.jsonl'}")
-    return 0
-
-
-def first_exchange(row: dict) -> list:
-    """[prompt, response] of a row of conversation, under any usual name; None for what is missing."""
-    turns = row.get("messages") or row.get("conversations")
-    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-        texts = [turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) != "system"]
-        return [*texts, None, None][:2]
-    names = ("prompt", "problem", "question", "instruction", "text"), ("response", "solution", "output", "answer")
-    return [next((row[name] for name in some if name in row), None) for some in names]
+    return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
 
 
 # --- benchmarks: the evaluation sets of the paper in one form ---------------------------------------------------------
@@ -1489,10 +1358,9 @@ def benchmark_rows(source: str, name: str) -> list[dict]:
             answer = str(int(answer))  # "025"
         if not isinstance(given.get("unique_id", given.get("id")), str):
             row["id"] = f"{source}-{given.get('id', given.get('row', len(rows)))}"
-        row |= {"problem": repair(row["problem"]), "answer": bare(answer), "solution": row["solution"].strip()}
-        row["source"] = source
-        names = ("id", "problem", "answer", "source", "level", "solution")
-        rows.append({k: row[k] for k in names if row[k] not in (None, "") or k == "answer"})
+        given = {"level": row["level"], "solution": row["solution"].strip()}
+        rows.append({"id": row["id"], "problem": repair(row["problem"]), "answer": bare(answer), "source": source}
+                    | {name: value for name, value in given.items() if value not in (None, "")})
     if not rows:
         raise Misuse(f"{name}: no rows")
     return rows
@@ -1525,10 +1393,9 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     return rows
 
 
-def benchmarks(args) -> int:
-    """Writes a JSONL per benchmark, and report.json with the golds that verify.py cannot read and the ids drawn of
-    Omni-MATH."""
-    out, report, contents = out_folder(args.out), {"seed": args.seed, "benchmarks": {}}, {}
+def benchmarks(args, out: Path) -> int:
+    """Writes a JSONL per benchmark, and report.json with unreadable golds and the ids drawn of Omni-MATH."""
+    report, contents = {"seed": args.seed, "benchmarks": {}}, {}
     names = {source: getattr(args, source) for source in BENCHMARKS if getattr(args, source)}
     for source, name in (names or {source: name for source, name in BENCHMARKS.items() if name}).items():
         rows = gpqa_rows(name, args.seed) if source == "gpqa" else benchmark_rows(source, name)
@@ -1541,21 +1408,20 @@ def benchmarks(args) -> int:
             rows = [fit[i] for i in sorted(drawn)]
             entry |= {"drawn": len(rows), "ids": [r["id"] for r in rows]}
         path = out / f"{'omni500' if source == 'omni' else source}.jsonl"
-        contents[path] = rows
-        report["benchmarks"][source] = entry
+        contents[path], report["benchmarks"][source] = rows, entry
         listed = f": {', '.join(unreadable[:5])}" if unreadable else ""
         print(f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not readable{listed}")
     for path, rows in contents.items():  # only after all have been read: a misuse leaves none of them
-        write_rows(path, rows)
-    write_beside(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write(path, map(json_line, rows))
+    write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 
 # --- Embedded problems: number theory in plain words whose answer must be found by trial and checked ------------------
-# A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own habit; their attempts
-# and checks are merged into one path  attempt -> reflect -> ... -> answer -> self-verify,  and only paths that end right
-# are kept, as by a filter on the answer. So SFT shows the policy a mixture of habits that all look successful; RL has to
-# find out which of them works.
+# A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own habit; attempts
+# and checks are merged into one path  attempt -> reflect -> ... -> answer -> self-verify,  and only paths that end
+# right are kept, as by a filter on the answer. So SFT shows the policy a mixture of habits that all look successful;
+# RL has to find out which of them works.
 
 
 @dataclass(frozen=True)
@@ -1584,7 +1450,8 @@ def remainders() -> Iterator[Puzzle]:
             parts = [f"remainder {answer % m} when divided by {m}" for m in moduli]
             words = f"Find the smallest positive integer n that leaves {', '.join(parts[:-1])} and {parts[-1]}."
             level = 3 if len(moduli) == 3 else 1 if step <= 7 else 2
-            yield Puzzle(level, words, answer, range(answer % step or step, answer + 1, step), range(1, size + 1), checks)
+            candidates = range(answer % step or step, answer + 1, step)
+            yield Puzzle(level, words, answer, candidates, range(1, size + 1), checks)
 
 
 def multiples() -> Iterator[Puzzle]:
@@ -1596,8 +1463,8 @@ def multiples() -> Iterator[Puzzle]:
 
             if math.gcd(a, m) == 1:
                 answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
-                words = (f"Find the smallest positive integer n such that {a} n + {c} leaves remainder {r} when divided "
-                         f"by {m}.")
+                words = (f"Find the smallest positive integer n such that {a} n + {c} leaves remainder {r} "
+                         f"when divided by {m}.")
                 level = 1 if m <= 5 else 2 if m <= 7 else 3
                 yield Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
 
@@ -1610,8 +1477,8 @@ def coins() -> Iterator[Puzzle]:
 
         if math.gcd(a, b) == 1 and total > a * b:
             answer = next(n for n in range(1, b + 1) if (total - a * n) % b == 0)
-            words = (f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} coins are spent. "
-                     "What is the smallest possible number of pens?")
+            words = (f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} coins are "
+                     "spent. What is the smallest possible number of pens?")
             yield Puzzle(min(3, b - 2), words, answer, range(1, answer + 1), range(1, b + 1), checks)
 
 
@@ -1649,15 +1516,13 @@ def response_of(puzzle: Puzzle, tried: list[int]) -> str:
 
 @cache
 def _embedded(n_test: int = 256) -> tuple[list, list]:
-    """-> training and test problems, each (row, puzzle). The split never changes: it does not depend on a run's seed."""
+    """Training and test problems, each (row, puzzle). The split never changes: it does not depend on a run's seed."""
     train, test = [], []
     for family, share in FAMILIES.items():
         puzzles = list(family())
         random.Random(family.__name__).shuffle(puzzles)
-        rows = []
-        for i, p in enumerate(puzzles):
-            row = dict(id=f"{family.__name__}/{i}", problem=p.words, answer=str(p.answer), source="embedded", level=p.level)
-            rows.append((row, p))
+        rows = [(dict(id=f"{family.__name__}/{i}", problem=p.words, answer=str(p.answer), source="embedded",
+                      level=p.level), p) for i, p in enumerate(puzzles)]
         cut = n_test * share // sum(FAMILIES.values())
         test += rows[:cut]
         train += rows[cut:]
@@ -1727,23 +1592,16 @@ def habit_of(response: str) -> str:
     return "jump" if not tried else "orderly" if len(steps) < 2 else "wander"
 
 
-def embedded(args) -> int:
+def embedded(args, out: Path) -> int:
     """Writes the embedded problems, their test set and their traces as files."""
-    out = out_folder(args.out)
     contents = {"train": embedded_problems("train"), "test": embedded_problems("test"), "traces": embedded_traces()}
     for name, rows in contents.items():
-        write_rows(out / f"{name}.jsonl", rows)
+        write(out / f"{name}.jsonl", map(json_line, rows))
         print(f"{out / name}.jsonl: {len(rows)} rows")
     return 0
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 def positive(text: str) -> int:
@@ -1754,67 +1612,66 @@ def positive(text: str) -> int:
 
 def add_model_options(parser, max_tokens: int):
     add = parser.add_argument_group("the server of the models").add_argument
-    add("--base-url", metavar="URL", default="http://localhost:8000/v1",
-        help="an OpenAI-compatible server: vllm serve, transformers serve (default %(default)s; key in OPENAI_API_KEY)")
+    add("--base-url", metavar="URL", default="http://localhost:8000/v1", help="an OpenAI-compatible server: "
+        "vllm serve, transformers serve (default %(default)s; key in OPENAI_API_KEY)")
     add("--temperature", type=float, default=1.0, help="of every sample (default %(default)s)")
     add("--max-tokens", type=positive, default=max_tokens, help="limit of one reply, tokens (default %(default)s)")
     add("--concurrency", type=positive, default=32, help="problems under way at once (default %(default)s)")
     add("--timeout", type=float, default=600, help="of one request, seconds (default %(default)s)")
     add("--retries", type=int, default=6, help="after 429, 5xx, time-outs and broken replies (default %(default)s)")
-    add("--backoff", type=float, default=1.0, help="seconds before the first retry, then doubled (default %(default)s)")
 
 
-def add_curate_options(parser):
-    add = parser.add_argument
-    add("--math", nargs="+", metavar="DATA", help="MATH: files or hub names (default, without --numina: both, from the hub)")
-    add("--numina", nargs="+", metavar="DATA", help="NuminaMath-CoT, NuminaMath-1.5, the authors' rl-data.jsonl, or any "
-        "file with problem and answer or solution")
-    add("--decontaminate", nargs="+", default=[], metavar="DATA", help="benchmarks whose problems are rejected: MATH-500, "
-        "AIME 2024, Omni-MATH, GPQA ...")
+def add_curate_options(add):
+    add("--math", nargs="+", metavar="DATA", help="MATH (without --math and --numina: both, from the hub)")
+    add("--numina", nargs="+", metavar="DATA", help="NuminaMath-CoT or -1.5, the authors' rl-data.jsonl, or any file "
+        "with problem and answer or solution")
+    add("--decontaminate", nargs="+", default=[], metavar="DATA", help="benchmarks whose problems are rejected")
     add("--out", default="data", help="folder of the results (default %(default)s)")
     add("--target", type=positive, default=30000, help="problems to draw, or all there are (paper and default: 30,000)")
-    add("--mix", choices=("proportional", "equal"), default="proportional", help="share of each source in the draw "
-        "(default %(default)s)")
-    add("--scripts", nargs="+", choices=SCRIPTS, default=["latin"], help="scripts to keep (default: latin)")
+    add("--mix", choices=("proportional", "equal"), default="proportional", help="share of each source in the draw")
+    add("--scripts", nargs="+", choices=["latin", *SCRIPTS], default=[], help="scripts to keep besides Latin")
     add("--processes", type=positive, default=os.cpu_count(), help="default: all cores; the result is always the same")
     add("--seed", type=int, default=0, help="of the draw")
     add("--pass-rate", metavar="MODEL", help="drop problems that this model of the server solves never or always")
     add("--samples", type=positive, default=8, help="per problem, for --pass-rate (default %(default)s)")
-    add_model_options(parser, 4096)
 
 
-def add_cot_options(parser):
-    add = parser.add_argument
+def add_cot_options(add):
     add("--problems", metavar="DATA", help="problem rows, e.g. rl.jsonl of curate")
     add("--teacher", nargs="+", metavar="MODEL", help="models that attempt, by the names that the server knows")
     add("--critic", metavar="MODEL", help="model that writes critiques (default: the first teacher)")
     add("--rewriter", metavar="MODEL", help="model that merges (default: the first teacher)")
     add("--attempts", type=positive, default=8, help="per problem, shared out over the teachers (default %(default)s)")
-    add("--reflect-share", type=share, default=1.0, help="share of problems whose trace must hold a failed attempt "
-        "(default %(default)s)")
+    add("--reflect-share", type=float, default=1.0, help="share of problems whose trace must hold a failed attempt")
     add("--max-failed", type=positive, default=2, help="most failed attempts in one trace (default %(default)s)")
     add("--max-chars", type=positive, default=32000, help="longest trace, characters (default %(default)s)")
     add("--seed", type=int, default=0, help="of the choice of attempts")
     add("--authors", metavar="DATA", help="convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead")
     add("--out", default="data", help="folder of the results (default %(default)s)")
-    add_model_options(parser, 8192)
+
+
+def add_benchmark_options(add):
+    for source, name in BENCHMARKS.items():
+        add(f"--{source}", metavar="DATA", help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
+    add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
+    add("--out", default="benchmarks", help="folder of the results (default %(default)s)")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="data_prep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options of a command; `run` is its function (args, folder) -> exit code."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("curate", help="MATH and NuminaMath -> clean RL problems")
-    add_curate_options(p)
+    add_curate_options(p.add_argument)
+    add_model_options(p, 4096)
     p.set_defaults(run=curate)
     p = commands.add_parser("cot", help="problems -> cold-start traces, by models")
-    add_cot_options(p)
+    add_cot_options(p.add_argument)
+    add_model_options(p, 8192)
     p.set_defaults(run=cot)
     p = commands.add_parser("benchmarks", help="the evaluation sets in one form (default: all but GPQA, from the hub)")
-    for source, name in BENCHMARKS.items():
-        p.add_argument(f"--{source}", metavar="DATA", help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
-    p.add_argument("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-    p.add_argument("--out", default="benchmarks", help="folder of the results (default %(default)s)")
+    add_benchmark_options(p.add_argument)
     p.set_defaults(run=benchmarks)
     p = commands.add_parser("embedded", help="the embedded problems, their test set and their traces, as files")
     p.add_argument("--out", default="data", help="folder of the files (default %(default)s)")
@@ -1823,16 +1680,19 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    """A command line -> exit code: 0, 1 (a run that must be resumed, a full disk) or 2 (misuse), with one line."""
+    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on stderr."""
     args = parse_args(argv)
     try:
-        return args.run(args)
-    except Stop as e:
-        print(f"data_prep.py: error: {e}", file=sys.stderr)
-        return e.code
-    except OSError as e:  # a full disk, a folder that nobody may write to
-        print(f"data_prep.py: error: {Stop(e)}", file=sys.stderr)
-        return 1
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        said = Misuse(f"--out {args.out}: not a folder that can be made ({e.strerror})")
+        print(f"data_prep.py: error: {said}", file=sys.stderr)
+        return said.code
+    try:
+        return args.run(args, Path(args.out))
+    except (Stop, OSError) as e:  # OSError: a full disk, a folder that nobody may write to
+        print(f"data_prep.py: error: {e if isinstance(e, Stop) else Stop(e)}", file=sys.stderr)
+        return getattr(e, "code", 1)
 
 
 if __name__ == "__main__":
