@@ -3174,7 +3174,8 @@ def shared(*names):
 # --- text
 
 SAME_TEXT = [
-    (r"Let $f(x)=x^{2}-2 x$. How many $c$ satisfy $f(f(c))=3$ ?", r"Let $f(x) = x^2-2x$.  How many $c$ satisfy $f(f(c)) = 3$?"),
+    (r"Let $f(x)=x^{2}-2 x$. How many $c$ satisfy $f(f(c))=3$ ?",
+     r"Let $f(x) = x^2-2x$.  How many $c$ satisfy $f(f(c)) = 3$?"),
     (r"If $ab+bc+ca=25$ and $\{a,b\}$", r"If \(a b+b c+c a = 25\) and \(\left\{ a, b \right\}\)"),
     (r"Find $\dfrac{1}{2}+\tfrac12$", r"Find $\frac12 + \frac{1}{2}$"),
     (r"$f(x) \equal{} x \plus{} 1 \minus{} 2$", r"$f(x) = x + 1 - 2$"),
@@ -3183,8 +3184,8 @@ SAME_TEXT = [
 OTHER_TEXT = [
     (r"all roots of $z^4 - z^2 + 1$", r"all roots of $z^4 + z^2 + 1$"), (r"$\tan 225^\circ$", r"$\tan 22.5^\circ$"),
     ("$x-3$", "$x 3$"), ("$-3$", "$3$"), ("$f(1,2)$", "$f(12)$"), ("$5!$", "$5$"), ("$f'(x)$", "$f(x)$"),
-    (r"$\gamma$", r"$\Gamma$"), ("$x<3$", r"$x \leq 3$"), ("$a/b$", "$ab$"), ("$2.5$", "$25$"), (r"$\sin x$", r"$\cos x$"),
-    ("$10\\%$", "$10$")]
+    (r"$\gamma$", r"$\Gamma$"), ("$x<3$", r"$x \leq 3$"), ("$a/b$", "$ab$"), ("$2.5$", "$25$"),
+    (r"$\sin x$", r"$\cos x$"), ("$10\\%$", "$10$")]
 
 
 def text_key(text):
@@ -3199,8 +3200,8 @@ def test_data_text_same(a, b):
 @pytest.mark.parametrize("a, b", OTHER_TEXT)
 def test_data_text_differs_and_lookalikes_are_two_problems(a, b):
     assert text_key(a) != text_key(b)
-    words = ("What is the smallest positive integer n such that all of the values of {} are roots of unity of the order n in "
-             "the plane of Gauss and Argand?")
+    words = ("What is the smallest positive integer n such that all of the values of {} are roots of unity of the order "
+             "n in the plane of Gauss and Argand?")
     if data_prep.signs(data_prep.tokens(a)) != data_prep.signs(data_prep.tokens(b)):
         a, b = (data_prep.tokens(words.replace("{}", x)) for x in (a, b))
         assert not data_prep.same_problem(a, b, False) and not data_prep.reworded(a, b)
@@ -3245,7 +3246,8 @@ def test_data_boxes_of_MATH():
 
 
 def first_reason(problem, answer, scripts=(), **more):
-    row = {"id": "1", "problem": problem, "answer": answer, "solution": "", "source": "s", "level": None, "flags": {}} | more
+    row = {"id": "1", "problem": problem, "answer": answer, "solution": "", "source": "s", "level": None, "flags": {}}
+    row |= more
     reason = next(filter(None, (rule(row) for rule in data_prep.rules(scripts))), None)
     assert reason is None or reason in data_prep.REASONS
     return reason
@@ -3288,8 +3290,8 @@ def test_data_scripts_on_request():
 
 # --- duplicates and benchmarks
 
-BASE = ("A sequence satisfies $a_1 = 3$ and $a_{n+1} = 2 a_n - 1$ for all $n \\ge 1$. Find the remainder when $a_{100}$ is "
-        "divided by $17$.")
+BASE = ("A sequence satisfies $a_1 = 3$ and $a_{n+1} = 2 a_n - 1$ for all $n \\ge 1$. Find the remainder when "
+        "$a_{100}$ is divided by $17$.")
 SPACED = BASE.replace("a_{n+1} = 2 a_n", r"a_{n + 1}=2a_{n}").replace(r"\ge", r"\geq")
 NEARLY = BASE.replace("Find the remainder when", "Determine the remainder if")
 
@@ -3321,7 +3323,8 @@ def test_data_duplicates():
     ("17", "19"), ("- 1", "+ 1"), ("2 a_n", "2.5 a_n"), (r"\ge 1", r"\le 1"), ("a_1 = 3", "a_1 = -3")])
 def test_data_other_numbers_and_signs_stay_apart(old, new):
     assert old in BASE
-    assert groups_of([(BASE, "5"), (BASE.replace(old, new), "5"), (BASE.replace(old, new), "5")]) == [None, None, "duplicate"]
+    other = BASE.replace(old, new)
+    assert groups_of([(BASE, "5"), (other, "5"), (other, "5")]) == [None, None, "duplicate"]
 
 
 def test_data_sketches_find_what_brute_force_finds():
@@ -3409,13 +3412,14 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
 
 def test_data_curate_reads_every_schema(tmp_path):
     rows = [
-        {"id": "train/algebra/1.json", "problem": "What is $3+4$ as a number?", "level": "Level 2", "solution": r"\boxed 7"},
+        {"id": "train/algebra/1.json", "problem": "What is $3+4$ as a number?", "level": "Level 2",
+         "solution": r"\boxed 7"},
         {"problem": "What is $3+5$ as a number?", "answer": "8", "solution": r"\boxed{8}", "level": 5,
          "unique_id": "train/algebra/2.json"},
         {"text": "What is $3+6$ as a number?", "data_type": "stem", "label": r"\[\boxed{9}\]", "_id": "cn_k12_17"},
         {"text": "What is $3+7$ as a number?", "data_type": "stem", "label": "10", "_id": None},
-        {"problem": "What is $3+8$ as a number?", "solution": "easy", "answer": "11", "question_type": "math-word-problem",
-         "problem_is_valid": "Yes", "solution_is_valid": "Yes", "source": "aops_forum", "synthetic": False},
+        {"problem": "What is $3+8$ as a number?", "solution": "easy", "answer": "11", "source": "aops_forum",
+         "question_type": "math-word-problem", "problem_is_valid": "Yes", "solution_is_valid": "Yes"},
         {"id": 3, "problem": "What is $3+9$ as a number?", "answer": 12.0, "url": "u"}]
     pool = jsonl(tmp_path / "all.jsonl", rows)
     code, out, err = data_main("curate", "--math", pool, "--out", tmp_path / "o", "--processes", 1)
@@ -3423,7 +3427,8 @@ def test_data_curate_reads_every_schema(tmp_path):
     kept = read_jsonl(tmp_path / "o" / "rl.jsonl")
     assert [r["answer"] for r in kept] == ["7", "8", "9", "10", "11", "12"]
     assert [r["source"] for r in kept] == ["math", "math", "cn_k12", "math", "aops_forum", "math"]
-    assert [r["id"] for r in kept] == ["train/algebra/1.json", "train/algebra/2.json", "cn_k12_17", "all-4", "all-5", "all-3"]
+    assert [r["id"] for r in kept] == ["train/algebra/1.json", "train/algebra/2.json", "cn_k12_17", "all-4", "all-5",
+                                       "all-3"]
     assert [r.get("level") for r in kept] == [2, 5, None, None, None, None]
 
 
@@ -3468,11 +3473,12 @@ def test_data_bad_options(tmp_path):
 
 
 @needs_shared
+@pytest.mark.slow
 def test_data_shared_rows_hold_the_promises(tmp_path):
     math_rows, *numina = shared("math_train", "numinamath_sample", "numinamath_answers")
     known = shared("math500", "aime24", "omni_math")
-    code, out, err = data_main("curate", "--math", math_rows, "--numina", *numina, "--decontaminate", *known, "--out", tmp_path,
-                               "--processes", 1)
+    code, out, err = data_main("curate", "--math", math_rows, "--numina", *numina, "--decontaminate", *known, "--out",
+                               tmp_path, "--processes", 1)
     assert code == 0, err
     report, kept = json.loads((tmp_path / "report.json").read_text()), read_jsonl(tmp_path / "rl.jsonl")
     counts = report["by_source"]["math"]
@@ -3484,9 +3490,9 @@ def test_data_shared_rows_hold_the_promises(tmp_path):
         return re.sub(r"[^-a-z0-9+=<>.]|left|right|\.$", "", text)
 
     known = {letters(json.loads(line)["problem"]) for file in known for line in gzip.open(file)}
-    assert sum(letters(json.loads(line)["problem"]) in known for line in gzip.open(math_rows)) >= 10  # it sees the pairs
+    assert sum(letters(json.loads(line)["problem"]) in known for line in gzip.open(math_rows)) >= 10  # it sees pairs
     assert not [r["id"] for r in kept if letters(r["problem"]) in known]
-    assert any(r["id"] == "train/precalculus/474.json" for r in kept)  # z^4 - z^2 + 1 is not MATH-500's z^4 + z^2 + 1
+    assert any(r["id"] == "train/precalculus/474.json" for r in kept)  # z^4 - z^2 + 1, not MATH-500's z^4 + z^2 + 1
     assert all(verify.is_equal(r["answer"], r["answer"]) and len(r["answer"]) <= 50 for r in kept)
 
 
@@ -3497,14 +3503,15 @@ REPLIES = {"html": ("<html>busy</html>", "text/html"), "json": ('{"choices": [{"
 
 
 class FakeModel:
-    """An OpenAI-compatible server. Attempts of `What is a+b?` are right or off by one, by the problem and the choice; a
-    rewrite merges what it is given. Each distinct prompt first meets the faults, in order: a status, hang, drop, one (a
-    single choice), or a key of REPLIES."""
+    """An OpenAI-compatible server. Attempts of `What is a+b?` are right or off by one, by the problem and the choice;
+    a rewrite merges what it is given. Each distinct prompt first meets the faults, in order: a status, hang, drop, one
+    (a single choice), or a key of REPLIES."""
 
     def __init__(self, faults=(), wrong=lambda a, b, i: i % 2 == 0, delay=0.0):
         self.faults, self.wrong, self.delay, self.seen, self.served = list(faults), wrong, delay, Counter(), Counter()
         self.lock, self.under_way, self.most = threading.Lock(), 0, 0
-        methods = {"do_POST": lambda h: self.answer(h), "do_GET": lambda h: self.send(h, 200, '{"object": "list", "data": []}'),
+        models = '{"object": "list", "data": []}'
+        methods = {"do_POST": lambda h: self.answer(h), "do_GET": lambda h: self.send(h, 200, models),
                    "log_message": lambda *a: None, "protocol_version": "HTTP/1.1"}
         handler = type("Handler", (http.server.BaseHTTPRequestHandler,), methods)
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -3541,10 +3548,11 @@ class FakeModel:
             elif fault in REPLIES:
                 self.send(h, 200, *REPLIES[fault])
             else:
-                choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": self.text(prompt, i)}}
-                           for i in range(1 if fault == "one" else request.get("n") or 1)]
-                self.send(h, 200, json.dumps({"id": "c", "object": "chat.completion", "created": 0, "model": request["model"],
-                                              "choices": choices}))
+                n = 1 if fault == "one" else request.get("n") or 1
+                messages = [{"role": "assistant", "content": self.text(prompt, i)} for i in range(n)]
+                choices = [{"index": i, "finish_reason": "stop", "message": m} for i, m in enumerate(messages)]
+                reply = {"id": "c", "object": "chat.completion", "created": 0, "model": "tiny", "choices": choices}
+                self.send(h, 200, json.dumps(reply))
 
     def send(self, h, status, body, kind="application/json"):
         h.send_response(status)
@@ -3557,9 +3565,9 @@ class FakeModel:
         a, b = map(int, re.search(r"What is (\d+)\+(\d+)", prompt).groups())
         if prompt.startswith("Rewrite"):
             tries = re.findall(r"Attempt \d+ \(wrong\):\n.*?boxed\{(\d+)\}", prompt)
-            path = "".join(f"I add {a} and {b} and get {t}. Wait, that is wrong, the units were not carried.\n" for t in tries)
-            return (f"<think>\n{path}Again with care: {a}+{b} = {a + b}. Let me verify: {a + b}-{b} = {a}, so it holds.\n"
-                    f"</think>\nThe sum is \\boxed{{{a + b}}}.")
+            path = "".join(f"I add {a} and {b} and get {t}. Wait, that is wrong, a unit is missing.\n" for t in tries)
+            return (f"<think>\n{path}Again with care: {a}+{b} = {a + b}. Let me verify: {a + b}-{b} = {a}, so it holds."
+                    f"\n</think>\nThe sum is \\boxed{{{a + b}}}.")
         if "Write a short critique" in prompt:
             return "The units were not carried." if "is wrong" in prompt else f"Subtract: {a + b}-{b}={a}, it holds."
         return f"Adding gives \\boxed{{{a + b + (1 if self.wrong(a, b, i) else 0)}}}."
@@ -3575,8 +3583,8 @@ class SolutionModel(FakeModel):
     def text(self, prompt, i):
         answer = next(r for r in self.rows if r["problem"] in prompt)["answer"]
         if prompt.startswith("Rewrite"):
-            return (f"<think>\nMy first idea gives 987654. Wait, that is wrong: I did not use the whole problem.\nAgain: I get "
-                    f"{answer}. Let me check it: it holds.\n</think>\nThe answer is \\boxed{{{answer}}}.")
+            return (f"<think>\nMy first idea gives 987654. Wait, that is wrong: I did not use the whole problem.\n"
+                    f"Again: I get {answer}. Let me check it: it holds.\n</think>\nThe answer is \\boxed{{{answer}}}.")
         return "It is \\boxed{987654}." if i % 2 == 0 else f"So it is \\boxed{{{answer}}}."
 
 
@@ -3588,13 +3596,13 @@ def no_wait(monkeypatch):
 
 
 def sum_problems(n):
-    return [{"id": f"p{i}", "problem": f"What is {100 + 7 * i}+{200 + 3 * i}?", "answer": str(300 + 10 * i), "source": "sums"}
-            for i in range(n)]
+    return [{"id": f"p{i}", "problem": f"What is {100 + 7 * i}+{200 + 3 * i}?", "answer": str(300 + 10 * i),
+             "source": "sums"} for i in range(n)]
 
 
 def cot_args(folder, server, *args):
-    return ["cot", "--problems", folder / "rl.jsonl", "--teacher", "tiny", "--base-url", server.url, "--out", folder / "o",
-            "--attempts", 4, "--concurrency", 4, *args]
+    return ["cot", "--problems", folder / "rl.jsonl", "--teacher", "tiny", "--base-url", server.url, "--out",
+            folder / "o", "--attempts", 4, "--concurrency", 4, *args]
 
 
 def test_data_cot_over_http_with_faults(tmp_path, no_wait):
@@ -3640,7 +3648,7 @@ def test_data_cot_survives_kill_9(tmp_path):
         assert code == 0, err
         asked_again = {i for prompt in (server.served - before) for i in re.findall(r"What is (\d+)\+", prompt)}
         assert not asked_again & {str(100 + 7 * int(i[1:])) for i in finished}  # nothing finished is asked again
-        assert Counter(r["id"] for r in read_jsonl(journal)[1:]) == Counter(f"p{i}" for i in range(n))  # none lost, none twice
+        assert Counter(r["id"] for r in read_jsonl(journal)[1:]) == Counter(f"p{i}" for i in range(n))  # each once
         assert [t["id"] for t in read_jsonl(tmp_path / "o" / "sft.jsonl")] == [f"p{i}" for i in range(n)]
         code, out, err = data_main(*cot_args(tmp_path, server, "--seed", 5))
         assert code == 2 and "another seed" in err and "journal.jsonl" in err
@@ -3676,17 +3684,20 @@ def test_data_cot_why_problems_go(tmp_path):
             assert 0 < shown < kinds[1] if part == 0.5 else shown == (kinds[1] if part else 0)
 
 
-GOOD = ("<think>\nI add 100 and 200 and get 301. Wait, that is wrong, I carried a one.\nAgain: 100+200 = 300. Let me verify: "
-        "300-200 = 100, so it holds.\n</think>\nThe sum is \\boxed{300}.")
+GOOD = ("<think>\nI add 100 and 200 and get 301. Wait, that is wrong, I carried a one.\nAgain: 100+200 = 300. Let me "
+        "verify: 300-200 = 100, so it holds.\n</think>\nThe sum is \\boxed{300}.")
 
 
 @pytest.mark.parametrize("old, new, fault", [
     ("", "", None), ("\\boxed{300}", "\\boxed{299}", "wrong answer"), ("<think>", "", "not one thought and one answer"),
-    ("The sum", "</think>The sum", "not one thought and one answer"), ("<think>", "Sure! <think>", "not one thought and one answer"),
+    ("The sum", "</think>The sum", "not one thought and one answer"),
+    ("<think>", "Sure! <think>", "not one thought and one answer"),
     ("Wait, that is wrong, I carried a one.", "Fine.", "failed attempt not recognised"),
-    ("get 301", "get something", "failed attempt not recognised"), ("get 301", "get 3010", "failed attempt not recognised"),
-    ("Again: 100+200 = 300. Let me verify: 300-200 = 100, so it holds.", "Hence the other.", "failed attempt not recognised"),
-    ("Let me verify: 300-200 = 100, so it holds.", "Done.", "no self-verification"), ("Again", "\ufffd Again", "garbled"),
+    ("get 301", "get something", "failed attempt not recognised"),
+    ("get 301", "get 3010", "failed attempt not recognised"),
+    (GOOD[GOOD.index("Again") : GOOD.index("\n</think>")], "Hence the other.", "failed attempt not recognised"),
+    ("Let me verify: 300-200 = 100, so it holds.", "Done.", "no self-verification"),
+    ("Again", "\ufffd Again", "garbled"),
     ("Again", "再来一次 Again", "garbled"), ("Again", "a" * 300 + " Again", "garbled"),
     ("Again", "I try to add one hundred and two hundred in the usual way. " * 5 + "Again", "repetitive"),
     ("Again", " ".join(f"step {i} of the sum" for i in range(900)) + " Again", "over-long")])
@@ -3711,12 +3722,13 @@ def test_data_prompts_hold_their_material():
 def test_data_pass_rate_over_http(tmp_path):
     jsonl(tmp_path / "pool.jsonl", sum_problems(30))
     with FakeModel(wrong=lambda a, b, i: a % 3 == 0 or a % 3 == 1 and i < 2) as server:
-        args = ("curate", "--numina", tmp_path / "pool.jsonl", "--pass-rate", "tiny", "--base-url", server.url, "--samples", 4,
-                "--out", tmp_path / "o", "--processes", 1)
+        args = ("curate", "--numina", tmp_path / "pool.jsonl", "--pass-rate", "tiny", "--base-url", server.url,
+                "--samples", 4, "--out", tmp_path / "o", "--processes", 1)
         code, out, err = data_main(*args)
         assert code == 0, err
         served, kinds = server.served.total(), Counter((100 + 7 * i) % 3 for i in range(30))
-        kept, report = read_jsonl(tmp_path / "o" / "rl.jsonl"), json.loads((tmp_path / "o" / "report.json").read_text())
+        kept = read_jsonl(tmp_path / "o" / "rl.jsonl")
+        report = json.loads((tmp_path / "o" / "report.json").read_text())
         assert len(kept) == kinds[1] and all(r["pass_rate"] == 0.5 for r in kept)
         assert {s["why"]: s["gone"] for s in report["funnel"]} == {"pass rate 0 or 1": kinds[0] + kinds[2]}
         assert data_main(*args)[0] == 0 and server.served.total() == served  # measured once
@@ -3726,8 +3738,9 @@ def test_data_pass_rate_over_http(tmp_path):
 
 
 def test_data_authors_traces(tmp_path):
-    said = [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "I think.\n\nSo it is \\boxed{2}."}]
-    rows = [{"messages": said}, {"prompt": "What is 1+2?", "response": "<think>hm</think>It is \\boxed{3}."},
+    turns = ("user", "What is 1+1?"), ("assistant", "I think.\n\nSo it is \\boxed{2}.")
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]},
+            {"prompt": "What is 1+2?", "response": "<think>hm</think>It is \\boxed{3}."},
             {"prompt": "What is 1+2?", "response": "no box"}]
     code, out, err = data_main("cot", "--authors", jsonl(tmp_path / "sft.jsonl", rows), "--out", tmp_path / "o")
     assert code == 0 and "1 rows without a boxed answer" in out
@@ -3741,7 +3754,8 @@ def test_data_authors_traces(tmp_path):
 
 def test_data_benchmarks_one_form(tmp_path):
     files = {
-        "math500": [{"problem": "What is $1/2$?", "solution": "s", "answer": "\\frac{1}{2}", "unique_id": "test/algebra/1.json"}],
+        "math500": [{"problem": "What is $1/2$?", "solution": "s", "answer": "\\frac{1}{2}",
+                     "unique_id": "test/algebra/1.json"}],
         "aime24": [{"id": 60, "problem": "What is it?", "solution": "s", "answer": "025", "url": "u"}],
         "omni": [{"domain": ["x"], "difficulty": 4.5, "problem": f"What is {i}+1?", "solution": "s",
                   "answer": str(i + 1) if i % 100 else "$", "source": "HMMT"} for i in range(700)],
@@ -3759,7 +3773,8 @@ def test_data_benchmarks_one_form(tmp_path):
         found.append({f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()})
     assert found[0] == found[1] and found[0]["omni500.jsonl"] != found[2]["omni500.jsonl"]
     rows = {f.stem: read_jsonl(f) for f in (tmp_path / "o").glob("*.jsonl")}
-    assert {k: len(v) for k, v in rows.items()} == {"math500": 1, "aime24": 1, "omni500": 500, "gsm8k": 1, "amc23": 1, "gpqa": 40}
+    counts = {"math500": 1, "aime24": 1, "omni500": 500, "gsm8k": 1, "amc23": 1, "gpqa": 40}
+    assert {k: len(v) for k, v in rows.items()} == counts
     first = {name: (rows[name][0]["id"], rows[name][0]["answer"]) for name in ("math500", "aime24", "gsm8k", "amc23")}
     assert first == {"math500": ("test/algebra/1.json", "\\frac{1}{2}"), "aime24": ("aime24-60", "25"),
                      "gsm8k": ("gsm8k-0", "1,200"), "amc23": ("amc23-3", "27")}
@@ -3796,7 +3811,8 @@ def test_data_benchmarks_of_the_shared_rows(tmp_path):
 def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
     real = [json.loads(line) for line in gzip.open(shared("math_train")[0])]
     jsonl(tmp_path / "math.jsonl", [r for r in real if len(r["problem"]) < 120][:60])
-    code, out, err = data_main("curate", "--math", tmp_path / "math.jsonl", "--out", tmp_path, "--target", 16, "--processes", 1)
+    args = ("--math", tmp_path / "math.jsonl", "--out", tmp_path, "--target", 16, "--processes", 1)
+    code, out, err = data_main("curate", *args)
     assert code == 0, err
     with SolutionModel(read_jsonl(tmp_path / "rl.jsonl")) as server:
         code, out, err = data_main(*cot_args(tmp_path, server))
@@ -3811,7 +3827,7 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
 
 
 def test_data_hub_names_configs_and_splits(monkeypatch):
-    """No hub here: the loader is replaced; the test reads what it is asked for, and its rows go the way of local ones."""
+    """No hub here: the loader is replaced; its questions are read, and its rows are treated as local ones."""
     import datasets
 
     asked = []
@@ -3827,14 +3843,15 @@ def test_data_hub_names_configs_and_splits(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fake)
     rows = [data_prep.to_problem(where, raw, "math") for where, raw in data_prep.raw_rows("EleutherAI/hendrycks_math")]
     assert len(rows) == 7 and len({r["id"] for r in rows}) == 7 and rows[0]["id"] == "algebra-1"
-    assert {config for _, config, _, _ in asked} == {"algebra", "counting_and_probability", "geometry", "intermediate_algebra",
-                                                     "number_theory", "prealgebra", "precalculus"}
+    assert {config for _, config, _, _ in asked} == {
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+        "precalculus"}
     for name in ("AI-MO/NuminaMath-CoT", "zai-org/T1", "zai-org/T1:sft"):
         list(data_prep.raw_rows(name))
     assert asked[7:] == [("AI-MO/NuminaMath-CoT", None, "train", None), ("zai-org/T1", None, "train", "rl-data.jsonl"),
                          ("zai-org/T1", None, "train", "sft.jsonl")]
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(data_prep.Misuse, match="openai/gsm8k: cannot be loaded from the hub .*no route to the hub.*local copy"):
+    with pytest.raises(data_prep.Misuse, match="gsm8k: cannot be loaded .*no route to the hub.*local copy"):
         list(data_prep.raw_rows("openai/gsm8k"))
 
 
