@@ -3200,8 +3200,8 @@ def test_data_text_same(a, b):
 @pytest.mark.parametrize("a, b", OTHER_TEXT)
 def test_data_text_differs_and_lookalikes_are_two_problems(a, b):
     assert text_key(a) != text_key(b)
-    words = ("What is the smallest positive integer n such that all of the values of {} are roots of unity of the order "
-             "n in the plane of Gauss and Argand?")
+    words = ("What is the smallest positive integer n such that all of the values of {} are roots of unity of the "
+             "order n in the plane of Gauss and Argand?")
     if data_prep.signs(data_prep.tokens(a)) != data_prep.signs(data_prep.tokens(b)):
         a, b = (data_prep.tokens(words.replace("{}", x)) for x in (a, b))
         assert not data_prep.same_problem(a, b, False) and not data_prep.reworded(a, b)
