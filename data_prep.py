@@ -827,23 +827,6 @@ def ungradable(answers: list[str]) -> set[str]:
     return {a for a, ok in zip(different, equal, strict=True) if not (ok and verify.is_readable(a))}
 
 
-@lru_cache(1 << 12)
-def shingles(line: bytes) -> tuple[str, list[str], set[int]]:
-    """A row's problem, its tokens and the hashes of its shingles."""
-    problem = json.loads(line)["problem"]
-    words = tokens(problem)
-    return problem, words, set(gram_hashes(words, SHINGLE).tolist())
-
-
-def near_duplicates(a: Candidate, b: Candidate) -> bool:
-    """The exact comparison of two rows that share a bucket."""
-    (problem_a, words_a, grams_a), (problem_b, words_b, grams_b) = shingles(a.line), shingles(b.line)
-    if len(grams_a & grams_b) < NEAR * len(grams_a | grams_b):
-        return False
-    equal = same_answer(a.answer, b.answer)
-    return same_problem(words_a, words_b, equal) and (equal or drawing(problem_a) == drawing(problem_b))
-
-
 def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]:
     """Pairs of near-duplicates among the rows `alive` (ascending), the earlier row first."""
     table = np.frombuffer(b"".join(rows[i].buckets for i in alive), np.uint64)  # (rows * SKETCH,)
@@ -852,8 +835,21 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
     later = np.arange(len(table)) // SKETCH
     new = earlier < later
     found = sorted({(alive[a], alive[b]) for a, b in zip(earlier[new].tolist(), later[new].tolist())})
-    bar = tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1)
-    return [(a, b) for a, b in bar if near_duplicates(rows[a], rows[b])]
+
+    @lru_cache(1 << 12)
+    def shingles(i: int) -> tuple[str, list[str], set[int]]:
+        problem = json.loads(rows[i].line)["problem"]
+        words = tokens(problem)
+        return drawing(problem), words, set(gram_hashes(words, SHINGLE).tolist())
+
+    def same(a: int, b: int) -> bool:
+        (drawing_a, words_a, grams_a), (drawing_b, words_b, grams_b) = shingles(a), shingles(b)
+        if len(grams_a & grams_b) < NEAR * len(grams_a | grams_b):
+            return False
+        equal = same_answer(rows[a].answer, rows[b].answer)
+        return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
+
+    return [pair for pair in tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1) if same(*pair)]
 
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
@@ -988,21 +984,12 @@ def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
     table += ["", "| source | read | kept |", "|---|---:|---:|"]
     table += [f"| {source} | {row['read']:,} | {row.get('kept', 0):,} |" for source, row in by_source.items()]
     write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write(out / "README.md", CARD.format(rows=total["kept"], table="\n".join(table), settings=json.dumps(settings)))
+    card = (f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by `data_prep.py "
+            "curate`. Licences are those of the sources; answers are the sources' own and not proven.\n\n")
+    write(out / "README.md", card + "\n".join(table) + f"\n\nSettings: `{json.dumps(settings)}`\n")
     print("\n".join(table))
     print(f"\n{total['kept']:,} problems in {out / 'rl.jsonl'}; report and data card beside it")
     print(f"next: python t1.py --stage rl --data {out / 'rl.jsonl'}")
-
-
-CARD = """# {rows:,} mathematics problems with answers that a rule can grade
-
-Made by `python data_prep.py curate`. One JSON object per line: `id`, `problem`, `answer`, `source`, and where known
-`level`, `solution`, `pass_rate`. Licences are those of the sources; answers are the sources' own and not proven.
-
-{table}
-
-Settings: `{settings}`. `report.json` lists the rows "in a benchmark" with the benchmark problems that they repeat.
-"""
 
 
 # --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
@@ -1621,12 +1608,23 @@ def add_model_options(parser, max_tokens: int):
     add("--retries", type=int, default=6, help="after 429, 5xx, time-outs and broken replies (default %(default)s)")
 
 
-def add_curate_options(add):
+def parse_args(argv=None) -> argparse.Namespace:
+    """The options of a command; `run` is its function (args, folder of the results) -> exit code."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(run: Callable, out: str, text: str):
+        p = commands.add_parser(run.__name__, help=text)
+        p.add_argument("--out", default=out, help="folder of the results (default %(default)s)")
+        p.set_defaults(run=run)
+        return p, p.add_argument
+
+    p, add = command(curate, "data", "MATH and NuminaMath -> clean RL problems")
     add("--math", nargs="+", metavar="DATA", help="MATH (without --math and --numina: both, from the hub)")
     add("--numina", nargs="+", metavar="DATA", help="NuminaMath-CoT or -1.5, the authors' rl-data.jsonl, or any file "
         "with problem and answer or solution")
     add("--decontaminate", nargs="+", default=[], metavar="DATA", help="benchmarks whose problems are rejected")
-    add("--out", default="data", help="folder of the results (default %(default)s)")
     add("--target", type=positive, default=30000, help="problems to draw, or all there are (paper and default: 30,000)")
     add("--mix", choices=("proportional", "equal"), default="proportional", help="share of each source in the draw")
     add("--scripts", nargs="+", choices=["latin", *SCRIPTS], default=[], help="scripts to keep besides Latin")
@@ -1634,9 +1632,9 @@ def add_curate_options(add):
     add("--seed", type=int, default=0, help="of the draw")
     add("--pass-rate", metavar="MODEL", help="drop problems that this model of the server solves never or always")
     add("--samples", type=positive, default=8, help="per problem, for --pass-rate (default %(default)s)")
+    add_model_options(p, 4096)
 
-
-def add_cot_options(add):
+    p, add = command(cot, "data", "problems -> cold-start traces, by models")
     add("--problems", metavar="DATA", help="problem rows, e.g. rl.jsonl of curate")
     add("--teacher", nargs="+", metavar="MODEL", help="models that attempt, by the names that the server knows")
     add("--critic", metavar="MODEL", help="model that writes critiques (default: the first teacher)")
@@ -1647,35 +1645,14 @@ def add_cot_options(add):
     add("--max-chars", type=positive, default=32000, help="longest trace, characters (default %(default)s)")
     add("--seed", type=int, default=0, help="of the choice of attempts")
     add("--authors", metavar="DATA", help="convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead")
-    add("--out", default="data", help="folder of the results (default %(default)s)")
+    add_model_options(p, 8192)
 
-
-def add_benchmark_options(add):
+    p, add = command(benchmarks, "benchmarks", "the evaluation sets in one form (default: all but GPQA, from the hub)")
     for source, name in BENCHMARKS.items():
         add(f"--{source}", metavar="DATA", help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
     add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-    add("--out", default="benchmarks", help="folder of the results (default %(default)s)")
 
-
-def parse_args(argv=None) -> argparse.Namespace:
-    """The options of a command; `run` is its function (args, folder) -> exit code."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("curate", help="MATH and NuminaMath -> clean RL problems")
-    add_curate_options(p.add_argument)
-    add_model_options(p, 4096)
-    p.set_defaults(run=curate)
-    p = commands.add_parser("cot", help="problems -> cold-start traces, by models")
-    add_cot_options(p.add_argument)
-    add_model_options(p, 8192)
-    p.set_defaults(run=cot)
-    p = commands.add_parser("benchmarks", help="the evaluation sets in one form (default: all but GPQA, from the hub)")
-    add_benchmark_options(p.add_argument)
-    p.set_defaults(run=benchmarks)
-    p = commands.add_parser("embedded", help="the embedded problems, their test set and their traces, as files")
-    p.add_argument("--out", default="data", help="folder of the files (default %(default)s)")
-    p.set_defaults(run=embedded)
+    command(embedded, "data", "the embedded problems, their test set and their traces, as files")
     return parser.parse_args(argv)
 
 
