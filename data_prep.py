@@ -996,7 +996,10 @@ def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
 
 
 class Unfinished(Stop):
-    """A model did not answer after all retries; the same command asks again for what is still open."""
+    """A model did not answer after all retries; the same command asks again for what is still open. Exit code 1."""
+
+    def __str__(self):
+        return super().__str__() + "; run the same command again to resume"
 
 
 class Refused(Exception):
@@ -1036,18 +1039,18 @@ class Model:
                 if not new or not all(text.strip() for text in new):
                     raise ValueError("a reply without text")
                 texts += new
-            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
-                raise Misuse(f"--base-url {self.args.base_url}: status {e.status_code} for model {self.name!r}; check "
-                             "the address, the model's name and OPENAI_API_KEY")
             except openai.APIStatusError as e:
+                fault = f"status {e.status_code}"
+                if e.status_code in (401, 403, 404):
+                    raise Misuse(f"--base-url {self.args.base_url}: {fault} for model {self.name!r}; check the "
+                                 "address, the model's name and OPENAI_API_KEY")
                 if e.status_code < 500 and e.status_code not in (408, 409, 429):
-                    raise Refused(f"refused by the server with status {e.status_code}")
-                raise Unfinished(f"{self.name}: status {e.status_code}; run the same command again to resume")
+                    raise Refused(f"refused by the server with {fault}")
+                raise Unfinished(f"{self.name}: {fault}")
             except (openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:  # lost, or no completion
                 faults += 1
                 if isinstance(e, openai.APIConnectionError) or faults > self.args.retries:
-                    raise Unfinished(f"{self.name}: no usable reply ({type(e).__name__}: {str(e)[:120]}); run the same "
-                                     "command again to resume")
+                    raise Unfinished(f"{self.name}: no usable reply ({type(e).__name__}: {str(e)[:120]})")
         return texts[:n]
 
 
@@ -1274,7 +1277,7 @@ def cot(args, out: Path) -> int:
         finally:
             pool.shutdown(cancel_futures=True)
     if unfinished:
-        raise Unfinished(f"{len(unfinished)} of {len(problems)} problems are still open ({unfinished[0]})")
+        raise Unfinished(f"{len(unfinished)} of {len(problems)} problems are still open ({unfinished[0].args[0]})")
     kept = [done[row["id"]] for row in problems if done[row["id"]]["trace"]]
     reflecting = sum(row["failed"] > 0 for row in kept)
     counts = dict(Counter(sorted(row["why"] for row in done.values())).most_common())
