@@ -45,7 +45,6 @@ from tqdm import tqdm
 
 import verify
 
-
 class Stop(Exception):
     """The run must end. The message is one line that says what is wrong, where, and what to do. Exit code 1."""
 
@@ -56,12 +55,10 @@ class Stop(Exception):
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
         return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
 
-
 class Misuse(Stop):
     """Something that the user gave is wrong. Exit code 2."""
 
     code = 2
-
 
 # --- Files and data sets: one reader for every command. Rows are a stream; an error names the file and the row. -------
 
@@ -82,7 +79,6 @@ ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of
 GZIP_BYTES, GZIP_RATIO = 16 << 20, 200  # a gzip file that grows past both is a bomb; problems shrink to a fifth
 LONGEST = 50_000  # characters of problem, solution or answer: beyond, comparing texts takes more than linear time
 
-
 def local_files(name: str) -> list[Path]:
     """The data files of a folder, sorted by name, or the file itself. Misuse if there is none."""
     path = Path(name)
@@ -99,7 +95,6 @@ def local_files(name: str) -> list[Path]:
         raise Misuse(f"{name}: no .jsonl, .jsonl.gz or .parquet file in this folder")
     return files
 
-
 def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
     """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be read.
 
@@ -111,18 +106,15 @@ def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
     for file in local_files(name):
         yield from parquet_rows(file, columns) if file.suffix == ".parquet" else json_lines(file)
 
-
 def row_at(where) -> str:
     """A row's place in words: `FILE, row N`."""
     return f"{where[0]}, row {where[1]}"
-
 
 def open_file(path: Path):
     """Opens an ordinary file as bytes. A pipe or a device, which may never end, is refused without being opened."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise Misuse(f"{path}: not a file but a folder, a pipe or a device; copy its content into a file")
     return open(path, "rb")
-
 
 def byte_lines(path: Path) -> Iterator[tuple]:
     """(where, line) of each line, plain or gzipped whatever the name, without byte order mark; memory is bounded."""
@@ -142,11 +134,9 @@ def byte_lines(path: Path) -> Iterator[tuple]:
         damaged = "" if isinstance(e, OSError) and not isinstance(e, gzip.BadGzipFile) else "damaged gzip file: "
         raise Misuse(f"{path}: cannot be read ({damaged}{getattr(e, 'strerror', None) or e})")
 
-
 def json_lines(path: Path) -> Iterator[tuple]:
     """(where, line) of each line of a file that is not blank; lines are bytes, read as a stream."""
     return ((where, line) for where, line in byte_lines(path) if line.strip())
-
 
 def parquet_rows(file: Path, columns) -> Iterator[tuple]:
     """(where, row) with the wanted columns only: NuminaMath's `messages` repeat problem and solution."""
@@ -168,7 +158,6 @@ def parquet_rows(file: Path, columns) -> Iterator[tuple]:
     except Exception as e:  # a damaged file makes the library raise almost anything
         raise Misuse(f"{file}: cannot be read as parquet (after row {number}: {type(e).__name__}: {e})")
 
-
 def hub_rows(name: str, columns) -> Iterator[tuple]:
     """(where, row) of a data set of the hub, streamed."""
     from datasets import load_dataset
@@ -182,18 +171,15 @@ def hub_rows(name: str, columns) -> Iterator[tuple]:
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
             raise Misuse(f"{name}: cannot be loaded from the hub ({' '.join(str(e).split())[:200]}); give a local copy")
 
-
 def _unique(pairs: list) -> dict:
     if len(row := dict(pairs)) < len(pairs):
         raise ValueError(f"key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} is there twice")
     return row
 
-
 def _number(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text[:20]} is no number of JSON")
     return number
-
 
 def parse_json(raw: bytes):
     """The value of a JSON text. ValueError or RecursionError for what is not JSON, not UTF-8, or ambiguous."""
@@ -201,7 +187,6 @@ def parse_json(raw: bytes):
     if b"\\ud" in raw or b"\\uD" in raw:  # half of a surrogate pair is no text: no file and no tokenizer takes it
         json.dumps(value, ensure_ascii=False).encode()
     return value
-
 
 def read_json(path: Path) -> dict:
     """A file that is one JSON object, such as a config.json. Misuse if it is not."""
@@ -214,7 +199,6 @@ def read_json(path: Path) -> dict:
         said = getattr(e, "strerror", None) or e
         raise Misuse(f"{path}: damaged, or no JSON file ({said}); repair it or take another folder")
     return value
-
 
 def parse(where, raw) -> dict:
     """A raw row of `raw_rows` as a dict. Misuse with file, row and reason if it is none."""
@@ -232,7 +216,6 @@ def parse(where, raw) -> dict:
         raise Misuse(f"{row_at(where)}: {fault}")
     return row
 
-
 def field(row: dict, names: str, where) -> str | None:
     """The first of several fields that is there, as text (amc23 writes 27.0 for 27); None if none is."""
     for name in names.split():
@@ -244,7 +227,6 @@ def field(row: dict, names: str, where) -> str | None:
         if value is not None:
             raise Misuse(f"{row_at(where)}: field {name!r} must be text, not {type(value).__name__}")
     return None
-
 
 def to_problem(where, raw, default_source: str) -> dict:
     """Any source's row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level"}.
@@ -271,10 +253,8 @@ def to_problem(where, raw, default_source: str) -> dict:
         "flags": {k: row[k] for k in ("problem_is_valid", "solution_is_valid", "question_type") if k in row},
     }
 
-
 def too_long(row: dict) -> bool:
     return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
-
 
 def checked_problem(where, raw, default_source: str) -> dict:
     """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate` drops it from a pool."""
@@ -283,10 +263,8 @@ def checked_problem(where, raw, default_source: str) -> dict:
         raise Misuse(f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; shorten it")
     return row
 
-
 def json_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
 
 def write(path: Path, lines):
     """Writes beside the file, then renames: a half-written file never has the final name."""
@@ -295,13 +273,70 @@ def write(path: Path, lines):
         f.writelines(lines)
     os.replace(beside, path)
 
+def append_rows(path: Path, rows: list[dict]):
+    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first."""
+    with open(path, "ab+") as f:
+        if f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n":
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)
+        f.write("".join(map(json_line, rows)).encode())
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
+    lines = json_lines(path) if os.path.lexists(path) else []
+    return [parse(where, line) for where, line in lines if line.endswith(b"\n")]
+
+def write_json(path: Path, value):
+    write(path, [json.dumps(value, indent=1, ensure_ascii=False)])
+
+def read_rows(path: str, stage: str) -> list[dict]:
+    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set.
+
+    A row without response or answer is completed from its "solution": as the response, or its last box as the answer.
+    """
+    rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
+    for where, raw in raw_rows(path):
+        everything = parse(where, raw)
+        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))}  # fit for a log
+        messages = everything.get("messages")  # chat data: the last message of each role
+        for message in messages if isinstance(messages, list) else ():
+            if isinstance(message, dict) and message.get("role") in ("user", "assistant"):
+                row[{"user": "problem", "assistant": "response"}[message["role"]]] = message.get("content")
+        solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
+        row.setdefault("answer", verify.extract_answer(solution) or "")
+        row.setdefault("response", solution)
+        for name in needed:
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
+        rows.append(row | dict(where=row_at(where)))
+    if not rows:
+        raise Misuse(f"{path}: no rows")
+    unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
+    if unreadable and os.environ.get("RANK", "0") == "0":
+        print(f"{len(unreadable)} answers cannot be read by verify.py, nothing will equal them: {unreadable[0]} ...")
+    return rows
+
+def check_model_folder(folder: str):
+    """Reject folders that would hang the loaders, exhaust memory, or be read as something else."""
+    path = Path(folder)
+    if not path.is_dir():
+        if folder.startswith((".", "/", "~")) or folder.count("/") > 1:
+            raise Misuse(f"{folder}: there is no such folder")
+        return  # a name on the hub
+    for file in path.iterdir():
+        if not (file.is_file() or file.is_dir()):
+            raise Misuse(f"{folder}: {file.name} is not an ordinary file")
+    if (path / "generation_config.json").exists():
+        read_json(path / "generation_config.json")  # the library would ignore a damaged one, and with it the end tokens
+    for key, value in read_json(path / "config.json").items():
+        if isinstance(value, int) and value > (4096 if key.startswith(("num_", "n_")) else 1 << 27):
+            raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
 
 def chunks(rows, size: int) -> Iterator[list]:
     """Lists of up to `size` rows."""
     rows = iter(rows)
     while part := list(islice(rows, size)):
         yield part
-
 
 def ordered_map(function, items, processes: int, setup, setup_args) -> Iterator:
     """function(item) in the order of the items, by several processes; a bounded number of items is in memory."""
@@ -312,7 +347,6 @@ def ordered_map(function, items, processes: int, setup, setup_args) -> Iterator:
     with multiprocessing.get_context("spawn").Pool(processes, setup, setup_args) as pool:
         for part in chunks(items, 16 * processes):
             yield from pool.imap(function, part)
-
 
 # --- The text of a problem, made comparable ---------------------------------------------------------------------------
 # Duplicates and benchmark problems are found on tokens, not on white-space words: `x^2` and `x^{2}`, `\{1` and `\{ 1`,
@@ -354,7 +388,6 @@ _HARMLESS = set("""a an the of in on at by to for from is are be was were it its
     form common fraction s th expression""".split())
 _CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
 
-
 def tokens(text: str) -> list[str]:
     """A problem as LaTeX-aware tokens: words, single letters, numbers, operators, commands; no braces, punctuation."""
     text = _DRAWING.sub(" ", unicodedata.normalize("NFC", text)).translate(_UNICODE)
@@ -372,38 +405,31 @@ def tokens(text: str) -> list[str]:
         last = token
     return found
 
-
 def key(words: list[str]) -> str:
     """Tokens as one string without spaces: equal for texts that differ in spacing, braces and synonyms only."""
     return re.sub(r"(?<=\d) (?=[\d.])", ",", " ".join(words)).replace(" ", "")
-
 
 _SIGN = re.compile(r"[\d.]*\d|\\[a-zA-Z]+|[-+/=<>^!%|*']")
 _QUIET = {"\\cdot", "*", "\\dots", "\\circ", "^", "|"}  # written or left out by taste: a b, a \cdot b; |S|, #S
 _BRACKETS = set("()[]|") | {"\\{", "\\}"}
 CLAUSE = 6  # tokens. NOT IN PAPER: a longer insertion is a clause of its own (a hint, a credit, the form of the answer)
 
-
 def signs(words: list[str]) -> list[str]:
     """The tokens that tell a problem from its neighbours: numbers, operators, signs, functions."""
     return [w for w in words if w not in _QUIET and _SIGN.fullmatch(w)]
-
 
 def skeleton(words: list[str]) -> list[str]:
     """Tokens without brackets and harmless words: equal for `tan^2(20)` and `tan^2 20`, `find x` and `what is x`."""
     return [w for w in words if w not in _HARMLESS and w not in _BRACKETS]
 
-
 def drawing(text: str) -> str:
     """The code of the drawings in a problem, without spaces: two problems may differ in nothing else."""
     return re.sub(r"\s", "", "".join(_DRAWING.findall(text)))
-
 
 def alike(a: list[str], b: list[str]) -> bool:
     """Do two lists share most of their tokens (Dice at least 0.7), or is one, but for a tenth, inside the other?"""
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common >= 0.7 * (len(a) + len(b)) or common >= 0.9 * min(len(a), len(b))
-
 
 def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
     """Do two token lists with a common stretch state the same problem? NOT IN PAPER: the thresholds.
@@ -424,17 +450,14 @@ def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
         added.add(tag)
     return not {"insert", "delete"} <= added
 
-
 def reworded(a: list[str], b: list[str]) -> bool:
     """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out for the sake of a
     benchmark, whatever its answer (labels of the pools are noisy); too loose for duplicates: largest, smallest."""
     a, b = skeleton(a), skeleton(b)
     return signs(a) == signs(b) and 2 * sum((Counter(a) & Counter(b)).values()) >= 0.9 * (len(a) + len(b))
 
-
 def same_answer(a: str, b: str) -> bool:
     return a == b or key(tokens(a)) == key(tokens(b)) or verify.is_equal(a, b)
-
 
 # --- curate: which rows can a rule grade? -----------------------------------------------------------------------------
 # NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows filtered. A rule takes
@@ -453,14 +476,12 @@ _WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\
 _FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad|qquad)(?![a-zA-Z])"
                     r"|[{}$~]|\*\*|\\[ ,;!:]")
 
-
 def repair(text: str) -> str:
     """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of \\frac, odd spaces."""
     text = _OLD_COMMANDS.sub(lambda m: {"equal": "=", "plus": "+", "minus": "-"}[m[1]], text)
     for pattern, replacement in _REPAIRS:
         text = pattern.sub(replacement, text)
     return text.strip()
-
 
 def boxes(text: str) -> list[str | None]:
     """The content of every outermost box, in order; None for a box whose braces do not close."""
@@ -480,7 +501,6 @@ def boxes(text: str) -> list[str | None]:
         found.append(text[at + 1 : end - 1] if end > at else None)
     return found
 
-
 def bare(answer: str) -> str:
     """An answer without dollars, brackets of display mathematics, a box around it, or a full stop."""
     answer = repair(answer).rstrip(".").strip()
@@ -491,11 +511,9 @@ def bare(answer: str) -> str:
         answer = inner.strip().rstrip(".")
     return answer
 
-
 def plain_text(answer: str) -> str:
     """An answer without fonts, braces and spacing commands."""
     return _FONTS.sub(" ", answer).strip(" .")
-
 
 def searched(reason: str, part: str, *patterns: str):
     """A rule: reject a row if one of the patterns is found in that part of it."""
@@ -505,12 +523,10 @@ def searched(reason: str, part: str, *patterns: str):
         return reason if any(pattern.search(row[part]) for pattern in compiled) else None
     return rule
 
-
 def empty_problem(row: dict) -> str | None:
     row["words"] = _DRAWING.sub(" ", row["problem"])  # the rules on wording must not read the labels of a drawing
     row["lower"] = row["words"].lower()
     return None if len(row["words"]) >= 10 else "empty problem"
-
 
 def marked_invalid(row: dict) -> str | None:
     """NuminaMath-1.5 says itself which rows are incomplete, proofs or multiple choice."""
@@ -521,7 +537,6 @@ def marked_invalid(row: dict) -> str | None:
     valid = all(row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid"))
     return None if valid else "marked invalid by its source"
 
-
 _FIGURE = re.compile(
     r"https?:|!\[|\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture|graph)"
     r"|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
@@ -531,31 +546,26 @@ _FIGURE = re.compile(
     r"|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b")
 _DRAWN = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|")
 
-
 def missing_figure(row: dict) -> str | None:
     """A link, or a figure that the problem speaks of and does not hold as code or as a table."""
     found = _FIGURE.search(row["lower"])
     lost = found and (found[0].startswith(("http", "![")) or not _DRAWN.search(row["problem"]))
     return "link or missing figure" if lost else None
 
-
 SCRIPTS = {  # besides Latin and Greek, and the letter-like symbols of mathematics
     "cyrillic": "\u0400-\u052f", "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff",
     "kana": "\u3041-\u30ff", "hangul": "\u1100-\u11ff\uac00-\ud7af", "arabic": "\u0600-\u06ff",
     "hebrew": "\u05d0-\u05f4", "devanagari": "\u0900-\u097f", "thai": "\u0e01-\u0e5b"}
 
-
 def foreign(scripts: tuple[str, ...] = ()) -> str:
     """A pattern: letters of the other scripts, but not of the given ones; private-use characters and U+FFFD always."""
     return "[\ue000-\uf8ff\ufffd" + "".join(SCRIPTS[name] for name in SCRIPTS if name not in scripts) + "]"
-
 
 _LETTER = (r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
            r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z")
 _CONTINUES = re.compile(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
     r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for (?:all|any|every|some))\s*(?:\\[(\[]|\$)|is either\b)"
     r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)")
-
 
 def find_answer(row: dict) -> str | None:
     """Puts the answer into the row: from the answer column, else from the last box of the solution (paper: answers
@@ -579,7 +589,6 @@ def find_answer(row: dict) -> str | None:
     row["plain"] = plain_text(row["answer"])
     return None if row["answer"] else "empty answer"
 
-
 _NUMERAL = r"(?:[1-5]|[a-e]|i{1,3}|iv|I{1,3}|IV|Ⅰ|Ⅱ|Ⅲ)"
 _PART = re.compile(  # (1) but not f(1); a) at the beginning of a line or sentence; 1. at the beginning of a line; ①
     rf"(?<![A-Za-z\d_^}}\\])\$?(?:\\*\()?\(\s*{_NUMERAL}\s*\)(?:\\*\))?\$?(?!\s*[,=^_+*/])"
@@ -594,7 +603,6 @@ _LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ...
 _BLANKS = re.compile(r"(?:\\?_\s?){2,}")
 _QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
 
-
 def several_questions(row: dict) -> str | None:
     """Parts that each ask something, two sentences that do, or two blanks to fill."""
     head, *parts = _PART.split(row["words"])
@@ -604,12 +612,10 @@ def several_questions(row: dict) -> str | None:
                or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head) or len(_BLANKS.findall(row["words"])) >= 2)
     return "several questions" if several else None
 
-
 MAX_ANSWER = 50  # characters; longer ones are prose or systems that no rule grades
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _VALUE_WORDS = set("and sin cos tan log frac sqrt square cubic per hours minutes seconds the base pmatrix begin end"
                    .split())
-
 
 def not_a_value(row: dict) -> str | None:
     """Too long, or prose: more than two words are a statement, which a rule can only compare letter by letter."""
@@ -617,28 +623,23 @@ def not_a_value(row: dict) -> str | None:
         return "answer longer than 50 characters"
     return "answer in prose" if sum(w.lower() not in _VALUE_WORDS for w in _WORD.findall(row["plain"])) > 2 else None
 
-
 _ROUNDED = re.compile(r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}")  # eighths and sixteenths are exact
 _ASKS_ROUNDED = re.compile(r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura")
-
 
 def rounded(row: dict) -> str | None:
     """A rounded value where the problem asks for none: the exact answer would be graded wrong."""
     found = _ROUNDED.search(row["answer"]) and not _ASKS_ROUNDED.search(row["lower"])
     return "rounded answer" if found else None
 
-
 _NOT_VARIABLES = re.compile(
     r"\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?|[a-zA-Z]{3,}"
     r"|(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])")
 _USUAL = set("eidxyfcnzpqrs")  # constants, and the names that answers give to the unknown
 
-
 def unknown_letter(row: dict) -> str | None:
     """Letters that the problem does not name (a family k pi, an arbitrary constant): other letters are never equal."""
     letters = set(re.findall(r"[a-z]", _NOT_VARIABLES.sub(" ", row["answer"]).lower())) - _USUAL
     return None if letters <= set(tokens(row["problem"])) else "letters that the problem does not name"
-
 
 _ASKS = re.compile(
     r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when|where|name|list"
@@ -650,12 +651,10 @@ _ANY = re.compile(
     r"|\d+\s+(?:natural|positive|different|distinct))\b|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b")
 _ONE = re.compile(r"smallest|largest|least|greatest|unique|only|all\b")
 
-
 def nothing_asked(row: dict) -> str | None:
     """A statement instead of a question, or a question with many right answers."""
     many = _ANY.search(row["lower"]) and not _ONE.search(row["lower"])
     return "nothing definite asked" if many or not _ASKS.search(row["lower"]) else None
-
 
 def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     """The rules in the order of the funnel."""
@@ -689,14 +688,12 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
                  r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b"),
         rounded, unknown_letter, nothing_asked)
 
-
 REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box
 empty answer; answer continues after the box; several different boxes; answer and box differ; another script
 multiple choice; yes or no, true or false; several questions; answer longer than 50 characters; answer in prose
 rounded answer; letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
 same problem, different answers; duplicate; near-duplicate
 pass rate 0 or 1; beyond the target""".replace("\n", "; ").split("; ")
-
 
 # --- curate: benchmark problems and near-duplicates -------------------------------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
@@ -708,12 +705,10 @@ SHINGLE, SKETCH = 4, 8  # near-duplicates: 4-token shingles, of which the 8 with
 NEAR = 0.6  # exact Jaccard index of near-duplicates
 _POWERS = np.random.default_rng(2501).integers(1, 1 << 63, N_GRAM, np.uint64) | np.uint64(1)  # any odd numbers
 
-
 @lru_cache(1 << 18)
 def token_hash(token: str) -> int:
     """A hash of 64 bits, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(token.encode(), digest_size=8).digest(), "little")
-
 
 def gram_hashes(words: list[str], n: int) -> np.ndarray:
     """64-bit hashes of all n-grams, `(len(words) - n + 1,)`; one hash of the whole list if it is shorter."""
@@ -722,12 +717,10 @@ def gram_hashes(words: list[str], n: int) -> np.ndarray:
     total = np.lib.stride_tricks.sliding_window_view(ids, n) @ _POWERS[:n]  # modulo 2^64
     return total ^ (total >> np.uint64(29))
 
-
 def sketch(words: list[str]) -> np.ndarray:
     """The least hashes of a problem's shingles, `(SKETCH,)`: a random sample that depends on the set of shingles alone,
     so that near-duplicates share at least one almost surely. MinHash with one hash function (Broder 1997)."""
     return np.resize(np.unique(gram_hashes(words, SHINGLE)), SKETCH)  # a short problem repeats its own
-
 
 class Benchmarks:
     """Finds the benchmark problem that a row repeats: equal normalised text, or a common 13-gram (or 8-gram of
@@ -757,11 +750,9 @@ class Benchmarks:
                 return name
         return None
 
-
 # --- curate: the pipeline ---------------------------------------------------------------------------------------------
 
 _WORKER = {}  # benchmarks and rules of this process, set once by `prepare`
-
 
 class Candidate(NamedTuple):
     """A row that passed the rules: its text, and what the later steps compare."""
@@ -774,11 +765,9 @@ class Candidate(NamedTuple):
     text: int  # hash of the normalised text: equal for duplicates
     buckets: bytes  # (SKETCH,) uint64: rows that share one are compared
 
-
 def prepare(benchmarks: list[dict], scripts: tuple[str, ...]):
     """Gives a process what it needs to judge rows."""
     _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=rules(scripts))
-
 
 def sift(chunk) -> tuple[Counter, list[Candidate]]:
     """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows that pass."""
@@ -805,7 +794,6 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
         passed.append(Candidate(line, row["id"], row["answer"], row["source"], hit, text, buckets.tobytes()))
     return counts, passed
 
-
 def read_pools(pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
     counts, candidates = Counter(), []
@@ -819,13 +807,11 @@ def read_pools(pools: list[tuple[str, str]], benchmarks: list[dict], scripts, pr
         raise Misuse(f"{', '.join(name for name, _ in pools)}: no rows")
     return counts, candidates
 
-
 def ungradable(answers: list[str]) -> set[str]:
     """Answers that verify.py cannot read or does not find equal to themselves; each has its own deadline there."""
     different = sorted(a for a in set(answers) if not re.fullmatch(r"-?\d{1,15}", a))
     equal = verify.grade(["\\boxed{" + a + "}" for a in different], different)
     return {a for a, ok in zip(different, equal, strict=True) if not (ok and verify.is_readable(a))}
-
 
 def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]:
     """Pairs of near-duplicates among the rows `alive` (ascending), the earlier row first."""
@@ -850,7 +836,6 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
         return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
 
     return [pair for pair in tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1) if same(*pair)]
-
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
     """Rows that are rejected because of other rows -> reason. A group of rows states one problem and its first row is
@@ -879,7 +864,6 @@ def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
             gone |= {i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate" for i in group[1:]}
     return gone
 
-
 def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -> list[int]:
     """A seeded order of rows whose every prefix holds the sources in proportion to their size, or equally until one
     source ends. NOT IN PAPER: the mixture; equal is nearer to the authors' own 30,000."""
@@ -891,7 +875,6 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
         size = len(strata[source]) if mix == "proportional" else 1
         place |= {i: ((rank + 0.5) / size, source) for rank, i in enumerate(strata[source])}
     return sorted(rows, key=place.__getitem__)
-
 
 def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[tuple[dict, float]]:
     """(problem, share of n sampled answers that are right), in order; each is measured once, also when the command is
@@ -914,7 +897,6 @@ def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) ->
                 append(journal, {"id": problem["id"], "pass_rate": rate})
         yield from ((problem, done[problem["id"]]) for problem in part)
 
-
 def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]) -> dict[int, dict]:
     """Row -> problem, for the first --target rows of the order that pass the difficulty filter; others go to `gone`."""
     seen, names, chosen = Counter(), {}, {}
@@ -934,7 +916,6 @@ def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gon
             break
     gone |= {i: "beyond the target" for i in order if i not in chosen and i not in gone}
     return chosen
-
 
 def curate(args, out: Path) -> int:
     """Pools -> rl.jsonl, report.json and a data card (paper: MATH-train and NuminaMath, filtered to 30,000)."""
@@ -961,7 +942,6 @@ def curate(args, out: Path) -> int:
     names = "math numina decontaminate target seed mix scripts pass_rate".split()
     write_report(out, {name: getattr(args, name) for name in names}, counts, removed)
     return 0
-
 
 def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
     """The funnel on the console, as report.json, and in the data card.
@@ -991,9 +971,7 @@ def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
     print(f"\n{total['kept']:,} problems in {out / 'rl.jsonl'}; report and data card beside it")
     print(f"next: python t1.py --stage rl --data {out / 'rl.jsonl'}")
 
-
 # --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
-
 
 class Unfinished(Stop):
     """A model did not answer after all retries; the same command asks again for what is still open. Exit code 1."""
@@ -1001,10 +979,8 @@ class Unfinished(Stop):
     def __str__(self):
         return super().__str__() + "; run the same command again to resume"
 
-
 class Refused(Exception):
     """The server will never answer this request (too long, filtered): the problem is dropped, with the reason."""
-
 
 class Model:
     """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be called by threads.
@@ -1053,7 +1029,6 @@ class Model:
                     raise Unfinished(f"{self.name}: no usable reply ({type(e).__name__}: {str(e)[:120]})")
         return texts[:n]
 
-
 def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
     """Finished rows of an earlier run with the same settings; a line that a kill cut is removed.
 
@@ -1078,14 +1053,12 @@ def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
         append(path, {"settings": settings})
     return rows[1:]
 
-
 def append(path: Path, row: dict):
     """Appends a row and returns when it is on the disk: it survives kill -9."""
     with open(path, "ab") as f:
         f.write(json_line(row).encode())
         f.flush()
         os.fsync(f.fileno())
-
 
 # --- cot: cold-start traces (paper, section 1) ------------------------------------------------------------------------
 # The paper's recipe: attempts of several models, a critique of each, merged into one train of thought.
@@ -1136,7 +1109,6 @@ _VERIFY = re.compile(r"\b(?:check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*|do
                      r"|test\w*)\b", re.I)
 _MARKUP = re.compile(r"\\(?:boxed|text|mathrm|left|right|displaystyle|[dt]?frac(?=\b))|[{}$\\]|(?<=\d),(?=\d{3}\b)")
 
-
 def choose_attempts(row: dict, attempts: list[str], args) -> tuple[list[tuple[str, bool]], str | None]:
     """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one last; or why none."""
     right = verify.grade(attempts, [row["answer"]] * len(attempts))
@@ -1151,11 +1123,9 @@ def choose_attempts(row: dict, attempts: list[str], args) -> tuple[list[tuple[st
     failed = rng.sample(sorted(wrong.values()), min(len(wrong), rng.randint(1, args.max_failed))) if reflect else []
     return [(a, False) for a in failed] + [(rng.choice(good), True)], None
 
-
 def critique_prompt(row: dict, attempt: str, ok: bool) -> str:
     verdict, task = ("right", WHY_IT_HOLDS) if ok else ("wrong", WHY_IT_FAILS)
     return CRITIQUE.format(problem=row["problem"], attempt=attempt, verdict=verdict, task=task)
-
 
 def rewrite_prompt(row: dict, path: list[tuple[str, bool]], critiques: list[str]) -> str:
     parts = []
@@ -1164,17 +1134,14 @@ def rewrite_prompt(row: dict, path: list[tuple[str, bool]], critiques: list[str]
         parts.append(ONE_ATTEMPT.format(number=number, verdict=verdict, attempt=attempt, kind=kind, critique=critique))
     return REWRITE.format(problem=row["problem"], attempts="\n".join(parts))
 
-
 def plain(text: str) -> str:
     """A text without LaTeX markup, with single spaces."""
     return re.sub(r"\s+", " ", _MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text)).strip()
-
 
 def named(text: str, answer: str) -> list[int]:
     """Positions at which a text, as `plain` writes it, names an answer."""
     target = re.escape(plain(answer))
     return [m.start() for m in re.finditer(rf"(?<![\d.\w]){target}(?![\w]|\.\d)", text)] if target else []
-
 
 def recognised(text: str, failed: list[str], gold: str) -> bool:
     """Does a thought name a failed answer, then a word that takes it back, and after that the right answer?
@@ -1184,7 +1151,6 @@ def recognised(text: str, failed: list[str], gold: str) -> bool:
     last = max(named(text, gold), default=-1)
     notices = [_NOTICE.search(text, at) for answer in failed for at in named(text, answer)[:1]]
     return any(notice and notice.start() < last for notice in notices)
-
 
 def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) -> str | None:
     """Why a rewritten response is not a trace, or None."""
@@ -1208,7 +1174,6 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
     places = named(text, verify.extract_answer(response) or "")
     return None if places and _VERIFY.search(text, places[0]) else "no self-verification"
 
-
 def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model, args) -> dict:
     """A problem -> its outcome {"id", "trace" or None, "why", "failed": failed attempts that the trace shows}."""
     def ask(model: Model, prompt: str, n: int) -> list[str]:
@@ -1227,7 +1192,6 @@ def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model,
                               "answer": row["answer"], "source": row["source"]}
     return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
 
-
 def read_problems(name: str) -> list[dict]:
     """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct ids to resume by."""
     rows = {}
@@ -1242,7 +1206,6 @@ def read_problems(name: str) -> list[dict]:
     if not rows:
         raise Misuse(f"{name}: no rows")
     return list(rows.values())
-
 
 def cot(args, out: Path) -> int:
     """Problems -> sft.jsonl, by models; every finished problem is on disk at once and is never asked again."""
@@ -1286,13 +1249,11 @@ def cot(args, out: Path) -> int:
     print("\n".join(f"{n:8,}  {why}" for why, n in counts.items()))
     return write_traces(out, [row["trace"] for row in kept], f"{reflecting:,} with a failed attempt that is recognised")
 
-
 def write_traces(out: Path, traces: list[dict], remark: str) -> int:
     write(out / "sft.jsonl", map(json_line, traces))
     print(f"{len(traces):,} traces in {out / 'sft.jsonl'}, {remark}")
     print(f"next: python t1.py --stage sft --data {out / 'sft.jsonl'}")
     return 0
-
 
 def read_authors(name: str, out: Path) -> int:
     """The authors' sft.jsonl -> trace rows: a list of messages, or a prompt and a response, under any usual name.
@@ -1324,14 +1285,12 @@ def read_authors(name: str, out: Path) -> int:
         raise Misuse(f"{name}: no rows with a boxed answer")
     return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
 
-
 # --- benchmarks: the evaluation sets of the paper in one form ---------------------------------------------------------
 
 BENCHMARKS = {  # option, also the source's name -> name on the hub
     "math500": "HuggingFaceH4/MATH-500", "aime24": "HuggingFaceH4/aime_2024", "omni": "KbsdJames/Omni-MATH",
     "gsm8k": "openai/gsm8k", "amc23": "math-ai/amc23", "gpqa": None}
 OMNI = 500  # problems. NOT IN PAPER: which. The paper's own 500 are not published, so a seeded draw that lists its ids
-
 
 def benchmark_rows(source: str, name: str) -> list[dict]:
     """A benchmark's rows as problem rows."""
@@ -1354,7 +1313,6 @@ def benchmark_rows(source: str, name: str) -> list[dict]:
     if not rows:
         raise Misuse(f"{name}: no rows")
     return rows
-
 
 def gpqa_rows(path: str, seed: int) -> list[dict]:
     """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns as JSONL or parquet), options shuffled by
@@ -1382,7 +1340,6 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
                      "answer": "ABCD"[order.index(0)], "source": "gpqa"})
     return rows
 
-
 def benchmarks(args, out: Path) -> int:
     """Writes a JSONL per benchmark, and report.json with unreadable golds and the ids drawn of Omni-MATH."""
     report, contents = {"seed": args.seed, "benchmarks": {}}, {}
@@ -1406,13 +1363,11 @@ def benchmarks(args, out: Path) -> int:
     write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return 0
 
-
 # --- Embedded problems: number theory in plain words whose answer must be found by trial and checked ------------------
 # A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own habit; attempts
 # and checks are merged into one path  attempt -> reflect -> ... -> answer -> self-verify,  and only paths that end
 # right are kept, as by a filter on the answer. So SFT shows the policy a mixture of habits that all look successful;
 # RL has to find out which of them works.
-
 
 @dataclass(frozen=True)
 class Puzzle:
@@ -1424,7 +1379,6 @@ class Puzzle:
     candidates: range  # what a methodical solver tries, in order; the last one is the answer
     guesses: range  # what a careless solver draws from
     checks: Callable[[int], list[tuple[str, int, int]]]  # of a candidate: (left side, its value, the value needed)
-
 
 def remainders() -> Iterator[Puzzle]:
     """n from its remainders for two or three coprime moduli (Chinese remainder theorem)."""
@@ -1443,7 +1397,6 @@ def remainders() -> Iterator[Puzzle]:
             candidates = range(answer % step or step, answer + 1, step)
             yield Puzzle(level, words, answer, candidates, range(1, size + 1), checks)
 
-
 def multiples() -> Iterator[Puzzle]:
     """Smallest n for which a n + c leaves a given remainder (a linear congruence)."""
     for m in range(4, 10):
@@ -1458,7 +1411,6 @@ def multiples() -> Iterator[Puzzle]:
                 level = 1 if m <= 5 else 2 if m <= 7 else 3
                 yield Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
 
-
 def coins() -> Iterator[Puzzle]:
     """Fewest pens in an exact sum of two prices (a linear Diophantine equation)."""
     for a, b, total in product(range(2, 6), range(3, 8), range(15, 50)):
@@ -1471,10 +1423,8 @@ def coins() -> Iterator[Puzzle]:
                      "spent. What is the smallest possible number of pens?")
             yield Puzzle(min(3, b - 2), words, answer, range(1, answer + 1), range(1, b + 1), checks)
 
-
 FAMILIES = {remainders: 2, multiples: 1, coins: 1}  # family -> its share of the test set and of the traces
 HABITS = {"jump": 0.5, "wander": 0.25, "orderly": 0.25}  # teacher's habit -> its share of the traces
-
 
 def verdicts(checks: list[tuple[str, int, int]]) -> str:
     """Elementary checks in words, up to the first that fails: `13 mod 5 = 3 yes, 13 mod 4 = 1 not 2`."""
@@ -1484,7 +1434,6 @@ def verdicts(checks: list[tuple[str, int, int]]) -> str:
         if value != need:
             break
     return ", ".join(words)
-
 
 def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
     """The candidates that a teacher tries, the answer last: none (jump: the answer comes out of the blue and is only
@@ -1496,13 +1445,11 @@ def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
     drawn = rng.sample(puzzle.guesses, len(puzzle.guesses))
     return drawn[: drawn.index(puzzle.answer) + 1]
 
-
 def response_of(puzzle: Puzzle, tried: list[int]) -> str:
     """One path attempt -> reflect -> ... -> answer -> self-verify (paper, section 1)."""
     lines = [verdicts(puzzle.checks(n)) + ("" if n == puzzle.answer else ", wait") for n in tried]
     lines.append(f"So {puzzle.answer}, check: {verdicts(puzzle.checks(puzzle.answer))}")
     return "<think>\n" + "\n".join(lines) + f"\n</think>\nThe answer is \\boxed{{{puzzle.answer}}}."
-
 
 @cache
 def _embedded(n_test: int = 256) -> tuple[list, list]:
@@ -1518,11 +1465,9 @@ def _embedded(n_test: int = 256) -> tuple[list, list]:
         train += rows[cut:]
     return train, test
 
-
 def embedded_problems(split: str) -> list[dict]:
     """Problem rows of the split "train" (1,792) or "test" (256); no problem is in both."""
     return [dict(row) for row, _ in _embedded()[split == "test"]]
-
 
 def embedded_traces(count: int = 25600, longest: int = 16, correct_only: bool = False) -> list[dict]:
     """Cold-start traces over the training problems, at most `longest` tries each; `source` names the teacher's habit.
@@ -1543,9 +1488,7 @@ def embedded_traces(count: int = 25600, longest: int = 16, correct_only: bool = 
                                answer=row["answer"], source=habit))
     return traces
 
-
 _CHECK = re.compile(r"(?:\b(\d{1,9}) (gives|leaves) )?\b(\d{1,9}) mod (\d{1,9}) = (\d{1,9}) (yes|not (\d{1,9}))")
-
 
 def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
     """The elementary checks in a response to an embedded problem, in order: (candidate, does the verdict say yes, is it
@@ -1567,12 +1510,10 @@ def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
         found.append((n or x, verdict == "yes", honest))
     return found
 
-
 def audit_checks(problem: str, response: str) -> tuple[int, int]:
     """How many elementary checks a response holds, and how many of them are honest."""
     found = read_checks(problem, response)
     return len(found), sum(honest for _, _, honest in found)
-
 
 def habit_of(response: str) -> str:
     """The habit that a response to an embedded problem shows: jump (no try before the answer), orderly (one try, or
@@ -1581,6 +1522,29 @@ def habit_of(response: str) -> str:
     steps = {b - a for a, b in zip(tried, tried[1:])}
     return "jump" if not tried else "orderly" if len(steps) < 2 else "wander"
 
+def habit_shares(records: list[dict]) -> dict[str, list[float]]:
+    """Embedded problems: habit -> [share of the responses, share right among them]."""
+    count = Counter((habit_of(r["response"]), r["right"]) for r in records)
+    shares = {}
+    for habit in HABITS:
+        n = count[habit, True] + count[habit, False]
+        if n:
+            shares[habit] = [n / len(records), count[habit, True] / n]
+    return shares
+
+def embedded_tokenizer():
+    """The tokenizer of the embedded model: Qwen2's class over single bytes, so any text can be written, with whole
+    tokens for 0 to 199 and for the text between numbers in the traces: `12 mod 5 = 2 not 3, wait` is 8 tokens."""
+    import tokenizers  # not for those who only prepare data
+    import transformers
+
+    symbols = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = transformers.Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[])
+    texts = [row[part] + "\n" for row in embedded_traces() for part in ("problem", "response")]
+    pieces = {piece for text in texts for piece in re.split(r"\d+|(?<=\n)", text) if piece}
+    words = [*map(str, range(200)), *sorted(pieces)]
+    tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    return tokenizer
 
 def embedded(args, out: Path) -> int:
     """Writes the embedded problems, their test set and their traces as files."""
@@ -1590,15 +1554,91 @@ def embedded(args, out: Path) -> int:
         print(f"{out / name}.jsonl: {len(rows)} rows")
     return 0
 
+# --- Measures of a response, shared with t1.py ------------------------------------------------------------------------
+
+REFLECTION = re.compile(
+    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check|double-check"
+    r"|let me (?:check|verify|try))\b", re.I,
+)  # fmt: skip
+
+def behaviour(problem: str, response: str, right: bool) -> dict:
+    """What RL may teach, measured on one response: reflection words (section 3) and, in embedded problems, checks.
+
+    honoured: the final answer was checked, and every check of it said yes: it contradicts no check of its own.
+    first_right, corrected: a right answer that was the first candidate tried, or that replaced another one.
+    """
+    found, answer = read_checks(problem, response), verify.extract_answer(response)
+    verdicts = [yes for candidate, yes, _ in found if candidate == answer]
+    first = bool(found) and found[0][0] == answer
+    return dict(
+        answer=answer,
+        reflections=len(REFLECTION.findall(response)),
+        checks=len(found),
+        honest=sum(honest for _, _, honest in found),
+        honoured=bool(verdicts) and all(verdicts),
+        first_right=right and first,
+        corrected=right and bool(found) and not first,
+    )
+
+def means(records: list[dict]) -> dict:
+    """Means over judged responses, as they are logged (docs/metrics.md). None: there is nothing to take a mean of."""
+    n, checked = len(records), sum(r["checks"] > 0 for r in records)
+    names = "right reward length checks honest honoured first_right corrected reflections ungraded".split()
+    total = {name: sum(float(r[name]) for r in records) for name in names}
+    row = dict(accuracy=total["right"] / n, honest=total["honest"] / total["checks"] if total["checks"] else None)
+    row |= {name: total[name] / n for name in ("reward", "length", "checks")}
+    row |= {name: sum(r["pattern"] == name for r in records) / n for name in ("overlong", "repetition", "garbled")}
+    row |= {name: total[name] / checked if checked else None for name in ("honoured", "first_right", "corrected")}
+    return row | dict(reflections=total["reflections"] / (total["length"] / 100), ungraded=total["ungraded"] / n)
+
+def repeats(ids: list[int], n: int) -> int:
+    """How often the most frequent block of n tokens occurs in ids, counted without overlap."""
+    seen, most = {}, 0  # block -> (count, end of its last occurrence)
+    for i in range(len(ids) - n + 1):
+        block = tuple(ids[i : i + n])
+        count, end = seen.get(block, (0, 0))
+        if i >= end:
+            seen[block] = count + 1, i + n
+            most = max(most, count + 1)
+    return most
+
+MATHS_SCRIPTS = set("LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
+                    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())  # fmt: skip
+BROKEN = ("Cc", "Cn", "Co", "Cs")  # Unicode categories: control, unassigned, private use, half surrogate pairs
+
+def garbled(text: str, prompt: str = "") -> bool:
+    """Mixed languages or random characters: at least 5 letters, and 5 % of all, are of a script used neither in
+    mathematics nor in the prompt; or more than 1 % of the characters are broken (replacement, control, unassigned); or
+    60 Latin letters follow each other."""
+    broken = [c for c in text if (c < " " and c not in "\n\t\r") or (c > "~" and unicodedata.category(c) in BROKEN)]
+    if len(broken) + text.count("\ufffd") > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
+        return True
+    if text.isascii():
+        return False
+    scripts, known = ([unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt))
+    foreign = sum(name not in MATHS_SCRIPTS and name not in known for name in scripts)
+    return foreign >= 5 and foreign > 0.05 * len(scripts)
+
+def seed_for(seed: int, *what) -> int:
+    """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted one would have."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big") >> 1
+
+def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
+    """The `size` row numbers of step `step` in an endless stream of shuffled epochs over n rows."""
+    rows = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, at = divmod(i, n)
+        if not rows or at == 0:
+            order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(n)
+        rows.append(int(order[at]))
+    return rows
 
 # --- Command line -----------------------------------------------------------------------------------------------------
-
 
 def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
-
 
 def add_model_options(parser, max_tokens: int):
     add = parser.add_argument_group("the server of the models").add_argument
@@ -1609,7 +1649,6 @@ def add_model_options(parser, max_tokens: int):
     add("--concurrency", type=positive, default=32, help="problems under way at once (default %(default)s)")
     add("--timeout", type=float, default=600, help="of one request, seconds (default %(default)s)")
     add("--retries", type=int, default=6, help="after 429, 5xx, time-outs and broken replies (default %(default)s)")
-
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The options of a command; `run` is its function (args, folder of the results) -> exit code."""
@@ -1658,7 +1697,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     command(embedded, "data", "the embedded problems, their test set and their traces, as files")
     return parser.parse_args(argv)
 
-
 def main(argv=None) -> int:
     """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on stderr."""
     args = parse_args(argv)
@@ -1673,172 +1711,6 @@ def main(argv=None) -> int:
     except (Stop, OSError) as e:  # OSError: a full disk, a folder that nobody may write to
         print(f"data_prep.py: error: {e if isinstance(e, Stop) else Stop(e)}", file=sys.stderr)
         return getattr(e, "code", 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What t1.py shares: rows and logs, measures of a response, text rules, the embedded tokenizer, data order
-# ----------------------------------------------------------------------------------------------------------------------
-
-REFLECTION = re.compile(
-    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check|double-check"
-    r"|let me (?:check|verify|try))\b", re.I,
-)  # fmt: skip
-
-def behaviour(problem: str, response: str, right: bool) -> dict:
-    """What RL may teach, measured on one response: reflection words (section 3) and, in embedded problems, checks.
-
-    honoured: the final answer was checked, and every check of it said yes: it contradicts no check of its own.
-    first_right, corrected: a right answer that was the first candidate tried, or that replaced another one.
-    """
-    found, answer = read_checks(problem, response), verify.extract_answer(response)
-    verdicts = [yes for candidate, yes, _ in found if candidate == answer]
-    first = bool(found) and found[0][0] == answer
-    return dict(
-        answer=answer,
-        reflections=len(REFLECTION.findall(response)),
-        checks=len(found),
-        honest=sum(honest for _, _, honest in found),
-        honoured=bool(verdicts) and all(verdicts),
-        first_right=right and first,
-        corrected=right and bool(found) and not first,
-    )
-
-def habit_shares(records: list[dict]) -> dict[str, list[float]]:
-    """Embedded problems: habit -> [share of the responses, share right among them]."""
-    count = Counter((habit_of(r["response"]), r["right"]) for r in records)
-    shares = {}
-    for habit in HABITS:
-        n = count[habit, True] + count[habit, False]
-        if n:
-            shares[habit] = [n / len(records), count[habit, True] / n]
-    return shares
-
-def append_rows(path: Path, rows: list[dict]):
-    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first."""
-    with open(path, "ab+") as f:
-        if f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n":
-            f.seek(0)
-            f.truncate(f.read().rfind(b"\n") + 1)
-        f.write("".join(map(json_line, rows)).encode())
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
-    lines = json_lines(path) if os.path.lexists(path) else []
-    return [parse(where, line) for where, line in lines if line.endswith(b"\n")]
-
-def write_json(path: Path, value):
-    write_beside(path, json.dumps(value, indent=1, ensure_ascii=False))
-
-def read_rows(path: str, stage: str) -> list[dict]:
-    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set.
-
-    A row without response or answer is completed from its "solution": as the response, or its last box as the answer.
-    """
-    rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
-    for where, raw in raw_rows(path):
-        everything = parse(where, raw)
-        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))}  # fit for a log
-        messages = everything.get("messages")  # chat data: the last message of each role
-        for message in messages if isinstance(messages, list) else ():
-            if isinstance(message, dict) and message.get("role") in ("user", "assistant"):
-                row[{"user": "problem", "assistant": "response"}[message["role"]]] = message.get("content")
-        solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
-        row.setdefault("answer", verify.extract_answer(solution) or "")
-        row.setdefault("response", solution)
-        for name in needed:
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
-        rows.append(row | dict(where=row_at(where)))
-    if not rows:
-        raise Misuse(f"{path}: no rows")
-    unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
-    if unreadable and os.environ.get("RANK", "0") == "0":
-        print(f"{len(unreadable)} answers cannot be read by verify.py, so nothing will equal them; the first is in {unreadable[0]}")
-    return rows
-
-def repeats(ids: list[int], n: int) -> int:
-    """How often the most frequent block of n tokens occurs in ids, counted without overlap."""
-    seen, most = {}, 0  # block -> (count, end of its last occurrence)
-    for i in range(len(ids) - n + 1):
-        block = tuple(ids[i : i + n])
-        count, end = seen.get(block, (0, 0))
-        if i >= end:
-            seen[block] = count + 1, i + n
-            most = max(most, count + 1)
-    return most
-
-MATHS_SCRIPTS = set("LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
-                    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())  # fmt: skip
-BROKEN = ("Cc", "Cn", "Co", "Cs")  # Unicode categories: control, unassigned, private use, half surrogate pairs
-
-def garbled(text: str, prompt: str = "") -> bool:
-    """Mixed languages or random characters: at least 5 letters, and 5 % of all, are of a script used neither in
-    mathematics nor in the prompt; or more than 1 % of the characters are broken (replacement, control, unassigned); or
-    60 Latin letters follow each other."""
-    broken = [c for c in text if (c < " " and c not in "\n\t\r") or (c > "~" and unicodedata.category(c) in BROKEN)]
-    if len(broken) + text.count("\ufffd") > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
-        return True
-    if text.isascii():
-        return False
-    scripts, known = ([unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt))
-    foreign = sum(name not in MATHS_SCRIPTS and name not in known for name in scripts)
-    return foreign >= 5 and foreign > 0.05 * len(scripts)
-
-def means(records: list[dict]) -> dict:
-    """Means over judged responses, as they are logged (docs/metrics.md). None: there is nothing to take a mean of."""
-    n, checked = len(records), sum(r["checks"] > 0 for r in records)
-    names = "right reward length checks honest honoured first_right corrected reflections ungraded".split()
-    total = {name: sum(float(r[name]) for r in records) for name in names}
-    row = dict(accuracy=total["right"] / n, honest=total["honest"] / total["checks"] if total["checks"] else None)
-    row |= {name: total[name] / n for name in ("reward", "length", "checks")}
-    row |= {name: sum(r["pattern"] == name for r in records) / n for name in ("overlong", "repetition", "garbled")}
-    row |= {name: total[name] / checked if checked else None for name in ("honoured", "first_right", "corrected")}
-    return row | dict(reflections=total["reflections"] / (total["length"] / 100), ungraded=total["ungraded"] / n)
-
-def check_model_folder(folder: str):
-    """Reject folders that would hang the loaders, exhaust memory, or be read as something else."""
-    path = Path(folder)
-    if not path.is_dir():
-        if folder.startswith((".", "/", "~")) or folder.count("/") > 1:
-            raise Misuse(f"{folder}: there is no such folder")
-        return  # a name on the hub
-    for file in path.iterdir():
-        if not (file.is_file() or file.is_dir()):
-            raise Misuse(f"{folder}: {file.name} is not an ordinary file")
-    if (path / "generation_config.json").exists():
-        read_json(path / "generation_config.json")  # the library would ignore a damaged one, and with it the end tokens
-    for key, value in read_json(path / "config.json").items():
-        if isinstance(value, int) and value > (4096 if key.startswith(("num_", "n_")) else 1 << 27):
-            raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
-
-def embedded_tokenizer():
-    """The tokenizer of the embedded model: Qwen2's class over single bytes, so any text can be written, with whole tokens
-    for the numbers 0 to 199 and for the text between numbers in the traces: `12 mod 5 = 2 not 3, wait` is 8 tokens."""
-    import tokenizers  # not for those who only prepare data
-    import transformers
-
-    symbols = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = transformers.Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[])
-    texts = [row[part] + "\n" for row in embedded_traces() for part in ("problem", "response")]
-    pieces = {piece for text in texts for piece in re.split(r"\d+|(?<=\n)", text) if piece}
-    words = [*map(str, range(200)), *sorted(pieces)]
-    tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
-    return tokenizer
-
-def seed_for(seed: int, *what) -> int:
-    """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted one would have."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big") >> 1
-
-def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
-    """The `size` row numbers of step `step` in an endless stream of shuffled epochs over n rows."""
-    rows = []
-    for i in range(step * size, (step + 1) * size):
-        epoch, at = divmod(i, n)
-        if not rows or at == 0:
-            order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(n)
-        rows.append(int(order[at]))
-    return rows
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1346,12 +1346,14 @@ def sync(path: Path):
 
 def locked_folder(path: Path):
     """Make a folder that no other process works in -> its lock, held until it is closed."""
-    data_prep.out_folder(str(path))
-    lock = open(path / "lock", "w")
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise Misuse(f"{path}: another process works in this folder; wait for it, or choose another --name")
+    except OSError as e:
+        raise Misuse(f"{path}: cannot be written ({e.strerror}); choose another --out")
     return lock
 
 class RunFolder:
