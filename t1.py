@@ -3,8 +3,7 @@
     torchrun t1.py --stage sft         cold start on traces that try, err and verify themselves
     torchrun t1.py --stage rl          reinforcement learning from the SFT checkpoint
     torchrun t1.py --stage eval        pass@1, and accuracy against thinking budget, one curve per checkpoint
-    torchrun t1.py --stage plot        draw every picture of a run again, from its folder alone
-    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl    8 GPUs: FSDP2, vLLM
+    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl --engine vllm --vllm-tp 2
     python t1.py --help                every field of Config: unit, default, the paper's value
 
 T1 as a difference from GRPO:
@@ -77,9 +76,10 @@ def knob(default, doc: str, paper: str = ""):
 
 @dataclass
 class Config:
-    """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds the changes of the others."""
+    """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds the changes of the others. A
+    field without a paper's value, or with "not stated", is NOT IN PAPER: our choice, made on the embedded problems."""
 
-    stage: Literal["sft", "rl", "eval", "plot"] = knob("", "what to do")
+    stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
     preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
         "", "values for a kind of model, see PRESETS; empty: pretrained for --model on data of your own, else tiny"
     )
@@ -108,12 +108,12 @@ class Config:
     offload_anchor: bool = knob(False, "keep the anchor's shards in CPU memory (several ranks, GPU)")
     offload_optimizer: bool = knob(False, "keep policy shards, gradients and AdamW in CPU memory (several ranks, GPU)")
     timeout: int = knob(30, "minutes after which a rank gives up waiting for the others")
-    grad_clip: float = knob(1.0, "largest gradient norm")
+    grad_clip: float = knob(1.0, "largest gradient norm", "not stated")
     weight_decay: float = knob(0.0, "AdamW's weight decay", "0.1 in the authors' later code")
     warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
     # checkpoints
-    keep: int = knob(10, "number of last checkpoints that are kept ...")
-    keep_every: int = knob(0, "... besides those whose step is a multiple of this; 0: none besides")
+    keep: int = knob(10, "number of last checkpoints that are kept")
+    keep_every: int = knob(0, "also keep checkpoints whose step is a multiple of this; 0: none")
     # stage sft
     sft_lr: float = knob(1.5e-3, "peak learning rate of SFT", "1e-5")
     sft_epochs: int = knob(3, "passes over the traces", "3")
@@ -164,7 +164,7 @@ PAPER = dict(
     max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0,
     keep=2, keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, k=64,
     temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, rl_save_every=50,
-    budgets="1024,2048,4096,8192,16384", answer_tokens=64,
+    budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
     max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2,
@@ -236,13 +236,13 @@ def policy_loss(hidden, lm_head, targets, advantages, weights, entropy_coef: flo
     gradient. A = 1 and alpha = 0 is SFT. Log-probs and entropy are float32 whatever the type of hidden and lm_head.
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not quite from pi; with its
     log-probs `sampler_logprobs` (n,), A_t is weighed by min(pi/mu, tis_cap), a constant in the gradient: unbiased up to
-    the cap, which bounds the variance."""
+    the cap, which bounds the variance. (The loss that is returned is without these weights.)"""
     a, b = advantages * weights, entropy_coef * weights
     return _PolicyLoss.apply(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs, tis_cap)
 
 class _PolicyLoss(torch.autograd.Function):
-    """On-policy, the loss is linear in log p and H, with coefficients that are known before the forward pass: the
-    backward pass of each chunk runs at once, while its logits exist, and nothing is computed twice."""
+    """On-policy, the loss -sum(a log p + b H) is linear, with a = w A and b = w alpha known before the forward pass:
+    the backward pass of each chunk runs at once, while its logits exist, and nothing is computed twice."""
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, a, b, *options):
         grad_hidden, grad_head, logprob, entropy = _head_gradient(hidden, lm_head, targets, -a, -b, *options)
@@ -264,7 +264,7 @@ def token_logprobs_and_entropy(hidden, lm_head, targets, temperature: float = 1.
     return _TokenStats.apply(hidden, lm_head, targets, temperature, min_p, chunk)
 
 class _TokenStats(torch.autograd.Function):
-    """log p and H; the backward pass computes each chunk's logits again, so (n, V) is never held."""
+    """log p and H; the backward pass (training needs none) computes each chunk's logits again: (n, V) is never held."""
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, temperature, min_p, chunk):
         ctx.save_for_backward(hidden, lm_head, targets)
@@ -319,7 +319,7 @@ def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
     With p = softmax(logits / T) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / T:
         d log p_y / dlogit_v = (1[v=y] - p_v) / T
         dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / T
-    Here log p = z - lse, and the normalised p is `p` exp(-lse)."""
+    Here log p = z - lse, and the normalised p is `p` exp(-lse), which is 0 off the min-p support."""
     scale = (-lse).exp() / temperature
     z *= (-b * scale)[:, None]
     z += ((b * (lse - entropy) - a) * scale)[:, None]
@@ -695,15 +695,15 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
 
     # 1. Oversample: K responses to each of P prompts, at a temperature above 1.
     batch = batch_indices(len(problems), P, step, cfg.seed)
+    batch_problems, batch_prompts = [problems[i] for i in batch], [prompts[i] for i in batch]
     seeds = [seed_for(cfg.seed, "rollout", step, place) for place in range(P)]
-    asked, their_prompts = [problems[i] for i in batch], [prompts[i] for i in batch]
-    rollouts, records = roll_out(engine, asked, their_prompts, K, seeds, cfg, cfg.temperature, cfg.min_p)
+    rollouts, records = roll_out(engine, batch_problems, batch_prompts, K, seeds, cfg, cfg.temperature, cfg.min_p)
     engine.sleep()
     rows = [(r.prompt, r.ids) for r in rollouts]  # B = P * K
-    mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]
+    mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]  # indices of the rows that this rank works on
     clock.lap("rollout")
 
-    # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern (`judge`).
+    # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern; `roll_out` had them judged.
     rewards = torch.tensor([r["reward"] for r in records]).view(P, K)  # (P, K)
 
     # 3. KL of each response to the anchor.
@@ -740,8 +740,8 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
 
-    The sampler's log-probs stand for the policy's: in float32 they agree to 1e-6 per token; in bfloat16 they do not
-    (`logprob_gap`), and d carries that noise."""
+    NOT IN PAPER: the sampler's log-probs stand for the policy's, which saves a forward pass. In float32 they agree to
+    1e-6 per token; in bfloat16 they do not (`logprob_gap`), and d carries that noise."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -767,7 +767,7 @@ def run_rl(cfg: Config):
     policy = shard(whole, tokenizer, cfg, cfg.offload_optimizer)
     del whole
     optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(policy, optimizer, anchor)
+    start = folder.resume(policy, optimizer, anchor)  # on resume: all three as they were, in float32
     engine = make_engine(source, policy, tokenizer, cfg)
     with Interrupt() as interrupt:
         bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
@@ -1218,7 +1218,7 @@ def check_forward(policy, folder: str, cfg: Config):
     lm.set_attn_implementation("eager")
     theirs = lm(ids).logits[0, :-1, : policy.vocabulary].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
     lm.set_attn_implementation("t1")
-    for dtype in dict.fromkeys(["float32", cfg.dtype]):
+    for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own type last: it stays
         policy.bfloat16 = dtype == "bfloat16"
         (ours,) = response_logprobs(policy, [(row[:1], row[1:])], cfg)
         if not ours.isfinite().all():
@@ -1523,6 +1523,8 @@ def trainer_state(policy, optimizer, anchor=None) -> dict[str, torch.Tensor]:
     return state | {"anchor." + name: p.detach() for name, p in (anchor.lm.named_parameters() if anchor else ())}
 
 # ----------------------------------------------------------------------------------- machinery: ranks, seeds, signals
+# A rank that fails says so on all ranks (`all_ranks_agree`), and all end with its line; one that dies breaks the next
+# collective of the others, which say that they lost contact (`main`); one that hangs is given up after cfg.timeout.
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -1633,18 +1635,6 @@ PANELS = {  # stage -> panels of curves.png: label with unit, and columns of met
     },
 }  # fmt: skip
 
-def run_plot(cfg: Config):
-    """Draw every picture of a run again, from its folder alone."""
-    base = Path(cfg.out) / (cfg.name or cfg.preset)
-    for stage in PANELS:
-        if (base / stage / "metrics.jsonl").exists():
-            draw_steps(base / stage)
-    if (base / "eval" / "results.json").exists():
-        draw_results(base / "eval")
-    if not (pictures := sorted(base.glob("**/*.png"))):
-        raise Misuse(f"{base}: no run there; give --out and --name of one")
-    print0("\n".join(map(str, pictures)))
-
 def draw_steps(folder: Path):
     """curves.png from metrics.jsonl: faint lines are steps, strong ones a moving mean over 5 % of the run."""
     rows = read_log(folder / "metrics.jsonl")
@@ -1694,7 +1684,7 @@ def save_figure(figure: Figure, path: Path, title: str):
     beside.rename(path)
 
 # ---------------------------------------------------------------------------------------------- machinery: command line
-STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval, "plot": run_plot}
+STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
 MAY_BE_ZERO = set("probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
                   " ema_decay entropy_coef weight_decay eval_temperature eval_samples".split())  # fmt: skip
 RESUMES = "the same command resumes from the last checkpoint"
@@ -1735,7 +1725,7 @@ def check_config(cfg: Config):
 
     need(cfg.stage in STAGES, "stage", f"choose from {', '.join(STAGES)}")
     for stage, names in STAGE_FIELDS.items():
-        for name in names.split() if cfg.stage not in (stage, "plot") else ():
+        for name in names.split() if cfg.stage != stage else ():
             usual = getattr(Config(**PRESETS[cfg.preset]), name)
             need(getattr(cfg, name) == usual, name, f"only --stage {stage} reads it, not --stage {cfg.stage}")
     for name, value in dataclasses.asdict(cfg).items():
