@@ -3,8 +3,7 @@
     torchrun t1.py --stage sft         cold start on traces that try, err and verify themselves
     torchrun t1.py --stage rl          reinforcement learning from the SFT checkpoint
     torchrun t1.py --stage eval        pass@1, and accuracy against thinking budget, one curve per checkpoint
-    torchrun t1.py --stage plot        draw every picture of a run again, from its folder alone
-    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl    8 GPUs: FSDP2, vLLM
+    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl --engine vllm --vllm-tp 2
     python t1.py --help                every field of Config: unit, default, the paper's value
 
 T1 as a difference from GRPO:
@@ -31,13 +30,17 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import difflib
+import fcntl
 import functools
+import gzip
 import hashlib
 import importlib.util
 import logging
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -67,29 +70,36 @@ import verify
 from data_prep import Misuse, Stop, append_rows, batch_indices, read_json, read_log, read_rows, seed_for, write_json
 
 # ------------------------------- Config: every knob, with unit, default and the paper's value; `--help` is made from it
-
 def knob(default, doc: str, paper: str = ""):
     """A field of Config: its default (that of the preset `tiny`), its meaning and unit, and the paper's value."""
     return field(default=default, metadata=dict(help=f"{doc} (default: {default!r}{'; paper: ' * bool(paper)}{paper})"))
 
 @dataclass
 class Config:
-    """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds what the others change."""
+    """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds the changes of the others. A
+    field without a paper's value, or with "not stated", is NOT IN PAPER: our choice, made on the embedded problems."""
 
-    stage: Literal["sft", "rl", "eval", "plot"] = knob("", "what to do")
-    preset: Literal["tiny", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob("tiny", "values for a model, see PRESETS")
+    stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
+    preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
+        "", "values for a kind of model, see PRESETS; empty: pretrained for --model on data of your own, else tiny"
+    )
+    config: str = knob("", "config.json of a run, whose values are taken over; options given beside it win")
     name: str = knob("", "name of the run's folder; empty: the preset's name")
     out: str = knob("runs", "folder that holds all runs")
     seed: int = knob(0, "seed of data order, sampling and the tiny model's weights")
     # inputs
     model: str = knob("", "folder or hub name of a causal LM; empty: in sft the preset's, in rl and eval the run's own")
     data: str = knob("", "traces (sft) or problems (rl): .jsonl[.gz], .parquet or a folder; empty: the embedded ones")
-    test: str = knob("", "problems to evaluate on, in the same forms as --data; empty: the embedded test set")
+    test: str = knob("", "problems to evaluate on; empty: a held-out part of --data, or the embedded test set")
     resume_from: int = knob(0, "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N; 0: off")
     checkpoint: str = knob("", "folders to evaluate, by commas; empty: the run's last SFT and all its RL checkpoints")
     prompt_template: str = knob("", "text around {problem}; empty: the chat template, or '{problem}\\n' without one")
+    system: str = knob("", "system prompt, for chat templates")
     max_prompt: int = knob(256, "longest prompt, tokens", "1,024 in the authors' later code")
     max_new: int = knob(160, "longest response, tokens; longer ones are over-long", "8,192 in the authors' later code")
+    reward: str = knob("", "FILE.py:FUNCTION(response, row) -> float in place of right or wrong; the penalties stay")
+    keep_rollouts: bool = knob(False, "keep every response in rollouts.jsonl.gz")
+    tensorboard: bool = knob(False, "write the columns of metrics.jsonl for TensorBoard, too (pip install tensorboard)")
     # numerics
     dtype: Literal["float32", "bfloat16"] = knob("float32", "activations; weights, log-probs, entropy stay float32")
     device: Literal["", "cpu", "cuda"] = knob("", "empty: cuda where there is one")
@@ -98,12 +108,12 @@ class Config:
     offload_anchor: bool = knob(False, "keep the anchor's shards in CPU memory (several ranks, GPU)")
     offload_optimizer: bool = knob(False, "keep policy shards, gradients and AdamW in CPU memory (several ranks, GPU)")
     timeout: int = knob(30, "minutes after which a rank gives up waiting for the others")
-    grad_clip: float = knob(1.0, "largest gradient norm")
+    grad_clip: float = knob(1.0, "largest gradient norm", "not stated")
     weight_decay: float = knob(0.0, "AdamW's weight decay", "0.1 in the authors' later code")
     warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
     # checkpoints
-    keep: int = knob(10, "number of last checkpoints that are kept ...")
-    keep_every: int = knob(0, "... besides those whose step is a multiple of this; 0: none besides")
+    keep: int = knob(10, "number of last checkpoints that are kept")
+    keep_every: int = knob(0, "also keep checkpoints whose step is a multiple of this; 0: none")
     # stage sft
     sft_lr: float = knob(1.5e-3, "peak learning rate of SFT", "1e-5")
     sft_epochs: int = knob(3, "passes over the traces", "3")
@@ -154,17 +164,29 @@ PAPER = dict(
     max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0,
     keep=2, keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, k=64,
     temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, rl_save_every=50,
-    budgets="1024,2048,4096,8192,16384", answer_tokens=64,
+    budgets="1024,2048,4096,8192", answer_tokens=64,
+)  # fmt: skip
+PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
+    max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2,
+    weight_decay=0.1, sft_lr=1e-5, rl_lr=1e-6, rl_steps=200, temperature=1.0, ema_decay=0.99, repeat_ngram=20,
+    repeat_count=20, rl_save_every=20, budgets="128,256,512,1024", answer_tokens=64,
 )  # fmt: skip
 PRESETS = {
     "tiny": {},
+    "pretrained": PRETRAINED,
     "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf"),
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
 }
 
-# --------------------------------------------------------------------------------------- 1. Mathematics: pure functions
+STAGE_FIELDS = {  # fields that one stage alone reads: the others refuse them, and they may differ when it resumes
+    "sft": "sft_lr sft_epochs sft_steps sft_batch traces sft_save_every",
+    "rl": "rl_lr rl_steps prompts k temperature min_p kl_coef kl_center anchor ema_decay entropy_coef loss_norm tis_cap"
+          " entropy_floor kl_ceiling rl_save_every offload_anchor",
+    "eval": "checkpoint eval_samples benchmarks benchmark_dir budgets answer_prefix answer_model answer_tokens",
+}  # fmt: skip
 
+# --------------------------------------------------------------------------------------- 1. Mathematics: pure functions
 def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """(P, K) -> (P, K): each reward minus the mean of the other K-1 of its prompt (section 2, leave-one-out).
 
@@ -214,13 +236,13 @@ def policy_loss(hidden, lm_head, targets, advantages, weights, entropy_coef: flo
     gradient. A = 1 and alpha = 0 is SFT. Log-probs and entropy are float32 whatever the type of hidden and lm_head.
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not quite from pi; with its
     log-probs `sampler_logprobs` (n,), A_t is weighed by min(pi/mu, tis_cap), a constant in the gradient: unbiased up to
-    the cap, which bounds the variance."""
+    the cap, which bounds the variance. (The loss that is returned is without these weights.)"""
     a, b = advantages * weights, entropy_coef * weights
     return _PolicyLoss.apply(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs, tis_cap)
 
 class _PolicyLoss(torch.autograd.Function):
-    """On-policy, the loss is linear in log p and H, with coefficients that are known before the forward pass: the
-    backward pass of each chunk runs at once, while its logits exist, and nothing is computed twice."""
+    """On-policy, the loss -sum(a log p + b H) is linear, with a = w A and b = w alpha known before the forward pass:
+    the backward pass of each chunk runs at once, while its logits exist, and nothing is computed twice."""
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, a, b, *options):
         grad_hidden, grad_head, logprob, entropy = _head_gradient(hidden, lm_head, targets, -a, -b, *options)
@@ -242,7 +264,7 @@ def token_logprobs_and_entropy(hidden, lm_head, targets, temperature: float = 1.
     return _TokenStats.apply(hidden, lm_head, targets, temperature, min_p, chunk)
 
 class _TokenStats(torch.autograd.Function):
-    """log p and H; the backward pass computes each chunk's logits again, so (n, V) is never held."""
+    """log p and H; the backward pass (training needs none) computes each chunk's logits again: (n, V) is never held."""
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, temperature, min_p, chunk):
         ctx.save_for_backward(hidden, lm_head, targets)
@@ -297,7 +319,7 @@ def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
     With p = softmax(logits / T) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / T:
         d log p_y / dlogit_v = (1[v=y] - p_v) / T
         dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / T
-    Here log p = z - lse, and the normalised p is `p` exp(-lse)."""
+    Here log p = z - lse, and the normalised p is `p` exp(-lse), which is 0 off the min-p support."""
     scale = (-lse).exp() / temperature
     z *= (-b * scale)[:, None]
     z += ((b * (lse - entropy) - a) * scale)[:, None]
@@ -326,8 +348,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 # ----------------------------------------------------------------------------------------------------------- 2. Rewards
-
-def penalised_reward(right: bool, pattern: str | None, penalties: bool = True) -> float:
+def penalised_reward(right: float, pattern: str | None, penalties: bool = True) -> float:
     """r': 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern whatever the answer (section 2).
     NOT IN PAPER: the -1 takes part in leave-one-out as any other reward, as the paper's formula reads."""
     return -1.0 if pattern and penalties else float(right)
@@ -342,23 +363,43 @@ def unexpected_pattern(text, token_ids, finished: bool, repeat_ngram=20, repeat_
         return "repetition"
     return "garbled" if data_prep.garbled(text, prompt) else None
 
+def opens_thought(prompt: list[int], tokenizer) -> bool:
+    """Does the prompt's template end in <think>, so that the response begins inside a thought?"""
+    return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+
+def text_of(rollout, tokenizer) -> str:
+    """The response as the policy wrote it, without its end token. Special tokens stay (<think> may be one), and a
+    thought that the prompt has opened is open: a box inside it is no answer."""
+    ids = rollout.ids[:-1] if rollout.finished else rollout.ids
+    return "<think>" * opens_thought(rollout.prompt, tokenizer) + tokenizer.decode(ids)
+
+python_file = functools.cache(runpy.run_path)  # path -> its names
+
+def own_reward(spec: str, response: str, row: dict) -> float:
+    """The value of --reward FILE.py:FUNCTION."""
+    file, _, name = spec.rpartition(":")
+    try:
+        return float(python_file(file)[name](response, row))
+    except Exception as e:
+        raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {row.get('where') or row.get('id')}")
+
 def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[dict]:
     """A record per rollout: response, reward, right or not, pattern, and its behaviour (data_prep.py). K consecutive
     rollouts belong to one problem. `ungraded`: the grader gave up on this response, which counts as wrong."""
     asked = [p for p in problems for _ in range(len(rollouts) // len(problems))]
-    texts = tokenizer.batch_decode([r.ids for r in rollouts], skip_special_tokens=True)
+    texts = [text_of(r, tokenizer) for r in rollouts]
     grades, records = verify.grade(texts, [p["answer"] for p in asked]), []
     for i, (r, p, text) in enumerate(zip(rollouts, asked, texts)):
         right = bool(grades[i])
         pattern = unexpected_pattern(text, r.ids, r.finished, cfg.repeat_ngram, cfg.repeat_count, p["problem"])
-        reward = penalised_reward(right, pattern, cfg.penalties)
+        value = own_reward(cfg.reward, text, p) if cfg.reward else right
+        reward = penalised_reward(value, pattern, cfg.penalties)
         record = dict(id=p.get("id"), problem=p["problem"], response=text, reward=reward, right=right, pattern=pattern)
         record |= data_prep.behaviour(p["problem"], text, right)
         records.append(record | dict(length=len(r.ids), ungraded=i in grades.failed))
     return records
 
 # -------------------------------------------------------------------------- 3. Forward and update, shared by SFT and RL
-
 Row = tuple[list[int], list[int]]  # prompt ids, response ids
 
 @dataclass
@@ -392,8 +433,7 @@ def pack(rows: list[Row], device) -> Packed:
 class Policy(torch.nn.Module):
     """A Hugging Face causal LM as this file uses it: packed rows in, hidden states out, the head's weight beside them.
 
-    FSDP wraps it as it is (`shard`). Its forward leaves embedding, last norm and head gathered, so that `head` is a
-    whole tensor where the loss reads it."""
+    FSDP wraps it as it is (`shard`); its forward leaves embedding, last norm and head gathered for the loss."""
     def __init__(self, lm, tokenizer, cfg: Config, device=None):
         super().__init__()
         self.lm = lm.eval()  # no dropout: the trained distribution is the sampled one
@@ -419,9 +459,8 @@ class Policy(torch.nn.Module):
             return self.lm.base_model(**inputs).last_hidden_state
 
 def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int], float]]:
-    """Row indices sorted by length and cut where the token budget is full (little padding in attention, flat memory),
-    each group with its weight. Sharded layers are gathered by all ranks together, so each rank runs as many groups as
-    the busiest one: the others repeat their shortest row with weight 0."""
+    """Row indices sorted by length and cut where the token budget is full, each group with its weight. All ranks gather
+    sharded layers together, so each runs as many groups as the busiest: it repeats its shortest row with weight 0."""
     sizes, groups, room = [len(x) + len(y) for x, y in rows], [], 0
     for i in sorted(range(len(rows)), key=sizes.__getitem__):
         if sizes[i] > room:
@@ -599,7 +638,6 @@ def roll_out(engine, problems, prompts, k: int, seeds, cfg: Config, temperature:
     return [r for _, group, _ in parts for r in group], [r for _, _, group in parts for r in group]
 
 # --------------------------------------------------------------------------------- 5. Stage sft: cold start (section 1)
-
 def sft_step(step: int, steps: int, rows: list[Row], policy, optimizer, cfg: Config) -> dict:
     """One step of SFT -> its row of metrics.jsonl."""
     batch = [rows[i] for i in batch_indices(len(rows), cfg.sft_batch, step, cfg.seed)]
@@ -615,24 +653,24 @@ def sft_step(step: int, steps: int, rows: list[Row], policy, optimizer, cfg: Con
 
 def run_sft(cfg: Config):
     folder = RunFolder(cfg)
-    correct_only = cfg.traces == "correct-only"
-    traces = read_rows(cfg.data, "sft") if cfg.data else data_prep.embedded_traces(correct_only=correct_only)
-    source = folder.source() or cfg.model
+    traces, tests = read_data(cfg)
+    source = folder.source() or latest(cfg.model)
     whole, tokenizer = load_whole(source, cfg)
-    tests = held_out(cfg)
-    test_prompts, rows = encode_prompts(tests, tokenizer, cfg), []
-    for x, trace in zip(encode_prompts(traces, tokenizer, cfg), traces):
-        rows.append((x, tokenizer(trace["response"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]))
+    tests, rows = encode_prompts(tests, tokenizer, cfg), []
+    for trace, x in zip(*encode_prompts(traces, tokenizer, cfg, leave_out=True)):
+        response = trace["response"]
+        if opens_thought(x, tokenizer):  # the prompt's template has written the tag
+            response = response.removeprefix("<think>").lstrip("\n")
+        rows.append((x, tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]))
     kept = [row for row in rows if len(row[1]) <= cfg.max_new]
     if not kept:
         shortest = min(len(y) for _, y in rows)
         raise Misuse(f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {shortest})")
-    folder.create(source)
+    folder.create(source, traces)
     policy = shard(whole, tokenizer, cfg, cfg.offload_optimizer)
     steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
-    mean = np.mean([len(y) for _, y in kept])
-    print0(f"{len(kept)} traces of {mean:.0f} tokens ({len(rows) - len(kept)} longer than --max-new left out), "
-           f"{steps} steps; the policy starts from {source or 'random weights'}")  # fmt: skip
+    print0(f"{len(kept)} traces ({len(rows) - len(kept)} longer than --max-new left out), {steps} steps; the policy "
+           f"starts from {source or 'random weights'}")  # fmt: skip
     optimizer = make_optimizer(policy, cfg)
     start = folder.resume(policy, optimizer)
     with Interrupt() as interrupt:
@@ -646,28 +684,26 @@ def run_sft(cfg: Config):
             if folder.after_step(step, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer):
                 return
     engine = make_engine(folder.source(), policy, tokenizer, cfg)
-    finish_stage(folder, steps, engine, tests, test_prompts, cfg, "rl")
+    finish_stage(folder, steps, engine, *tests, cfg, "rl")
 
 # ---------------------------------------------------------------------------------------------- 6. Stage rl (section 2)
-
 def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engine, optimizer, cfg: Config, clock):
     """One step of T1 -> its row of metrics.jsonl, and a record of each response.
 
-    problems and prompts (their token ids) are the whole training set. Every rank runs this: all know the whole batch,
-    each works on its own rows (`mine`)."""
+    problems and prompts (token ids) are the whole training set; each rank works on its rows of the batch (`mine`)."""
     P, K = cfg.prompts, cfg.k
 
     # 1. Oversample: K responses to each of P prompts, at a temperature above 1.
     batch = batch_indices(len(problems), P, step, cfg.seed)
+    batch_problems, batch_prompts = [problems[i] for i in batch], [prompts[i] for i in batch]
     seeds = [seed_for(cfg.seed, "rollout", step, place) for place in range(P)]
-    asked, their_prompts = [problems[i] for i in batch], [prompts[i] for i in batch]
-    rollouts, records = roll_out(engine, asked, their_prompts, K, seeds, cfg, cfg.temperature, cfg.min_p)
+    rollouts, records = roll_out(engine, batch_problems, batch_prompts, K, seeds, cfg, cfg.temperature, cfg.min_p)
     engine.sleep()
     rows = [(r.prompt, r.ids) for r in rollouts]  # B = P * K
-    mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]
+    mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]  # indices of the rows that this rank works on
     clock.lap("rollout")
 
-    # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern (`judge`).
+    # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern; `roll_out` had them judged.
     rewards = torch.tensor([r["reward"] for r in records]).view(P, K)  # (P, K)
 
     # 3. KL of each response to the anchor.
@@ -704,8 +740,8 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
 
-    The sampler's log-probs stand for the policy's: in float32 they agree to 1e-6 per token. In bfloat16 they do not
-    (see `logprob_gap`), and d carries that noise."""
+    NOT IN PAPER: the sampler's log-probs stand for the policy's, which saves a forward pass. In float32 they agree to
+    1e-6 per token; in bfloat16 they do not (`logprob_gap`), and d carries that noise."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -715,14 +751,14 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) 
 
 def run_rl(cfg: Config):
     folder = RunFolder(cfg)
-    source = folder.source() or cfg.model or newest(folder.path.parent / "sft")
+    source = folder.source() or latest(cfg.model) or newest(folder.path.parent / "sft")
     if not source:
         raise Misuse(f"no SFT checkpoint beside {folder.path}: run --stage sft first, or give --model")
-    problems = read_rows(cfg.data, "rl") if cfg.data else data_prep.embedded_problems("train")
+    problems, tests = read_data(cfg)
     whole, tokenizer = load_whole(source, cfg)
-    tests = held_out(cfg)
-    prompts, test_prompts = (encode_prompts(rows, tokenizer, cfg) for rows in (problems, tests))
-    folder.create(source)
+    tests = encode_prompts(tests, tokenizer, cfg)
+    problems, prompts = encode_prompts(problems, tokenizer, cfg, leave_out=True)
+    folder.create(source, problems)
     print0(f"{len(problems)} problems; the policy starts from {source}")
     anchor = None
     if cfg.anchor != "none":
@@ -731,7 +767,7 @@ def run_rl(cfg: Config):
     policy = shard(whole, tokenizer, cfg, cfg.offload_optimizer)
     del whole
     optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(policy, optimizer, anchor)
+    start = folder.resume(policy, optimizer, anchor)  # on resume: all three as they were, in float32
     engine = make_engine(source, policy, tokenizer, cfg)
     with Interrupt() as interrupt:
         bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
@@ -743,7 +779,7 @@ def run_rl(cfg: Config):
             state = policy, tokenizer, optimizer, anchor
             if folder.after_step(step, cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state):
                 return
-    finish_stage(folder, cfg.rl_steps, engine, tests, test_prompts, cfg, "eval")
+    finish_stage(folder, cfg.rl_steps, engine, *tests, cfg, "eval")
 
 def report_step(bar, row: dict, clock, cfg: Config):
     """The console line of a step, and a warning where something looks wrong."""
@@ -765,7 +801,6 @@ def report_step(bar, row: dict, clock, cfg: Config):
         print0(say, f"KL {row['kl']:.3g} is above --kl-ceiling; lower --rl-lr, or raise --kl-coef")
 
 # ---------------------------------- 7. Stage eval: pass@1 (section 4), and accuracy against thinking budget (section 3)
-
 def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
     """Mean over problems of the mean over each problem's samples, and its standard error (None for one problem).
 
@@ -782,13 +817,28 @@ def grouped(values, n: int) -> list[list]:
     """Consecutive values, n per problem -> one list per problem."""
     return [list(values[i : i + n]) for i in range(0, len(values), n)]
 
-def held_out(cfg: Config) -> list[dict]:
-    return read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
+def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
+    """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in fifty of --data, by a
+    hash of its text: every stage holds out the same."""
+    if not cfg.data:
+        correct_only = cfg.traces == "correct-only"
+        sft = cfg.stage == "sft"
+        rows = data_prep.embedded_traces(correct_only=correct_only) if sft else data_prep.embedded_problems("train")
+        return rows, read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
+    rows = read_rows(cfg.data, cfg.stage)
+    if cfg.test:
+        return rows, read_rows(cfg.test, "eval")
+    held = {row["problem"]: row for row in rows if row.get("answer") and seed_for(0, row["problem"]) % 50 == 0}
+    rest = [row for row in rows if row["problem"] not in held]
+    print0(f"{cfg.data}: {len(held)} problems held out for evaluation (--test FILE for others), {len(rest)} rows left")
+    return rest or rows, list(held.values()) if rest else []
 
 def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
     """(name, problems, samples per problem) of every set to evaluate on: the benchmarks, or the run's own test set."""
     if not cfg.benchmarks:
-        return [(cfg.test or "embedded", held_out(cfg), cfg.eval_samples or 4)]
+        if cfg.preset != "tiny" and not (cfg.test or cfg.data):
+            raise Misuse("--stage eval: on which problems? Give --test FILE, --benchmarks NAMES or the run's --data")
+        return [(cfg.test or cfg.data or "embedded", read_data(cfg)[1], cfg.eval_samples or 4)]
     sets = []
     for name in cfg.benchmarks.split(","):
         path = Path(cfg.benchmark_dir) / f"{name}.jsonl"
@@ -808,7 +858,7 @@ def evaluate(engine, problems: list[dict], prompts: list[list[int]], samples: in
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
     seeds = [seed_for(cfg.seed, "eval", i) for i in range(len(prompts))]
     size, done = max(1, cfg.rollout_rows // samples) * world() if path else len(order), {}
-    for start in range(0, len(order), size):
+    for start in tqdm(range(0, len(order), size), "eval", disable=rank() > 0 or not path):
         part = order[start : start + size]
         asked, cells = [problems[i] for i in part], [(i, j) for i in part for j in range(samples)]
         if all(cell in kept for cell in cells):
@@ -837,25 +887,25 @@ def is_late(rollout: Rollout, length: int | None, budget: int) -> bool:
         return len(rollout.ids) > budget or not rollout.finished
     return length > budget
 
-def cut_ids(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None) -> list[list[int]]:
-    """The responses' ids had their thoughts been cut after `budget` tokens (section 3); `lengths`: `thought_length`s.
+def cut_thoughts(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None) -> list[Rollout]:
+    """The responses had their thoughts been cut after `budget` tokens (section 3); `lengths`: their `thought_length`s.
 
-    A thought that ended within the budget keeps its own answer. Another is cut, closed with `answer_prefix`, and
-    `engine` (the policy, or another model with its tokenizer) writes the answer from it.
-    NOT IN PAPER: the words of the prefix; the answer is greedy and short, as a long one would be more thinking."""
+    A thought that ended within the budget keeps its own answer. Another is cut and closed with `answer_prefix`, and
+    `engine` (the policy, or another model) writes the answer. NOT IN PAPER: the prefix; a greedy and short answer."""
     prefix = tokenizer(cfg.answer_prefix.replace("\\n", "\n"), add_special_tokens=False).input_ids
     lengths = lengths or [thought_length(r.ids, tokenizer) for r in rollouts]
-    cut = [i for i, (r, n) in enumerate(zip(rollouts, lengths)) if is_late(r, n, budget)]
-    prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in cut]
+    late = [i for i, (r, n) in enumerate(zip(rollouts, lengths)) if is_late(r, n, budget)]
+    prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in late]
     answers = engine.generate(prompts, 1, [0] * len(prompts), cfg.answer_tokens, temperature=0.0)
-    ids = [r.ids for r in rollouts]
-    for i, answer in zip(cut, answers):
-        ids[i] = ids[i][:budget] + prefix + answer.ids
-    return ids
+    result = list(rollouts)
+    for i, answer in zip(late, answers):
+        ids = rollouts[i].ids[:budget] + prefix + answer.ids
+        result[i] = Rollout(rollouts[i].prompt, ids, [], answer.finished)
+    return result
 
 def cut_and_answer(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None) -> list[str]:
-    """The texts of `cut_ids`: the response each rollout would have given with a thought of at most `budget` tokens."""
-    return tokenizer.batch_decode(cut_ids(engine, tokenizer, rollouts, budget, cfg, lengths), skip_special_tokens=True)
+    """The texts of `cut_thoughts`: each response with a thought of at most `budget` tokens."""
+    return [text_of(r, tokenizer) for r in cut_thoughts(engine, tokenizer, rollouts, budget, cfg, lengths)]
 
 def measure(policy, engine, answerer, problems, samples: int, prompts, about: dict, folder: Path, cfg: Config) -> dict:
     """The entry of one checkpoint and test set in results.json (docs/metrics.md defines each field)."""
@@ -864,7 +914,8 @@ def measure(policy, engine, answerer, problems, samples: int, prompts, about: di
     rollouts, records = evaluate(engine, problems, prompts, samples, cfg, folder / "responses.jsonl", about)
     right = grouped([r["right"] for r in records], samples)
     value, error = mean_and_error(right)
-    result = dict(**about, problems=len(problems), samples=samples, pass_at_1=value, standard_error=error)
+    result = about | dict(problems=len(problems), samples=samples, temperature=cfg.eval_temperature, seed=cfg.seed)
+    result |= dict(max_new=cfg.max_new, answer_model=cfg.answer_model, pass_at_1=value, standard_error=error)
     result |= data_prep.means(records)
     result["ungradable"] = float(np.mean([r["answer"] is None or not verify.is_readable(r["answer"]) for r in records]))
     result["pass_at_k"] = []
@@ -874,9 +925,9 @@ def measure(policy, engine, answerer, problems, samples: int, prompts, about: di
         result["habits"] = data_prep.habit_shares(records)
     lengths = [thought_length(r.ids, tokenizer) for r in rollouts]
     for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
-        ids = cut_ids(answerer, tokenizer, rollouts, budget, cfg, lengths)
-        graded = grouped(verify.grade(tokenizer.batch_decode(ids, skip_special_tokens=True), golds), samples)
-        point = [budget, *mean_and_error(graded), float(np.mean([len(y) for y in ids]))]
+        cut = cut_thoughts(answerer, tokenizer, rollouts, budget, cfg, lengths)
+        graded = grouped(verify.grade([text_of(r, tokenizer) for r in cut], golds), samples)
+        point = [budget, *mean_and_error(graded), float(np.mean([len(r.ids) for r in cut]))]
         result.setdefault("scaling", []).append(point)
     return result
 
@@ -891,16 +942,15 @@ def fingerprint(policy, problems, prompts, samples: int, cfg: Config) -> str:
 
 def run_eval(cfg: Config):
     base = Path(cfg.out) / (cfg.name or cfg.preset)
-    folders = [c for c in cfg.checkpoint.split(",") if c] or [cfg.model] * bool(cfg.model)
-    folders = folders or [str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")]
+    own = [str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")]
+    folders = [latest(c) for c in (cfg.checkpoint or cfg.model).split(",") if c] or own
     if not folders:
         raise Misuse(f"no checkpoint in {base}: run --stage sft and --stage rl first, or give --checkpoint or --model")
-    for path in folders if cfg.checkpoint else ():
-        if not (Path(path) / "config.json").exists():
-            raise Misuse(f"--checkpoint {path}: no such checkpoint (no config.json there)")
+    for path in folders:
+        data_prep.check_model_folder(path)
     names = [" ".join([*Path(p).parts[-2:-1], Path(p).name.removeprefix("checkpoint-")]) for p in folders]
     names = names if len(set(names)) == len(names) else folders
-    tests, folder, results, engine = test_sets(cfg), base / "eval", [], None
+    tests, folder, results, engine, lock = test_sets(cfg), base / "eval", [], None, None
     other, other_tokenizer = load_policy(cfg.answer_model, cfg) if cfg.answer_model else (None, None)
     for path, name in zip(folders, names):
         whole = policy = None  # one checkpoint in memory at a time
@@ -915,8 +965,8 @@ def run_eval(cfg: Config):
             answerer = make_engine(cfg.answer_model, other, tokenizer, cfg) if other else engine
         else:
             engine.load(policy)
-        prompts = [encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests]  # misuse shows before writing
-        on_rank0(data_prep.out_folder, str(folder))
+        prompts = [encode_prompts(problems, tokenizer, cfg)[1] for _, problems, _ in tests]  # nothing is written yet
+        lock = lock or on_rank0(locked_folder, folder)
         for test, test_prompts in zip(tests, prompts):
             about = dict(name=name, checkpoint=path, test=test[0])
             result = measure(policy, engine, answerer, *test[1:], test_prompts, about, folder, cfg)
@@ -925,28 +975,32 @@ def run_eval(cfg: Config):
             print0(f"{path}, {test[0]}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
                    f"{result['length']:.0f} tokens, over-long {result['overlong']:.1%}{within}")  # fmt: skip
     if rank() == 0:
-        about = dict(seed=cfg.seed, temperature=cfg.eval_temperature, max_new=cfg.max_new)
-        write_json(folder / "results.json", about | dict(answer_model=cfg.answer_model, checkpoints=results))
+        before = read_json(folder / "results.json")["checkpoints"] if (folder / "results.json").exists() else []
+        new = {r["key"] for r in results}
+        write_json(folder / "results.json", dict(checkpoints=[r for r in before if r["key"] not in new] + results))
         draw_results(folder)
     print0(f"results and pictures in {folder}")
 
 def finish_stage(folder, steps: int, engine, tests, test_prompts, cfg: Config, next_stage: str):
     """Evaluate on the held-out problems; say what was reached, where it is and what the next command is."""
-    _, records = evaluate(engine, tests, test_prompts, 1, cfg)
-    value, error = mean_and_error([[r["right"]] for r in records])
-    if rank() == 0:
-        some = records[:: max(1, len(records) // 8)]
-        append_rows(folder.path / "samples.jsonl", [dict(step=steps - 1, kind="held-out", **r) for r in some])
-    print0(f"held-out pass@1 {value:.1%} ± {error or 0:.1%} ({len(records)} problems, one sample each at T = "
-           f"{cfg.eval_temperature}); checkpoint, metrics and curves.png in {folder.path}")  # fmt: skip
-    preset, flags = Config(**PRESETS[cfg.preset]), ""
-    for name in "preset name out seed test prompt_template max_prompt max_new dtype device".split():
-        if getattr(cfg, name) != getattr(preset, name):
-            flags += f" --{name.replace('_', '-')} {shlex.quote(str(getattr(cfg, name)))}"
-    print0(f"next: torchrun t1.py --stage {next_stage}{flags}")
+    print0(f"checkpoint, metrics and curves.png are in {folder.path}")
+    if tests:
+        _, records = evaluate(engine, tests, test_prompts, 1, cfg)
+        value, error = mean_and_error([[r["right"]] for r in records])
+        about = f"{len(tests)} problems of {cfg.test or cfg.data or 'the embedded test set'}, one sample each"
+        print0(f"held-out pass@1 {value:.1%} ± {error or 0:.1%} ({about} at T = {cfg.eval_temperature})")
+        if rank() == 0:
+            some = records[:: max(1, len(records) // 8)]
+            append_rows(folder.path / "samples.jsonl", [dict(step=steps - 1, kind="held-out", **r) for r in some])
+    usual = dataclasses.asdict(Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset)))
+    mine = dataclasses.asdict(dataclasses.replace(cfg, name=folder.path.parent.name))
+    own = (*" ".join(STAGE_FIELDS.values()).split(), "stage", "model", "resume_from", "config")  # of this stage alone
+    flags = {k: v for k, v in mine.items() if k not in own and v != usual[k]}
+    flags = "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in flags.items())
+    ranks = f" --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" * (world() > 1)
+    print0(f"next: torchrun{ranks} t1.py --stage {next_stage}{flags}")
 
 # ---------------------------------------------------------------------------------------- machinery: the vLLM engine
-
 class VLLMEngine:
     """vLLM inside the trainer's processes: under torchrun every `vllm_tp` ranks share one engine.
 
@@ -1036,10 +1090,8 @@ class VLLMEngine:
 
 def make_engine(folder: str, policy, tokenizer, cfg: Config):
     """Choose an engine and load the policy; `folder` holds weights of the model, from which vLLM starts."""
-    gpu, installed = device_of(cfg).type == "cuda", importlib.util.find_spec("vllm") is not None
-    if cfg.engine == "vllm" and not installed:
-        raise Misuse("--engine vllm: vLLM is not installed here; pip install vllm==0.32.0, or choose --engine torch")
-    use_vllm = cfg.engine == "vllm" or cfg.engine == "auto" and gpu and installed
+    auto = cfg.engine == "auto" and device_of(cfg).type == "cuda" and importlib.util.find_spec("vllm") is not None
+    use_vllm = cfg.engine == "vllm" or auto
     engine = VLLMEngine(folder, policy, tokenizer, cfg) if use_vllm else TorchEngine(tokenizer, cfg)
     engine.load(policy)
     return engine
@@ -1056,13 +1108,12 @@ def check_push(engine, policy, prompt: list[int], cfg: Config):
     all_ranks_agree(None if gap <= tolerance else error)
 
 # ---------------------------------------------------------------------------------------- machinery: model and sharding
-
 def attention(module, q, k, v, attention_mask, scaling=None, pack: Packed | None = None, **unused):
     """The attention of every forward in this file, registered with transformers as "t1"; no mask is ever built.
 
-    With `pack`, q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh): each row attends causally to itself, on a GPU in bfloat16 by
-    flash attention for packed rows, elsewhere laid out as (B, T) and packed again. Without: q (B, Hq, 1, Dh) against a
-    cache (decoding), or one block from position 0 (prefill). Key-value heads are never repeated."""
+    With `pack`, q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh): each row attends to itself, on a GPU in bfloat16 by flash
+    attention for packed rows, elsewhere laid out as (B, T) and packed again. Without: q (B, Hq, 1, Dh) against a cache
+    (decoding), or one block from position 0 (prefill). Key-value heads are never repeated."""
     if pack is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh)
         if q.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -1117,9 +1168,10 @@ def device_of(cfg: Config) -> torch.device:
 def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
     """The problem as the model sees it. NOT IN PAPER: the template; a model was trained on its own chat template."""
     if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": problem}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    return tokenizer((cfg.prompt_template or "{problem}\n").replace("{problem}", problem)).input_ids
+        messages = [dict(role="system", content=cfg.system)] * bool(cfg.system) + [dict(role="user", content=problem)]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
+    return tokenizer(template.replace("{problem}", problem)).input_ids
 
 def load_policy(folder: str, cfg: Config, device=None):
     """-> a Policy in float32 on `device` (the run's by default), and its tokenizer. Misuse where anything is amiss."""
@@ -1166,7 +1218,7 @@ def check_forward(policy, folder: str, cfg: Config):
     lm.set_attn_implementation("eager")
     theirs = lm(ids).logits[0, :-1, : policy.vocabulary].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
     lm.set_attn_implementation("t1")
-    for dtype in dict.fromkeys(["float32", cfg.dtype]):
+    for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own type last: it stays
         policy.bfloat16 = dtype == "bfloat16"
         (ours,) = response_logprobs(policy, [(row[:1], row[1:])], cfg)
         if not ours.isfinite().all():
@@ -1226,8 +1278,6 @@ def shard(whole: Policy | None, tokenizer, cfg: Config, offload: bool = False) -
     if cfg.checkpointing:
         for layer in policy.lm.base_model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    if cfg.dtype == "bfloat16" and gpu:
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32, the head's gradient
     return policy
 
 def local(x: torch.Tensor) -> torch.Tensor:
@@ -1250,17 +1300,20 @@ def make_optimizer(policy, cfg: Config):
     return optimizer
 
 # --------------------------------------------------------------------------- machinery: data, run folders, checkpoints
-
-def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[list[int]]:
-    """Prompt ids of all rows; one that is longer than max_prompt is an error, never cut."""
+def encode_prompts(rows: list[dict], tokenizer, cfg: Config, leave_out: bool = False) -> tuple[list[dict], list]:
+    """-> rows and their prompt ids. A prompt is never cut: one longer than max_prompt is an error, or with `leave_out`
+    counted and left out."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
-    for ids, row in zip(encoded, rows):
-        where = row.get("where") or f"problem {row.get('id')}"
-        if not ids:
-            raise Misuse(f"{where}: the tokenizer knows none of its characters; leave the row out")
-        if len(ids) > cfg.max_prompt:
-            raise Misuse(f"{where}: a prompt of {len(ids)} tokens; raise --max-prompt ({cfg.max_prompt}) or drop it")
-    return encoded
+    kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= cfg.max_prompt]
+    if len(kept) < len(rows):
+        first = next(i for i, ids in enumerate(encoded) if not 0 < len(ids) <= cfg.max_prompt)
+        where = rows[first].get("where") or f"problem {rows[first].get('id')}"
+        what = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt} "
+        what += f"tokens, the first has {len(encoded[first])} ({where})"
+        if not leave_out or not kept:
+            raise Misuse(f"{what}; raise it, or leave them out")
+        print0(f"{what}: left out")
+    return [rows[i] for i in kept], [encoded[i] for i in kept]
 
 def is_whole(folder: Path) -> bool:
     """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
@@ -1281,20 +1334,36 @@ def newest(stage_folder: Path) -> str:
     """The last whole checkpoint of a stage, or the empty string; as rank 0 sees the disk."""
     return from_rank0(str((checkpoints(stage_folder) or [""])[-1]) if rank() == 0 else "")
 
+def latest(folder: str) -> str:
+    """A folder or hub name as it is; of a stage's folder (runs/NAME/sft) its last checkpoint."""
+    return folder and (newest(Path(folder)) or folder)
+
 def sync(path: Path):
     """Wait until a file or folder is on the disk, so that a rename after it cannot come first."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
+def locked_folder(path: Path):
+    """Make a folder that no other process works in -> its lock, held until it is closed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Misuse(f"{path}: another process works in this folder; wait for it, or choose another --name")
+    except OSError as e:
+        raise Misuse(f"{path}: cannot be written ({e.strerror}); choose another --out")
+    return lock
+
 class RunFolder:
     """The folder of one stage: config.json; metrics.jsonl (one row per step, the same bits for the same seed);
     timings.jsonl; samples.jsonl; checkpoint-N; curves.png. The same command resumes from its last whole checkpoint."""
-    logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
-    # fields that may differ on resume: they change no more than the order of sums, or only another stage reads them
-    free = set("out name timeout keep keep_every entropy_floor kl_ceiling eval_samples benchmarks benchmark_dir budgets"
-               " answer_prefix answer_model answer_tokens micro_tokens checkpointing offload_anchor offload_optimizer"
-               " rollout_rows vllm_tp vllm_memory probe_tolerance".split())  # fmt: skip
+    logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
+    # fields that may differ on resume, besides those of other stages: they change no more than the order of sums
+    free = set("config out name timeout keep keep_every keep_rollouts tensorboard entropy_floor kl_ceiling micro_tokens"
+               " checkpointing offload_anchor offload_optimizer rollout_rows vllm_tp vllm_memory"
+               " probe_tolerance".split())  # fmt: skip
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)
@@ -1304,7 +1373,8 @@ class RunFolder:
         if cfg.resume_from and not is_whole(self.branch):
             there = ", ".join(str(step_of(p)) for p in checkpoints(self.branch.parent)) or "none"
             raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint; there are: {there}")
-        self.values = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free}
+        others = " ".join(names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage).split()
+        self.values = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free.union(others)}
         if not os.path.lexists(self.path / "config.json"):
             return
         try:
@@ -1313,19 +1383,31 @@ class RunFolder:
             raise Misuse(f"{self.path / 'config.json'}: damaged; choose another --name, or remove that folder")
         changed = [f"{k} ({before.get(k)!r} there, {v!r} now)" for k, v in self.values.items() if before.get(k) != v]
         if changed:
-            raise Misuse(f"{self.path} holds a run of other values: {', '.join(changed)}; choose another --name")
+            raise Misuse(f"{self.path} holds a run of other values: {', '.join(changed)}; choose another --name, or "
+                         "branch with --resume-from")  # fmt: skip
 
     def source(self) -> str:
         """The checkpoint that this stage resumes from, or the empty string."""
         return newest(self.path) or (str(self.branch) if self.cfg.resume_from else "")
 
-    def create(self, source: str):
-        on_rank0(data_prep.out_folder, str(self.path))
+    def create(self, source: str, rows: list[dict]):
+        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data."""
+        self.lock = on_rank0(locked_folder, self.path)
         code = b"".join(Path(m.__file__).read_bytes() for m in (sys.modules[__name__], data_prep, verify))
+        data = repr([(row["problem"], row.get("response"), row.get("answer")) for row in rows]).encode()
         about = dict(config=self.values, world_size=world(), python=sys.version.split()[0], torch=torch.__version__)
         about |= dict(transformers=transformers.__version__, source_sha256=hashlib.sha256(code).hexdigest())
+        about |= dict(data_sha256=hashlib.sha256(data).hexdigest(), started_from=source)
         if rank() == 0 and not (self.path / "config.json").exists():
-            write_json(self.path / "config.json", about | dict(started_from=source))
+            write_json(self.path / "config.json", about)
+        all_ranks_agree()
+        before = read_json(self.path / "config.json")
+        if before.get("data_sha256", about["data_sha256"]) != about["data_sha256"]:
+            raise Misuse(f"{self.path} was started with other rows in --data; choose another --name")
+        if before.get("source_sha256") != about["source_sha256"]:
+            print0(f"{self.path} was started with another version of the code")
+        if self.cfg.tensorboard and rank() == 0:
+            self.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(self.path))
 
     def log(self, row: dict, clock, records=()):
         """A row of metrics.jsonl; seconds, which differ from run to run, in a file of their own; the best, worst and
@@ -1339,6 +1421,11 @@ class RunFolder:
             by_reward, longest = sorted(records, key=lambda r: r["reward"]), max(records, key=lambda r: r["length"])
             samples = dict(best=by_reward[-1], worst=by_reward[0], longest=longest)
             append_rows(self.path / "samples.jsonl", [dict(step=step, kind=k, **r) for k, r in samples.items()])
+        if self.cfg.keep_rollouts and records:
+            with gzip.open(self.path / "rollouts.jsonl.gz", "at", encoding="utf-8") as f:
+                f.writelines(data_prep.json_line(dict(step=step) | r) for r in records)
+        for name in row if self.cfg.tensorboard else ():
+            self.board.add_scalar(name, math.nan if row[name] is None else row[name], step)
 
     def after_step(self, step: int, steps: int, draw_every: int, save_every: int, interrupt, *what) -> bool:
         """Draw and save (`what`: the arguments of `save`) when it is time, at the end, and on a signal. -> stop now?"""
@@ -1354,16 +1441,15 @@ class RunFolder:
     def save(self, step: int, policy, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
         disk, marked as complete, then renamed; then checkpoints beyond --keep and --keep-every are removed."""
-        beside, weights, dtype = self.path / f"partial-{step}", {}, getattr(torch, self.cfg.dtype)
-        names = {name for name, _ in policy.lm.named_parameters()}  # tied weights once
-        for name, w in full_weights(policy, dtype):
-            if rank() == 0 and name in names:
-                weights[name] = w.detach().cpu()
+        beside, dtype = self.path / f"partial-{step}", getattr(torch, self.cfg.dtype)
+        names = {name for name, _ in policy.lm.named_parameters() if rank() == 0}  # tied weights once
+        weights = {name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names}
         try:
             if rank() == 0:
                 shutil.rmtree(beside, ignore_errors=True)
-                policy.lm.config.dtype = dtype
                 policy.lm.save_pretrained(beside, state_dict=weights)
+                policy.lm.config.dtype = dtype  # of these weights; the library wrote that of its own
+                policy.lm.config.save_pretrained(beside)
                 tokenizer.save_pretrained(beside)
             del weights
             all_ranks_agree()
@@ -1437,7 +1523,8 @@ def trainer_state(policy, optimizer, anchor=None) -> dict[str, torch.Tensor]:
     return state | {"anchor." + name: p.detach() for name, p in (anchor.lm.named_parameters() if anchor else ())}
 
 # ----------------------------------------------------------------------------------- machinery: ranks, seeds, signals
-
+# A rank that fails says so on all ranks (`all_ranks_agree`), and all end with its line; one that dies breaks the next
+# collective of the others, which say that they lost contact (`main`); one that hangs is given up after cfg.timeout.
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -1528,14 +1615,15 @@ class Interrupt:
         if time.monotonic() > self.at + 10:
             self.__exit__()
             os.kill(os.getpid(), number)
-        self.name, self.at = self.name or signal.Signals(number).name, min(self.at, time.monotonic())
+        if not self.name:
+            self.name, self.at = signal.Signals(number).name, time.monotonic()
+            os.write(2, b"\nstopping: a checkpoint is saved after this step\n")
 
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
         return max(gather([self.name]))
 
 # ------------------------------------------------------------------------ machinery: pictures, from a run's files alone
-
 PANELS = {  # stage -> panels of curves.png: label with unit, and columns of metrics.jsonl
     "sft": {"loss (nats per token)": "loss", "entropy (nats per token)": "entropy", "gradient norm": "grad_norm"},
     "rl": {
@@ -1546,18 +1634,6 @@ PANELS = {  # stage -> panels of curves.png: label with unit, and columns of met
         "reflection words (per 100 tokens)": "reflections",
     },
 }  # fmt: skip
-
-def run_plot(cfg: Config):
-    """Draw every picture of a run again, from its folder alone."""
-    base = Path(cfg.out) / (cfg.name or cfg.preset)
-    for stage in PANELS:
-        if (base / stage / "metrics.jsonl").exists():
-            draw_steps(base / stage)
-    if (base / "eval" / "results.json").exists():
-        draw_results(base / "eval")
-    if not (pictures := sorted(base.glob("**/*.png"))):
-        raise Misuse(f"{base}: no run there; give --out and --name of one")
-    print0("\n".join(map(str, pictures)))
 
 def draw_steps(folder: Path):
     """curves.png from metrics.jsonl: faint lines are steps, strong ones a moving mean over 5 % of the run."""
@@ -1579,8 +1655,8 @@ def draw_steps(folder: Path):
 
 def draw_results(folder: Path):
     """inference_scaling.png of each test set: accuracy against thinking budget, a curve per checkpoint (section 3)."""
-    content, by_test = read_json(folder / "results.json"), {}
-    for entry in content["checkpoints"]:
+    by_test = {}
+    for entry in read_json(folder / "results.json")["checkpoints"]:
         if entry.get("scaling"):
             by_test.setdefault(entry["test"], []).append(entry)
     for test, entries in by_test.items():
@@ -1594,9 +1670,9 @@ def draw_results(folder: Path):
         axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets])
         axis.minorticks_off()
         axis.legend(fontsize=8, title="checkpoint")
-        title = f"{test}: {entry['problems']} problems x {entry['samples']} samples at T = {content['temperature']}"
-        name = f"inference_scaling{f'-{test}' * (len(by_test) > 1)}.png"
-        save_figure(axis.figure, folder / name, title + "; bars: standard error over problems")
+        title = f"{test}: {entry['problems']} problems x {entry['samples']} samples at T = {entry['temperature']}"
+        suffix = re.sub(r"\W+", "-", f"-{Path(test).stem}") * (len(by_test) > 1)
+        save_figure(axis.figure, folder / f"inference_scaling{suffix}.png", title + "; bars: standard error")
 
 def save_figure(figure: Figure, path: Path, title: str):
     for axis in figure.axes:
@@ -1608,26 +1684,34 @@ def save_figure(figure: Figure, path: Path, title: str):
     beside.rename(path)
 
 # ---------------------------------------------------------------------------------------------- machinery: command line
-
-STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval, "plot": run_plot}
+STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
 MAY_BE_ZERO = set("probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
                   " ema_decay entropy_coef weight_decay eval_temperature eval_samples".split())  # fmt: skip
 RESUMES = "the same command resumes from the last checkpoint"
 
 class Parser(transformers.HfArgumentParser):
     def error(self, message):
-        raise Misuse(f"{message}; python t1.py --help lists every field")
+        words = re.findall(r"--?[\w-]+", message) if "unrecognized" in message else []
+        close = difflib.get_close_matches(words[0], self._option_string_actions) if words else []
+        hint = f"did you mean {close[0]}?" if close else "is --stage missing? python t1.py --help lists every field"
+        raise Misuse(f"{message}; {hint}")
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """Config from the command line: the preset's values, then the options that are given."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(Config, prog="t1.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     first = parser.parse_args(argv)
-    values = dict(PRESETS[first.preset])
+    given = dict(read_json(Path(first.config))["config"], stage=first.stage) if first.config else {}
+    sft = Path(first.out) / first.name / "sft" / "config.json"  # of the run that goes into its next stage
+    if not first.preset and first.name and sft.exists():
+        first.preset = read_json(sft)["config"].get("preset", "tiny")
+    own = first.model and (first.data or first.test or first.benchmarks)
+    preset = first.preset or given.get("preset") or ("pretrained" if own else "tiny")
+    values = dict(PRESETS[preset])
     if first.stage != "sft":
         values.pop("model", None)  # a preset's model is where SFT starts; the other stages take the run's checkpoints
-    parser.set_defaults(**values)
-    cfg = Config(**vars(parser.parse_args(argv)))
+    parser.set_defaults(**values | given)
+    cfg = Config(**vars(parser.parse_args(argv)) | dict(preset=preset))
     check_config(cfg)
     return cfg
 
@@ -1640,6 +1724,10 @@ def check_config(cfg: Config):
             raise Misuse(f"--{name.replace('_', '-')} {getattr(cfg, name)!r}: {what}")
 
     need(cfg.stage in STAGES, "stage", f"choose from {', '.join(STAGES)}")
+    for stage, names in STAGE_FIELDS.items():
+        for name in names.split() if cfg.stage != stage else ():
+            usual = getattr(Config(**PRESETS[cfg.preset]), name)
+            need(getattr(cfg, name) == usual, name, f"only --stage {stage} reads it, not --stage {cfg.stage}")
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")
@@ -1656,6 +1744,9 @@ def check_config(cfg: Config):
     need(re.fullmatch(r"([\w-]+(,[\w-]+)*)?", cfg.benchmarks), "benchmarks", "must be names, separated by commas")
     need("{problem}" in (cfg.prompt_template or "{problem}"), "prompt_template", "must contain {problem}")
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
+    installed = importlib.util.find_spec
+    need(cfg.engine != "vllm" or installed("vllm"), "engine", "not installed here: pip install vllm==0.32.0")
+    need(not cfg.tensorboard or installed("tensorboard"), "tensorboard", "not installed here; pip install tensorboard")
     need(cfg.vllm_tp == 1 or cfg.engine == "vllm", "vllm_tp", "only with --engine vllm")
     need(ranks % cfg.vllm_tp == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
@@ -1674,6 +1765,8 @@ def main(argv: list[str] | None = None) -> int:
         transformers.utils.logging.disable_progress_bar()
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that there is only one process
         logging.disable(logging.WARNING)
+        if cfg.preset != "tiny":
+            print0(f"preset {cfg.preset}: {', '.join(f'{k} {v}' for k, v in PRESETS[cfg.preset].items())}")
         STAGES[cfg.stage](cfg)
         return 0
     except Stop as e:
