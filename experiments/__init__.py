@@ -30,6 +30,17 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def stage_options(stage: str, options: list[str]) -> list[str]:
+    """t1.py's `options` for one stage, as a command line: those that only other stages read are left out."""
+    others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for other, names in t1.STAGE_FIELDS.items():
+        for name in names.split() if other != stage else ():
+            dashed = name.replace("_", "-")
+            others.add_argument(*dict.fromkeys((f"--{dashed}", f"--{name}")), nargs="?")
+            others.add_argument(f"--no-{dashed}", f"--no_{name}", action="store_true")
+    return [*others.parse_known_args(options)[1], "--stage", stage]
+
+
 def run(parser: Parser, work, argv: list[str] | None) -> int:
     """Call work(own, options) with the experiment's options and the list of t1.py's -> exit code. A misuse or a failure
     is one line; remarks of libraries stay off the console."""

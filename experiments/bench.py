@@ -53,7 +53,8 @@ RL, SFT = "step of RL", "step of SFT"
 class Job:
     """A model with random weights, and what it is trained on."""
 
-    cfg: t1.Config
+    cfg: t1.Config  # of stage rl
+    sft_cfg: t1.Config
     policy: t1.Policy
     anchor: t1.Policy
     engine: object
@@ -82,7 +83,7 @@ class Timing:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_job(folder: str, pairs: int, cfg: t1.Config) -> Job:
+def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job:
     """The model, saved to `folder` for the other side, and problems and traces for pairs + 1 steps."""
     policy, tokenizer = t1.tiny_policy(cfg)
     ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
@@ -92,7 +93,7 @@ def make_job(folder: str, pairs: int, cfg: t1.Config) -> Job:
     tokenizer.save_pretrained(folder)
     sums = np.random.default_rng(cfg.seed).integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist()
     problems = [dict(id=str(i), problem=f"{a}+{b}=", answer=str(a + b)) for i, (a, b) in enumerate(sums)]
-    traces = data_prep.embedded_traces()[: 4 * cfg.sft_batch * (pairs + 1)]  # enough for TRL to pack
+    traces = data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]  # enough for TRL to pack
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -100,6 +101,7 @@ def make_job(folder: str, pairs: int, cfg: t1.Config) -> Job:
     questions = [t1.prompt_ids(t["problem"], tokenizer, cfg) for t in traces]
     return Job(
         cfg=cfg,
+        sft_cfg=sft_cfg,
         policy=policy,
         anchor=copy.deepcopy(policy).requires_grad_(False),
         engine=t1.make_engine(folder, policy, tokenizer, cfg),
@@ -121,9 +123,9 @@ def our_rl_step(job: Job, step: int) -> Timing:
 
 
 def our_sft_step(job: Job, step: int) -> Timing:
-    steps = len(job.rows) // job.cfg.sft_batch
+    steps = len(job.rows) // job.sft_cfg.sft_batch
     clock = t1.Clock()
-    row = t1.sft_step(step, steps, job.rows, job.policy, job.optimizer, job.cfg)
+    row = t1.sft_step(step, steps, job.rows, job.policy, job.optimizer, job.sft_cfg)
     clock.lap("sft")
     return Timing(row["tokens"], clock.seconds)
 
@@ -304,10 +306,10 @@ def report_pairs(name: str, pairs: list[tuple[Timing, Timing]]):
         t1.print0(f"{name}: trained tokens per {unit} {median_of(ours)}, TRL {median_of(theirs)}, ratio {ratio}")
 
 
-def run_bench(pairs: int, cfg: t1.Config):
+def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
     """Measure `pairs` steps of each kind after one to warm up, and print the table."""
     with tempfile.TemporaryDirectory() as folder:
-        job = make_job(folder, pairs, cfg)
+        job = make_job(folder, pairs, cfg, sft_cfg)
         size = sum(p.numel() for p in job.policy.parameters()) / 1e6
         t1.print0(about_machine())
         t1.print0(
@@ -323,7 +325,7 @@ def run_bench(pairs: int, cfg: t1.Config):
         our_rl_step(job, 0), our_sft_step(job, 0)
         memory = peak_memory()
         rl_trainer, rl_tokens = trl_rloo(folder, job.problems, pairs, cfg)
-        sft_trainer, sft_tokens = trl_sft(folder, job.traces, pairs, cfg)
+        sft_trainer, sft_tokens = trl_sft(folder, job.traces, pairs, sft_cfg)
         rl = in_turn(rl_trainer, rl_tokens, lambda step: our_rl_step(job, step), pairs)
         sft = in_turn(sft_trainer, sft_tokens, lambda step: our_sft_step(job, step), pairs)
     report([a for a, _ in rl], [a for a, _ in sft], memory)
@@ -346,8 +348,12 @@ def main(argv: list[str] | None = None) -> int:
 def bench_command(own, options: list[str]):
     if own.pairs < 1:
         raise t1.Misuse("--pairs must be above 0")
+    run_bench(own.pairs, *(job_config(stage, options) for stage in ("rl", "sft")))
+
+
+def job_config(stage: str, options: list[str]) -> t1.Config:
     job = [f"--{name.replace('_', '-')}={value}" for name, value in BENCH.items()]
-    run_bench(own.pairs, t1.parse_args([*job, *options, "--stage", "rl"]))
+    return t1.parse_args(experiments.stage_options(stage, [*job, *options]))
 
 
 if __name__ == "__main__":

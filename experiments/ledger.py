@@ -191,13 +191,20 @@ def run_stages(base: Path, variant: str, seed: int, options: list[str]) -> bool:
 
 
 def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
-    """One stage of t1.py with `options`, then the fields of Config in `fixed` -> False if a signal asked for an end."""
-    cfg = dataclasses.replace(t1.parse_args([*options, "--stage", stage]), **fixed)
+    """One stage of t1.py -> False if a signal asked for an end. A stage that reached its end has held-out samples."""
+    cfg = stage_config(stage, fixed, options)
     {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
     if stage == "eval":
         return True
     rows = t1.read_log(Path(cfg.out) / cfg.name / stage / "samples.jsonl")
     return any(row.get("kind") == "held-out" for row in rows)
+
+
+def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
+    """t1.py's `options`, then the fields of Config in `fixed`; those that only other stages read are left out."""
+    others = " ".join(names for other, names in t1.STAGE_FIELDS.items() if other != stage).split()
+    values = {name: value for name, value in fixed.items() if name not in others}
+    return dataclasses.replace(t1.parse_args(experiments.stage_options(stage, options)), **values)
 
 
 def drop_trainer_states(run: Path):
@@ -276,7 +283,7 @@ def write_ledger(base: Path):
         variant_table(rows),
         claim_table(claims),
     ]
-    data_prep.write_beside(base / "ledger.md", "\n".join(parts) + HOW_TO_READ)
+    data_prep.write(base / "ledger.md", ["\n".join(parts), HOW_TO_READ])
     draw(base / "ledger.png", rows, about)
 
 
@@ -364,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def ledger_command(own, options: list[str]):
-    cfg = t1.parse_args([*options, "--stage", "rl"])
+    cfg = t1.parse_args(experiments.stage_options("rl", options))
     base = Path(cfg.out) / (cfg.name or "ledger")
     if own.table or run_ledger(base, own.seeds, own.variants, options):
         write_ledger(base)

@@ -15,6 +15,7 @@ the run and of its evaluation; other options are t1.py's. The same command after
 numbers.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -114,29 +115,30 @@ def force_budget(engine, rollouts: list[t1.Rollout], budget: int, wait_words: st
 # The run's folder
 # ----------------------------------------------------------------------------------------------------------------------
 
-OWN = set("stage name out model data test checkpoint resume_from".split())  # fields that this command sets or ignores
+OWN = "stage name out model checkpoint resume_from config".split()  # fields that this command sets or ignores
 
 
-def settings_of(base: Path, results: dict, options: list[str]) -> t1.Config:
-    """The Config of the run's evaluation: what its folder says, then `options`."""
-    values = {}
+def settings_of(base: Path, entry: dict, options: list[str]) -> t1.Config:
+    """The Config of the run's evaluation: what its folder and an entry of results.json say, then `options`."""
+    values, ignored = {}, [*OWN, *t1.STAGE_FIELDS["sft"].split(), *t1.STAGE_FIELDS["rl"].split()]
     for stage in ("sft", "rl"):
         if (base / stage / "config.json").exists():
             values |= data_prep.read_json(base / stage / "config.json")["config"]
-    values = {k: v for k, v in values.items() if k in t1.Config.__dataclass_fields__ and k not in OWN}
-    values |= dict(seed=results["seed"], eval_temperature=results["temperature"], max_new=results["max_new"])
-    values |= dict(answer_model=results["answer_model"])
-    stored = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    values |= {name: entry[name] for name in ("seed", "max_new", "answer_model")}
+    values |= dict(eval_temperature=entry["temperature"])
+    stored = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if name not in ignored]
     return t1.parse_args([*stored, *options, "--stage", "eval"])
 
 
 def problems_of(entry: dict, cfg: t1.Config) -> list[dict]:
-    """The problems of one entry of results.json: the embedded ones, a benchmark's, or those of its --test file."""
-    if entry["test"] == "embedded":
-        problems = data_prep.embedded_problems("test")
-    else:
-        benchmark = Path(cfg.benchmark_dir) / f"{entry['test']}.jsonl"
-        problems = t1.read_rows(str(benchmark) if benchmark.exists() else entry["test"], "eval")
+    """The problems of one entry of results.json: embedded, a benchmark, held out of --data, or a --test file."""
+    test = entry["test"]
+    source = dict(benchmarks="", data="", test="")
+    if (Path(cfg.benchmark_dir) / f"{test}.jsonl").exists():
+        source["benchmarks"] = test
+    elif test != "embedded":
+        source["data" if test == cfg.data else "test"] = test
+    ((_, problems, _),) = t1.test_sets(dataclasses.replace(cfg, **source))
     if len(problems) != entry["problems"]:
         raise t1.Misuse(
             f"{entry['test']}: {len(problems)} problems, {entry['problems']} were evaluated; evaluate again"
@@ -162,9 +164,9 @@ def at_each_budget(answerer, rollouts: list[t1.Rollout], golds: list[str], budge
     """One rollout per problem, cut at each budget and answered -> [budget, accuracy, standard error, tokens spent]."""
     points = []
     for budget in budgets:
-        ids = t1.cut_ids(answerer, answerer.tokenizer, rollouts, budget, cfg)
-        right = verify.grade(answerer.tokenizer.batch_decode(ids, skip_special_tokens=True), golds)
-        points.append([budget, *t1.mean_and_error([[r] for r in right]), float(np.mean([len(y) for y in ids]))])
+        cut = t1.cut_thoughts(answerer, answerer.tokenizer, rollouts, budget, cfg)
+        right = verify.grade([t1.text_of(r, answerer.tokenizer) for r in cut], golds)
+        points.append([budget, *t1.mean_and_error([[r] for r in right]), float(np.mean([len(r.ids) for r in cut]))])
     return points
 
 
@@ -174,7 +176,7 @@ def spend(policy, engine, answerer, base: Path, entry: dict, samples: int, wait_
     -> cut, forced, majority: lists of [budget or k, accuracy, standard error over problems, tokens spent per problem].
     """
     problems, kept = problems_of(entry, cfg), responses_of(base, entry)
-    prompts = t1.encode_prompts(problems, engine.tokenizer, cfg)
+    _, prompts = t1.encode_prompts(problems, engine.tokenizer, cfg)
     firsts = [t1.Rollout(prompts[r["number"]], r["ids"], [], r["finished"]) for r in kept if r["sample"] == 0]
     budgets = [point[0] for point in entry["scaling"]]
     forced = force_budget(engine, firsts, budgets[-1], wait_words, cfg)
@@ -201,15 +203,15 @@ def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
         raise t1.Misuse(f"{base / 'eval'}: no results.json; run python t1.py --stage eval first, or give --out, --name")
     results = data_prep.read_json(base / "eval" / "results.json")
     last = results["checkpoints"][-1]
-    entries = [entry for entry in results["checkpoints"] if entry["checkpoint"] == last["checkpoint"]]
-    if not all(entry.get("scaling") for entry in entries):
+    entries = {entry["test"]: entry for entry in results["checkpoints"] if entry["checkpoint"] == last["checkpoint"]}
+    if not all(entry.get("scaling") for entry in entries.values()):
         raise t1.Misuse(f"{base / 'eval'}: evaluated without --budgets; evaluate again")
-    cfg = settings_of(base, results, options)
+    cfg = settings_of(base, last, options)
     policy, tokenizer = t1.load_policy(last["checkpoint"], cfg)
     engine = answerer = t1.make_engine(last["checkpoint"], policy, tokenizer, cfg)
     if cfg.answer_model:
         answerer = t1.make_engine(cfg.answer_model, *t1.load_policy(cfg.answer_model, cfg), cfg)
-    tests = [spend(policy, engine, answerer, base, entry, samples, wait_words, cfg) for entry in entries]
+    tests = [spend(policy, engine, answerer, base, entry, samples, wait_words, cfg) for entry in entries.values()]
     about = dict(checkpoint=last["checkpoint"], name=last["name"], seed=cfg.seed, temperature=cfg.eval_temperature)
     about |= dict(wait_words=wait_words, samples=samples, tests=tests)
     t1.write_json(base / "eval" / "spending.json", about)

@@ -77,7 +77,7 @@ def make_guess(base: Path) -> Path:
     """A policy that guesses among ten numbers, and its problems: rewards differ within a group from the first step
     on."""
     for name, stage in (("rows", "sft"), ("ten", "rl")):
-        data_prep.write_beside(base / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in naming_rows(stage)))
+        data_prep.write(base / f"{name}.jsonl", map(data_prep.json_line, naming_rows(stage)))
     data = f"--data {base}/rows.jsonl --test {base}/rows.jsonl --out {base}"
     small = "--max-new 24 --sft-steps 250 --sft-lr 4e-3 --tiny-layers 1 --tiny-width 64"
     codes = start_ranks(["--stage", "sft", *data.split(), *small.split()], 1, log=base / "sft-log")
@@ -591,7 +591,7 @@ def run_folder_case(rng: random.Random, folder: Path, base: dict):
     """config.json, metrics.jsonl and a checkpoint's complete.json of a run that is to resume."""
     cfg = t1.parse_args(["--stage", "rl", "--out", str(folder), "--name", "run"])
     run = t1.RunFolder(cfg)
-    run.create("somewhere")
+    run.create("somewhere", [])
     t1.append_rows(run.path / "metrics.jsonl", [dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)])
     (run.path / "checkpoint-3").mkdir()
     t1.write_json(run.path / "checkpoint-3/complete.json", {"../metrics.jsonl": 1, "a": 2})

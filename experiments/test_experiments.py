@@ -114,12 +114,14 @@ def ledger_args(out, rows, *more):
 
 
 @pytest.fixture
-def few_traces(monkeypatch):
+def quick_runs(monkeypatch):
+    """Few traces, and no pictures of the stages."""
     short = data_prep.embedded_traces(400, 1)
     monkeypatch.setattr(data_prep, "embedded_traces", lambda correct_only=False: short)
+    monkeypatch.setattr(t1, "draw_steps", lambda folder: None)
 
 
-def test_the_ledger_end_to_end_with_a_kill(tmp_path, few_traces, monkeypatch):
+def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
     rows = few_problems(tmp_path / "rows.jsonl")
     args = ledger_args(tmp_path, rows, "--seeds", "0,1", "--variants", "k4,cold")
     rl, calls = t1.run_rl, []
@@ -160,7 +162,7 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, few_traces, monkeypatch):
         assert run["fell"] == (run["variant"] == "k4" and run["seed"] == 0) and run["collapsed"] >= run["fell"]
 
 
-def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(tmp_path, few_traces, monkeypatch, capsys):
+def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(tmp_path, quick_runs, monkeypatch, capsys):
     rows = few_problems(tmp_path / "rows.jsonl")
     args = ledger_args(tmp_path, rows, "--seeds", "0", "--variants", "hot")
     with monkeypatch.context() as patch:
@@ -200,7 +202,11 @@ def test_the_ledger_counts_pairs_and_collapses():
 
 def test_every_variant_is_a_valid_run():
     for name, variant in ledger.VARIANTS.items():
-        t1.check_config(t1.dataclasses.replace(config(), **variant.changes))
+        configs = [ledger.stage_config(stage, variant.changes, []) for stage in ("sft", "rl")]
+        for cfg in configs:
+            t1.check_config(cfg)
+        for field, value in variant.changes.items():
+            assert value in [getattr(cfg, field) for cfg in configs]
         assert (variant.against in ledger.VARIANTS and variant.claim) or name == "base"
 
 
@@ -360,10 +366,11 @@ def test_bench_command(capsys):
 
 def test_the_benchs_job_is_trls(tmp_path):
     """The values that docs/speed.md names, and the very step of t1.py: a policy that moves."""
-    cfg = config(*[f"--{name.replace('_', '-')}={value}" for name, value in bench.BENCH.items()])
+    cfg, sft_cfg = (bench.job_config(stage, []) for stage in ("rl", "sft"))
     assert (cfg.prompts, cfg.k, cfg.max_new, cfg.temperature, cfg.rl_lr) == (16, 16, 128, 1.0, 1e-4)
-    cfg = t1.dataclasses.replace(cfg, **{"prompts": 2, "k": 2, "max_new": 200, "tiny_layers": 1, "tiny_width": 32})
-    job = bench.make_job(str(tmp_path), 1, cfg)
+    assert (sft_cfg.sft_batch, sft_cfg.sft_lr, sft_cfg.tiny_width) == (64, 1e-4, 256)
+    options = "--prompts 2 --k 2 --max-new 200 --tiny-layers 1 --tiny-width 32 --sft-batch 4".split()
+    job = bench.make_job(str(tmp_path), 1, *(bench.job_config(stage, options) for stage in ("rl", "sft")))
     before = [p.clone() for p in job.policy.parameters()]
     timing = bench.our_rl_step(job, 0)
     assert 4 <= timing.tokens < 800 and set(timing.seconds) == {"rollout", "anchor", "gradient", "update"}
@@ -431,7 +438,8 @@ def test_budget_forcing_works_on_ids(talkative):
     assert force(Ends(), rollouts[:1])[0].ids == (thought + wait * 60)[:60]
     prefix = encode("</think>\nThe answer is \\boxed{")
     for budget, ids in ((20, forced[0].ids[:20]), (60, forced[0].ids)):
-        assert t1.cut_ids(engine, tokenizer, forced, budget, cfg)[0][: budget + len(prefix)] == ids + prefix
+        (cut, *_) = t1.cut_thoughts(engine, tokenizer, forced, budget, cfg)
+        assert cut.ids[: budget + len(prefix)] == ids + prefix
 
 
 @pytest.fixture(scope="session")
