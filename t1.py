@@ -657,7 +657,7 @@ def run_sft(cfg: Config):
     source = folder.source() or latest(cfg.model)
     whole, tokenizer = load_whole(source, cfg)
     tests, rows = encode_prompts(tests, tokenizer, cfg), []
-    for trace, x in zip(*encode_prompts(traces, tokenizer, cfg, leave_out=True)):
+    for trace, x in zip(*encode_prompts(traces, tokenizer, cfg)):
         response = trace["response"]
         if opens_thought(x, tokenizer):  # the prompt's template has written the tag
             response = response.removeprefix("<think>").lstrip("\n")
@@ -757,7 +757,7 @@ def run_rl(cfg: Config):
     problems, tests = read_data(cfg)
     whole, tokenizer = load_whole(source, cfg)
     tests = encode_prompts(tests, tokenizer, cfg)
-    problems, prompts = encode_prompts(problems, tokenizer, cfg, leave_out=True)
+    problems, prompts = encode_prompts(problems, tokenizer, cfg)
     folder.create(source, problems)
     print0(f"{len(problems)} problems; the policy starts from {source}")
     anchor = None
@@ -965,14 +965,14 @@ def run_eval(cfg: Config):
             answerer = make_engine(cfg.answer_model, other, tokenizer, cfg) if other else engine
         else:
             engine.load(policy)
-        prompts = [encode_prompts(problems, tokenizer, cfg)[1] for _, problems, _ in tests]  # nothing is written yet
+        encoded = [encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests]  # nothing is written yet
         lock = lock or on_rank0(locked_folder, folder)
-        for test, test_prompts in zip(tests, prompts):
-            about = dict(name=name, checkpoint=path, test=test[0])
-            result = measure(policy, engine, answerer, *test[1:], test_prompts, about, folder, cfg)
+        for (test, _, samples), (problems, prompts) in zip(tests, encoded):
+            about = dict(name=name, checkpoint=path, test=test)
+            result = measure(policy, engine, answerer, problems, samples, prompts, about, folder, cfg)
             results.append(result)
             within = "".join(f", {v:.1%} within {budget} tokens" for budget, v, *_ in result.get("scaling", []))
-            print0(f"{path}, {test[0]}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
+            print0(f"{path}, {test}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
                    f"{result['length']:.0f} tokens, over-long {result['overlong']:.1%}{within}")  # fmt: skip
     if rank() == 0:
         before = read_json(folder / "results.json")["checkpoints"] if (folder / "results.json").exists() else []
@@ -1300,9 +1300,8 @@ def make_optimizer(policy, cfg: Config):
     return optimizer
 
 # --------------------------------------------------------------------------- machinery: data, run folders, checkpoints
-def encode_prompts(rows: list[dict], tokenizer, cfg: Config, leave_out: bool = False) -> tuple[list[dict], list]:
-    """-> rows and their prompt ids. A prompt is never cut: one longer than max_prompt is an error, or with `leave_out`
-    counted and left out."""
+def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict], list[list[int]]]:
+    """-> rows and their prompt ids. A prompt is never cut: those longer than max_prompt are counted and left out."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
     kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= cfg.max_prompt]
     if len(kept) < len(rows):
@@ -1310,8 +1309,8 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config, leave_out: bool = F
         where = rows[first].get("where") or f"problem {rows[first].get('id')}"
         what = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt} "
         what += f"tokens, the first has {len(encoded[first])} ({where})"
-        if not leave_out or not kept:
-            raise Misuse(f"{what}; raise it, or leave them out")
+        if not kept:
+            raise Misuse(f"{what}; nothing is left")
         print0(f"{what}: left out")
     return [rows[i] for i in kept], [encoded[i] for i in kept]
 
