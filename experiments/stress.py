@@ -80,8 +80,7 @@ def make_guess(base: Path) -> Path:
         data_prep.write(base / f"{name}.jsonl", map(data_prep.json_line, naming_rows(stage)))
     data = f"--data {base}/rows.jsonl --test {base}/rows.jsonl --out {base}"
     small = "--max-new 24 --sft-steps 250 --sft-lr 4e-3 --tiny-layers 1 --tiny-width 64"
-    codes = start_ranks(["--stage", "sft", *data.split(), *small.split()], 1, log=base / "sft-log")
-    assert codes == [0], Path(f"{base / 'sft-log'}.0").read_text()
+    run_whole(["--stage", "sft", *data.split(), *small.split()], 1, base / "log")
     return base
 
 
@@ -95,7 +94,7 @@ def rl_args(guess: Path, out: Path, name: str) -> list[str]:
         "--test",
         guess / "ten.jsonl",
     ]
-    settings = f"--max-new 24 --prompts 3 --k 6 --rl-steps {STEPS} --rl-lr 1e-3 --rl-save-every 3 --keep 2"
+    settings = f"--preset tiny --max-new 24 --prompts 3 --k 6 --rl-steps {STEPS} --rl-lr 1e-3 --rl-save-every 3 --keep 2"
     return ["--stage", "rl", *map(str, inputs), *settings.split(), "--out", str(out), "--name", name]
 
 
@@ -189,6 +188,12 @@ def start_ranks(args: list[str], ranks: int, log: Path, kill: tuple | None = Non
     return [codes[pid] for pid in pids]
 
 
+def run_whole(args: list[str], ranks: int, log: Path):
+    """t1.main(args), undisturbed."""
+    codes = start_ranks(args, ranks, log)
+    assert codes == [0] * ranks, Path(f"{log}.{codes.index(max(codes))}").read_text()[-2000:]
+
+
 def random_kill(rng: random.Random, ranks: int, resumed: int) -> tuple:
     """(rank, phase, nth call, delay in seconds); the end is only reached by a run that was resumed often."""
     phase = rng.choice([p for p in PHASES if p != "end" or resumed > 9])
@@ -211,7 +216,7 @@ def run_kills(count: int, ranks: int, seed: int, guess: Path, base: Path) -> Cou
     """Kill, resume and compare until `count` kills have hit -> how many hit in each phase. AssertionError at the first
     difference."""
     rng, hit, runs, log = random.Random(seed), Counter(), 0, base / "log"
-    assert start_ranks(rl_args(guess, base, "whole"), ranks, log) == [0] * ranks
+    run_whole(rl_args(guess, base, "whole"), ranks, log)
     whole, args = outcome(base / "whole/rl", STEPS), rl_args(guess, base, "killed")
     while hit.total() < count:
         for resumed in range(min(12, count - hit.total())):
@@ -223,7 +228,7 @@ def run_kills(count: int, ranks: int, seed: int, guess: Path, base: Path) -> Cou
                 check_codes(codes, kill[0], log)
             else:  # the run ended before the kill came
                 assert codes == [0] * ranks
-        assert start_ranks(args, ranks, log) == [0] * ranks
+        run_whole(args, ranks, log)
         assert outcome(base / "killed/rl", STEPS) == whole, f"seed {seed}: after {dict(hit)} the run is another"
         assert not list((base / "killed/rl").glob("partial-*"))
         shutil.rmtree(base / "killed")
