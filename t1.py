@@ -270,9 +270,10 @@ def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sa
         if tis_cap and sampler_logprobs is not None:
             coefficient = coefficient * (logprob[s] - sampler_logprobs[s]).exp().clamp(max=tis_cap)
         g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, b[s], temperature)  # (c, V), in the memory of z
+        del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
         grad_hidden[s] = g.to(h.dtype) @ lm_head
         grad_head.addmm_(g.T, h.to(grad_head.dtype))
-        del z, p, g  # before those of the next chunk are made
+        del z, g  # before those of the next chunk are made
     return grad_hidden, grad_head, logprob, entropy
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
