@@ -30,6 +30,7 @@ import unicodedata
 import weakref
 from collections import Counter, namedtuple
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +72,16 @@ def main(*args, cwd=HERE):
             code = e.code
     return code, out.getvalue(), err.getvalue()
 
-def run(*args, cwd=HERE, **env):
-    """t1.py as a user calls it, in a process of its own -> (exit code, stdout, stderr)."""
-    command = [sys.executable, str(HERE / "t1.py"), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ENV | env)
-    return done.returncode, done.stdout, done.stderr
-
-def start(*args):
+def start(*args, env=ENV, **options):
     """t1.py in a process of its own, which is not waited for."""
     command = [sys.executable, str(HERE / "t1.py"), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
+
+def run(*args, cwd=HERE, preexec_fn=None, **env):
+    """t1.py as a user calls it, in a process of its own -> (exit code, stdout, stderr)."""
+    process = start(*args, env=ENV | env, cwd=cwd, preexec_fn=preexec_fn)
+    out, err = process.communicate()
+    return process.returncode, out, err
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():
@@ -141,7 +142,7 @@ def test_files_keep_their_size(pattern):
     for path in HERE.glob(pattern):
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= LINES[pattern], f"{path.name}: {len(lines)} lines"
-        assert not [i for i, line in enumerate(lines, 1) if len(line) > 120], f"{path.name}: lines of over 120 characters"
+        assert not [i for i, line in enumerate(lines, 1) if len(line) > 120], f"{path.name}: lines too long"
 
 @pytest.mark.parametrize("name", [*LAYERS, "test_t1"])
 def test_functions_have_at_most_60_lines(name):
@@ -616,19 +617,16 @@ def test_a_lost_engine_is_one_line(talkative, engine, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- rewards
 
 @pytest.mark.parametrize("text, finished, expected", [
-    ("The sum is 12, so \\boxed{12}.", True, None),
-    ("The sum is 12, so", False, "overlong"),
-    ("wait, " * 400, True, "repetition"),
-    ("Thus 我们 得到 答案 是 二 所以 答案 \\boxed{2}", True, "garbled"),
-    ("so \ufffd\ufffd \x00\x01 x \ufffd\\boxed{2}", True, "garbled"),
-    ("xq" * 40 + " \\boxed{2}", True, "garbled"),
+    ("The sum is 12, so \\boxed{12}.", True, None), ("The sum is 12, so", False, "overlong"),
+    ("wait, " * 400, True, "repetition"), ("Thus 我们 得到 答案 是 二 所以 答案 \\boxed{2}", True, "garbled"),
+    ("so \ufffd\ufffd \x00\x01 x \ufffd\\boxed{2}", True, "garbled"), ("xq" * 40 + " \\boxed{2}", True, "garbled"),
     ("Let α, β ∈ ℝ with α² ≤ β; then ∑ xᵢ = π/2 and ‖v‖ → ∞, so \\boxed{\\frac{\\pi}{2}}", True, None),
     ("$$\\begin{pmatrix} 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\end{pmatrix}$$ \\boxed{0}", True, None),
     ("1/3 = 0." + "3" * 50 + "\\boxed{1/3}", True, None),
     ("Since 2ⁿ = 8, n = 3; |ℕ| = ℵ₀ and ∀ε>0 ∃δ, so \\boxed{3}", True, None),
     ("By Erdős–Szekeres and l'Hôpital, naïvely, \\boxed{5}", True, None),
     ("\n".join(f"{n}^2 = {n * n}, {n}^3 = {n**3}" for n in range(1, 60)), True, None),
-])
+])  # fmt: skip
 def test_unexpected_patterns(text, finished, expected):
     ids = list(text.encode())  # one token per byte: blocks of 20 bytes
     assert t1.unexpected_pattern(text, ids, finished) == expected
@@ -650,8 +648,7 @@ def most_repeats(ids, n):
     return most
 
 def test_repetition_counts_blocks_without_overlap():
-    assert data_prep.repeats([1] * 12, 4) == 3
-    assert data_prep.repeats([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == 3
+    assert data_prep.repeats([1] * 12, 4) == 3 and data_prep.repeats([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == 3
     assert data_prep.repeats([1, 2], 3) == 0
     rng = random.Random(0)
     for _ in range(200):
@@ -701,8 +698,7 @@ def test_behaviour_of_a_response():
     records = [dict(x, reward=1.0, right=True, length=50, pattern=None, ungraded=0.0) for x in (facts, other)]
     mean = data_prep.means(records)
     assert (mean["corrected"], mean["first_right"], mean["honoured"], mean["honest"]) == (1.0, 0.0, 1.0, 1.0)
-    assert (mean["checks"], mean["reflections"]) == (2.0, 5.0)
-    assert data_prep.means(records[1:])["corrected"] is None
+    assert (mean["checks"], mean["reflections"]) == (2.0, 5.0) and data_prep.means(records[1:])["corrected"] is None
 
 # --------------------------------------------------------------------------------------------------- embedded problems
 
@@ -794,11 +790,14 @@ def trained(guess):
     """A run with SFT and ten steps of RL."""
     return train(guess, 10)
 
+def ten_problems(guess):
+    return ["--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl"]
+
 def rl_args(guess, *more):
-    """20 steps of 3 of 10 problems: every tenth batch but two ends an epoch inside it."""
-    data = ["--model", guess / "tiny/sft/checkpoint-250", "--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl"]
+    """20 steps of 3 of 10 problems: an epoch ends inside a batch, three steps in ten."""
+    start = ["--stage", "rl", "--model", guess / "tiny/sft/checkpoint-250", *ten_problems(guess), "--max-new", 24]
     steps = ["--prompts", 3, "--k", 6, "--rl-steps", 20, "--rl-lr", "1e-3", "--rl-save-every", 3, "--keep", 2]
-    return ["--stage", "rl", *data, "--max-new", 24, *steps, *more]
+    return [*start, *steps, *more]
 
 def outcome(folder, step):
     """The log, the weights and the trainer's state of a run, to be compared bit by bit. (The files' headers list the
@@ -821,8 +820,7 @@ RL_COLUMNS = """step accuracy honest reward length checks overlong repetition ga
 def test_the_model_learns(guess):
     first = guess / "tiny/sft/checkpoint-250"
     rows = rows_of(train(guess, 150, "--name", "learned", "--model", first).parent / "learned/rl")
-    assert np.mean([r["accuracy"] for r in rows[:3]]) < 0.2
-    assert np.mean([r["accuracy"] for r in rows[-5:]]) > 0.8
+    assert np.mean([r["accuracy"] for r in rows[:3]]) < 0.2 and np.mean([r["accuracy"] for r in rows[-5:]]) > 0.8
 
 def test_a_run_writes_its_logs_pictures_and_samples(trained):
     phases = dict(sft=["train"], rl=["rollout", "anchor", "gradient", "update"])
@@ -830,8 +828,7 @@ def test_a_run_writes_its_logs_pictures_and_samples(trained):
         folder = trained / stage
         assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         files = {"config.json", "metrics.jsonl", "timings.jsonl", "samples.jsonl"}
-        assert files <= {p.name for p in folder.iterdir()}
-        assert all(list(row) == columns for row in rows_of(folder))
+        assert files <= {p.name for p in folder.iterdir()} and all(list(row) == columns for row in rows_of(folder))
         timings = data_prep.read_log(folder / "timings.jsonl")
         assert all(list(row) == ["step", *phases[stage], "tokens"] for row in timings)
     kinds = {row["kind"] for row in data_prep.read_log(trained / "rl/samples.jsonl")}
@@ -987,8 +984,7 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path
     code, out, _ = main(*args, "--name", "c")
     assert code == 0 and f"resuming from {tmp_path / 'c/rl/checkpoint-3'}" in out
     assert outcome(tmp_path / "a/rl", 6) == outcome(tmp_path / "b/rl", 6) == outcome(tmp_path / "c/rl", 6)
-    assert main(*args, "--name", "d", "--seed", 1)[0] == 0
-    assert rows_of(tmp_path / "d/rl") != rows_of(tmp_path / "a/rl")
+    assert main(*args, "--name", "d", "--seed", 1)[0] == 0 and rows_of(tmp_path / "d/rl") != rows_of(tmp_path / "a/rl")
 
 def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, monkeypatch):
     """SFT starts from the preset's model; RL and eval from the run's SFT checkpoint, unless --model is given."""
@@ -1008,8 +1004,7 @@ def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, mo
         return source
 
     own = str(tmp_path / "qwen2.5-14b/sft/checkpoint-2")
-    assert started_from("sft") == model
-    assert started_from("rl") == own
+    assert started_from("sft") == model and started_from("rl") == own
     assert started_from("eval") == [own, str(tmp_path / "qwen2.5-14b/rl/checkpoint-1")]
     assert started_from("rl", "--name", "given", "--model", model) == model
     assert started_from("eval", "--name", "given", "--model", model) == [model]
@@ -1066,8 +1061,7 @@ def test_every_switch_changes_the_run(guess, plain_steps, tmp_path, switch):
     changed = three_steps(guess, tmp_path, *switch)
     assert [r["grad_norm"] for r in changed] != [r["grad_norm"] for r in plain_steps]
     assert all(r["kl"] == 0 for r in changed) == (switch == ["--anchor", "none"])
-    assert any(r["kl"] > 0 for r in plain_steps)
-    assert all(r["logprob_gap"] < 1e-4 for r in changed + plain_steps)
+    assert any(r["kl"] > 0 for r in plain_steps) and all(r["logprob_gap"] < 1e-4 for r in changed + plain_steps)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data/math_train.jsonl.gz").exists(), reason="the MATH rows are not at hand")
@@ -1140,8 +1134,7 @@ def test_work_is_dealt_by_length():
         assert sorted(i for part in parts for i in part) == list(range(23)) and all(parts)
         loads = [sum(work[i] for i in part) for part in parts]
         assert max(loads) - min(loads) <= max(work)
-    assert t1.deal([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
-    assert t1.deal([3], 2) == [[0], []]
+    assert t1.deal([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]] and t1.deal([3], 2) == [[0], []]
 
 def assert_same_run(a, b, tolerance):
     """metrics.jsonl of two runs are equal up to rounding."""
@@ -1156,7 +1149,7 @@ def assert_same_run(a, b, tolerance):
 def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path):
     """The same rollouts, rewards and metrics on one rank and on two, in SFT and RL. A run that moves from 2 ranks to 1
     and back, and to another folder, ends as they do, up to rounding."""
-    data = ["--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl"]
+    data = ten_problems(guess)
     sft = ["--stage", "sft", *data, "--sft-steps", 5, "--sft-batch", 8, *SMALL, "--out", tmp_path]
     assert main(*sft, "--name", "one")[0] == 0
     torchrun(HERE / "t1.py", *sft, "--name", "two")
@@ -1237,8 +1230,7 @@ def test_a_signal_saves_and_ends_the_run_which_resumes_to_the_same_bits(guess, t
     assert [p.name for p in t1.checkpoints(folder)] == ["checkpoint-3"] and len(rows_of(folder)) == 3
     assert main(*args)[0] == 0
     monkeypatch.undo()
-    assert main(*args, "--name", "whole")[0] == 0
-    assert outcome(folder, 6) == outcome(tmp_path / "whole/rl", 6)
+    assert main(*args, "--name", "whole")[0] == 0 and outcome(folder, 6) == outcome(tmp_path / "whole/rl", 6)
 
 def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch):
     sent, now = [], [100.0]
@@ -1268,23 +1260,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path):
     step = t1.step_of(saved)
     assert process.returncode == 0 and f"SIGTERM: saved after step {step} of 20" in out, out + err
     assert len(rows_of(folder)) == step < 20
-    done = limited(resource.RLIMIT_FSIZE, 250_000, args)
-    (line,) = [x for x in done.stderr.splitlines() if x.startswith("t1.py: ")]
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    code, _, err = run(*args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (250_000, 250_000)))
+    (line,) = [x for x in err.splitlines() if x.startswith("t1.py: ")]
+    assert code == 1 and "Traceback" not in err
     assert "cannot be written" in line and str(saved) in line
     assert t1.checkpoints(folder) == [saved] and not list(folder.glob("partial-*"))
     assert run(*args)[0] == run(*args, "--name", "whole")[0] == 0
     assert outcome(folder, 20) == outcome(tmp_path / "whole/rl", 20)
 
-def limited(limit, size, args):
-    """t1.py in a process of its own under a limit of resource.setrlimit."""
-    command = [sys.executable, str(HERE / "t1.py"), *map(str, args)]
-    set_limit = lambda: resource.setrlimit(limit, (size, size))
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, preexec_fn=set_limit)
-
 @pytest.mark.slow
 def test_sft_killed_and_resumed_is_the_same_run(guess, tmp_path):
-    data = ["--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl"]
+    data = ten_problems(guess)
     args = ["--stage", "sft", *data, "--sft-steps", 60, "--sft-batch", 4, "--sft-save-every", 7, *SMALL]
     for rows in (9, 25, 41):
         process = start(*args, "--out", tmp_path)
@@ -1304,8 +1290,7 @@ def test_half_written_and_damaged_checkpoints(guess, tmp_path):
     (folder / "partial-12").mkdir()
     code, out, err = main(*args)
     assert code == 0 and out.count("incomplete, ignored") == out.count("incomplete, removed") == 1, out + err
-    assert f"resuming from {folder / 'checkpoint-6'}" in out
-    assert outcome(folder, 9) == good
+    assert f"resuming from {folder / 'checkpoint-6'}" in out and outcome(folder, 9) == good
     part = next((folder / "checkpoint-9/trainer").glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:8] + b"x" * (part.stat().st_size - 8))  # the right size, another content
     code, out, err = main(*args)
@@ -1319,12 +1304,12 @@ def test_no_checkpoint_is_a_pickle(guess):
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_path, ranks):
-    data = ["--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl", "--out", tmp_path, *SMALL]
-    args = ["--stage", "sft", *data, "--sft-steps", 9, "--sft-batch", 4, "--sft-save-every", 1, "--sft-lr", "1e38"]
+    args = ["--stage", "sft", *ten_problems(guess), "--out", tmp_path, *SMALL, "--sft-steps", 9, "--sft-batch", 4]
+    args += ["--sft-save-every", 1, "--sft-lr", "1e38", "--warmup", 0]
     if ranks == 1:
-        code, _, err = main(*args, "--warmup", 0)
+        code, _, err = main(*args)
     else:
-        done = torchrun(HERE / "t1.py", *args, "--warmup", 0, check=False)
+        done = torchrun(HERE / "t1.py", *args, check=False)
         code, err = done.returncode, done.stderr
     lines = [line for line in err.splitlines() if line.startswith("t1.py")]
     assert code == 1 and len(lines) == ranks and all("not finite" in line and "rank" in line for line in lines), err
@@ -1333,9 +1318,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_pa
 @pytest.mark.slow
 def test_out_of_memory_is_one_line(guess, tmp_path):
     args = rl_args(guess, "--out", tmp_path, "--k", 20000, "--rollout-rows", 10**6, "--max-new", 700)
-    done = limited(resource.RLIMIT_AS, 6 << 30, args)
-    (line,) = [x for x in done.stderr.splitlines() if x.startswith("t1.py")]
-    assert done.returncode == 1 and "out of memory" in line and "Traceback" not in done.stderr, done.stderr
+    code, _, err = run(*args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (6 << 30, 6 << 30)))
+    (line,) = [x for x in err.splitlines() if x.startswith("t1.py")]
+    assert code == 1 and "out of memory" in line and "Traceback" not in err, err
 
 @pytest.mark.parametrize("error, code, says", [
     (t1.Stop("lost"), 1, "t1.py: lost\n"), (t1.Misuse("wrong"), 2, "t1.py: wrong\n"),
@@ -1375,53 +1360,36 @@ def test_a_killed_rank_ends_the_other_with_one_line(guess, tmp_path):
 GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{2}"}\n'
 ROW = GOOD_ROW.encode().strip()
 MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
-    ("", "--stage"),
-    ("--stage train", "--stage"),
-    ("--stage rl --tempertaure 1", "--tempertaure"),
-    ("--stage rl --temp 1", "--temp"),
-    ("--stage rl surplus", "surplus"),
-    ("--stage rl --k 1", "at least 2"),
-    ("--stage rl --k many", "--k"),
-    ("--stage rl --k", "--k"),
-    ("--stage rl --preset gpt", "gpt"),
-    ("--stage rl --anchor moving", "anchor"),
-    ("--stage rl --min-p 1.5", "--min-p 1.5: must be below 1"),
+    ("", "--stage"), ("--stage train", "--stage"), ("--stage rl --tempertaure 1", "--tempertaure"),
+    ("--stage rl --temp 1", "--temp"), ("--stage rl surplus", "surplus"), ("--stage rl --k 1", "at least 2"),
+    ("--stage rl --k many", "--k"), ("--stage rl --k", "--k"), ("--stage rl --preset gpt", "gpt"),
+    ("--stage rl --anchor moving", "anchor"), ("--stage rl --min-p 1.5", "--min-p 1.5: must be below 1"),
     ("--stage rl --ema-decay 1.5", "--ema-decay 1.5: must be at most 1"),
     ("--stage rl --temperature 0", "--temperature 0.0: must be above 0"),
     ("--stage rl --temperature -1", "--temperature -1.0: must be a finite number"),
-    ("--stage rl --kl-coef nan", "--kl-coef nan: must be a finite number"),
-    ("--stage rl --rl-lr inf", "--rl-lr inf"),
+    ("--stage rl --kl-coef nan", "--kl-coef nan: must be a finite number"), ("--stage rl --rl-lr inf", "--rl-lr inf"),
     ("--stage rl --repeat-count 1", "--repeat-count 1: must be at least 2"),
-    ("--stage rl --kl-center perhaps", "perhaps"),
-    ("--stage rl --name ../other", "must be the name of one folder"),
-    ("--stage rl --name ..", "must be the name of one folder"),
-    ("--stage rl --vllm-tp 2", "only with --engine vllm"),
+    ("--stage rl --kl-center perhaps", "perhaps"), ("--stage rl --name ../other", "must be the name of one folder"),
+    ("--stage rl --name ..", "must be the name of one folder"), ("--stage rl --vllm-tp 2", "only with --engine vllm"),
     ("--stage rl --vllm-memory 1", "--vllm-memory 1.0: must be below 1"),
     ("--stage rl --prompt-template Hello", "must contain {problem}"),
     ("--stage rl --tiny-width 12", "must be a multiple of 8"),
-    ("--stage rl --resume-from 7", "no whole checkpoint; there are: none"),
-    ("--stage rl", "--stage sft first"),
-    ("--stage eval", "--stage sft"),
-    ("--stage eval --budgets 1,x", "--budgets '1,x': must be whole numbers"),
+    ("--stage rl --resume-from 7", "no whole checkpoint; there are: none"), ("--stage rl", "--stage sft first"),
+    ("--stage eval", "--stage sft"), ("--stage eval --budgets 1,x", "--budgets '1,x': must be whole numbers"),
     ("--stage eval --checkpoint nowhere", "nowhere"),
     ("--stage eval --model model --benchmarks math500", "python data_prep.py benchmarks --out benchmarks"),
     ("--stage eval --model model --benchmarks ../math500", "--benchmarks '../math500'"),
-    ("--stage eval --model model --answer-model empty", "empty"),
-    ("--stage plot", "no run there"),
-    ("--stage sft --model empty", "empty"),
-    ("--stage sft --model ./nowhere", "nowhere"),
-    ("--stage sft --data none.jsonl", "none.jsonl"),
-    ("--stage sft --data blank.jsonl", "no rows"),
-    ("--stage sft --data broken.jsonl", "broken.jsonl, row 2"),
-    ("--stage sft --data list.jsonl", "list.jsonl, row 1"),
-    ("--stage sft --data latin.jsonl", "not UTF-8"),
-    ("--stage sft --data cut.jsonl.gz", "gzip"),
-    ("--stage sft --data empty", "empty: no .jsonl"),
-    ("--stage sft --data pipe.jsonl", "pipe.jsonl: not a file but"),
+    ("--stage eval --model model --answer-model empty", "empty"), ("--stage plot", "no run there"),
+    ("--stage sft --model empty", "empty"), ("--stage sft --model ./nowhere", "nowhere"),
+    ("--stage sft --data none.jsonl", "none.jsonl"), ("--stage sft --data blank.jsonl", "no rows"),
+    ("--stage sft --data broken.jsonl", "broken.jsonl, row 2"), ("--stage sft --data list.jsonl", "list.jsonl, row 1"),
+    ("--stage sft --data latin.jsonl", "not UTF-8"), ("--stage sft --data cut.jsonl.gz", "gzip"),
+    ("--stage sft --data empty", "empty: no .jsonl"), ("--stage sft --data pipe.jsonl", "pipe.jsonl: not a file but"),
+    ("--stage sft --data loop.jsonl", "loop.jsonl: "), ("--stage sft --data device.jsonl", "device.jsonl: not a file"),
+    ("--stage sft --data folder.jsonl", "folder.jsonl: "), ("--stage sft --data dangling.jsonl", "no such file"),
     ("--stage sft --data good.jsonl --test twice.jsonl", "twice.jsonl, row 1: not JSON (key 'problem' is there twice)"),
     ("--stage sft --data \udcff.jsonl", "--data '\\udcff.jsonl': is not UTF-8 text"),
-    ("--stage sft --data noresponse.jsonl", "'response'"),
-    ("--stage sft --data good.jsonl --max-new 1", "--max-new 1"),
+    ("--stage sft --data noresponse.jsonl", "'response'"), ("--stage sft --data good.jsonl --max-new 1", "--max-new 1"),
     ("--stage sft --data good.jsonl --max-new 1000", "takes 1024 tokens, less than --max-prompt and --max-new"),
     ("--stage sft --data good.jsonl --out good.jsonl", "good.jsonl"),
     ("--stage rl --data noanswer.jsonl --model model", "noanswer.jsonl, row 2: field 'answer'"),
@@ -1440,6 +1408,9 @@ def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, target in (("loop", "loop.jsonl"), ("device", "/dev/zero"), ("dangling", "nowhere")):
+        (tmp_path / f"{name}.jsonl").symlink_to(target)
     before = set(tmp_path.rglob("*"))
     for args, says in MISTAKES:
         code, _, err = main(*args.split(), cwd=tmp_path)
@@ -1488,16 +1459,14 @@ def test_parquet_and_folders_are_read_as_jsonl_is(tmp_path):
     (ROW.decode().encode("utf-16-le"), "row 1: .*NUL bytes: damaged, or UTF-16"),
     (ROW.replace(b"What", b"\\ud800"), "row 1: half of a surrogate pair"),
     (ROW.replace(b'"2"', b'"2", "x": ["\\udfff"]'), "row 1: half of a surrogate pair"),
-    (ROW.replace(b'"2"', b"NaN"), "row 1: not JSON .NaN"),
-    (ROW.replace(b'"2"', b"1e999"), "row 1: not JSON .1e999"),
+    (ROW.replace(b'"2"', b"NaN"), "row 1: not JSON .NaN"), (ROW.replace(b'"2"', b"1e999"), "row 1: not JSON .1e999"),
     (ROW.replace(b'"2"', b"2"), "row 1: field 'answer' is .* not text"),
     (ROW.replace(b'"2"', b"[" * 100_000), "row 1: not JSON .maximum recursion"),
     (ROW.replace(b"What", b"a\0b"), "row 1: not JSON .Invalid control character.*NUL"),
-    (gzip.compress(b"\n" * (20 << 20)), "row .*: the gzip file grows to more than 200 times"),
+    (gzip.compress((b" " * 1023 + b"\n") * (17 << 10)), "row .*: the gzip file grows to more than 200 times"),
     (gzip.compress(b"x" * (17 << 20)), "row 1: longer than 16 MiB"),
-    (gzip.compress(ROW)[:-3], "cannot be read .damaged gzip"),
-    (b"", "no rows"),
-])
+    (gzip.compress(ROW)[:-3], "cannot be read .damaged gzip"), (b"", "no rows"),
+])  # fmt: skip
 def test_every_bad_row_says_where_and_why(tmp_path, content, says):
     path = tmp_path / "a\nb.jsonl"
     path.write_bytes(content)
@@ -1514,17 +1483,6 @@ def test_a_line_of_100_MB_is_refused_in_bounded_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 << 20
-
-@pytest.mark.parametrize("make", [
-    os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path), lambda path: path.symlink_to("/dev/zero"),
-    lambda path: path.symlink_to("nowhere"),
-], ids=["pipe", "folder", "loop", "device", "dangling"])  # fmt: skip
-def test_a_path_that_is_no_file_is_one_line_and_no_wait(tmp_path, make):
-    make(tmp_path / "rows.jsonl")
-    with pytest.raises(t1.Misuse, match="rows.jsonl: "):
-        t1.read_rows(str(tmp_path / "rows.jsonl"), "rl")
-    with pytest.raises(t1.Misuse, match="rows.jsonl: "):
-        data_prep.read_journal(tmp_path / "rows.jsonl", {}, {})
 
 def test_a_journal_that_is_refused_is_not_changed(tmp_path):
     path, settings = tmp_path / "journal.jsonl", b'{"settings": {"n": 2}}\n'
@@ -1575,10 +1533,8 @@ NO_MODEL = "no model .config, weights, tokenizer. that can be loaded"
 @pytest.mark.parametrize("file, damage, says", [
     ("model.safetensors", lambda p: os.truncate(p, 5000), NO_MODEL),
     ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 100), NO_MODEL),
-    ("model.safetensors", Path.unlink, NO_MODEL),
-    ("model.safetensors", to_nan, "not finite"),
-    ("tokenizer.json", to_pipe, "tokenizer.json is not an ordinary file"),
-    ("config.json", Path.unlink, "config.json"),
+    ("model.safetensors", Path.unlink, NO_MODEL), ("model.safetensors", to_nan, "not finite"),
+    ("tokenizer.json", to_pipe, "tokenizer.json is not an ordinary file"), ("config.json", Path.unlink, "config.json"),
     ("config.json", lambda p: change(p, num_hidden_layers=10**9), "num_hidden_layers = 1000000000, which no model"),
     ("config.json", lambda p: change(p, hidden_size=32), NO_MODEL),
     ("config.json", lambda p: replace(p, '"num_hidden_layers": 2', '"num_hidden_layers": 3'), f"missing|{NO_MODEL}"),
@@ -1587,7 +1543,7 @@ NO_MODEL = "no model .config, weights, tokenizer. that can be loaded"
     ("generation_config.json", lambda p: p.write_text("{"), "generation_config.json: damaged"),
     ("tokenizer_config.json", lambda p: change(p, eos_token=None), "has no eos_token"),
     ("", lambda p: [file.unlink() for file in p.glob("tokenizer*")], "tokenizer"),
-])
+])  # fmt: skip
 def test_a_damaged_model_folder_is_one_line(tiny, tmp_path, file, damage, says):
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
     damage(folder / file)
@@ -1645,7 +1601,7 @@ def test_a_chat_template_is_used(tiny):
     assert tokenizer.decode(t1.prompt_ids("2 + 2?", tokenizer, own)) == "Q: 2 + 2? A:"
 
 def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
-    data = ["--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl"]
+    data = ten_problems(guess)
     args = ["--stage", "sft", *data, "--sft-steps", 1, "--sft-batch", 2, *SMALL, "--out", tmp_path]
     assert main(*args)[0] == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
