@@ -25,6 +25,7 @@ Under torchrun every rank runs this file: each knows the whole batch, works on i
 sums over ranks are those of one process."""
 
 import argparse
+import atexit
 import bisect
 import contextlib
 import copy
@@ -291,9 +292,10 @@ def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sa
         if tis_cap and sampler_logprobs is not None:
             coefficient = coefficient * (logprob[s] - sampler_logprobs[s]).exp().clamp(max=tis_cap)
         g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, b[s], temperature)  # (c, V), in the memory of z
+        del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
         grad_hidden[s] = g.to(h.dtype) @ lm_head
         grad_head.addmm_(g.T, h.to(grad_head.dtype))
-        del z, p, g  # before those of the next chunk are made
+        del z, g  # before those of the next chunk are made
     return grad_hidden, grad_head, logprob, entropy
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
@@ -1789,5 +1791,15 @@ def complain(message: str, code: int) -> int:
     print(f"\nt1.py, rank {rank()}: {message}" if world() > 1 else f"t1.py: {message}", file=sys.stderr)
     return code
 
+def leave(code: int):
+    """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a tensor to release asks
+    for the interpreter's lock there, and Python ends such a thread in a way that aborts the process (exit -6)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
