@@ -2,7 +2,6 @@
 
     python verify.py '\\frac12' 0.5             prints True and exits 0 (False: 1, misuse: 2)
     python verify.py --jsonl rows.jsonl         rows {"pred", "gold"[, "equal"]}: accuracy, throughput, timeouts
-    python verify.py --jsonl rows.jsonl --bench the same rows through the installed math-verify, too
 
 Three names matter: `extract_answer` (the last complete box), `is_equal` (two answers, pure) and `grade` (a batch of
 responses, in worker processes under a deadline and a memory limit). The text of an answer is data: it is never
@@ -18,7 +17,6 @@ import argparse
 import atexit
 import contextlib
 import gzip
-import importlib.util
 import itertools
 import json
 import math
@@ -48,14 +46,11 @@ MAX_BITS = 40_000          # of an exact numerator or denominator, about 12,000 
 MAX_DIGITS = 2000          # of an irrational value
 MAX_FACTORIAL = 3000       # largest argument that is computed exactly
 MAX_ITEMS = 400            # of a list
-MAX_SUMS = 4               # \sum and \prod in one answer; nested ones are read, not evaluated
-MAX_SUM_STEPS = 1500       # terms of a sum times the nodes of a term
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
 MAX_WORK = 100_000         # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000       # pairs that `grade` remembers
-TRIES = 4                  # deaths of workers on one pair until it counts as crashed
-MAX_STARTS = 100           # workers that die while they start, in one batch, until grading gives up
-START_SECONDS = 120        # for a worker to start
+TRIES = 10                 # deaths of workers on one pair, or in a row while they start, until grading gives up
+START_SECONDS = 20         # for a worker to start
 MAX_MEMORY = 512 << 20     # bytes of address space of one worker process
 MAX_ROW = 16 << 20         # bytes of a row of --jsonl
 
@@ -76,16 +71,12 @@ class TooMuchWork(Exception):
     """The comparison takes more than MAX_WORK; the answers count as different."""
 
 
-class Work(threading.local):
-    left = 0.0
-
-
-_work = Work()
+_work = threading.local()
 
 
 def spend(units: float) -> None:
     """Count work, not seconds, so that no verdict depends on the speed or the load of the machine."""
-    _work.left -= units
+    _work.left = getattr(_work, "left", MAX_WORK) - units
     if _work.left < 0:
         raise TooMuchWork
 
@@ -394,7 +385,7 @@ _COUNTED = {singular(word) for word in _THINGS}
 # ----------------------------------------------------------------------------------------------------------------------
 # Parser: the grammar of answers. A node is a tuple (kind, ...); every kind is made in exactly one place below.
 #   num Fraction | sym name | add items | mul items | pow base exponent | fn name args | call name args | pm sign node
-#   deg node | pct node | unit node base factor | sum/prod var low high body | matrix rows | list items joiner | set items
+#   deg node | pct node | unit node base factor | sum/prod low high body | matrix rows | list items joiner | set items
 #   tuple open close items | rel operators items | ratio items | based digits base | cup/cap/setminus a b | where items
 #   builder template conditions joiner | text words | choice letter node
 
@@ -443,7 +434,6 @@ class Parser:
         self.bars = False                       # inside |...| or {... | ...}: a bar ends what came before
         self.in_set = False                     # inside {...}: a colon, too
         self.currency: str | None = None        # seen in the quantity that is being read
-        self.sums = 0
 
     def peek(self, ahead: int = 0) -> Token:
         return self.tokens[self.at + ahead]
@@ -557,8 +547,10 @@ class Parser:
         An unknown word is a unit of its own, marked by a question mark: it is never left out.
         """
         parts, factor, count, sign, power = [], Fraction(1), 1, 1, 1
-        while self.peek().kind == "word" or parts and self.at_unit_operator():
+        while True:
             if self.peek().kind != "word":
+                if not (parts and self.is_op("/", "*", "-") and (self.peek(1).kind == "word" or self.peek(1).text in UNITS)):
+                    return " ".join(parts), factor, count
                 sign = -1 if self.take().text == "/" else 1
                 self.tokens[self.at] = self.peek()._replace(kind="word")             # the h of km/h
                 continue
@@ -581,10 +573,6 @@ class Parser:
                 factor *= scale ** (sign * power)
                 parts.append(base if sign * power == 1 else f"{base}^{sign * power}")
                 sign = power = 1
-        return " ".join(parts), factor, count
-
-    def at_unit_operator(self) -> bool:
-        return self.is_op("/", "*", "-") and (self.peek(1).kind == "word" or self.peek(1).text in UNITS)
 
     def words(self) -> Node:
         """A text: lower case, singular, no articles. Some texts are numbers (five) or choices (option C)."""
@@ -850,8 +838,11 @@ class Parser:
             return ("fn", name, (self.argument(), self.argument()))
         if name in _FUNCTIONS:
             return self.function(_FUNCTIONS[name])
-        if name in ("sum", "prod"):
-            return self.big_operator(name)
+        if name in ("sum", "prod"):                         # read, but not evaluated
+            self.need("_")
+            low = self.group()
+            self.need("^")
+            return (name, low, self.exponent(), self.term())
         if name in ("emptyset", "varnothing"):
             return ("set", ())
         if name in _NUMBER_SETS and not self.is_op("^", "_"):
@@ -891,20 +882,6 @@ class Parser:
             name, power = "a" + name, None
         node = ("fn", name, arguments + ((base,) if base else ()))
         return node if power is None else ("pow", node, power)
-
-    def big_operator(self, name: str) -> Node:
-        """\\sum_{k=1}^{n} body with written bounds."""
-        self.need("_")
-        start = self.group()
-        self.need("^")
-        high = self.exponent()
-        if start[:2] != ("rel", ("=",)) or start[2][0][0] != "sym":
-            raise Unreadable("bounds")
-        body = self.term()
-        self.sums += 1
-        if self.sums > MAX_SUMS:
-            raise Unreadable("many sums")
-        return (name, start[2][0], start[2][1], high, body)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1159,9 +1136,8 @@ def canonical(node: Node) -> Node:
 
 @lru_cache(maxsize=1 << 14)
 def unknowns(node: Node) -> frozenset[str]:
-    """The names without a fixed value; the index of a sum is not one of them."""
-    names = {n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)}
-    return frozenset(names - {"π", "e", "i", "∞"} - {n[1][1] for n in walk(node) if n[0] in ("sum", "prod")})
+    """The names without a fixed value."""
+    return frozenset(n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)) - {"π", "e", "i", "∞"}
 
 
 @lru_cache(maxsize=1 << 14)
@@ -1373,7 +1349,7 @@ def same(a: Node, b: Node) -> bool:
     if kinds & {"text", "based"} or kinds == {"deg", "pct"}:
         return False
     if "builder" in kinds:
-        return kinds == {"builder"} and same_builder(a, b)
+        return kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
     if is_region(a) or is_region(b):
         left, right = region(a), region(b)
         if left and right:
@@ -1495,14 +1471,6 @@ def worked_in(node: Node) -> Node:
     if node[0] == "add" and matrices == parts and len({tuple(map(len, part[1])) for part in parts}) == 1:
         return ("matrix", tuple(tuple(("add", cells) for cells in zip(*rows)) for rows in zip(*(part[1] for part in parts))))
     return node
-
-
-def same_builder(a: Node, b: Node) -> bool:
-    """{2k | k in Z}: the same template under the same conditions, whatever the name of k."""
-    x, y = (sorted(unknowns(node[1])) for node in (a, b))
-    if len(x) == len(y) and not (set(x) ^ set(y)) & (unknowns(a) & unknowns(b)):
-        b = substituted(b, {old: ("sym", new) for old, new in zip(y, x)})
-    return same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
 
 
 # Collections
@@ -1901,7 +1869,9 @@ def same_answer(a: Node, b: Node) -> bool:
 
 
 def parameters(node: Node) -> list[str]:
-    """Names whose choice is free: the n of `n in Z`, the x of `f(x) = `."""
+    """Names whose choice is free: the n of `n in Z`, the x of `f(x) = `, the k of {2k | k in Z}."""
+    if node[0] == "builder":
+        return sorted(unknowns(node[1]))
     if node[0] == "list":
         return [name for item in node[1] for name in parameters(item)]
     if node[0] != "rel":
@@ -1936,8 +1906,8 @@ def is_readable(answer: str) -> bool:
 # A worker is `python verify.py --serve`: a pair in as a line of JSON, one letter out. It is started by exec, not by fork
 # alone, which is safe in a trainer with threads and a GPU. A worker that misses a deadline is killed and replaced.
 
-_READY, _DIED, _LATE = b"r", b"", b"l"
-_VERDICTS = {b"t": True, b"f": False, b"u": "unparsable", b"c": "crashes", _DIED: "crashes", _LATE: "timeouts"}
+_DIED, _LATE = b"", b"l"
+_VERDICTS = {b"t": True, b"f": False, b"u": "unparsable", b"p": "copied", b"c": "crashes", _DIED: "crashes", _LATE: "timeouts"}
 
 
 def serve() -> None:
@@ -1945,12 +1915,12 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C in a terminal is for the trainer
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    os.write(1, _READY)
+    os.write(1, b"r")                                       # ready
     for line in sys.stdin.buffer:
-        answer, gold, timeout = json.loads(line)
+        *arguments, timeout = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout + 5)
         try:
-            letter = {True: b"t", False: b"f", None: b"u"}[compare(answer, gold)]
+            letter = {True: b"t", False: b"f", None: b"u", "copied": b"p"}[compare(*arguments)]
         except Exception:                                   # MemoryError too: this worker is fine again after it
             letter = b"c"
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1958,22 +1928,24 @@ def serve() -> None:
 
 
 class Worker:
-    """The trainer's end of a worker process. `index` is that of its pair in the batch, None while it has none."""
-
-    STARTING = -1
+    """The trainer's end of a worker process. `index` is that of its question in the batch, None while it has none."""
 
     def __init__(self):
         command = [sys.executable, os.path.abspath(__file__), "--serve"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        self.index: int | None = self.STARTING
-        self.deadline = time.monotonic() + START_SECONDS
+        for _ in range(TRIES):
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            self.index, self.deadline = None, math.inf
+            if select.select([self.process.stdout], [], [], START_SECONDS)[0] and self.process.stdout.read(1):
+                return
+            self.stop()
+        raise RuntimeError(f"verify.py: no grading worker starts; `{' '.join(command)}` shows why")
 
-    def send(self, index: int, pair: tuple[str, str], timeout: float) -> None:
+    def ask(self, index: int, question: tuple, timeout: float) -> None:
         self.index, self.deadline = index, time.monotonic() + timeout
-        with contextlib.suppress(BrokenPipeError):          # it was killed while idle: `receive` tells
-            self.process.stdin.write(json.dumps([*pair, timeout]).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):          # it was killed while idle: `answer` tells
+            self.process.stdin.write(json.dumps([*question, timeout]).encode() + b"\n")
 
-    def receive(self, has_output: bool) -> bytes | None:
+    def answer(self, has_output: bool) -> bytes | None:
         """The letter that the worker wrote, _DIED, _LATE, or None while it is at work."""
         if has_output:
             return self.process.stdout.read(1)              # b"" at the end of its output
@@ -1987,55 +1959,55 @@ class Worker:
 
 
 class Pool:
-    """The workers of one process. It compares one batch at a time, whatever the number of threads."""
+    """The workers of one process. They work on one batch at a time, whatever the number of threads."""
 
     def __init__(self):
         self.owner = os.getpid()
         self.workers = [Worker() for _ in range(worker_count())]
 
-    def compare(self, pairs: list[tuple[str, str]], timeout: float) -> list[bool | str]:
-        """A verdict for each pair: True, False, 'unparsable', 'timeouts' or 'crashes'.
+    def verdicts(self, questions: list[tuple], timeout: float) -> list[bool | str]:
+        """What `compare` says to each question, or 'timeouts' or 'crashes'.
 
-        A pair whose worker died is tried again, since something else may have killed it: a kill costs time, no reward.
+        A question whose worker died is asked again, since something else may have killed it: a kill costs time, no reward.
         """
-        for worker in list(self.workers):
-            if worker.index not in (None, Worker.STARTING):                  # an interrupt ended the batch before
-                self.replace(worker)
-        waiting, deaths = list(reversed(range(len(pairs)))), Counter()
-        verdicts: dict[int, bool | str] = {}
-        while len(verdicts) < len(pairs):
+        for i, worker in enumerate(self.workers):
+            if worker.index is not None:                    # an interrupt ended the batch before
+                self.replace(i)
+        found: dict[int, bool | str] = {}
+        waiting, deaths = list(reversed(range(len(questions)))), Counter()
+        while len(found) < len(questions):
             for worker in self.workers:
                 if worker.index is None and waiting:
                     index = waiting.pop()
-                    worker.send(index, pairs[index], timeout)
-            for worker, letter in self.letters():
-                index, worker.index = worker.index, None
+                    worker.ask(index, questions[index], timeout)
+            active = self.wait()
+            for i, worker in enumerate(self.workers):
+                index = worker.index
+                letter = worker.answer(worker.process.stdout.fileno() in active) if index is not None else None
+                if letter is None:
+                    continue
+                worker.index = None
                 if letter in (_DIED, _LATE):
-                    self.replace(worker)
+                    self.replace(i)
                     deaths[index] += 1
-                if index == Worker.STARTING:
-                    if deaths[index] > MAX_STARTS:
-                        raise RuntimeError(f"verify.py: no worker starts; `{sys.executable} {__file__} --serve` shows why")
-                elif letter == _DIED and deaths[index] < TRIES:
+                if letter == _DIED and deaths[index] < TRIES:
                     waiting.append(index)
                 else:
-                    verdicts[index] = _VERDICTS[letter]
-        return [verdicts[index] for index in range(len(pairs))]
+                    found[index] = _VERDICTS[letter]
+        return [found[index] for index in range(len(questions))]
 
-    def letters(self) -> list[tuple[Worker, bytes]]:
-        """Wait until a worker writes, dies or is late; what each of those did."""
+    def wait(self) -> dict[int, int]:
+        """Wait until a worker writes or dies, or the first deadline passes; the files that have something to read."""
         busy = [worker for worker in self.workers if worker.index is not None]
         poll = select.poll()
         for worker in busy:
             poll.register(worker.process.stdout, select.POLLIN)
         patience = min(worker.deadline for worker in busy) - time.monotonic()
-        active = dict(poll.poll(max(0.0, patience) * 1000))
-        found = [(worker, worker.receive(worker.process.stdout.fileno() in active)) for worker in busy]
-        return [(worker, letter) for worker, letter in found if letter is not None]
+        return dict(poll.poll(max(0.0, patience) * 1000))
 
-    def replace(self, worker: Worker) -> None:
-        worker.stop()
-        self.workers[self.workers.index(worker)] = Worker()
+    def replace(self, i: int) -> None:
+        self.workers[i].stop()
+        self.workers[i] = Worker()
 
     def stop(self) -> None:
         if self.owner == os.getpid():
@@ -2057,7 +2029,7 @@ class Grades(list):
 
 _pool: Pool | None = None
 _pool_lock = threading.Lock()
-_cache: OrderedDict[tuple[str, str], bool | str] = OrderedDict()
+_cache: OrderedDict[tuple, bool | str] = OrderedDict()
 
 
 def pool() -> Pool:
@@ -2069,23 +2041,26 @@ def pool() -> Pool:
     return _pool
 
 
-def grade(responses: list[str], golds: list[str], timeout: float = 1.0) -> Grades:
+def grade(responses: list[str], golds: list[str], timeout: float = 1.0, problems: list[str] | None = None) -> Grades:
     """Is the boxed answer of each response equal to its gold? The batch entry that RL uses.
 
     Order is kept; what fails is False. Two plain numbers are compared here and now, all else in worker processes:
     each pair has `timeout` seconds of wall clock and MAX_MEMORY bytes, a worker that overruns is killed and replaced,
     and verdicts are cached (the K samples of a prompt repeat each other). Works from any thread, under torchrun and in
-    notebooks; no signals in the trainer, no state besides pool and cache.
-    `.stats` of the result counts no_answer (no box), unparsable (answer or gold), timeouts and crashes, and gives the
-    number of workers (0 while none was needed).
+    notebooks; no signals in the trainer, no state besides pool and cache. Given the problems, an answer that only
+    repeats an expression of its problem is wrong (`is_copied`).
+    `.stats` of the result counts no_answer (no box), unparsable (answer or gold), copied, timeouts and crashes, and
+    gives the number of workers (0 while none was needed).
     """
-    return grade_answers([extract_answer(response) for response in responses], golds, timeout)
+    return grade_answers([extract_answer(response) for response in responses], golds, timeout, problems)
 
 
-def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 1.0) -> Grades:
+def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 1.0,
+                  problems: list[str] | None = None) -> Grades:
     """`grade` for answers that are extracted already; None is no answer."""
-    if len(answers) != len(golds):
-        raise ValueError(f"grade: {len(answers)} answers but {len(golds)} golds")
+    problems = [""] * len(golds) if problems is None else problems
+    if not len(answers) == len(golds) == len(problems):
+        raise ValueError(f"grade: {len(answers)} answers, {len(golds)} golds and {len(problems)} problems")
     if not timeout > 0:
         raise ValueError(f"grade: timeout must be positive, not {timeout}")
     verdicts: list[bool | str | None] = []
@@ -2096,18 +2071,19 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
             verdicts.append("unparsable")
         else:
             verdicts.append(same_plain(answer, gold))
-    asked = {pair: i for i, pair in enumerate(zip(answers, golds)) if verdicts[i] is None}
+    questions = [(answer, gold, problem[:MAX_PROBLEM]) for answer, gold, problem in zip(answers, golds, problems)]
+    asked = dict.fromkeys(question for question, verdict in zip(questions, verdicts) if verdict is None)
     with _pool_lock:
-        known = {pair: _cache.pop(pair) for pair in asked if pair in _cache}
-        new = [pair for pair in asked if pair not in known]
+        known = {question: _cache.pop(question) for question in asked if question in _cache}
+        new = [question for question in asked if question not in known]
         if new:
-            known |= zip(new, pool().compare(new, timeout))
-        _cache.update((pair, verdict) for pair, verdict in known.items() if verdict not in ("timeouts", "crashes"))
+            known |= zip(new, pool().verdicts(new, timeout))
+        _cache.update((question, verdict) for question, verdict in known.items() if verdict not in ("timeouts", "crashes"))
         while len(_cache) > CACHE_SIZE:                     # those not used for long go
             _cache.popitem(last=False)
-    verdicts = [known[pair] if verdict is None else verdict for verdict, pair in zip(verdicts, zip(answers, golds))]
+    verdicts = [known[question] if verdict is None else verdict for question, verdict in zip(questions, verdicts)]
     grades = Grades(verdict is True for verdict in verdicts)
-    grades.stats = {name: verdicts.count(name) for name in ("no_answer", "unparsable", "timeouts", "crashes")}
+    grades.stats = {name: verdicts.count(name) for name in ("no_answer", "unparsable", "copied", "timeouts", "crashes")}
     grades.stats["workers"] = len(_pool.workers) if _pool else 0
     return grades
 
@@ -2115,40 +2091,29 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def json_lines(path: str):
-    """(row number, line) of a file, gzipped or not; ValueError says what is wrong with it."""
-    if not os.path.isfile(path):
-        raise ValueError("not a file" if os.path.exists(path) else "no such file")
-    with open(path, "rb") as plain:
-        file = gzip.GzipFile(fileobj=plain) if plain.peek(2)[:2] == b"\x1f\x8b" else plain
-        for number in itertools.count(1):
-            line = file.readline(MAX_ROW + 1)
-            if len(line) > MAX_ROW:
-                raise ValueError(f"row {number} is longer than {MAX_ROW >> 20} MiB")
-            if not line:
-                return
-            if line.strip():
-                yield number, line
-
-
 def load_rows(path: str) -> list[dict]:
-    """Rows {"pred", "gold"[, "equal", "category", "form", "debatable"]} of a file; debatable rows are left out.
-
-    Misuse ends in one line that names file, row and fault (SystemExit).
-    """
-    rows, number = [], 0
+    """Rows {"pred", "gold"[, "equal", "category", "form", "debatable"]} of a file, gzipped or not; debatable rows are left
+    out. Misuse ends in one line that names file, row and fault (SystemExit)."""
+    rows, place = [], path
     try:
-        for number, line in json_lines(path):
-            row = json.loads(line.decode("utf-8-sig"))
-            if not isinstance(row, dict) or not isinstance(row.get("pred"), str) or not isinstance(row.get("gold"), str):
-                raise ValueError("fields 'pred' and 'gold' must be there and text")
-            if not row.get("debatable"):
-                rows.append(row | {"category": ascii(row.get("category", "-")).strip("'")})
+        if not os.path.isfile(path):
+            raise ValueError("not a file" if os.path.exists(path) else "no such file")
+        with open(path, "rb") as plain:
+            file = gzip.GzipFile(fileobj=plain) if plain.peek(2)[:2] == b"\x1f\x8b" else plain
+            for number, line in enumerate(iter(lambda: file.readline(MAX_ROW + 1), b""), 1):
+                place = f"{path}, row {number}"
+                if len(line) > MAX_ROW:
+                    raise ValueError(f"longer than {MAX_ROW >> 20} MiB")
+                row = json.loads(line.decode("utf-8-sig")) if line.strip() else {"debatable": True}
+                if not isinstance(row, dict) or not (row.get("debatable") or isinstance(row.get("pred"), str) and isinstance(row.get("gold"), str)):
+                    raise ValueError("fields 'pred' and 'gold' must be there and text")
+                if not row.get("debatable"):
+                    rows.append(row | {"category": printable(str(row.get("category", "-")))})
+        place = path
+        if not rows:
+            raise ValueError("no rows")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        place = f"{printable(path)}, row {number}" if number else f"{printable(path)}"
-        raise SystemExit(f"{place}: {printable(str(error))}")
-    if not rows:
-        raise SystemExit(f"{printable(path)}: no rows")
+        raise SystemExit(printable(f"{place}: {error}"))
     return rows
 
 
@@ -2162,7 +2127,7 @@ def answer_of(row: dict) -> str | None:
     return extract_answer(row["pred"]) if is_response else row["pred"]
 
 
-def report(rows: list[dict], verdicts: list[bool], title: str, details: bool) -> None:
+def report(rows: list[dict], verdicts: list[bool], title: str, details: bool = True) -> None:
     """The share of right verdicts, by category, and the rows that differ from their label."""
     labelled = [(row, verdict) for row, verdict in zip(rows, verdicts) if "equal" in row]
     if not labelled:
@@ -2180,40 +2145,14 @@ def report(rows: list[dict], verdicts: list[bool], title: str, details: bool) ->
             print(f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}")
 
 
-def math_verify_verdicts(rows: list[dict]) -> list[bool]:
-    """The same rows through the installed math-verify: responses as they are, answers as a box in a formula."""
-    from math_verify import parse, verify
-
-    verdicts = []
-    for row in rows:
-        texts = [text if "\\boxed" in text or "\\fbox" in text else f"$\\boxed{{{text}}}$" for text in (row["gold"], row["pred"])]
-        verdicts.append(bool(verify(*map(parse, texts))))
-    return verdicts
-
-
-def run_rows(path: str, bench: bool, timeout: float) -> None:
-    """Compare the rows of a file: by `grade`, and for --bench in this process and by math-verify."""
-    if bench and importlib.util.find_spec("math_verify") is None:
-        raise SystemExit("--bench needs math-verify: pip install 'math-verify[antlr4_13_2]'")
+def run_rows(path: str, timeout: float) -> None:
     rows = load_rows(path)
-    answers, golds = [answer_of(row) for row in rows], [row["gold"] for row in rows]
-    pool().compare([("x+x", "2x")], START_SECONDS)          # the workers start before the clock does
+    pool()                                                  # the workers start before the clock does
     start = time.perf_counter()
-    grades = grade_answers(answers, golds, timeout)
+    grades = grade_answers([answer_of(row) for row in rows], [row["gold"] for row in rows], timeout)
     seconds = time.perf_counter() - start
-    report(rows, grades, "verify.py, grade", details=True)
+    report(rows, grades, path)
     print(f"  {len(rows) / seconds:,.0f} rows/s" + "".join(f", {name} {count}" for name, count in grades.stats.items()))
-    if not bench:
-        return
-    start = time.process_time()
-    verdicts = [answer is not None and is_equal(answer, gold) for answer, gold in zip(answers, golds)]
-    middle = time.process_time()
-    others = math_verify_verdicts(rows)
-    end = time.process_time()
-    report(rows, verdicts, "verify.py, one process", details=False)
-    print(f"  {len(rows) / (middle - start):,.0f} rows per CPU second")
-    report(rows, others, "math-verify, one process", details=False)
-    print(f"  {len(rows) / (end - middle):,.0f} rows per CPU second")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2223,7 +2162,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("answers", nargs="*", metavar="ANSWER GOLD", help="two answers to compare")
     parser.add_argument("--jsonl", metavar="FILE",
                         help='rows {"pred", "gold"[, "equal", "category"]}: table per category, rows that differ, speed')
-    parser.add_argument("--bench", action="store_true", help="with --jsonl: also the installed math-verify, on the same rows")
     parser.add_argument("--timeout", type=float, default=1.0, help="with --jsonl: seconds for one pair (default 1)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     if len(arguments) == 2 and not arguments[0].startswith("--"):            # an answer may begin with a minus
@@ -2231,19 +2169,19 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.serve:
         serve()
-        return 0
-    if args.jsonl and not args.answers and args.timeout > 0:
+    elif args.jsonl and not args.answers and args.timeout > 0:
         try:
-            run_rows(args.jsonl, args.bench, args.timeout)
-            return 0
+            run_rows(args.jsonl, args.timeout)
         except SystemExit as error:
             print(f"verify.py: {error}", file=sys.stderr)
             return 2
-    if args.jsonl or args.bench or len(args.answers) != 2:
+    elif args.jsonl or len(args.answers) != 2:
         parser.error("give two answers (ANSWER GOLD), or --jsonl FILE")
-    equal = is_equal(*args.answers)
-    print(equal)
-    return 0 if equal else 1
+    else:
+        equal = is_equal(*args.answers)
+        print(equal)
+        return 0 if equal else 1
+    return 0
 
 
 if __name__ == "__main__":
