@@ -42,12 +42,12 @@ import mpmath
 MAX_CHARS = 2000           # a longer answer is no answer; bounds the tokens, the tree and every regular expression
 MAX_PROBLEM = 10_000       # characters of a problem in which a copied answer is looked for
 MAX_DEPTH = 80             # nested terms, atoms and exponents: 40 brackets
-MAX_BITS = 40_000          # of an exact numerator or denominator, about 12,000 digits
-MAX_DIGITS = 2000          # of an irrational value
+MAX_BITS = 200_000         # of an exact numerator or denominator, about 60,000 digits
+MAX_DIGITS = 4000          # of an irrational value
 MAX_FACTORIAL = 3000       # largest argument that is computed exactly
 MAX_ITEMS = 400            # of a list
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
-MAX_WORK = 100_000         # units of about a microsecond that one comparison may take
+MAX_WORK = 60_000          # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000       # pairs that `grade` remembers
 TRIES = 10                 # deaths of workers on one pair, or in a row while they start, until grading gives up
 START_SECONDS = 20         # for a worker to start
@@ -139,7 +139,7 @@ _UNICODE = str.maketrans(
 _SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
 _FONTS = re.compile(
     r"\\(?:text(?:bf|it|rm|up|sf|tt|normal)?|emph|[mh]box|math(?:rm|bf|it|sf|tt|cal|scr|frak)|boldsymbol|bm|pmb"
-    r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{[^{}]*\})?")
+    r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{(?:[^{}]|\^ ?\{-?\d\})*\})?")
 
 # (pattern, replacement), applied in this order to a text without double blanks. § is the end of a command's name.
 _CLEAN_ROWS = (
@@ -185,13 +185,18 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:        # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
-    text = _FONTS.sub(lambda match: f"\\text{match.group(1)}" if match.group(1) else " ", re.sub(r"\s+", " ", text))
+    text = _FONTS.sub(as_text, re.sub(r"\s+", " ", text))
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)     # \\frac: escaped once too often
     for pattern, replacement in _CLEAN:
         text = pattern.sub(replacement, text)
     text = text.strip().lstrip(",;: ")
     return text if text.endswith("...") else text.rstrip(" .,;:")
+
+
+def as_text(match: re.Match) -> str:
+    """\\mathrm{m\\,s^{-1}} is \\text{m\\,s^-1}: inside a text no braces are left."""
+    return "\\text{" + re.sub(r"\{(-?\d)\}", r"\1 ", match.group(1)[1:-1]) + "}" if match.group(1) else " "
 
 
 def latex_script(match: re.Match) -> str:
@@ -229,7 +234,7 @@ _OPERATORS = {alias: op for op, aliases in {
     "~": "approx simeq thickapprox doteq", "≡": "equiv", "cup": "cup bigcup", "cap": "cap bigcap", "*": "cdot times ast",
     "setminus": "setminus backslash smallsetminus", "/": "div", "±": "pm", "∓": "mp", "\\{": "lbrace {", "\\}": "rbrace }",
     "(": "langle lparen lgroup", ")": "rangle rparen rgroup", "[": "lbrack", "]": "rbrack", "|": "lvert rvert vert mid |",
-    ":": "colon", ",": "land", "or": "lor", "cr": "\\ cr newline", "&": "&", "mod": "mod pmod bmod", "⌊": "lfloor",
+    ":": "colon", "and": "land", "or": "lor", "cr": "\\ cr newline", "&": "&", "mod": "mod pmod bmod", "⌊": "lfloor",
     "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil"}.items() for alias in aliases.split()}
 _FUNCTIONS = {name: canon for canon, names in {
     "sin": "sin", "cos": "cos", "tan": "tan tg", "cot": "cot ctg cotg", "sec": "sec", "csc": "csc cosec", "asin": "arcsin asin",
@@ -566,7 +571,7 @@ class Parser:
                 one = singular(word)
                 base, scale = UNITS.get(word) or (one if one in _COUNTED else f"?{one}", Fraction(1))
                 if self.take("^"):
-                    exponent = self.raw_group().strip("{}")
+                    exponent = ("-" if self.take("-") else "") + self.raw_group().strip("{}")
                     if not re.fullmatch("-?[123]", exponent):
                         raise Unreadable("power of a unit")
                     power = int(exponent)
@@ -897,7 +902,7 @@ def arithmetic(digits: int) -> mpmath.MPContext:
     return context
 
 
-_MP = arithmetic(100)
+_MP = arithmetic(140)
 
 
 class Scope(NamedTuple):
@@ -922,7 +927,7 @@ def bits(value: Fraction) -> int:
 def exact(value: Fraction) -> Fraction:
     if bits(value) > MAX_BITS:
         raise TooBig("digits")
-    spend(bits(value) / 200)
+    spend((bits(value) / 2000) ** 2)
     return value
 
 
@@ -945,12 +950,13 @@ def raised(a, b, mp):
     if abs(b) > _HUGE:
         raise TooBig("exponent")
     if isinstance(b, Fraction) and b.denominator == 1:
-        if isinstance(a, Fraction) and (abs(a) == 1 or bits(a) * abs(b) <= MAX_BITS):
+        if isinstance(a, Fraction) and (bits(a) - 1) * abs(b) <= MAX_BITS:
             return exact(a ** int(b))
         return to_mp(a, mp) ** int(b)
     if isinstance(b, Fraction) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
         root = raised(-a, b, mp)
         return -root if b.numerator % 2 else root
+    spend(mp.dps ** 1.5 / 10)
     if abs(b) * abs(mp.log(to_mp(a, mp))) > _HUGE:
         raise TooBig("power")
     return to_mp(a, mp) ** to_mp(b, mp)
@@ -1025,7 +1031,7 @@ def is_product(node: Node) -> bool:
 def apply(name: str, arguments: list, s: Scope):
     """A named function. Arguments so large that reducing them would take long are refused."""
     mp, x = s.mp, arguments[0]
-    spend(mp.dps ** 1.5 / 20)
+    spend(mp.dps ** 1.5 / 15)
     if any(abs(a) > _HUGE for a in arguments) and name not in ("abs", "max", "min"):
         raise TooBig("argument")
     real = all(map(is_real, arguments))
@@ -1078,11 +1084,11 @@ def apply(name: str, arguments: list, s: Scope):
 def same_number(a: Node, b: Node, s: Scope) -> bool:
     """Have two expressions the same value here? Undefined or TooBig if nothing can be said.
 
-    Fractions are compared exactly. Other values need as many digits as a coincidence can hide: twice those of the numbers
-    in the expressions and of the largest (or smallest) value on the way, and 60. To a hundred digits sqrt(10^100 + 1) is
-    10^50, and the 10^100 says that this may be so. What 2,000 digits cannot tell stays unknown.
+    Fractions are compared exactly. Other values get more digits than a coincidence can hide: it takes long numbers in
+    the expressions, or large (or small) values on the way. To 90 digits sqrt(10^100 + 1) is 10^50, and the 10^100 says
+    that this may be so; cos(10^-60) is 1 to 120. What 4,000 digits cannot tell stays unknown.
     """
-    digits = 100
+    digits = _MP.dps
     while digits <= MAX_DIGITS:
         at = s._replace(mp=arithmetic(digits), largest=[0])
         x, y = evaluate(a, at), evaluate(b, at)
@@ -1091,11 +1097,11 @@ def same_number(a: Node, b: Node, s: Scope) -> bool:
         hidden = int((written(a) + written(b) + at.largest[0]) * 0.302) + 1
         x, y = to_mp(x, at.mp), to_mp(y, at.mp)
         gap, size = abs(x - y), max(abs(x), abs(y))
-        if 60 + 2 * hidden <= digits:
-            return gap <= at.mp.mpf(10) ** -(hidden + 40)
+        if 60 + 4 * hidden <= digits:
+            return gap <= at.mp.mpf(10) ** -(3 * hidden + 40)
         if hidden <= 40 and gap > size * 1e-5 and size > 1e-20:
             return False
-        digits = (60 + 2 * hidden) // 50 * 50 + 50
+        digits = (60 + 4 * hidden) // 50 * 50 + 50
     raise TooBig("digits")
 
 
@@ -1376,6 +1382,8 @@ def simplified(node: Node) -> Node:
     """A list or set of one is its element (but {{1}} is not {1}); equations are checked, and turned to `name = value`."""
     if node[0] in ("list", "set") and len(node[1]) == 1 and node[1][0][0] != "set" and not has(node, "pm"):
         return simplified(node[1][0])
+    if node[0] == "rel" and node[1] == ("in",) and simplified(node[2][1]) != node[2][1]:
+        return ("rel", ("=",), (node[2][0], simplified(node[2][1])))                 # x in {2}
     if node[0] != "rel" or not set(node[1]) <= {"=", "~"}:
         return node
     operators, sides = node[1], list(node[2])
@@ -1530,7 +1538,11 @@ def distinct(nodes: list[Node]) -> list[Node]:
     nodes = list({canonical(node): node for node in nodes}.values())
     if len(nodes) > 30:
         return nodes
-    return [node for i, node in enumerate(nodes) if not any(same(node, other) for other in nodes[:i])]
+    return [node for i, node in enumerate(nodes) if not any(same_member(node, other) for other in nodes[:i])]
+
+
+def same_member(x: Node, y: Node) -> bool:
+    return (x[0] == "set") == (y[0] == "set") and same(x, y)                         # {1} is not a member of {1}
 
 
 def matched(xs: list[Node], ys: list[Node]) -> bool:
@@ -1540,7 +1552,7 @@ def matched(xs: list[Node], ys: list[Node]) -> bool:
     if len(xs) != len(ys) or len(xs) > 40:
         return False
     for x in xs:
-        partner = next((y for y in ys if same(x, y)), None)
+        partner = next((y for y in ys if same_member(x, y)), None)
         if partner is None:
             return False
         ys.remove(partner)
