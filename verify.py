@@ -35,7 +35,7 @@ import zlib
 from collections import Counter, OrderedDict
 from fractions import Fraction
 from functools import lru_cache, reduce, wraps
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import mpmath
 
@@ -71,12 +71,16 @@ class TooMuchWork(Exception):
     """The comparison takes more than MAX_WORK; the answers count as different."""
 
 
-_work = threading.local()
+class Work(threading.local):
+    left: float = MAX_WORK
+
+
+_work = Work()
 
 
 def spend(units: float) -> None:
     """Count work, not seconds, so that no verdict depends on the speed or the load of the machine."""
-    _work.left = getattr(_work, "left", MAX_WORK) - units
+    _work.left -= units
     if _work.left < 0:
         raise TooMuchWork
 
@@ -1124,20 +1128,30 @@ def mapped(part, change):
 @lru_cache(maxsize=1 << 14)
 def walk(node: Node) -> tuple[Node, ...]:
     """The node and all nodes below it."""
-    found = [node]
-    mapped(node, lambda child: found.extend(walk(child)))
+    found: list[Node] = []
+
+    def visit(part):
+        if part and part[0] in _KINDS:
+            found.append(part)
+            part = part[1:]
+        for item in part:
+            if isinstance(item, tuple):
+                visit(item)
+    visit(node)
     return tuple(found)
 
 
-@lru_cache(maxsize=1 << 14)
-def canonical(node: Node) -> Node:
-    """The tree with flat, sorted sums, products and sets: equal for two answers that differ only in such order."""
-    node = mapped(node, canonical)
+def ordered(node: Node) -> Node:
+    """The tree with flat, sorted sums, products and sets."""
+    node = mapped(node, ordered)
     if node[0] in ("add", "mul"):
         items = [part for item in node[1] for part in (item[1] if item[0] == node[0] else (item,))]
         items = [item for item in items if item != number(node[0] == "mul")] or items[:1]         # 0 + x, 1 x
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
     return ("set", tuple(sorted(node[1], key=repr))) if node[0] == "set" else node
+
+
+canonical = lru_cache(maxsize=1 << 14)(ordered)             # equal for two answers that differ only in such order
 
 
 @lru_cache(maxsize=1 << 14)
@@ -1178,7 +1192,7 @@ def variants(node: Node) -> list[Node]:
 def is_defined(tree: Node) -> bool:
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
     infinity = ("sym", "∞")
-    if tree in (infinity, negative(infinity)):
+    if tree[0] in ("num", "sym", "text") or tree == negative(infinity):
         return True
     if tree[0] not in ("add", "mul", "pow", "fn", "pm") or has(tree, "matrix", "tuple"):
         parts: list[Node] = []
@@ -1186,8 +1200,8 @@ def is_defined(tree: Node) -> bool:
         return all(map(is_defined, parts))
     if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or ("sym", "ℝ") in walk(tree):
         return True                                         # R - {0}
-    names = sorted(unknowns(tree))
-    for env in itertools.chain(*(ordinary_points(names, whole, random.Random(repr(tree))) for whole in (set(), set(names)))):
+    names, rng = sorted(unknowns(tree)), random.Random(1)
+    for env in itertools.chain(ordinary_points(names, set(), rng), ordinary_points(names, set(names), rng)):
         try:
             for variant in variants(tree):
                 evaluate(variant, Scope(env))
@@ -1206,9 +1220,8 @@ _WHOLE_NAMES = {"n", "m", "k", "N"}
 _SIZES = (1, 5, 40, 5, 40, 1000, 10 ** 6)
 
 
-def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> list[dict]:
+def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
     """Values for the unknowns: small and large, first positive, then of both signs; fractions, or whole numbers."""
-    found = []
     for i, size in enumerate(_SIZES if names else (1,)):
         env = {}
         for name in names:
@@ -1216,9 +1229,8 @@ def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> li
             if name in whole:
                 env[name] = Fraction(sign * rng.randint(1, max(size, 3 + 2 * i)))
             else:
-                env[name] = sign * Fraction(rng.randrange(7, 101 * size), rng.choice((89, 97, 101)))
-        found.append(env)
-    return found
+                env[name] = Fraction(sign * rng.randrange(7, 101 * size), rng.choice((89, 97, 101)))
+        yield env
 
 
 def switches(tree: Node) -> list[Node]:
@@ -1255,12 +1267,11 @@ def zeros(node: Node, name: str, env: dict) -> list:
     return [sign * Fraction(3, 2) ** k for k in range(-8, 36) for sign in (1, -1)]
 
 
-def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random) -> list[dict]:
+def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
     """Points at, and on both sides of, the switches of both trees, one unknown moving at a time; and far out."""
-    found = []
     expressions = switches(a) + switches(b)
     for name in names if expressions else ():
-        base = rng.choice(ordinary_points(names, whole, rng)[:5])
+        base = rng.choice(list(ordinary_points(names, whole, rng))[:5])
         marks = {Fraction(round(zero * 10 ** 12), 10 ** 12) for expression in expressions
                  for zero in zeros(expression, name, base) if abs(zero) < 10 ** 15} or {Fraction(0)}
         marks = sorted(rng.sample(sorted(marks), min(len(marks), 40)))
@@ -1270,8 +1281,7 @@ def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: ran
         values += [*marks, width * rng.randrange(5, 5000), -width * rng.randrange(5, 5000)]
         if name in whole:
             values = {Fraction(math.floor(value) + k) for value in values for k in (0, 1)}
-        found += [base | {name: value} for value in sorted(values)]
-    return found
+        yield from (base | {name: value} for value in sorted(values))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1766,13 +1776,13 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
 
     n, m and k are whole numbers: there \\lceil n/2\\rceil is \\lfloor (n+1)/2\\rfloor, and \\cos n\\pi is (-1)^n.
     """
-    names, rng = sorted(unknowns(a) | unknowns(b)), pair_seed(a, b)
+    names = sorted(unknowns(a) | unknowns(b))
+    rng = pair_seed(a, b) if names else None
     whole = _WHOLE_NAMES.intersection(names)
     ways = [(True, whole), (True, set(names)), (False, whole)]
     for real, whole in ways[2:] if not names or ("sym", "i") in walk(a) + walk(b) else ways:
         agreed = 0
-        ordinary = ordinary_points(names, whole, rng)
-        for i, env in enumerate(ordinary + points_between(a, b, names, whole, rng)):
+        for i, env in enumerate(itertools.chain(ordinary_points(names, whole, rng), points_between(a, b, names, whole, rng))):
             try:
                 if not same_number(a, b, scope._replace(env=env, real=real)):
                     return False
@@ -1780,7 +1790,7 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
             except Undefined:
                 continue
             except TooBig:
-                if i >= len(ordinary):                      # what happens beyond a switch cannot be seen
+                if i >= len(_SIZES):                        # what happens beyond a switch cannot be seen
                     return False
         if agreed >= (2 if names else 1):
             return True
