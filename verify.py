@@ -44,6 +44,7 @@ MAX_PROBLEM = 10_000       # characters of a problem in which a copied answer is
 MAX_DEPTH = 80             # nested terms, atoms and exponents: 40 brackets
 MAX_BITS = 200_000         # of an exact numerator or denominator, about 60,000 digits
 MAX_DIGITS = 4000          # of an irrational value
+MAX_DIGITS_AT_POINTS = 700 # where there are unknowns, since there are other points
 MAX_FACTORIAL = 3000       # largest argument that is computed exactly
 MAX_ITEMS = 400            # of a list
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
@@ -1093,7 +1094,7 @@ def same_number(a: Node, b: Node, s: Scope) -> bool:
     that this may be so; cos(10^-60) is 1 to 120. What 4,000 digits cannot tell stays unknown.
     """
     digits = _MP.dps
-    while digits <= MAX_DIGITS:
+    while digits <= (MAX_DIGITS_AT_POINTS if s.env else MAX_DIGITS):
         at = s._replace(mp=arithmetic(digits), largest=[0])
         x, y = evaluate(a, at), evaluate(b, at)
         if isinstance(x, Fraction) and isinstance(y, Fraction):
@@ -1827,7 +1828,8 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     trees, golds = ([canonical(tree) for tree in read(text)] for text in (answer, gold))
     if squeeze(answer) == squeeze(gold) or set(trees) & set(golds):
         return False
-    if any({part[0] for part in walk(tree[2][-1] if label_of(tree) else tree)} <= _AS_THEY_ARE for tree in trees):
+    is_period = re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer)                    # 0.\overline{3}
+    if not is_period and any({part[0] for part in walk(tree[2][-1] if label_of(tree) else tree)} <= _AS_THEY_ARE for tree in trees):
         return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
