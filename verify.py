@@ -983,7 +983,7 @@ def scale(value, mp) -> int:
 
 def evaluate(node: Node, s: Scope):
     """The value of an expression, a Fraction, mpf or mpc; Undefined if it has none."""
-    spend(3)
+    spend(1)
     kind, mp = node[0], s.mp
     if kind == "num":
         return node[1]
@@ -1009,7 +1009,7 @@ def evaluate(node: Node, s: Scope):
     else:
         raise Undefined(f"{kind} without a value")
     if not isinstance(value, Fraction):
-        spend(mp.dps / 10)
+        spend(mp.dps / 30)
     if s.real and not is_real(value):
         raise Undefined("not real")
     if s.largest is not None:
@@ -1036,7 +1036,6 @@ def is_product(node: Node) -> bool:
 def apply(name: str, arguments: list, s: Scope):
     """A named function. Arguments so large that reducing them would take long are refused."""
     mp, x = s.mp, arguments[0]
-    spend(mp.dps ** 1.5 / 15)
     if any(abs(a) > _HUGE for a in arguments) and name not in ("abs", "max", "min"):
         raise TooBig("argument")
     real = all(map(is_real, arguments))
@@ -1059,14 +1058,16 @@ def apply(name: str, arguments: list, s: Scope):
         return abs(x)
     if name == "sgn":
         return Fraction(int(mp.sign(mp.re(to_mp(x, mp)))))
+    if name in ("floor", "ceil") and isinstance(x, Fraction):
+        return Fraction(getattr(math, name)(x))
     if name in ("floor", "ceil"):
-        near = mp.nint(mp.re(to_mp(x, mp)))                 # sqrt(2)^2 is 2 but for rounding
-        is_near = not isinstance(x, Fraction) and abs(x - near) <= mp.mpf(10) ** (-(mp.dps + 20) // 2)
-        return Fraction(int(near if is_near else getattr(math if isinstance(x, Fraction) else mp, name)(x)))
+        near = mp.nint(mp.re(x))                            # sqrt(2)^2 is 2 but for rounding
+        return Fraction(int(near if abs(x - near) <= mp.mpf(10) ** (-(mp.dps + 20) // 2) else getattr(mp, name)(mp.re(x))))
     if name in ("factorial", "fac2") and integers and x <= MAX_FACTORIAL:
         if x < 0:
             raise Undefined("factorial of a negative number")
         return Fraction(math.factorial(int(x)) if name == "factorial" else math.prod(range(int(x), 0, -2)))
+    spend(mp.dps ** 1.5 / 15)
     if name in ("ln", "log", "lg"):
         if x == 0:
             raise Undefined("log 0")
@@ -1265,7 +1266,7 @@ def zeros(node: Node, name: str, env: dict) -> list:
             return [(-b + root) / (2 * a), (-b - root) / (2 * a)]
     except (Undefined, TooBig):
         pass
-    return [sign * Fraction(3, 2) ** k for k in range(-8, 36) for sign in (1, -1)]
+    return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
 
 
 def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
@@ -1826,11 +1827,12 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     compute: a number, a name, a list of them.
     """
     trees, golds = ([canonical(tree) for tree in read(text)] for text in (answer, gold))
-    if squeeze(answer) == squeeze(gold) or set(trees) & set(golds):
+    if squeeze(answer) == squeeze(gold):
         return False
-    is_period = re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer)                    # 0.\overline{3}
-    if not is_period and any({part[0] for part in walk(tree[2][-1] if label_of(tree) else tree)} <= _AS_THEY_ARE for tree in trees):
-        return False
+    if not re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer):                       # 0.\overline{3} is a task for some problems
+        values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
+        if set(trees) & set(golds) or any({part[0] for part in walk(value)} <= _AS_THEY_ARE for value in values):
+            return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
     return any(tree in stated for tree in trees) or any(map(pattern.search, texts))
