@@ -1964,6 +1964,107 @@ def test_verify_lists_against_counting():
         assert verify.is_equal(f"({a})", f"({b})") == (xs == ys), (a, b)
 
 
+def random_tree(rng, depth):
+    """A tree over x with |.|, floor, ceiling, min and max; the constants are small and large."""
+    if depth == 0 or rng.random() < 0.15:
+        return ("x",) if rng.random() < 0.6 else ("c", Fraction(rng.choice([1, 2, 3, 5, 10, 50, 100, 1000, -1, -7, 12345, Fraction(1, 3)])))
+    kind = rng.choice(["+", "-", "*", "abs", "floor", "ceil", "min", "max"])
+    first = ("c", Fraction(rng.choice([2, 3, -1, 7, Fraction(1, 100)]))) if kind == "*" else random_tree(rng, depth - 1)
+    return (kind, first) if kind in ("abs", "floor", "ceil") else (kind, first, random_tree(rng, depth - 1))
+
+
+def nearly(rng, tree):
+    """A copy with some parts rewritten: to the same, or to what is the same on one side of a switch only."""
+    kind, *parts = tree
+    minus = ("c", Fraction(-1))
+    if rng.random() < 0.4 and kind == "abs":
+        return rng.choice([parts[0], ("*", minus, parts[0]), ("max", parts[0], ("*", minus, parts[0]))])
+    if rng.random() < 0.4 and kind in ("min", "max"):
+        return rng.choice([*parts, (kind, *reversed(parts))])
+    if rng.random() < 0.4 and kind == "floor":
+        return rng.choice([parts[0], ("ceil", parts[0]), ("-", ("ceil", parts[0]), ("c", Fraction(1))),
+                           ("*", minus, ("ceil", ("*", minus, parts[0])))])
+    return (kind, *(nearly(rng, part) if isinstance(part, tuple) else part for part in parts))
+
+
+TREES = {  # kind: (value, LaTeX)
+    "+": (lambda a, b: a + b, "({})+({})"), "-": (lambda a, b: a - b, "({})-({})"), "*": (lambda a, b: a * b, r"({})\cdot({})"),
+    "min": (min, r"\min({},{})"), "max": (max, r"\max({},{})"), "abs": (abs, "|{}|"),
+    "floor": (lambda a: Fraction(math.floor(a)), r"\lfloor {}\rfloor "), "ceil": (lambda a: Fraction(math.ceil(a)), r"\lceil {}\rceil ")}
+
+
+def value_at(tree, x):
+    kind, *parts = tree
+    return x if kind == "x" else parts[0] if kind == "c" else TREES[kind][0](*(value_at(part, x) for part in parts))
+
+
+def latex(tree):
+    kind, *parts = tree
+    return "x" if kind == "x" else f"({parts[0]})" if kind == "c" else TREES[kind][1].format(*map(latex, parts))
+
+
+POINTS = [Fraction(k, 4) for k in range(-400, 401, 3)] + [k + d for k in range(-3000, 3001, 37) for d in (Fraction(0), Fraction(1, 7))] \
+    + [sign * Fraction(10 ** e) + k for e in range(3, 9) for sign in (1, -1) for k in range(-3, 4)]
+
+
+def check_switches(rng):
+    """Oracle: exact values at a thousand points. Never a false right; equal trees are seldom called different."""
+    a = random_tree(rng, rng.choice((1, 2, 2, 3)))
+    b = nearly(rng, a)
+    equal = all(value_at(a, x) == value_at(b, x) for x in POINTS)
+    assert verify.is_equal(latex(a), latex(b)) == equal, (latex(a), latex(b))
+
+
+def check_precision(rng):
+    """Oracle: whole numbers. Roots, powers and quotients that differ from a whole number by next to nothing, or by nothing."""
+    root, power, gap = rng.randrange(2, 10 ** rng.choice((1, 3, 40))), rng.choice((2, 3, 5)), rng.choice((0, 0, 1, -1, 2))
+    n = rng.choice((1, 30, 60, 200))
+    base, exponent = rng.randrange(2, 12), rng.choice((30, 300, 3000, 9001, 15001))
+    a, b, equal = rng.choice([
+        (f"\\sqrt[{power}]{{{root ** power + gap}}}", str(root), gap == 0),
+        (f"\\sqrt{{10^{{{2 * n}}}+{gap + 1}-1}}", f"10^{{{n}}}", gap == 0),
+        (f"{base}^{{{exponent}}}+{gap + 1}", f"{base}\\cdot{base}^{{{exponent - 1}}}+1", gap == 0),
+        (f"\\pi\\cdot\\frac{{10^{{{n}}}+{gap + 1}}}{{10^{{{n}}}+1}}", r"\pi", gap == 0),
+        (f"e^{{{n}}}+{gap + 1}-1", f"e^{{{n}}}", gap == 0),
+        (f"\\sqrt{{{root}}}\\cdot\\sqrt{{{root}+10^{{-{n}}}\\cdot({gap})}}", str(root), gap == 0)])
+    verdict = verify.is_equal(a, b)
+    assert not (verdict and not equal) and (verdict or not equal), (a, b)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.randoms(use_true_random=False))
+def test_verify_false_rights(rng):
+    check_switches(rng)
+    check_precision(rng)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, derandomize=True)
+@given(st.randoms(use_true_random=False))
+def test_verify_no_false_right_in_10_000_pairs_of_each_kind(rng):
+    check_switches(rng)
+    check_precision(rng)
+
+
+VERIFY_UNITS = [r"\frac{1}{2}", r"\sqrt{2}", "x", "9", " ", "5 ", "(", "{", "|", ",", "^", "_", "-", r"\{", "base", r"\text{", r"\left", "x=1,", "th", "$",
+                r"[\sqrt2,\sqrt3]\cup", r"\cup(\sqrt{2},\sqrt{3})", "x^2+", "e^{x}", "7^{7^{7}}", "n!", "1e9", r"\pm1,", "|x-3|", r"\sqrt[3]{7}"]
+
+
+@pytest.mark.parametrize("unit", VERIFY_UNITS)
+def test_verify_time_is_bounded(unit):
+    """Doubled until the limit: no text takes long, and twice the length takes at most about twice as long."""
+    for other in ("", "9", "x", ")", "}"):
+        seconds = []
+        for size in (250, 500, 1000, 2000):
+            text = ((unit + other) * size)[:size]
+            start = time.process_time()
+            for gold in ("5", "x+\\sqrt2", text[:-1]):
+                verify.is_equal(text, gold)
+            seconds.append((time.process_time() - start) / 3)
+        assert max(seconds) < 0.6, (unit + other, seconds)  # 0.3 s on a quiet machine
+        assert all(later < 4 * earlier + 0.05 for earlier, later in zip(seconds, seconds[1:])), (unit + other, seconds)
+
+
 VERIFY_PIECES = st.sampled_from(
     r"\frac \sqrt { } ( ) [ ] ^ _ ! 9 99 999999 \pi e i \infty | , ; : = < \le - + * / \pm \cup \in \text{ \text{or} x n % \% ^\circ \log \sin "
     r"\binom \{ \} \begin{pmatrix} & \\ \end{pmatrix} \sum_{k=1}^{9} . ... \overline{3} \lfloor \rfloor ^{9 ½ \mathbb{R} \setminus \left \right ² "
