@@ -132,15 +132,17 @@ _GREEK = dict(zip(
     "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split()))
 _SPELLINGS = {
     "-": "−–—‐‑﹣－", r"\cdot ": "·⋅∙•", "/": "÷∕⁄", r"^\circ ": "°º˚", r"\emptyset ": "∅⌀", ",": "，、", ".": "。．",
-    r"\le ": "≤≦⩽", r"\ge ": "≥≧⩾", r"\pi ": "πℼ", "'": "’′", "|": "∣｜", r"\times ": "×", r"\sqrt ": "√", r"\sqrt[3]": "∛",
-    r"\infty ": "∞", r"\ne ": "≠", r"\approx ": "≈", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", r"\pm ": "±", r"\mp ": "∓",
-    r"\angle ": "∠", r"\R ": "ℝ", r"\setminus ": "∖", r"\equiv ": "≡", r"\phi ": "ϕ", r"\circ ": "∘", ";": "；", ":": "：∶",
-    r"\ldots ": "…", "%": "％", "$": "＄", r"\langle ": "⟨", r"\rangle ": "⟩",
-    "": "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff"}  # invisible
+    r"\le ": "≤≦⩽", r"\ge ": "≥≧⩾", r"\pi ": "πℼ", "'": "’′", "|": "∣｜", r"\times ": "×", r"\sqrt ": "√",
+    r"\sqrt[3]": "∛", r"\infty ": "∞", r"\ne ": "≠", r"\approx ": "≈", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩",
+    r"\pm ": "±", r"\mp ": "∓", r"\angle ": "∠", r"\R ": "ℝ", r"\setminus ": "∖", r"\equiv ": "≡", r"\phi ": "ϕ",
+    r"\circ ": "∘", ";": "；", ":": "：∶", r"\ldots ": "…", "%": "％", "$": "＄", r"\langle ": "⟨", r"\rangle ": "⟩",
+    # invisible letters
+    "": "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff"}
 _UNICODE = str.maketrans(
     {letter: latex for latex, letters in _SPELLINGS.items() for letter in letters}
     | {letter: f"\\{name} " for letter, name in _GREEK.items()}
-    | {letter: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", letter).split("⁄")) for letter in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
+    | {letter: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", letter).split("⁄"))
+       for letter in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
 _SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
 _FONTS = re.compile(
     r"\\(?:text(?:bf|it|rm|up|sf|tt|normal)?|emph|[mh]box|math(?:rm|bf|it|sf|tt|cal|scr|frak)|boldsymbol|bm|pmb"
@@ -150,7 +152,7 @@ _FONTS = re.compile(
 _CLEAN_ROWS = (
     # layout
     (r"\\\\ ?\[[^\]]*\]", r"\\\\ "),                                                                 # \\[4pt]
-    (r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|huge|small|limits|nolimits|left\.|right\.)§", " "),
+    (r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|limits|nolimits|left\.|right\.)§", " "),
     (r"\\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§", ""),
     (r"\\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\}", " "),
     (r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
@@ -167,7 +169,8 @@ _CLEAN_ROWS = (
     (r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?", r"_{\1}"),                # 12\text{ base }5
     # commands
     (r"\\[dtc]frac§", r"\\frac "), (r"\\[dt]binom§", r"\\binom "), (r"\\(?:ldots|dots|cdots|dotsc)§", "..."),
-    (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "), (r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
+    (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "),
+    (r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
     (r"\{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$", r"\\frac {\1\3}{\2\4}"),
     (r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"), (r"\\not ?=", r"\\ne "), (r"\\([%_])", r"\1"),
     (r"\\\$|\\euro§", " $ "), (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
@@ -175,7 +178,8 @@ _CLEAN_ROWS = (
     (r"\b([aApP])\. ?[mM]\b\.?", r"\1m"), (r"\bper cent\b", "percent"),
     (r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
     (r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\} ?$", r"\\text{(\2)} \1"),                                 # 20 \textbf{(D)}
-    (r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""), (r"^ ?\*\*([^*]+)\*\*", r"\1"),
+    (r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
+    (r"^ ?\*\*([^*]+)\*\*", r"\1"),
     (r",? ?\\text ?\{,? ?for (?:all|any|every|each)(?: real)?(?: numbers?)? ?\}? ?[a-z]?(?: ?\\in ?\\R)? ?\}? ?$", ""),
     (r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\) ?$", r", \1"),
     (r"  +", " "))
@@ -225,7 +229,8 @@ class Token(NamedTuple):
 
 
 _TOKEN = r"""
-  (?P<space>\s+) | \\text\s*\{(?P<body>[^{}]*)\} | \\(?P<env>begin|end)\s*\{(?P<name>[a-zA-Z]+)\*?\}(?P<cols>\{[lcr|\s]*\})?
+  (?P<space>\s+) | \\text\s*\{(?P<body>[^{}]*)\}
+| \\(?P<env>begin|end)\s*\{(?P<name>[a-zA-Z]+)\*?\}(?P<cols>\{[lcr|\s]*\})?
 | (?P<rep>\d*\.\d*(?:\\(?:overline|bar)\s*\{\d+\}|\\(?:overline|bar)\s*\d|\\dot\s*\{?\d\}?(?:\d*\\dot\s*\{?\d\}?)?
           |\(\d+\)|(?<=\d)\.\.\.))
 | (?P<num>SEPARATED\d[0-9A-F]*[A-F][0-9A-F]*(?=_\{?1[1-9])|\d+(?:\.\d+)?|\.\d+)
@@ -236,19 +241,21 @@ _LEXERS = {separated: re.compile(_TOKEN.replace("SEPARATED", _SEPARATED if separ
 
 _OPERATORS = {alias: op for op, aliases in {
     "<=": "le leq leqslant leqq", ">=": "ge geq geqslant geqq", "!=": "ne neq", "<": "lt", ">": "gt", "in": "in",
-    "~": "approx simeq thickapprox doteq", "≡": "equiv", "cup": "cup bigcup", "cap": "cap bigcap", "*": "cdot times ast",
-    "setminus": "setminus backslash smallsetminus", "/": "div", "±": "pm", "∓": "mp", "\\{": "lbrace {", "\\}": "rbrace }",
-    "(": "langle lparen lgroup", ")": "rangle rparen rgroup", "[": "lbrack", "]": "rbrack", "|": "lvert rvert vert mid |",
-    ":": "colon", "and": "land", "or": "lor", "cr": "\\ cr newline", "&": "&", "mod": "mod pmod bmod", "⌊": "lfloor",
-    "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil"}.items() for alias in aliases.split()}
+    "~": "approx simeq thickapprox doteq", "≡": "equiv", "cup": "cup bigcup", "cap": "cap bigcap",
+    "*": "cdot times ast", "setminus": "setminus backslash smallsetminus", "/": "div", "±": "pm", "∓": "mp",
+    "\\{": "lbrace {", "\\}": "rbrace }", "(": "langle lparen lgroup", ")": "rangle rparen rgroup", "[": "lbrack",
+    "]": "rbrack", "|": "lvert rvert vert mid |", ":": "colon", "and": "land", "or": "lor", "cr": "\\ cr newline",
+    "&": "&", "mod": "mod pmod bmod", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
+    }.items() for alias in aliases.split()}
 _FUNCTIONS = {name: canon for canon, names in {
-    "sin": "sin", "cos": "cos", "tan": "tan tg", "cot": "cot ctg cotg", "sec": "sec", "csc": "csc cosec", "asin": "arcsin asin",
-    "acos": "arccos acos", "atan": "arctan atan arctg", "acot": "arccot", "asec": "arcsec", "acsc": "arccsc", "sinh": "sinh",
-    "cosh": "cosh", "tanh": "tanh", "asinh": "arcsinh asinh", "acosh": "arccosh acosh", "atanh": "arctanh atanh", "ln": "ln",
-    "log": "log", "lg": "lg", "exp": "exp", "gcd": "gcd", "lcm": "lcm", "max": "max", "min": "min", "sgn": "sgn sign",
-    }.items() for name in names.split()}
+    "sin": "sin", "cos": "cos", "tan": "tan tg", "cot": "cot ctg cotg", "sec": "sec", "csc": "csc cosec",
+    "asin": "arcsin asin", "acos": "arccos acos", "atan": "arctan atan arctg", "acot": "arccot", "asec": "arcsec",
+    "acsc": "arccsc", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "asinh": "arcsinh asinh",
+    "acosh": "arccosh acosh", "atanh": "arctanh atanh", "ln": "ln", "log": "log", "lg": "lg", "exp": "exp",
+    "gcd": "gcd", "lcm": "lcm", "max": "max", "min": "min", "sgn": "sgn sign"}.items() for name in names.split()}
 _GREEK_NAMES = set(_GREEK.values()) | {"pi", "varphi", "vartheta", "varepsilon", "ell", "hbar", "top"}
-_CONNECTORS = {"and": "and", "or": "or", "或": "or", "和": "and", "与": "and", "且": "and", "或者": "or", "и": "and", "или": "or"}
+_CONNECTORS = {"and": "and", "or": "or", "或": "or", "和": "and", "与": "and", "且": "and", "或者": "or",
+               "и": "and", "или": "or"}
 _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split())
 
 
@@ -324,7 +331,7 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
 
 
 def repeating_decimal(text: str) -> Fraction:
-    """0.1\\overline{6}, 0.\\dot{1}4\\dot{2}, 0.1(6), or 0.166...: dots repeat the digits that are there twice. Exact."""
+    """0.1\\overline{6}, 0.\\dot{1}4\\dot{2}, 0.1(6), or 0.166...: dots repeat the digits that are there twice."""
     head, _, tail = text.partition(".")
     if tail.endswith("..."):
         digits = tail[:-3]
@@ -348,23 +355,26 @@ m 1000 km kilometer kilometre 千米 公里; m 1/10 dm decimeter 分米; inch 1 
 inch 36 yd yds yard; inch 63360 mi mile; g 1 g gram 克; g 1000 kg kgs kilogram 千克 公斤; g 1/1000 mg milligram;
 tonne 1 tonne ton 吨; pound 1 lb lbs pound; pound 1/16 oz ounce; second 1 s sec second 秒; second 1/1000 ms millisecond;
 second 60 min minute 分钟; second 3600 h hr hrs hour 小时; second 86400 day 天; second 604800 week; month 1 month;
-month 12 year yr yrs 年; liter 1 l L liter litre 升; liter 1/1000 ml mL milliliter; gallon 1 gal gallon; gallon 1/4 quart;
-gallon 1/8 pint; dollar 1 $ dollar usd buck; dollar 1/100 cent penny pennies ¢; euro 1 euro; poundsterling 1 £; pence 1 pence;
-yuan 1 yuan 元 rmb; yen 1 ¥ yen; rupee 1 rupee rs; ruble 1 ruble; newton 1 N newton; joule 1 J joule; watt 1 W watt;
-volt 1 V volt; ohm 1 ohm; hertz 1 Hz hertz; mole 1 mol mole; kelvin 1 K; degreeC 1 degreeC; degreeF 1 degreeF;
-radian 1 rad radian; unit 1 unit; acre 1 acre; hectare 1 hectare; am 1 am; pm 1 pm"""
+month 12 year yr yrs 年; liter 1 l L liter litre 升; liter 1/1000 ml mL milliliter; gallon 1 gal gallon;
+gallon 1/4 quart; gallon 1/8 pint; dollar 1 $ dollar usd buck; dollar 1/100 cent penny pennies ¢; euro 1 euro;
+poundsterling 1 £; pence 1 pence; yuan 1 yuan 元 rmb; yen 1 ¥ yen; rupee 1 rupee rs; ruble 1 ruble; newton 1 N newton;
+joule 1 J joule; watt 1 W watt; volt 1 V volt; ohm 1 ohm; hertz 1 Hz hertz; mole 1 mol mole; kelvin 1 K;
+degreeC 1 degreeC; degreeF 1 degreeF; radian 1 rad radian; unit 1 unit; acre 1 acre; hectare 1 hectare; am 1 am;
+pm 1 pm"""
 # Things that answers count. Any other word after a number may change it (5 thousandths, 5 halves): it is no unit.
-_THINGS = """apple arrangement ball banana basket bead bill bird block board book bottle bouquet box boxes boy brick bus buses
+_THINGS = """
+    apple arrangement ball banana basket bead bill bird block board book bottle bouquet box boxes boy brick bus buses
     cake camel candies candy car card cat chair child children choice circle city cities class classes code coin color
     combination cookie cow customer cyclist digit dog donkey door dot edge egg element employee equation face fish
-    flag flower friend frog function game girl goal graph group guest handshake hexagon horse house integer intersection item
-    jar key kid knight lap leaf leaves letter line lion marble match matches member men minivan mouse move number nut object
-    orange ordering outcome page painting panda parallelogram path peach peaches pear pen pencil pentagon people
-    permutation person piece pig pizza plant plate player point polygon polynomial possibility possibilities problem
-    quadrilateral queen question rabbit rectangle region ring rod room rope rose row school seat segment sequence shape sheep
-    shelf shelves shirt side slice sock soldier solution step stick sticker story stories student subset symbol
-    table teacher team term ticket tile toy train tree triangle trip truck tuple value vertex vertices visitor vote voter
-    wagon wall way weighing wheel win window woman women word worker 个 人 种 名 只 条 本 次 分 岁 块""".split()
+    flag flower friend frog function game girl goal graph group guest handshake hexagon horse house integer
+    intersection item jar key kid knight lap leaf leaves letter line lion marble match matches member men minivan
+    mouse move number nut object orange ordering outcome page painting panda parallelogram path peach peaches pear pen
+    pencil pentagon people permutation person piece pig pizza plant plate player point polygon polynomial possibility
+    possibilities problem quadrilateral queen question rabbit rectangle region ring rod room rope rose row school seat
+    segment sequence shape sheep shelf shelves shirt side slice sock soldier solution step stick sticker story stories
+    student subset symbol table teacher team term ticket tile toy train tree triangle trip truck tuple value vertex
+    vertices visitor vote voter wagon wall way weighing wheel win window woman women word worker
+    个 人 种 名 只 条 本 次 分 岁 块""".split()
 _FILLERS = set("of the in total different distinct possible such old long each".split())
 UNITS: dict[str, tuple[str, Fraction]] = {"kilowatt": ("watt", Fraction(1000)), "kmh": ("m second^-1", Fraction(5, 18))}
 for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
@@ -376,7 +386,8 @@ for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
 UNITS |= {"mph": ("inch second^-1", Fraction(88, 5)), "kph": UNITS["kmh"]}
 UNITS |= {name: ("°", Fraction(1)) for name in ("degree", "degrees", "deg", "度")}
 UNITS |= {name: ("%", Fraction(1)) for name in ("percent", "pct", "percentage", "percents")}
-_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12, "dozen": 12}
+_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9,
+                "trillion": 10 ** 12, "dozen": 12}
 _POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 _NUMERALS = {word: i for i, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split())}
@@ -552,14 +563,15 @@ class Parser:
         return node
 
     def unit(self) -> tuple[str, Fraction, int]:
-        """The words after a number: ('m^2', 1/10000, 1) for 'square centimetres', ('yuan', 1, 1000) for 'thousand yuan'.
+        """The words after a number: ('m^2', 1/10000, 1) for square centimetres, ('yuan', 1, 1000) for thousand yuan.
 
         An unknown word is a unit of its own, marked by a question mark: it is never left out.
         """
         parts, factor, count, sign, power = [], Fraction(1), 1, 1, 1
         while True:
             if self.peek().kind != "word":
-                if not (parts and self.is_op("/", "*", "-") and (self.peek(1).kind == "word" or self.peek(1).text in UNITS)):
+                next_is_unit = self.peek(1).kind == "word" or self.peek(1).text in UNITS
+                if not (parts and next_is_unit and self.is_op("/", "*", "-")):
                     return " ".join(parts), factor, count
                 sign = -1 if self.take().text == "/" else 1
                 self.tokens[self.at] = self.peek()._replace(kind="word")             # the h of km/h
@@ -596,7 +608,7 @@ class Parser:
             raise Unreadable("prose")
         if len(words) == 1 and words[0] in _NUMERALS:
             return number(_NUMERALS[words[0]])
-        if len(words) == 2 and words[0] in ("option", "choice", "answer", "选项", "选") and re.fullmatch("[A-J]", words[1]):
+        if re.fullmatch("(?:option|choice|answer|选项|选) [A-J]", " ".join(words)):
             return ("sym", words[1])
         text = " ".join(map(singular, words))
         if text in ("all real number", "all real", "any real number"):
@@ -635,7 +647,7 @@ class Parser:
         return negative(self.power()) if self.take("-") else self.power()
 
     def starts_factor(self) -> bool:
-        """May the next token begin a factor that is multiplied without a sign? A number after a number only in 2^6 3^5."""
+        """May the next token begin a factor without a sign before it? A number after a number only in 2^6 3^5."""
         token, before = self.peek(), self.tokens[self.at - 1]
         if token.kind == "num" and before.kind == "num":
             return self.tokens[self.at - 2].text == "^" == self.peek(1).text
@@ -717,7 +729,7 @@ class Parser:
         elif text.isdigit() and token.spaced and token.kind == self.peek(2).kind == "num" and self.peek(1).text == "/":
             parts = number(self.peek().text), number(self.peek(2).text)
             self.at += 3
-        if parts and all(part[0] == "num" and part[1].denominator == 1 for part in parts) and 0 < parts[0][1] < parts[1][1]:
+        if parts and parts[0][0] == parts[1][0] == "num" and 0 < parts[0][1] < parts[1][1]:
             return number(int(text) + parts[0][1] / parts[1][1])
         self.at = start
         return number(text)
@@ -749,7 +761,8 @@ class Parser:
         arguments = inside[3] if inside[0] == "tuple" else (inside,)
         if name == "C" and len(arguments) == 2:                                     # and so is C(5, 2)
             return ("fn", "binom", arguments)
-        return ("call", name, arguments) if name[0] in _CALLS or len(arguments) > 1 else ("mul", (("sym", name), inside))
+        is_call = name[0] in _CALLS or len(arguments) > 1
+        return ("call", name, arguments) if is_call else ("mul", (("sym", name), inside))
 
     def group(self) -> Node:
         """`{...}` of LaTeX: one item, or a plain list ({1,2} is often meant as the set)."""
@@ -867,7 +880,7 @@ class Parser:
         raise Unreadable(f"command \\{name}")
 
     def function(self, name: str) -> Node:
-        """sin x, sin^2 x, sin^{-1} x, log_2 x, max(a, b). Without brackets the argument goes on to the next + or function."""
+        """sin x, sin^2 x, sin^{-1} x, log_2 x, max(a, b). Without brackets the argument ends at + or at a function."""
         base = power = None
         while self.is_op("_", "^"):
             if self.take("^"):
@@ -1014,8 +1027,8 @@ def evaluate(node: Node, s: Scope):
         raise Undefined("not real")
     if s.largest is not None:
         size = scale(value, mp)
-        if size < 2.5 * mp.dps or kind in ("mul", "pow") or abs(value) > 1:          # else it is 0 but for rounding: sin(pi)
-            s.largest[0] = max(s.largest[0], size)
+        is_rounded_zero = size > 2.5 * mp.dps and abs(value) < 1 and kind not in ("mul", "pow")               # sin(pi)
+        s.largest[0] = max(s.largest[0], 0 if is_rounded_zero else size)
     return value
 
 
@@ -1052,7 +1065,9 @@ def apply(name: str, arguments: list, s: Scope):
             return mp.binomial(*(to_mp(a, mp) for a in arguments))
     if name == "log" and len(arguments) == 2 and arguments[1] not in (0, 1):
         return apply("ln", [x], s) / apply("ln", [arguments[1]], s)
-    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom") or name in ("sgn", "floor", "ceil") and not real:
+    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom"):
+        raise Undefined(f"{name} of these arguments")
+    if name in ("sgn", "floor", "ceil") and not real:
         raise Undefined(f"{name} of these arguments")
     if name == "abs":
         return abs(x)
@@ -1062,7 +1077,8 @@ def apply(name: str, arguments: list, s: Scope):
         return Fraction(getattr(math, name)(x))
     if name in ("floor", "ceil"):
         near = mp.nint(mp.re(x))                            # sqrt(2)^2 is 2 but for rounding
-        return Fraction(int(near if abs(x - near) <= mp.mpf(10) ** (-(mp.dps + 20) // 2) else getattr(mp, name)(mp.re(x))))
+        is_near = abs(x - near) <= mp.mpf(10) ** (-(mp.dps + 20) // 2)
+        return Fraction(int(near if is_near else getattr(mp, name)(mp.re(x))))
     if name in ("factorial", "fac2") and integers and x <= MAX_FACTORIAL:
         if x < 0:
             raise Undefined("factorial of a negative number")
@@ -1114,8 +1130,8 @@ def same_number(a: Node, b: Node, s: Scope) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Trees
 
-_KINDS = set("num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based cup cap setminus "
-             "where builder text choice".split())
+_KINDS = set("num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based cup cap "
+             "setminus where builder text choice".split())
 
 
 def mapped(part, change):
@@ -1159,7 +1175,8 @@ canonical = lru_cache(maxsize=1 << 14)(ordered)             # equal for two answ
 @lru_cache(maxsize=1 << 14)
 def unknowns(node: Node) -> frozenset[str]:
     """The names without a fixed value."""
-    return frozenset(n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)) - {"π", "e", "i", "∞"}
+    names = {n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)}
+    return frozenset(names - {"π", "e", "i", "∞"})
 
 
 @lru_cache(maxsize=1 << 14)
@@ -1236,7 +1253,7 @@ def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> It
 
 
 def switches(tree: Node) -> list[Node]:
-    """Expressions at whose zeros the formula of the tree may change: those of |.|, sgn, max, min, roots, floor, ceiling."""
+    """Expressions at whose zeros the formula of the tree may change: |.|, sgn, max, min, roots, floor, ceiling."""
     found = []
     for node in walk(tree):
         if node[0] == "fn" and node[1] in ("abs", "sgn"):
@@ -1251,13 +1268,14 @@ def switches(tree: Node) -> list[Node]:
 
 
 def zeros(node: Node, name: str, env: dict) -> list:
-    """Real zeros of an expression in one unknown: those of its factors; exact up to degree 2, else a grid to look on."""
+    """Real zeros of an expression in one unknown: those of its factors; up to degree 2, else a grid to look on."""
     if node[0] == "mul":
         return [zero for item in node[1] for zero in zeros(item, name, env)]
     if node[0] == "pow" and node[2][0] == "num":
         return zeros(node[1], name, env)
     try:
-        c, up, down, test = (to_mp(evaluate(node, Scope(env | {name: Fraction(x)}, real=True))).real for x in (0, 1, -1, 7))
+        at = [to_mp(evaluate(node, Scope(env | {name: Fraction(x)}, real=True))).real for x in (0, 1, -1, 7)]
+        c, up, down, test = at
         a, b = (up + down) / 2 - c, (up - down) / 2
         if abs(49 * a + 7 * b + c - test) < 1e-40:          # it is a x^2 + b x + c
             if abs(a) < 1e-60:
@@ -1319,8 +1337,9 @@ def same_plain(answer: str, gold: str) -> bool | None:
 
 # Layer 3, trees.
 
+# (C) 8, \textbf{(C)}\ 8, C. 8
 _CHOICE = re.compile(r"(?P<open>\\text *\{ *)?(?:\((?=.\)))?(?P<letter>[A-J])(?:\)|\.(?= ))(?P<shut> *\})?"
-                     r"(?:(?<=[ }])|[ :]+|(?<=\))(?=[\d\\]))(?P<rest>[^ +*/^=<>,)&_!].*)")   # (C) 8, \textbf{(C)}\ 8, C. 8
+                     r"(?:(?<=[ }])|[ :]+|(?<=\))(?=[\d\\]))(?P<rest>[^ +*/^=<>,)&_!].*)")
 
 
 @lru_cache(maxsize=1 << 14)
@@ -1343,11 +1362,11 @@ def read(text: str) -> tuple[Node, ...]:
     if re.fullmatch(r"[-+]?\d+,\d+", text) and readings == [False]:
         trees.append(number(text.replace(",", ".")))                                 # a decimal comma
     if re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
-        trees += read(text.upper())                                                  # 2a_{16}, if it is no sequence's term
+        trees += read(text.upper())                          # 2a_{16}, if it is no term of a sequence
     words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
     if not trees and len(words) <= MAX_WORDS and ("\\text" in text and words or len(words) > 1) \
             and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
-        trees.append(("text", squeeze(text).lower()))                                # words and formulas: equal as a text only
+        trees.append(("text", squeeze(text).lower()))        # words and formulas: equal as a text only
     if choice:
         trees = [("choice", choice["letter"], tree) for tree in trees]
     return tuple(tree for tree in trees if is_defined(tree))
@@ -1391,7 +1410,7 @@ def same(a: Node, b: Node) -> bool:
 
 
 def simplified(node: Node) -> Node:
-    """A list or set of one is its element (but {{1}} is not {1}); equations are checked, and turned to `name = value`."""
+    """A list or set of one is its element (but {{1}} is not {1}); equations are checked, as `name = value`."""
     if node[0] in ("list", "set") and len(node[1]) == 1 and node[1][0][0] != "set" and not has(node, "pm"):
         return simplified(node[1][0])
     if node[0] == "rel" and node[1] == ("in",) and simplified(node[2][1]) != node[2][1]:
@@ -1457,7 +1476,7 @@ def same_quantity(a: Node, b: Node) -> bool:
 
 
 def same_ratio(a: Node, b: Node) -> bool:
-    """3:4 = 6:8 = 3/4. A ratio with a zero is equal to none but itself: cross products of zeros agree with everything."""
+    """3:4 = 6:8 = 3/4. A ratio with a zero is equal to itself only: its cross products agree with everything."""
     if a[0] == b[0]:
         if len(a[1]) != len(b[1]) or any(same(part, number(0)) for part in a[1] + b[1]):
             return False
@@ -1478,7 +1497,7 @@ def same_matrix(a: Node, b: Node) -> bool:
 
 
 def worked_in(node: Node) -> Node:
-    """Factors and summands of a matrix moved into its entries: 2 (1, 2) is (2, 4); a matrix of one entry is its entry."""
+    """Factors and summands moved into the entries: 2 (1, 2) is (2, 4); a matrix of one entry is its entry."""
     if node[0] == "tuple" and node[1:3] == ("(", ")"):
         return ("matrix", tuple((item,) for item in node[3]))
     if node[0] == "matrix":
@@ -1489,7 +1508,8 @@ def worked_in(node: Node) -> Node:
         factors = tuple(part for part in parts if part[0] != "matrix")
         return ("matrix", tuple(tuple(("mul", (*factors, cell)) for cell in row) for row in matrices[0][1]))
     if node[0] == "add" and matrices == parts and len({tuple(map(len, part[1])) for part in parts}) == 1:
-        return ("matrix", tuple(tuple(("add", cells) for cells in zip(*rows)) for rows in zip(*(part[1] for part in parts))))
+        rows = zip(*(part[1] for part in parts))
+        return ("matrix", tuple(tuple(("add", cells) for cells in zip(*row)) for row in rows))
     return node
 
 
@@ -1500,7 +1520,7 @@ def is_collection(node: Node) -> bool:
 
 
 def elements(node: Node) -> list[Node]:
-    """The members of a list or set, plus-minus written out and inner lists spliced in (x = {1, 2} and x in {1, 2}, too)."""
+    """The members of a list or set (and of x = {1, 2}, x in {1, 2}), plus-minus written out, inner lists spliced in."""
     if node[0] in ("list", "set"):
         return [member for item in node[1] for member in ([item] if item[0] == "set" else elements(item))]
     if node[0] == "rel" and node[1] in (("=",), ("in",)) and node[2][1][0] in ("list", "set"):
@@ -1520,7 +1540,7 @@ def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
 
 
 def same_collection(a: Node, b: Node) -> bool:
-    """Lists and sets, in any order. Beside `x = 1, y = 2` a list without names keeps that order, a tuple that of the names."""
+    """Lists and sets, in any order. Beside `x = 1, y = 2` a list without names is in that order, a tuple sorted."""
     if "tuple" in (a[0], b[0]):
         pair, plain = (a, b) if a[0] == "tuple" else (b, a)
         members = [simplified(member) for member in elements(plain)]
@@ -1540,7 +1560,8 @@ def same_collection(a: Node, b: Node) -> bool:
     if max(len(names), len(other_names)) > 1:
         return len(xs) == len(ys) and all(map(same, values, other_values))
     xs, ys = values, other_values
-    if "set" in (a[0], b[0]) or has(a, "pm") or has(b, "pm") or all(member[0] in ("tuple", "rel") for member in xs + ys):
+    has_signs = has(a, "pm") or has(b, "pm")
+    if has_signs or "set" in (a[0], b[0]) or all(member[0] in ("tuple", "rel") for member in xs + ys):
         xs, ys = distinct(xs), distinct(ys)
     return matched(xs, ys)
 
@@ -1577,12 +1598,12 @@ _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 
 
 def same_relation(a: Node, b: Node) -> bool:
-    """Two equations or inequalities: the same sides, or the same up to a factor. A value agrees with `name = value` only."""
+    """Two relations: the same sides, or the same up to a factor. A value agrees with `name = value` only."""
     if a[0] != b[0]:
         relation, value = (a, b) if a[0] == "rel" else (b, a)
         sides = relation[2]
-        is_value = label_of(relation) or set(relation[1]) == {"="} and (is_label(sides[0]) or not any(map(unknowns, sides)))
-        return bool(is_value) and same(sides[-1], value)
+        is_chain = set(relation[1]) == {"="} and (is_label(sides[0]) or not any(map(unknowns, sides)))
+        return (is_chain or label_of(relation) is not None) and same(sides[-1], value)
     if len(a[1]) != len(b[1]):                               # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
         a, b = (("rel", ("=", "="), (node[2][0], *filter(is_label, node[2][1:-1]), node[2][-1])) for node in (a, b))
         return len(a[2]) == len(b[2]) == 2 and all(map(same, a[2], b[2]))
@@ -1609,7 +1630,8 @@ def proportional(a: Node, b: Node) -> bool:
             continue
         if abs(x) < 1e-30 or abs(y) < 1e-30:
             continue
-        if a[1][0] not in ("=", "!=") and not (is_real(x) and is_real(y) and (to_mp(x).real * to_mp(y).real > 0) == (a[1] == b[1])):
+        same_sign = is_real(x) and is_real(y) and to_mp(x).real * to_mp(y).real > 0
+        if a[1][0] not in ("=", "!=") and same_sign != (a[1] == b[1]):
             return False
         point = {name: ("num", value) for name, value in env.items()}
         return same_value(("mul", (f, substituted(g, point))), ("mul", (g, substituted(f, point))))
@@ -1666,8 +1688,9 @@ def region_of(node: Node) -> Region | None:
             return None
         marks = [mark for part in parts for mark in part.marks]
         both = Region(None if kind == "where" else parts[0].name, marks, lambda x: all(part.holds(x) for part in parts))
-        is_either = node[2] == "or" or parts[0].name is None or node[2] == "," and not any(map(both.holds, probes(marks)))
-        return both._replace(holds=lambda x: any(part.holds(x) for part in parts)) if is_either else both   # x < 1, x > 3
+        if node[2] == "or" or parts[0].name is None or node[2] == "," and not any(map(both.holds, probes(marks))):
+            return both._replace(holds=lambda x: any(part.holds(x) for part in parts))               # x < 1, x > 3
+        return both
     return condition(node) if kind == "rel" else None
 
 
@@ -1687,7 +1710,8 @@ def condition(node: Node) -> Region | None:
         inside = region_of(sides[1])
         return inside and inside._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
-    if not set(operators) <= set(_FLIP) - {"="} or len(operators) > 2 or free not in ([1],) + (([0],) if len(operators) == 1 else ()):
+    is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
+    if not is_chain or not set(operators) <= set(_FLIP) - {"="}:
         return None
     middle = sides[free[0]]
     others = [side for i, side in enumerate(sides) if i != free[0]]
@@ -1734,7 +1758,7 @@ def before(a, b) -> bool:
 
 def probes(marks: list) -> list:
     """The marks, a number between each two neighbours and one beyond each end."""
-    marks = sorted(to_mp(mark) if not isinstance(mark, Fraction) else mark for mark in marks if not isinstance(mark, float))
+    marks = sorted(mark for mark in marks if not isinstance(mark, float))
     if not marks:
         return [Fraction(0)]
     between = [plus(a, b) / 2 for a, b in zip(marks, marks[1:]) if before(a, b)]
@@ -1742,13 +1766,14 @@ def probes(marks: list) -> list:
 
 
 def same_region(a: Region, b: Region) -> bool:
-    return (None in (a.name, b.name) or a.name == b.name) and all(a.holds(x) == b.holds(x) for x in probes(a.marks + b.marks))
+    same_name = None in (a.name, b.name) or a.name == b.name
+    return same_name and all(a.holds(x) == b.holds(x) for x in probes(a.marks + b.marks))
 
 
 # Layer 4, values at points.
 
-_NO_VALUE = ("list", "set", "rel", "text", "based", "cup", "cap", "setminus", "where", "builder", "ratio", "choice", "pm", "matrix",
-             "tuple", "sum", "prod")
+_NO_VALUE = ("list", "set", "rel", "text", "based", "cup", "cap", "setminus", "where", "builder", "ratio", "choice",
+             "pm", "matrix", "tuple", "sum", "prod")
 
 
 def same_value(a: Node, b: Node) -> bool:
@@ -1784,7 +1809,8 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
     ways = [(True, whole), (True, set(names)), (False, whole)]
     for real, whole in ways[2:] if not names or ("sym", "i") in walk(a) + walk(b) else ways:
         agreed = 0
-        for i, env in enumerate(itertools.chain(ordinary_points(names, whole, rng), points_between(a, b, names, whole, rng))):
+        points = itertools.chain(ordinary_points(names, whole, rng), points_between(a, b, names, whole, rng))
+        for i, env in enumerate(points):
             try:
                 if not same_number(a, b, scope._replace(env=env, real=real)):
                     return False
@@ -1802,7 +1828,7 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Copies of the problem
 
-_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\\begin\{(?:align|equation|gather)\*?\}(.+?)\\end", re.S)
+_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\\begin\{(?:align|equation)\*?\}(.+?)\\end", re.S)
 _BREAKS = re.compile(r"[=<>,;&]|\\(?:le|ge|leq|geq|ne|neq|in|quad|qquad|\\)(?![a-zA-Z])|\\text\{[^{}]*\}")
 _AS_THEY_ARE = {"num", "sym", "text", "list", "set", "tuple", "unit", "deg", "pct", "based", "choice"}
 
@@ -1829,7 +1855,7 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     trees, golds = ([canonical(tree) for tree in read(text)] for text in (answer, gold))
     if squeeze(answer) == squeeze(gold):
         return False
-    if not re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer):                       # 0.\overline{3} is a task for some problems
+    if not re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer):       # to write 0.\overline{3} as a fraction is a task
         values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
         if set(trees) & set(golds) or any({part[0] for part in walk(value)} <= _AS_THEY_ARE for value in values):
             return False
@@ -1857,7 +1883,7 @@ def same_time(a: re.Match, b: re.Match) -> bool:
 
 
 def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | None:
-    """is_equal without its safety net: None if the answer or the gold cannot be read, "copied" if the problem says it."""
+    """is_equal without its safety net: None if the answer or the gold cannot be read, "copied" for a copy."""
     if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
         return None
     _work.left = MAX_WORK
@@ -1871,7 +1897,7 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
             return None
         if squeeze(answer) == squeeze(gold):
             return True
-        if _DASHED.fullmatch(answer) and _DASHED.fullmatch(gold):                    # scores, ranges, dates: no differences
+        if _DASHED.fullmatch(answer) and _DASHED.fullmatch(gold):        # scores, ranges, dates: no differences
             return False
         times_of_day = _TIME.fullmatch(answer), _TIME.fullmatch(gold)
         if all(times_of_day):
@@ -1911,13 +1937,13 @@ def parameters(node: Node) -> list[str]:
 def is_equal(answer: str, gold: str, problem: str | None = None) -> bool:
     """Are two answers the same to a careful grader? Pure, symmetric on answers, bounded in time, never raises.
 
-    An unreadable gold equals nothing. NOT IN PAPER: a decimal equals a fraction or a constant only if it is exactly that
-    number (0.5 = 1/2, but 0.33 is not 1/3 and 3.14 is not pi, on either side), or a policy could answer with an estimate.
+    An unreadable gold equals nothing. NOT IN PAPER: a decimal equals a fraction or a constant only if it is exactly
+    that number (0.5 = 1/2, but 0.33 is not 1/3 and 3.14 is not pi): a policy could answer with an estimate.
     With the problem at hand, an answer that only repeats an expression of it is no answer (`is_copied`).
     """
     try:
         return compare(answer, gold, problem) is True
-    except Exception:           # whatever text of a policy finds a hole here, training continues and the answer is wrong
+    except Exception:           # whatever text finds a hole here, training continues and the answer is wrong
         return False
 
 
@@ -1929,15 +1955,16 @@ def is_readable(answer: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # grade: a batch of responses, compared in worker processes
 #
-# A worker is `python verify.py --serve`: a pair in as a line of JSON, one letter out. It is started by exec, not by fork
-# alone, which is safe in a trainer with threads and a GPU. A worker that misses a deadline is killed and replaced.
+# A worker is `python verify.py --serve`: a pair in as a line of JSON, one letter out. It is started by exec, not by
+# fork alone, which is safe in a trainer with threads and a GPU. One that misses a deadline is killed and replaced.
 
 _DIED, _LATE = b"", b"l"
-_VERDICTS = {b"t": True, b"f": False, b"u": "unparsable", b"p": "copied", b"c": "crashes", _DIED: "crashes", _LATE: "timeouts"}
+_VERDICTS = {b"t": True, b"f": False, b"u": "unparsable", b"p": "copied", b"c": "crashes", _DIED: "crashes",
+             _LATE: "timeouts"}
 
 
 def serve() -> None:
-    """The life of a worker, bounded in memory. It ends with its input; the alarm ends one whose trainer died meanwhile."""
+    """The life of a worker, bounded in memory. It ends with its input; the alarm ends one whose trainer is gone."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C in a terminal is for the trainer
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -1994,7 +2021,7 @@ class Pool:
     def verdicts(self, questions: list[tuple], timeout: float) -> list[bool | str]:
         """What `compare` says to each question, or 'timeouts' or 'crashes'.
 
-        A question whose worker died is asked again, since something else may have killed it: a kill costs time, no reward.
+        A question whose worker died is asked again: something else may have killed it, and that costs no reward.
         """
         for i, worker in enumerate(self.workers):
             if worker.index is not None:                    # an interrupt ended the batch before
@@ -2104,7 +2131,7 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
         new = [question for question in asked if question not in known]
         if new:
             known |= zip(new, pool().verdicts(new, timeout))
-        _cache.update((question, verdict) for question, verdict in known.items() if verdict not in ("timeouts", "crashes"))
+        _cache.update((pair, verdict) for pair, verdict in known.items() if verdict not in ("timeouts", "crashes"))
         while len(_cache) > CACHE_SIZE:                     # those not used for long go
             _cache.popitem(last=False)
     verdicts = [known[question] if verdict is None else verdict for question, verdict in zip(questions, verdicts)]
@@ -2118,8 +2145,10 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
 # Command line
 
 def load_rows(path: str) -> list[dict]:
-    """Rows {"pred", "gold"[, "equal", "category", "form", "debatable"]} of a file, gzipped or not; debatable rows are left
-    out. Misuse ends in one line that names file, row and fault (SystemExit)."""
+    """Rows {"pred", "gold"[, "equal", "category", "form", "debatable"]} of a file, gzipped or not, but debatable ones.
+
+    Misuse ends in one line that names file, row and fault (SystemExit).
+    """
     rows, place = [], path
     try:
         if not os.path.isfile(path):
@@ -2131,9 +2160,11 @@ def load_rows(path: str) -> list[dict]:
                 if len(line) > MAX_ROW:
                     raise ValueError(f"longer than {MAX_ROW >> 20} MiB")
                 row = json.loads(line.decode("utf-8-sig")) if line.strip() else {"debatable": True}
-                if not isinstance(row, dict) or not (row.get("debatable") or isinstance(row.get("pred"), str) and isinstance(row.get("gold"), str)):
-                    raise ValueError("fields 'pred' and 'gold' must be there and text")
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
                 if not row.get("debatable"):
+                    if not all(isinstance(row.get(field), str) for field in ("pred", "gold")):
+                        raise ValueError("fields 'pred' and 'gold' must be there and text")
                     rows.append(row | {"category": printable(str(row.get("category", "-")))})
         place = path
         if not rows:
@@ -2187,7 +2218,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="verify.py", description="Is this answer right?", epilog="Exit status: 0 equal, 1 different, 2 misuse.")
     parser.add_argument("answers", nargs="*", metavar="ANSWER GOLD", help="two answers to compare")
     parser.add_argument("--jsonl", metavar="FILE",
-                        help='rows {"pred", "gold"[, "equal", "category"]}: table per category, rows that differ, speed')
+                        help='rows {"pred", "gold"[, "equal", "category"]}: share by category, rows that differ, speed')
     parser.add_argument("--timeout", type=float, default=1.0, help="with --jsonl: seconds for one pair (default 1)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     if len(arguments) == 2 and not arguments[0].startswith("--"):            # an answer may begin with a minus
