@@ -1258,7 +1258,7 @@ def switches(tree: Node) -> list[Node]:
     for node in walk(tree):
         if node[0] == "fn" and node[1] in ("abs", "sgn"):
             found.append(node[2][0])
-        elif node[0] == "fn" and node[1] in ("max", "min"):
+        elif node[0] == "fn" and node[1] in ("max", "min", "gcd", "lcm"):
             found += [("add", (x, negative(y))) for x, y in itertools.combinations(node[2], 2)]
         elif node[0] == "fn" and node[1] in ("floor", "ceil"):
             found += [("add", (node[2][0], number(-k))) for k in (-3, -2, -1, 0, 1, 2, 5, 17)]
@@ -1383,7 +1383,7 @@ def same(a: Node, b: Node) -> bool:
     kinds = {a[0], b[0]}
     if a == b:
         return True
-    if kinds & {"text", "based"} or kinds == {"deg", "pct"}:
+    if kinds & {"text", "based"}:
         return False
     if "builder" in kinds:
         return kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
@@ -1441,8 +1441,9 @@ def is_label(node: Node) -> bool:
         return node[1] not in ("π", "e", "i", "∞")
     if kind == "call":
         return all(argument[0] == "num" or is_label(argument) for argument in node[2])
-    if kind in ("tuple", "ratio"):
-        return all(map(is_label, node[-1]))
+    if kind in ("tuple", "ratio"):                          # (y, x) = (1, 2) is not the point (1, 2)
+        letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
+        return all(map(is_label, node[-1])) and letters == sorted(letters)
     if kind == "fn" and node[1] == "abs":
         return node[2][0][0] == "mul" and is_label(node[2][0])
     if kind == "fn":
@@ -1551,7 +1552,7 @@ def same_collection(a: Node, b: Node) -> bool:
             and all(map(same, pair[3], values))
     xs, ys = ([node if node[0] == "set" else simplified(node) for node in elements(part)] for part in (a, b))
     (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
-    if {a[-1], b[-1]} == {"and", "or"} and (len(names) > 1 or any(value[0] in ("sym", "text") for value in values)):
+    if "or" in (a[-1], b[-1]) and a[-1] != b[-1] and (len(names) > 1 or any(value[0] in ("sym", "text") for value in values)):
         return False                                        # A and B, A or B
     if min(len(names), len(other_names)) > 1:
         return matched(xs, ys)
@@ -1786,6 +1787,8 @@ def same_value(a: Node, b: Node) -> bool:
         return False
     both = walk(a) + walk(b)
     kinds = {node[0] for node in both}
+    if {"deg", "pct"} <= kinds:
+        return False                                        # else 25% and 25° were both 25
     has_angle = any(node[0] == "fn" and node[1] in _ANGLES for node in both)
     has_log = any(node[0] == "fn" and node[1] == "log" and len(node[2]) == 1 for node in both)
     return any(agree(a, b, Scope({}, degree=degree, percent=percent, log10=log10))
