@@ -514,6 +514,8 @@ class Parser:
             sides.append(self.ratio())
         if len(operators) == 1 and operators[0] in "=~" and sides[0] == ("sym", "?"):
             return sides[1]
+        if set(operators) == {"≡"}:                          # f(x) ≡ 0
+            operators = ["="] * len(operators)
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
 
     def ratio(self) -> Node:
@@ -1759,7 +1761,7 @@ def before(a, b) -> bool:
 
 def probes(marks: list) -> list:
     """The marks, a number between each two neighbours and one beyond each end."""
-    marks = sorted(mark for mark in marks if not isinstance(mark, float))
+    marks = sorted((mark for mark in marks if not isinstance(mark, float)), key=to_mp)
     if not marks:
         return [Fraction(0)]
     between = [plus(a, b) / 2 for a, b in zip(marks, marks[1:]) if before(a, b)]
