@@ -1775,8 +1775,7 @@ def same_region(a: Region, b: Region) -> bool:
 
 # Layer 4, values at points.
 
-_NO_VALUE = ("list", "set", "rel", "text", "based", "cup", "cap", "setminus", "where", "builder", "ratio", "choice",
-             "pm", "matrix", "tuple", "sum", "prod")
+_NO_VALUE = set("list set rel text based cup cap setminus where builder ratio choice pm matrix tuple sum prod".split())
 
 
 def same_value(a: Node, b: Node) -> bool:
@@ -1785,12 +1784,10 @@ def same_value(a: Node, b: Node) -> bool:
     NOT IN PAPER: log is natural or decimal, a degree is a number or an angle, 25% is 25 or 1/4: any one reading that
     makes both sides equal will do, as the question fixed it. cos 36 is never cos 36°.
     """
-    if has(a, *_NO_VALUE) or has(b, *_NO_VALUE):
-        return False
     both = walk(a) + walk(b)
     kinds = {node[0] for node in both}
-    if {"deg", "pct"} <= kinds:
-        return False                                        # else 25% and 25° were both 25
+    if kinds & _NO_VALUE or {"deg", "pct"} <= kinds:        # with degrees read as numbers, 25° were 25%
+        return False
     has_angle = any(node[0] == "fn" and node[1] in _ANGLES for node in both)
     has_log = any(node[0] == "fn" and node[1] == "log" and len(node[2]) == 1 for node in both)
     return any(agree(a, b, Scope({}, degree=degree, percent=percent, log10=log10))
