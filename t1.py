@@ -390,7 +390,8 @@ def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[
     rollouts belong to one problem. `ungraded`: the grader gave up on this response, which counts as wrong."""
     asked = [p for p in problems for _ in range(len(rollouts) // len(problems))]
     texts = [text_of(r, tokenizer) for r in rollouts]
-    grades, records = verify.grade(texts, [p["answer"] for p in asked]), []
+    grades = verify.grade(texts, [p["answer"] for p in asked], problems=[p["problem"] for p in asked])
+    records = []
     for i, (r, p, text) in enumerate(zip(rollouts, asked, texts)):
         right = bool(grades[i])
         pattern = unexpected_pattern(text, r.ids, r.finished, cfg.repeat_ngram, cfg.repeat_count, p["problem"])
@@ -911,7 +912,8 @@ def cut_and_answer(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg:
 
 def measure(policy, engine, answerer, problems, samples: int, prompts, about: dict, folder: Path, cfg: Config) -> dict:
     """The entry of one checkpoint and test set in results.json (docs/metrics.md defines each field)."""
-    tokenizer, golds = engine.tokenizer, [p["answer"] for p in problems for _ in range(samples)]
+    tokenizer = engine.tokenizer
+    golds, asked = ([p[name] for p in problems for _ in range(samples)] for name in ("answer", "problem"))
     about = dict(key=fingerprint(policy, problems, prompts, samples, cfg), **about)
     rollouts, records = evaluate(engine, problems, prompts, samples, cfg, folder / "responses.jsonl", about)
     right = grouped([r["right"] for r in records], samples)
@@ -928,7 +930,7 @@ def measure(policy, engine, answerer, problems, samples: int, prompts, about: di
     lengths = [thought_length(r.ids, tokenizer) for r in rollouts]
     for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
         cut = cut_thoughts(answerer, tokenizer, rollouts, budget, cfg, lengths)
-        graded = grouped(verify.grade([text_of(r, tokenizer) for r in cut], golds), samples)
+        graded = grouped(verify.grade([text_of(r, tokenizer) for r in cut], golds, problems=asked), samples)
         point = [budget, *mean_and_error(graded), float(np.mean([len(r.ids) for r in cut]))]
         result.setdefault("scaling", []).append(point)
     return result
