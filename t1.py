@@ -82,7 +82,7 @@ class Config:
 
     stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
     preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
-        "", "values for a kind of model, see PRESETS; empty: pretrained for --model on data of your own, else tiny"
+        "", "values for a kind of model, see PRESETS; empty: pretrained for --model on own data, else tiny"
     )
     config: str = knob("", "config.json of a run, whose values are taken over; options given beside it win")
     name: str = knob("", "name of the run's folder; empty: the preset's name")
@@ -162,10 +162,9 @@ class Config:
     tiny_width: int = knob(128, "hidden width of the embedded model")
 
 PAPER = dict(
-    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0,
-    keep=2, keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, k=64,
-    temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, rl_save_every=50,
-    budgets="1024,2048,4096,8192", answer_tokens=64,
+    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0, keep=2, k=64,
+    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=50,
+    temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
     max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2,
@@ -390,8 +389,7 @@ def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[
     rollouts belong to one problem. `ungraded`: the grader gave up on this response, which counts as wrong."""
     asked = [p for p in problems for _ in range(len(rollouts) // len(problems))]
     texts = [text_of(r, tokenizer) for r in rollouts]
-    grades = verify.grade(texts, [p["answer"] for p in asked], problems=[p["problem"] for p in asked])
-    records = []
+    grades, records = verify.grade(texts, [p["answer"] for p in asked], problems=[p["problem"] for p in asked]), []
     for i, (r, p, text) in enumerate(zip(rollouts, asked, texts)):
         right = bool(grades[i])
         pattern = unexpected_pattern(text, r.ids, r.finished, cfg.repeat_ngram, cfg.repeat_count, p["problem"])
@@ -719,10 +717,9 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
     # 5. One update, on exactly these samples: -(1/N) sum_t [A log pi + alpha H].
     N, B = sum(len(y) for _, y in rows), len(rows)
     weights = torch.tensor([1 / N if cfg.loss_norm == "tokens" else 1 / (B * len(y)) for _, y in rows])  # (B,)
-    sums, gaps = accumulate_gradient(
-        policy, [rows[i] for i in mine], advantages[mine], weights[mine], cfg, cfg.entropy_coef, cfg.temperature,
-        cfg.min_p, sampled=[rollouts[i].logprobs for i in mine],
-    )  # fmt: skip
+    my_rows, sampled = [rows[i] for i in mine], [rollouts[i].logprobs for i in mine]
+    loss_of = cfg.entropy_coef, cfg.temperature, cfg.min_p, sampled
+    sums, gaps = accumulate_gradient(policy, my_rows, advantages[mine], weights[mine], cfg, *loss_of)
     clock.lap("gradient")
     lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
@@ -743,8 +740,8 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
 
-    NOT IN PAPER: the sampler's log-probs stand for the policy's, which saves a forward pass. In float32 they agree to
-    1e-6 per token; in bfloat16 they do not (`logprob_gap`), and d carries that noise."""
+    NOT IN PAPER: the sampler's log-probs stand for the policy's. In float32 they agree to 1e-6 per token; in bfloat16
+    they do not (`logprob_gap`), and d carries that noise."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -1007,7 +1004,6 @@ def finish_stage(folder, steps: int, engine, tests, test_prompts, cfg: Config, n
 # ---------------------------------------------------------------------------------------- machinery: the vLLM engine
 class VLLMEngine:
     """vLLM inside the trainer's processes: under torchrun every `vllm_tp` ranks share one engine.
-
     New weights come tensor by tensor; on a GPU the engine hands its memory back while the update runs. A call's random
     numbers depend on its first seed alone, so samples change with the number of engines."""
     def __init__(self, folder: str, policy, tokenizer, cfg: Config):
@@ -1256,8 +1252,7 @@ def empty_lm(config, generation_config):
     return lm
 
 def shard(whole: Policy | None, tokenizer, cfg: Config, offload: bool = False) -> Policy:
-    """FSDP2: rank 0's policy cut into shards over all ranks; on one rank the policy is returned unchanged.
-
+    """FSDP2: rank 0's policy cut into shards over all ranks; on one rank it stays whole.
     Each layer is a unit, gathered while it runs; embedding, last norm and head are the root unit, gathered until the
     backward pass is over. Shards are float32, born on the meta device (only rank 0 ever holds the whole model), and
     gathered and run in cfg.dtype; gradients are summed in float32."""
@@ -1307,16 +1302,15 @@ def make_optimizer(policy, cfg: Config):
 def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict], list[list[int]]]:
     """-> rows and their prompt ids. A prompt is never cut: those longer than max_prompt are counted and left out."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
-    kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= cfg.max_prompt]
-    if len(kept) < len(rows):
-        first = next(i for i, ids in enumerate(encoded) if not 0 < len(ids) <= cfg.max_prompt)
-        where = rows[first].get("where") or f"problem {rows[first].get('id')}"
-        what = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt} "
-        what += f"tokens, the first has {len(encoded[first])} ({where})"
-        if not kept:
+    fits = [0 < len(ids) <= cfg.max_prompt for ids in encoded]
+    if not all(fits):
+        first = rows[fits.index(False)]
+        what = f"{fits.count(False)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt} tokens"
+        what += f", the first is {first.get('where') or first.get('id')}"
+        if not any(fits):
             raise Misuse(f"{what}; nothing is left")
         print0(f"{what}: left out")
-    return [rows[i] for i in kept], [encoded[i] for i in kept]
+    return [row for row, fit in zip(rows, fits) if fit], [ids for ids, fit in zip(encoded, fits) if fit]
 
 def is_whole(folder: Path) -> bool:
     """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
@@ -1799,7 +1793,6 @@ def leave(code: int):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
