@@ -371,7 +371,8 @@ def opens_thought(prompt: list[int], tokenizer) -> bool:
 def text_of(rollout, tokenizer) -> str:
     """The response as the policy wrote it, without its end token. Special tokens stay (<think> may be one), and a
     thought that the prompt has opened is open: a box inside it is no answer."""
-    ids = rollout.ids[:-1] if rollout.finished else rollout.ids
+    ended = rollout.finished and rollout.ids[-1] in tokenizer.all_special_ids
+    ids = rollout.ids[:-1] if ended else rollout.ids
     return "<think>" * opens_thought(rollout.prompt, tokenizer) + tokenizer.decode(ids)
 
 python_file = functools.cache(runpy.run_path)  # path -> its names
@@ -1305,11 +1306,10 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict]
     fits = [0 < len(ids) <= cfg.max_prompt for ids in encoded]
     if not all(fits):
         first = rows[fits.index(False)]
-        what = f"{fits.count(False)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt} tokens"
-        what += f", the first is {first.get('where') or first.get('id')}"
+        what = f"{fits.count(False)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt}"
         if not any(fits):
-            raise Misuse(f"{what}; nothing is left")
-        print0(f"{what}: left out")
+            raise Misuse(f"{what}, the first is {first.get('where') or first.get('id')}; nothing is left")
+        print0(f"{what} tokens, the first is {first.get('where') or first.get('id')}: left out")
     return [row for row, fit in zip(rows, fits) if fit], [ids for ids, fit in zip(encoded, fits) if fit]
 
 def is_whole(folder: Path) -> bool:

@@ -50,6 +50,7 @@ from torch.utils._pytree import tree_iter
 import data_prep
 import t1
 import verify
+from experiments import plot
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("T1_SHARED", HERE.parent / "shared"))  # real rows, where they are at hand
@@ -797,7 +798,8 @@ def ten_problems(guess):
 
 def rl_args(guess, *more):
     """20 steps of 3 of 10 problems: an epoch ends inside a batch, three steps in ten."""
-    start = ["--stage", "rl", "--model", guess / "tiny/sft/checkpoint-250", *ten_problems(guess), "--max-new", 24]
+    start = ["--stage", "rl", "--preset", "tiny", "--model", guess / "tiny/sft/checkpoint-250", *ten_problems(guess)]
+    start += ["--max-new", 24]
     steps = ["--prompts", 3, "--k", 6, "--rl-steps", 20, "--rl-lr", "1e-3", "--rl-save-every", 3, "--keep", 2]
     return [*start, *steps, *more]
 
@@ -877,13 +879,13 @@ def test_cut_and_answer(talkative):
     assert t1.thought_length(endless, tokenizer) is None
     question, prefix = encode("Find n.\n"), encode("</think>\nThe answer is \\boxed{")
     rollouts = [t1.Rollout(question, ended, [], True), t1.Rollout(question, endless, [], False)]
-    own = tokenizer.decode(ended, skip_special_tokens=True)
+    own = tokenizer.decode(ended[:-1])
     for budget in (3, len(endless), n - 1):
         texts = t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)
         prompt = question + ended[:budget] + prefix
         (answer,) = engine.generate([prompt], 1, [0], cfg.answer_tokens, temperature=0.0)
         ids = ended[:budget] + prefix + answer.ids
-        assert texts[0] == tokenizer.decode(ids, skip_special_tokens=True) != own
+        assert texts[0] == tokenizer.decode(ids[: len(ids) - answer.finished]) != own
     assert t1.cut_and_answer(engine, tokenizer, rollouts, n, cfg)[0] == own
     closed = tokenizer.decode(endless + prefix)
     for budget in (len(endless), 10 * len(endless)):  # a thought that ran into the limit is closed at any budget
@@ -937,7 +939,7 @@ def test_benchmarks(guess, tmp_path):
         write_rows(tmp_path / f"{name}.jsonl", naming_rows(12))
     checkpoint = guess / "tiny/sft/checkpoint-250"
     args = ["--stage", "eval", "--model", checkpoint, "--answer-model", checkpoint, "--benchmark-dir", tmp_path]
-    args += ["--out", tmp_path, "--name", "b", "--max-new", 24, "--budgets", "8,24"]
+    args += ["--preset", "tiny", "--out", tmp_path, "--name", "b", "--max-new", 24, "--budgets", "8,24"]
     assert main(*args, "--benchmarks", "math500,aime24")[0] == 0
     results = json.loads((tmp_path / "b/eval/results.json").read_text())["checkpoints"]
     kept = data_prep.read_log(tmp_path / "b/eval/responses.jsonl")
@@ -974,7 +976,7 @@ def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
     assert set(before) == {f"tiny/{name}.png" for name in ("sft/curves", "rl/curves", "eval/inference_scaling")}
     for path in before:
         (tmp_path / path).unlink()
-    assert main("--stage", "plot", "--out", tmp_path)[0] == 0
+    assert plot.main([str(tmp_path / "tiny")]) == 0
     assert {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.png")} == before
 
 def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path):
@@ -1381,7 +1383,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage eval --checkpoint nowhere", "nowhere"),
     ("--stage eval --model model --benchmarks math500", "python data_prep.py benchmarks --out benchmarks"),
     ("--stage eval --model model --benchmarks ../math500", "--benchmarks '../math500'"),
-    ("--stage eval --model model --answer-model empty", "empty"), ("--stage plot", "no run there"),
+    ("--stage eval --model model --answer-model empty", "empty"),
     ("--stage sft --model empty", "empty"), ("--stage sft --model ./nowhere", "nowhere"),
     ("--stage sft --data none.jsonl", "none.jsonl"), ("--stage sft --data blank.jsonl", "no rows"),
     ("--stage sft --data broken.jsonl", "broken.jsonl, row 2"), ("--stage sft --data list.jsonl", "list.jsonl, row 1"),
@@ -1395,7 +1397,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage sft --data good.jsonl --max-new 1000", "takes 1024 tokens, less than --max-prompt and --max-new"),
     ("--stage sft --data good.jsonl --out good.jsonl", "good.jsonl"),
     ("--stage rl --data noanswer.jsonl --model model", "noanswer.jsonl, row 2: field 'answer'"),
-    ("--stage rl --data good.jsonl --model model --max-prompt 3", "raise --max-prompt (3)"),
+    ("--stage rl --data good.jsonl --model model --max-prompt 3", "longer than --max-prompt 3, the first is"),
 ]  # fmt: skip
 
 def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
@@ -2047,7 +2049,7 @@ def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
     rows = [dict(problem=f"Name the number {i}.", answer=f"\\sqrt{{{i}}}", response=f"\\boxed{{\\sqrt{{{(i * 7) % 40}}}}}") for i in range(40)]
     common = ["--data", jsonl(tmp_path / "rows.jsonl", rows), "--test", tmp_path / "rows.jsonl", "--out", tmp_path, "--max-new", 24, *SMALL]
     assert run("--stage", "sft", *common, "--sft-steps", 80, "--sft-batch", 16, "--sft-lr", "4e-3", "--name", "start")[0] == 0
-    rl = ["--stage", "rl", *common, "--model", tmp_path / "start/sft/checkpoint-80", "--rl-steps", 30, "--prompts", 16, "--k", 8]
+    rl = ["--stage", "rl", "--preset", "tiny", *common, "--model", tmp_path / "start/sft/checkpoint-80", "--rl-steps", 30, "--prompts", 16, "--k", 8]
     assert run(*rl, "--name", "calm")[0] == 0
     command = [sys.executable, str(HERE / "t1.py"), *map(str, rl), "--name", "shot"]
     trainer = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
