@@ -98,13 +98,12 @@ def local_files(name: str) -> list[Path]:
 def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
     """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be read.
 
-    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a dict; `parse` takes both.
-    """
+    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a dict; `parse` takes both."""
     if name in HUB and not os.path.exists(name):
         yield from hub_rows(name, columns)
-        return
-    for file in local_files(name):
-        yield from parquet_rows(file, columns) if file.suffix == ".parquet" else json_lines(file)
+    else:
+        for file in local_files(name):
+            yield from parquet_rows(file, columns) if file.suffix == ".parquet" else json_lines(file)
 
 def row_at(where) -> str:
     """A row's place in words: `FILE, row N`."""
@@ -150,8 +149,6 @@ def parquet_rows(file: Path, columns) -> Iterator[tuple]:
             wanted = [c for c in names if c in columns and (c != "messages" or "problem" not in names)]
             rows = (row for batch in table.iter_batches(200, columns=wanted) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
-                if sum(len(v) for v in row.values() if isinstance(v, (str, bytes))) > ROW_BYTES:
-                    raise Misuse(f"{file}, row {number}: longer than {ROW_BYTES >> 20} MiB")
                 yield (str(file), number), row
     except Misuse:
         raise
@@ -163,11 +160,11 @@ def hub_rows(name: str, columns) -> Iterator[tuple]:
     from datasets import load_dataset
 
     for config, split, file in HUB[name]:
+        place = config or name.split("/")[1].replace(":", "-")
         try:
             rows = load_dataset(name.split(":")[0], config, split=split, data_files=file, streaming=True)
             for number, row in enumerate(rows, 1):
-                place = config or name.split("/")[1].replace(":", "-"), number
-                yield place, {c: v for c, v in row.items() if c in columns}
+                yield (place, number), {c: v for c, v in row.items() if c in columns}
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
             raise Misuse(f"{name}: cannot be loaded from the hub ({' '.join(str(e).split())[:200]}); give a local copy")
 
@@ -229,10 +226,8 @@ def field(row: dict, names: str, where) -> str | None:
     return None
 
 def to_problem(where, raw, default_source: str) -> dict:
-    """Any source's row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level"}.
-
-    Reads MATH, NuminaMath-CoT and -1.5, the authors' RL rows (text, label, _id) and every benchmark by their columns.
-    """
+    """Any source's row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level"}:
+    MATH, NuminaMath-CoT and -1.5, the authors' RL rows (text, label, _id) and every benchmark, by their columns."""
     row = parse(where, raw)
     problem = field(row, "problem question text", where)
     if problem is None:
@@ -244,14 +239,11 @@ def to_problem(where, raw, default_source: str) -> dict:
         source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
     level = re.fullmatch(r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", ""))))
     return {
-        "id": own if isinstance(own, str) else f"{os.path.basename(where[0]).split('.')[0]}-{own}",
-        "problem": problem,
-        "answer": field(row, "answer label", where),
-        "solution": field(row, "solution", where) or "",
+        "id": own if isinstance(own, str) else f"{os.path.basename(where[0]).split('.')[0]}-{own}", "problem": problem,
+        "answer": field(row, "answer label", where), "solution": field(row, "solution", where) or "",
         "source": source if isinstance(source, str) and source else default_source,
         "level": None if level is None else float(level[1]) if level[2] else int(level[1]),
-        "flags": {k: row[k] for k in ("problem_is_valid", "solution_is_valid", "question_type") if k in row},
-    }
+        "flags": {k: row[k] for k in ("problem_is_valid", "solution_is_valid", "question_type") if k in row}}
 
 def too_long(row: dict) -> bool:
     return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
@@ -273,13 +265,16 @@ def write(path: Path, lines):
         f.writelines(lines)
     os.replace(beside, path)
 
-def append_rows(path: Path, rows: list[dict]):
-    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first."""
+def append_rows(path: Path, rows: list[dict], sync: bool = False):
+    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first. sync: wait for the disk."""
     with open(path, "ab+") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n":
             f.seek(0)
             f.truncate(f.read().rfind(b"\n") + 1)
         f.write("".join(map(json_line, rows)).encode())
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
 
 def read_log(path: Path) -> list[dict]:
     """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
@@ -289,19 +284,22 @@ def read_log(path: Path) -> list[dict]:
 def write_json(path: Path, value):
     write(path, [json.dumps(value, indent=1, ensure_ascii=False)])
 
-def read_rows(path: str, stage: str) -> list[dict]:
-    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set.
+CHAT = {"user": "problem", "human": "problem", "assistant": "response", "gpt": "response"}
 
-    A row without response or answer is completed from its "solution": as the response, or its last box as the answer.
-    """
+def chat(row: dict) -> dict:
+    """Of chat data, the last prompt and the last response, as {"problem", "response"}; {} of any other row."""
+    turns = row.get("messages") or row.get("conversations")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    said = [(str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))) for turn in turns]
+    return {CHAT[role]: text for role, text in said if role in CHAT}
+
+def read_rows(path: str, stage: str) -> list[dict]:
+    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set. A row without
+    response or answer is completed from its "solution": as the response, or its last box as the answer."""
     rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
     for where, raw in raw_rows(path):
         everything = parse(where, raw)
-        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))}  # fit for a log
-        messages = everything.get("messages")  # chat data: the last message of each role
-        for message in messages if isinstance(messages, list) else ():
-            if isinstance(message, dict) and message.get("role") in ("user", "assistant"):
-                row[{"user": "problem", "assistant": "response"}[message["role"]]] = message.get("content")
+        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))} | chat(everything)  # fit for a log
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         row.setdefault("answer", verify.extract_answer(solution) or "")
         row.setdefault("response", solution)
@@ -515,12 +513,14 @@ def plain_text(answer: str) -> str:
     """An answer without fonts, braces and spacing commands."""
     return _FONTS.sub(" ", answer).strip(" .")
 
-def searched(reason: str, part: str, *patterns: str):
-    """A rule: reject a row if one of the patterns is found in that part of it."""
+def searched(reason: str, part: str, *patterns: str, unless: tuple[str, str] | None = None) -> Callable:
+    """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern found there)."""
     compiled = [re.compile(pattern, re.S) for pattern in patterns]
+    excuse = unless and re.compile(unless[1])
 
     def rule(row: dict) -> str | None:
-        return reason if any(pattern.search(row[part]) for pattern in compiled) else None
+        found = any(pattern.search(row[part]) for pattern in compiled)
+        return reason if found and not (excuse and excuse.search(row[unless[0]])) else None
     return rule
 
 def empty_problem(row: dict) -> str | None:
@@ -536,30 +536,6 @@ def marked_invalid(row: dict) -> str | None:
         return "multiple choice"
     valid = all(row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid"))
     return None if valid else "marked invalid by its source"
-
-_FIGURE = re.compile(
-    r"https?:|!\[|\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture|graph)"
-    r"|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
-    r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b"
-    r"|\b(?:shown|pictured|drawn|depicted|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
-    r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above|indicates?|shows?)\b"
-    r"|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b")
-_DRAWN = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|")
-
-def missing_figure(row: dict) -> str | None:
-    """A link, or a figure that the problem speaks of and does not hold as code or as a table."""
-    found = _FIGURE.search(row["lower"])
-    lost = found and (found[0].startswith(("http", "![")) or not _DRAWN.search(row["problem"]))
-    return "link or missing figure" if lost else None
-
-SCRIPTS = {  # besides Latin and Greek, and the letter-like symbols of mathematics
-    "cyrillic": "\u0400-\u052f", "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff",
-    "kana": "\u3041-\u30ff", "hangul": "\u1100-\u11ff\uac00-\ud7af", "arabic": "\u0600-\u06ff",
-    "hebrew": "\u05d0-\u05f4", "devanagari": "\u0900-\u097f", "thai": "\u0e01-\u0e5b"}
-
-def foreign(scripts: tuple[str, ...] = ()) -> str:
-    """A pattern: letters of the other scripts, but not of the given ones; private-use characters and U+FFFD always."""
-    return "[\ue000-\uf8ff\ufffd" + "".join(SCRIPTS[name] for name in SCRIPTS if name not in scripts) + "]"
 
 _LETTER = (r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
            r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z")
@@ -612,25 +588,6 @@ def several_questions(row: dict) -> str | None:
                or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head) or len(_BLANKS.findall(row["words"])) >= 2)
     return "several questions" if several else None
 
-MAX_ANSWER = 50  # characters; longer ones are prose or systems that no rule grades
-_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-_VALUE_WORDS = set("and sin cos tan log frac sqrt square cubic per hours minutes seconds the base pmatrix begin end"
-                   .split())
-
-def not_a_value(row: dict) -> str | None:
-    """Too long, or prose: more than two words are a statement, which a rule can only compare letter by letter."""
-    if len(row["answer"]) > MAX_ANSWER:
-        return "answer longer than 50 characters"
-    return "answer in prose" if sum(w.lower() not in _VALUE_WORDS for w in _WORD.findall(row["plain"])) > 2 else None
-
-_ROUNDED = re.compile(r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}")  # eighths and sixteenths are exact
-_ASKS_ROUNDED = re.compile(r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura")
-
-def rounded(row: dict) -> str | None:
-    """A rounded value where the problem asks for none: the exact answer would be graded wrong."""
-    found = _ROUNDED.search(row["answer"]) and not _ASKS_ROUNDED.search(row["lower"])
-    return "rounded answer" if found else None
-
 _NOT_VARIABLES = re.compile(
     r"\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?|[a-zA-Z]{3,}"
     r"|(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])")
@@ -641,29 +598,32 @@ def unknown_letter(row: dict) -> str | None:
     letters = set(re.findall(r"[a-z]", _NOT_VARIABLES.sub(" ", row["answer"]).lower())) - _USUAL
     return None if letters <= set(tokens(row["problem"])) else "letters that the problem does not name"
 
-_ASKS = re.compile(
-    r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when|where|name|list"
-    r"|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round|add|subtract|multipl|divid"
-    r"|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad|\\boxed|answer|value|number|[=:]\W*$"
-    r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")
-_ANY = re.compile(
-    r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)|any|some"
-    r"|\d+\s+(?:natural|positive|different|distinct))\b|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b")
-_ONE = re.compile(r"smallest|largest|least|greatest|unique|only|all\b")
+def another_script(scripts: tuple[str, ...]) -> Callable:
+    """The rule on letters of other scripts than the given ones, broken characters, and those of private use."""
+    def rule(row: dict) -> str | None:
+        text = row["problem"] + row["answer"]
+        strange = not text.isascii() and (set(foreign(text)) - {*scripts} or re.search("[\ue000-\uf8ff\ufffd]", text))
+        return "another script" if strange else None
+    return rule
 
-def nothing_asked(row: dict) -> str | None:
-    """A statement instead of a question, or a question with many right answers."""
-    many = _ANY.search(row["lower"]) and not _ONE.search(row["lower"])
-    return "nothing definite asked" if many or not _ASKS.search(row["lower"]) else None
+_VALUE_WORDS = "and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base|pmatrix|begin|end"
 
 def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     """The rules in the order of the funnel."""
     return (
-        empty_problem, marked_invalid, missing_figure,
+        empty_problem, marked_invalid,
+        searched("link or missing figure", "lower", r"https?:|!\["),
+        searched("link or missing figure", "lower",  # spoken of, but not there as code or as a table
+                 r"\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture"
+                 r"|graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
+                 r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured|drawn|depicted"
+                 r"|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
+                 r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above"
+                 r"|indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b",
+                 unless=("problem", r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|")),
         searched("proof", "lower", r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
                  r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b"),
-        find_answer,
-        searched("another script", "problem", foreign(scripts)), searched("another script", "answer", foreign(scripts)),
+        find_answer, another_script(scripts),
         searched("multiple choice", "words",  # at least three options, in order
                  r"(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Za-z\\])\(\s*C\s*\)",
                  r"(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,400}?\s(?:\*\*)?"
@@ -682,11 +642,26 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
         searched("several questions", "lower",  # two tasks in one sentence
                  r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
                  r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b"),
-        not_a_value,
+        searched("answer longer than 50 characters", "answer", r".{51}"),  # prose, or systems that no rule grades
+        searched("answer in prose", "plain",  # three words; a rule can compare statements only letter by letter
+                 rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}"),
         searched("answer in prose", "answer", r"answer|\\[lc]?dots",
                  r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])",
                  r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b"),
-        rounded, unknown_letter, nothing_asked)
+        searched("rounded answer", "answer",  # where an exact one is asked for; eighths and sixteenths are exact
+                 r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}", unless=(
+                     "lower", r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura")),
+        unknown_letter,
+        searched("nothing definite asked", "lower",  # many right answers
+                 r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)"
+                 r"|any|some|\d+\s+(?:natural|positive|different|distinct))\b"
+                 r"|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b",
+                 unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b")),
+        searched("nothing definite asked", "lower", "", unless=(  # a statement instead of a question
+            "lower", r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
+                     r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
+                     r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
+                     r"|\\boxed|answer|value|number|[=:]\W*$|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")))
 
 REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box
 empty answer; answer continues after the box; several different boxes; answer and box differ; another script
@@ -880,22 +855,18 @@ def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) ->
     """(problem, share of n sampled answers that are right), in order; each is measured once, also when the command is
     given again. A request that the server refuses counts as a rate of 0."""
     settings, kinds = {"n": n, "model": model.name}, {"id": str, "pass_rate": (int, float)}
-    done = {row["id"]: row["pass_rate"] for row in read_journal(journal, settings, kinds)}
+    done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
 
-    def measure(problem: dict) -> float:
+    def measure(problem: dict) -> dict:
         try:
-            texts = model.ask(ATTEMPT.format(problem=problem["problem"]), n)
+            right = verify.grade(model.ask(ATTEMPT.format(problem=problem["problem"]), n), [problem["answer"]] * n)
         except Refused:
-            return 0.0
-        return sum(verify.grade(texts, [problem["answer"]] * n)) / n
+            right = []
+        return {"id": problem["id"], "pass_rate": sum(right) / n}
 
     for part in chunks(problems, model.concurrency):
-        todo = [problem for problem in part if problem["id"] not in done]
-        with ThreadPoolExecutor(model.concurrency) as pool:
-            for problem, rate in zip(todo, pool.map(measure, todo)):
-                done[problem["id"]] = rate
-                append(journal, {"id": problem["id"], "pass_rate": rate})
-        yield from ((problem, done[problem["id"]]) for problem in part)
+        list(finish(part, measure, done, journal, model.concurrency))
+        yield from ((problem, done[problem["id"]]["pass_rate"]) for problem in part)
 
 def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]) -> dict[int, dict]:
     """Row -> problem, for the first --target rows of the order that pass the difficulty filter; others go to `gone`."""
@@ -984,9 +955,7 @@ class Refused(Exception):
 
 class Model:
     """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be called by threads.
-
-    Misuse within ten seconds if no server answers, rather than minutes of retries, problem by problem.
-    """
+    Misuse within ten seconds if no server answers, rather than minutes of retries, problem by problem."""
 
     def __init__(self, name: str, args):
         import openai
@@ -1020,9 +989,8 @@ class Model:
                 if e.status_code in (401, 403, 404):
                     raise Misuse(f"--base-url {self.args.base_url}: {fault} for model {self.name!r}; check the "
                                  "address, the model's name and OPENAI_API_KEY")
-                if e.status_code < 500 and e.status_code not in (408, 409, 429):
-                    raise Refused(f"refused by the server with {fault}")
-                raise Unfinished(f"{self.name}: {fault}")
+                retried = e.status_code >= 500 or e.status_code in (408, 409, 429)
+                raise Unfinished(f"{self.name}: {fault}") if retried else Refused(f"refused by the server with {fault}")
             except (openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:  # lost, or no completion
                 faults += 1
                 if isinstance(e, openai.APIConnectionError) or faults > self.args.retries:
@@ -1030,35 +998,42 @@ class Model:
         return texts[:n]
 
 def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
-    """Finished rows of an earlier run with the same settings; a line that a kill cut is removed.
-
-    kinds: the type of each field. Other settings, or a file that is no journal, are Misuse; the file is not changed.
-    """
-    lines = list(json_lines(path)) if os.path.lexists(path) else []
-    cut = len(lines.pop()[1]) if lines and not lines[-1][1].endswith(b"\n") else 0
-    rows = [parse(*line) for line in lines]
+    """Finished rows of an earlier run with the same settings; a line that a kill cut is removed. kinds: the type of
+    each field. Other settings, or a file that is no journal, are Misuse; the file is not changed."""
+    rows = read_log(path)
+    begun = path.read_bytes()[:12] if path.exists() and not rows else b""
     old = rows[0].get("settings") if rows else settings
-    ours = bool(rows) or not cut or path.read_bytes().startswith(b'{"settings":'[:cut])
-    if not (ours and isinstance(old, dict)):
+    if not (isinstance(old, dict) and b'{"settings":'.startswith(begun)):
         raise Misuse(f"{path}: not a journal of this command; take another --out, or remove the file")
     if old != settings:
         changed = ", ".join(sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k)))
         raise Misuse(f"{path}: written with another {changed}; take another --out, or delete the file to start again")
-    for (where, _), row in zip(lines[1:], rows[1:]):
+    for number, row in enumerate(rows[1:], 2):
         if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
-            raise Misuse(f"{row_at(where)}: field {wrong[0]!r} is missing or of another type; remove the line")
-    if cut:
-        os.truncate(path, path.stat().st_size - cut)
-    if not rows:
-        append(path, {"settings": settings})
+            raise Misuse(f"{path}, row {number}: field {wrong[0]!r} is missing or of another type; remove the line")
+    append_rows(path, [] if rows else [{"settings": settings}])
     return rows[1:]
 
-def append(path: Path, row: dict):
-    """Appends a row and returns when it is on the disk: it survives kill -9."""
-    with open(path, "ab") as f:
-        f.write(json_line(row).encode())
-        f.flush()
-        os.fsync(f.fileno())
+def finish(problems: list[dict], work: Callable, done: dict, journal: Path, threads: int) -> Iterator[dict]:
+    """work(problem) -> outcome of each problem whose id is not in `done`, by threads, as they come. An outcome is
+    yielded and put into `done` when it is on the disk: it survives kill -9. Unfinished, when the others are done."""
+    unfinished, todo = [], [problem for problem in problems if problem["id"] not in done]
+    with ThreadPoolExecutor(threads) as pool:
+        tasks = [pool.submit(work, problem) for problem in todo]
+        try:
+            for task in as_completed(tasks):
+                try:
+                    outcome = task.result()
+                except Unfinished as e:
+                    unfinished.append(e.args[0])
+                    continue
+                append_rows(journal, [outcome], sync=True)
+                done[outcome["id"]] = outcome
+                yield outcome
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if unfinished:
+        raise Unfinished(f"{len(unfinished)} of {len(todo)} problems are still open ({unfinished[0]})")
 
 # --- cot: cold-start traces (paper, section 1) ------------------------------------------------------------------------
 # The paper's recipe: attempts of several models, a critique of each, merged into one train of thought.
@@ -1152,6 +1127,8 @@ def recognised(text: str, failed: list[str], gold: str) -> bool:
     notices = [_NOTICE.search(text, at) for answer in failed for at in named(text, answer)[:1]]
     return any(notice and notice.start() < last for notice in notices)
 
+_GARBLED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ue000-\uf8ff\ufffd]|\S{200}")
+
 def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) -> str | None:
     """Why a rewritten response is not a trace, or None."""
     thought = re.fullmatch(r"<think>((?:(?!</?think>).){33,})</think>(?:(?!</?think>).)*", response, re.S)
@@ -1164,8 +1141,7 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
     words = response.split()
     if max(Counter(zip(*(words[i:] for i in range(12)))).values(), default=0) > 3:
         return "repetitive"
-    strange = [len(re.findall(foreign(), text)) for text in (response, row["problem"])]
-    if strange[0] > strange[1] or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]|\S{200,}", response):
+    if foreign(response, row["problem"]) or _GARBLED.search(response):
         return "garbled"
     text = plain(thought[1])
     failed = [verify.extract_answer(attempt) for attempt, ok in path if not ok]
@@ -1179,17 +1155,20 @@ def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model,
     def ask(model: Model, prompt: str, n: int) -> list[str]:
         return [text.rsplit("</think>", 1)[-1].strip() for text in model.ask(prompt, n)]  # not its own thought
 
-    attempts = []
-    for t, teacher in enumerate(teachers):  # each makes its share of the attempts, the first ones one more
-        if share := len(range(t, args.attempts, len(teachers))):
-            attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
-    path, why = choose_attempts(row, attempts, args)
-    if not why:
-        critiques = [ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path]
-        response = rewriter.ask(rewrite_prompt(row, path, critiques), 1)[0].strip()
-        why = trace_fault(row, response, path, args)
-    trace = None if why else {"id": row["id"], "problem": row["problem"], "response": response,
-                              "answer": row["answer"], "source": row["source"]}
+    attempts, path = [], []
+    try:
+        for t, teacher in enumerate(teachers):  # each makes its share of the attempts, the first ones one more
+            if share := len(range(t, args.attempts, len(teachers))):
+                attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
+        path, why = choose_attempts(row, attempts, args)
+        if not why:
+            critiques = [ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path]
+            response = rewriter.ask(rewrite_prompt(row, path, critiques), 1)[0].strip()
+            why = trace_fault(row, response, path, args)
+    except Refused as e:
+        why = str(e)
+    trace = None if why else dict(id=row["id"], problem=row["problem"], response=response, answer=row["answer"],
+                                  source=row["source"])
     return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
 
 def read_problems(name: str) -> list[dict]:
@@ -1216,36 +1195,21 @@ def cot(args, out: Path) -> int:
     problems = read_problems(args.problems)
     args.critic, args.rewriter = args.critic or args.teacher[0], args.rewriter or args.teacher[0]
     models = {name: Model(name, args) for name in dict.fromkeys([*args.teacher, args.critic, args.rewriter])}
-    roles = [models[name] for name in args.teacher], models[args.critic], models[args.rewriter]
+    make = partial(make_trace, teachers=[models[name] for name in args.teacher], critic=models[args.critic],
+                   rewriter=models[args.rewriter], args=args)
     names = "teacher critic rewriter attempts reflect_share max_failed temperature max_tokens max_chars seed".split()
     prompts = "".join((ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT)).encode()
     settings = {name: getattr(args, name) for name in names} | {"prompts": hashlib.sha256(prompts).hexdigest()[:16]}
     journal, kinds = out / "journal.jsonl", {"id": str, "trace": (dict, type(None)), "why": str, "failed": int}
     done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
-    unfinished, bar = [], tqdm(total=len(problems), initial=len(done), unit=" problems", desc="traces")
-    with ThreadPoolExecutor(args.concurrency) as pool, bar:
-        tasks = {pool.submit(make_trace, row, *roles, args): row for row in problems if row["id"] not in done}
-        try:
-            for task in as_completed(tasks):
-                try:
-                    outcome = task.result()
-                except Refused as e:
-                    outcome = {"id": tasks[task]["id"], "trace": None, "why": str(e), "failed": 0}
-                except Unfinished as e:
-                    unfinished.append(e)
-                    continue
-                append(journal, outcome)
-                done[outcome["id"]] = outcome
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    if unfinished:
-        raise Unfinished(f"{len(unfinished)} of {len(problems)} problems are still open ({unfinished[0].args[0]})")
+    made = finish(problems, make, done, journal, args.concurrency)
+    for _ in tqdm(made, "traces", len(problems), initial=len(done), unit=" problems"):
+        pass
     kept = [done[row["id"]] for row in problems if done[row["id"]]["trace"]]
     reflecting = sum(row["failed"] > 0 for row in kept)
     counts = dict(Counter(sorted(row["why"] for row in done.values())).most_common())
-    report = {"settings": settings, "problems": len(done), "outcomes": counts, "with a failed attempt": reflecting}
-    write(out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_json(out / "report.json", {"settings": settings, "problems": len(done), "outcomes": counts,
+                                     "with a failed attempt": reflecting})
     print("\n".join(f"{n:8,}  {why}" for why, n in counts.items()))
     return write_traces(out, [row["trace"] for row in kept], f"{reflecting:,} with a failed attempt that is recognised")
 
@@ -1256,21 +1220,15 @@ def write_traces(out: Path, traces: list[dict], remark: str) -> int:
     return 0
 
 def read_authors(name: str, out: Path) -> int:
-    """The authors' sft.jsonl -> trace rows: a list of messages, or a prompt and a response, under any usual name.
-
-    Its columns are not documented: a row that fits neither is Misuse, which lists the columns found.
-    """
+    """The authors' sft.jsonl -> trace rows: a chat, or a prompt and a response under any usual name. Its columns are
+    not documented: a row that fits neither is Misuse, which lists the columns found."""
     traces, without_box = [], 0
     for where, raw in raw_rows(name):
         row = parse(where, raw)
-        turns = row.get("messages") or row.get("conversations")
-        prompt, response = (next((row[k] for k in names if k in row), None) for names in (
-            ("prompt", "problem", "question", "instruction", "text"), ("response", "solution", "output", "answer")))
-        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-            said = [t.get("content", t.get("value")) for t in turns if t.get("role", t.get("from")) != "system"]
-            prompt, response = [*said, None, None][:2]
-        if not (isinstance(prompt, str) and isinstance(response, str)):
-            found = ", ".join(sorted(row))
+        found, row = ", ".join(sorted(row)), row | chat(row)
+        prompt = field(row, "problem prompt question instruction text", where)
+        response = field(row, "response solution output answer", where)
+        if prompt is None or response is None:
             raise Misuse(f"{row_at(where)}: neither 'messages' nor 'prompt' and 'response'; found {found}")
         if not (answer := verify.extract_answer(response)):
             without_box += 1
@@ -1606,6 +1564,13 @@ MATHS_SCRIPTS = set("LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER 
                     " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())  # fmt: skip
 BROKEN = ("Cc", "Cn", "Co", "Cs")  # Unicode categories: control, unassigned, private use, half surrogate pairs
 
+def foreign(text: str, prompt: str = "") -> list[str]:
+    """Of each letter of a script that is used neither in mathematics nor in the prompt, the script."""
+    if text.isascii():
+        return []
+    scripts, known = ([unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt))
+    return [name for name in scripts if name not in MATHS_SCRIPTS and name not in known]
+
 def garbled(text: str, prompt: str = "") -> bool:
     """Mixed languages or random characters: at least 5 letters, and 5 % of all, are of a script used neither in
     mathematics nor in the prompt; or more than 1 % of the characters are broken (replacement, control, unassigned); or
@@ -1613,11 +1578,8 @@ def garbled(text: str, prompt: str = "") -> bool:
     broken = [c for c in text if (c < " " and c not in "\n\t\r") or (c > "~" and unicodedata.category(c) in BROKEN)]
     if len(broken) + text.count("\ufffd") > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
         return True
-    if text.isascii():
-        return False
-    scripts, known = ([unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt))
-    foreign = sum(name not in MATHS_SCRIPTS and name not in known for name in scripts)
-    return foreign >= 5 and foreign > 0.05 * len(scripts)
+    strange = len(foreign(text, prompt))
+    return strange >= 5 and strange > 0.05 * sum(map(str.isalpha, text))
 
 def seed_for(seed: int, *what) -> int:
     """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted one would have."""
@@ -1669,7 +1631,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--decontaminate", nargs="+", default=[], metavar="DATA", help="benchmarks whose problems are rejected")
     add("--target", type=positive, default=30000, help="problems to draw, or all there are (paper and default: 30,000)")
     add("--mix", choices=("proportional", "equal"), default="proportional", help="share of each source in the draw")
-    add("--scripts", nargs="+", choices=["latin", *SCRIPTS], default=[], help="scripts to keep besides Latin")
+    add("--scripts", nargs="+", default=[], help="to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ...")
     add("--processes", type=positive, default=os.cpu_count(), help="default: all cores; the result is always the same")
     add("--seed", type=int, default=0, help="of the draw")
     add("--pass-rate", metavar="MODEL", help="drop problems that this model of the server solves never or always")
