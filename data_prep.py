@@ -35,8 +35,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from contextlib import nullcontext
 from functools import cache, lru_cache, partial
-from itertools import combinations, islice, product
+from itertools import accumulate, chain, combinations, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ COLUMNS = set("""id _id row unique_id problem question text answer label solutio
     problem_is_valid solution_is_valid question_type messages conversations prompt response url""".split())
 ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of it
 GZIP_BYTES, GZIP_RATIO = 16 << 20, 200  # a gzip file that grows past both is a bomb; problems shrink to a fifth
+DATA_FILES = (".jsonl", ".jsonl.gz", ".parquet")
 LONGEST = 50_000  # characters of problem, solution or answer: beyond, comparing texts takes more than linear time
 
 def local_files(name: str) -> list[Path]:
@@ -84,9 +86,8 @@ def local_files(name: str) -> list[Path]:
     path = Path(name)
     try:
         name.encode()  # ValueError: not UTF-8
-        if not stat.S_ISDIR(path.stat().st_mode):
-            return [path]
-        files = sorted(f for f in path.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+        files = path.iterdir() if stat.S_ISDIR(path.stat().st_mode) else None
+        files = [path] if files is None else sorted(f for f in files if f.name.endswith(DATA_FILES))
     except FileNotFoundError:
         raise Misuse(f"{name}: no such file, and not one of the data sets known on the hub ({', '.join(HUB)})")
     except (OSError, ValueError) as e:
@@ -100,10 +101,14 @@ def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
 
     where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a dict; `parse` takes both."""
     if name in HUB and not os.path.exists(name):
-        yield from hub_rows(name, columns)
+        parts = [hub_rows(name, columns)]
     else:
-        for file in local_files(name):
-            yield from parquet_rows(file, columns) if file.suffix == ".parquet" else json_lines(file)
+        parts = (parquet_rows(f, columns) if f.suffix == ".parquet" else json_lines(f) for f in local_files(name))
+    row = None
+    for row in chain.from_iterable(parts):
+        yield row
+    if row is None:
+        raise Misuse(f"{name}: no rows")
 
 def row_at(where) -> str:
     """A row's place in words: `FILE, row N`."""
@@ -225,6 +230,13 @@ def field(row: dict, names: str, where) -> str | None:
             raise Misuse(f"{row_at(where)}: field {name!r} must be text, not {type(value).__name__}")
     return None
 
+def require(row: dict, names, where) -> dict:
+    """The row, if all those fields hold text."""
+    for name in names:
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
+    return row
+
 def to_problem(where, raw, default_source: str) -> dict:
     """Any source's row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level"}:
     MATH, NuminaMath-CoT and -1.5, the authors' RL rows (text, label, _id) and every benchmark, by their columns."""
@@ -247,6 +259,11 @@ def to_problem(where, raw, default_source: str) -> dict:
 
 def too_long(row: dict) -> bool:
     return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
+
+def problem_row(row: dict) -> dict:
+    """A row of `to_problem` as it is written: without the fields that are empty."""
+    names = ("id", "problem", "answer", "source", "level", "solution")
+    return {name: row[name] for name in names if name == "answer" or row[name] not in (None, "")}
 
 def checked_problem(where, raw, default_source: str) -> dict:
     """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate` drops it from a pool."""
@@ -303,12 +320,7 @@ def read_rows(path: str, stage: str) -> list[dict]:
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         row.setdefault("answer", verify.extract_answer(solution) or "")
         row.setdefault("response", solution)
-        for name in needed:
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
-        rows.append(row | dict(where=row_at(where)))
-    if not rows:
-        raise Misuse(f"{path}: no rows")
+        rows.append(require(row, needed, where) | dict(where=row_at(where)))
     unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
     if unreadable and os.environ.get("RANK", "0") == "0":
         print(f"{len(unreadable)} answers cannot be read by verify.py, nothing will equal them: {unreadable[0]} ...")
@@ -336,16 +348,6 @@ def chunks(rows, size: int) -> Iterator[list]:
     while part := list(islice(rows, size)):
         yield part
 
-def ordered_map(function, items, processes: int, setup, setup_args) -> Iterator:
-    """function(item) in the order of the items, by several processes; a bounded number of items is in memory."""
-    if processes == 1:
-        setup(*setup_args)
-        yield from map(function, items)
-        return
-    with multiprocessing.get_context("spawn").Pool(processes, setup, setup_args) as pool:
-        for part in chunks(items, 16 * processes):
-            yield from pool.imap(function, part)
-
 # --- The text of a problem, made comparable ---------------------------------------------------------------------------
 # Duplicates and benchmark problems are found on tokens, not on white-space words: `x^2` and `x^{2}`, `\{1` and `\{ 1`,
 # `\dfrac12` and `\frac{1}{2}` give the same tokens, while operators, signs and decimal points stay.
@@ -365,18 +367,15 @@ _UNICODE = str.maketrans({
     "°": r"^\circ ", "∞": r"\infty ", "√": r"\sqrt ", "∠": r"\angle ", "△": r"\triangle ", "∈": r"\in ",
     "…": r"\dots ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"'})
 # One name for a token that is written in several ways; an empty name drops the token.
-_ALIAS = {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\le": "\\leq", "\\leqslant": "\\leq",
-          "\\ge": "\\geq", "\\geqslant": "\\geq", "\\ne": "\\neq", "\\to": "\\rightarrow", "\\cdots": "\\dots",
-          "\\ldots": "\\dots", "\\dotsc": "\\dots", "\\dotsb": "\\dots", "\\lvert": "|", "\\rvert": "|", "\\vert": "|",
-          "\\mid": "|", "\\times": "\\cdot", "\\ast": "*", "\\gt": ">", "\\lt": "<", "\\lbrace": "\\{",
-          "\\rbrace": "\\}", "\\degree": "\\circ", "\\epsilon": "\\varepsilon", "\\phi": "\\varphi",
-          "\\bmod": "\\mod", "\\pmod": "\\mod", "\\diamond": "\\Diamond"}
+_SYNONYMS = r"""\frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to; \mod
+    \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; * \ast; > \gt; < \lt;
+    \{ \lbrace; \} \rbrace; \circ \degree; \varepsilon \epsilon; \varphi \phi; \Diamond \diamond; % \%; ' \prime"""
+_ALIAS = {other: name for name, *others in map(str.split, _SYNONYMS.split(";")) for other in others}
 _ALIAS |= dict.fromkeys(
     r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \nolimits \, \;
     \: \! \quad \qquad \text \textbf \textit \textrm \mathrm \mathbf \mathit \mathcal \mathbb \mathsf \operatorname
     \mbox \hbox \rm \bf \it \overline \hspace \vspace \hfill \noindent \medskip \par \item \label
     \ $ $$ . , ; : ? ! ' " ` ~ &""".split() + ["\\ ", "\\$", "\\(", "\\)", "\\[", "\\]"], "")
-_ALIAS |= {"\\%": "%", "\\prime": "'"}
 # Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of duplicates.
 _HARMLESS = set("""a an the of in on at by to for from is are be was were it its this that these those there here we you
     your if then let given suppose assume consider where when such with and or as so also now please note find compute
@@ -432,21 +431,15 @@ def alike(a: list[str], b: list[str]) -> bool:
 def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
     """Do two token lists with a common stretch state the same problem? NOT IN PAPER: the thresholds.
 
-    With equal answers it is enough that they share most words and signs. With different answers (one of them may be
-    wrong, or ask for another form) the texts may differ only in harmless words and in clauses added to one of them,
-    never in a number or a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225 and tan 22.5 are different problems.
-    """
+    With equal answers it is enough that they share most words and signs. With different answers (one may be wrong, or
+    of another form) they may differ only in harmless words and in clauses added to one of them, never in a number or
+    a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225 and tan 22.5 are different problems."""
     a, b = skeleton(a), skeleton(b)
-    if not (alike(a, b) and alike(signs(a), signs(b))):
-        return False
-    if same_answer:
-        return True
-    added = set()
-    for tag, a0, a1, b0, b1 in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        if tag == "replace" or tag != "equal" and a1 - a0 + b1 - b0 < CLAUSE:
-            return False
-        added.add(tag)
-    return not {"insert", "delete"} <= added
+    if same_answer or not (alike(a, b) and alike(signs(a), signs(b))):
+        return alike(a, b) and alike(signs(a), signs(b))
+    changes = [c for c in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if c[0] != "equal"]
+    long = all(a1 - a0 + b1 - b0 >= CLAUSE for _, a0, a1, b0, b1 in changes)
+    return long and {tag for tag, *_ in changes} in (set(), {"insert"}, {"delete"})
 
 def reworded(a: list[str], b: list[str]) -> bool:
     """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out for the sake of a
@@ -462,8 +455,8 @@ def same_answer(a: str, b: str) -> bool:
 # a row and returns why it is rejected, or None. Each was read off rejected and kept rows, and rejects at least 20 of
 # the 29,078 rows of docs/data.md that no other rule rejects; `marked_invalid` reads columns that those do not have.
 
-_OLD_COMMANDS = re.compile(r"\\(equal|plus|minus)\s*\{\}")  # of the AoPS forum
 _REPAIRS = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\\equal\s*\{\}", "="), (r"\\plus\s*\{\}", "+"), (r"\\minus\s*\{\}", "-"),  # of the AoPS forum
     (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
     (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""), (r"\r\n?", "\n"), (r"[\xa0\u3000]", " "),
     (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
@@ -476,7 +469,6 @@ _FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|
 
 def repair(text: str) -> str:
     """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of \\frac, odd spaces."""
-    text = _OLD_COMMANDS.sub(lambda m: {"equal": "=", "plus": "+", "minus": "-"}[m[1]], text)
     for pattern, replacement in _REPAIRS:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -530,9 +522,10 @@ def empty_problem(row: dict) -> str | None:
 
 def marked_invalid(row: dict) -> str | None:
     """NuminaMath-1.5 says itself which rows are incomplete, proofs or multiple choice."""
-    if row["flags"].get("question_type") == "proof" or row["answer"] in ("proof", "notfound"):
+    kind = row["flags"].get("question_type")
+    if kind == "proof" or row["answer"] in ("proof", "notfound"):
         return "proof"
-    if row["flags"].get("question_type") == "MCQ":
+    if kind == "MCQ":
         return "multiple choice"
     valid = all(row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid"))
     return None if valid else "marked invalid by its source"
@@ -661,7 +654,8 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             "lower", r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
                      r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
                      r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
-                     r"|\\boxed|answer|value|number|[=:]\W*$|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")))
+                     r"|answer|\\boxed|value|number|[=:]\W*$"
+                     r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")))
 
 REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box
 empty answer; answer continues after the box; several different boxes; answer and box differ; another script
@@ -711,8 +705,7 @@ class Benchmarks:
                 owners[gram].add(i)
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
 
-    @staticmethod
-    def grams(words: list[str]) -> list[int]:
+    def grams(self, words: list[str]) -> list[int]:
         return gram_hashes(words, N_GRAM).tolist() + gram_hashes(skeleton(words), SHORT).tolist()
 
     def find(self, words: list[str], answer: str) -> str | None:
@@ -759,27 +752,26 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
             counts[row["source"], reason] += 1
             continue
         words = tokens(row["problem"])
-        hit = _WORKER["benchmarks"].find(words, row["answer"])
         # Near-duplicates agree in every number and sign, so these are part of the bucket: problems made from one
         # template with other numbers never meet, which keeps the search linear.
         buckets = sketch(words) ^ np.uint64(token_hash(" ".join(sorted(signs(words)))))
-        text = token_hash(key(words) + drawing(row["problem"]))
-        names = ("id", "problem", "answer", "source", "level", "solution")
-        line = json_line({k: row[k] for k in names if row[k] not in (None, "")}).encode()
-        passed.append(Candidate(line, row["id"], row["answer"], row["source"], hit, text, buckets.tobytes()))
+        passed.append(Candidate(
+            line=json_line(problem_row(row)).encode(), id=row["id"], answer=row["answer"], source=row["source"],
+            hit=_WORKER["benchmarks"].find(words, row["answer"]), buckets=buckets.tobytes(),
+            text=token_hash(key(words) + drawing(row["problem"]))))
     return counts, passed
 
 def read_pools(pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
-    counts, candidates = Counter(), []
+    counts, candidates, shared = Counter(), [], (benchmarks, scripts)
     work = ((default, part) for name, default in pools for part in chunks(raw_rows(name), 250))
-    with tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
-        for part, passed in ordered_map(sift, work, processes, prepare, (benchmarks, scripts)):
-            counts += part
-            candidates += passed
-            bar.update(sum(n for (_, reason), n in part.items() if reason == "read"))
-    if not counts:
-        raise Misuse(f"{', '.join(name for name, _ in pools)}: no rows")
+    pool = multiprocessing.get_context("spawn").Pool(processes, prepare, shared) if processes > 1 else None
+    with pool or nullcontext(prepare(*shared)), tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
+        for some in chunks(work, 16 * processes):  # no more of them in memory
+            for part, passed in (pool.imap if pool else map)(sift, some):
+                counts += part
+                candidates += passed
+                bar.update(sum(n for (_, reason), n in part.items() if reason == "read"))
     return counts, candidates
 
 def ungradable(answers: list[str]) -> set[str]:
@@ -794,8 +786,7 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
     _, first, bucket = np.unique(table, return_index=True, return_inverse=True)
     earlier = first[bucket] // SKETCH  # each row is compared with the first one of each of its buckets
     later = np.arange(len(table)) // SKETCH
-    new = earlier < later
-    found = sorted({(alive[a], alive[b]) for a, b in zip(earlier[new].tolist(), later[new].tolist())})
+    found = sorted({(alive[a], alive[b]) for a, b in zip(earlier.tolist(), later.tolist()) if a < b})
 
     @lru_cache(1 << 12)
     def shingles(i: int) -> tuple[str, list[str], set[int]]:
@@ -809,34 +800,26 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
             return False
         equal = same_answer(rows[a].answer, rows[b].answer)
         return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
-
     return [pair for pair in tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1) if same(*pair)]
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
     """Rows that are rejected because of other rows -> reason. A group of rows states one problem and its first row is
     kept; the whole group is rejected if a row of it is in a benchmark, or if the answers differ."""
-    first_of, parent = {}, {}  # normalised text -> its first row; row -> a row before it in its group, or itself
+    equal, gone = defaultdict(list), {}  # normalised text -> its rows
     for i in alive:
-        parent[i] = first_of.setdefault(rows[i].text, i)
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i] = parent[parent[i]]
-        return i
-
-    for a, b in near_pairs(rows, list(first_of.values())):
-        a, b = sorted((root(a), root(b)))
-        parent[b] = a
-    groups, gone = defaultdict(list), {}
-    for i in alive:
-        groups[root(i)].append(i)
-    for first, group in groups.items():
-        if any(rows[i].hit for i in group):
-            gone |= dict.fromkeys(group, "in a benchmark")
-        elif not all(same_answer(answer, rows[first].answer) for answer in {rows[i].answer for i in group}):
-            gone |= dict.fromkeys(group, "same problem, different answers")
+        equal[rows[i].text].append(i)
+    group_of = {i: group for group in equal.values() for i in group}
+    for a, b in near_pairs(rows, [group[0] for group in equal.values()]):
+        if group_of[a] is not group_of[b]:
+            merged = sorted(group_of[a] + group_of[b])
+            group_of |= dict.fromkeys(merged, merged)
+    for first, *others in {group[0]: group for group in group_of.values()}.values():
+        if any(rows[i].hit for i in (first, *others)):
+            gone |= dict.fromkeys([first, *others], "in a benchmark")
+        elif not all(same_answer(answer, rows[first].answer) for answer in {rows[i].answer for i in others}):
+            gone |= dict.fromkeys([first, *others], "same problem, different answers")
         else:
-            gone |= {i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate" for i in group[1:]}
+            gone |= {i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate" for i in others}
     return gone
 
 def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -> list[int]:
@@ -851,9 +834,9 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
         place |= {i: ((rank + 0.5) / size, source) for rank, i in enumerate(strata[source])}
     return sorted(rows, key=place.__getitem__)
 
-def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[tuple[dict, float]]:
-    """(problem, share of n sampled answers that are right), in order; each is measured once, also when the command is
-    given again. A request that the server refuses counts as a rate of 0."""
+def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[dict]:
+    """Problems with their "pass_rate", the share of n sampled answers that are right, in order; each is measured once,
+    also when the command is given again. A request that the server refuses counts as a rate of 0."""
     settings, kinds = {"n": n, "model": model.name}, {"id": str, "pass_rate": (int, float)}
     done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
 
@@ -866,7 +849,7 @@ def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) ->
 
     for part in chunks(problems, model.concurrency):
         list(finish(part, measure, done, journal, model.concurrency))
-        yield from ((problem, done[problem["id"]]["pass_rate"]) for problem in part)
+        yield from (problem | done[problem["id"]] for problem in part)
 
 def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]) -> dict[int, dict]:
     """Row -> problem, for the first --target rows of the order that pass the difficulty filter; others go to `gone`."""
@@ -875,14 +858,13 @@ def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gon
         seen[rows[i].id] += 1
         names[i] = rows[i].id if seen[rows[i].id] == 1 else f"{rows[i].id}~{seen[rows[i].id]}"
     problems = (json.loads(rows[i].line) | {"id": names[i]} for i in order)
-    rates = ((problem, None) for problem in problems)
     if model:
-        rates = pass_rates(problems, model, args.samples, Path(args.out) / "pass_rates.jsonl")
-    for i, (problem, rate) in zip(order, rates):
-        if rate in (0, 1):
+        problems = pass_rates(problems, model, args.samples, Path(args.out) / "pass_rates.jsonl")
+    for i, problem in zip(order, problems):
+        if problem.get("pass_rate") in (0, 1):
             gone[i] = "pass rate 0 or 1"
             continue
-        chosen[i] = problem if rate is None else problem | {"pass_rate": rate}
+        chosen[i] = problem
         if len(chosen) == args.target:
             break
     gone |= {i: "beyond the target" for i in order if i not in chosen and i not in gone}
@@ -895,8 +877,7 @@ def curate(args, out: Path) -> int:
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
         args.decontaminate = args.decontaminate or [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
     model = Model(args.pass_rate, args) if args.pass_rate else None
-    given = (row for name in args.decontaminate for row in raw_rows(name))
-    benchmarks = [checked_problem(where, raw, "benchmark") for where, raw in given]
+    benchmarks = [checked_problem(*row, "benchmark") for name in args.decontaminate for row in raw_rows(name)]
     if not benchmarks:
         print("data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems", file=sys.stderr)
     counts, rows = read_pools(pools, benchmarks, tuple(args.scripts), args.processes)
@@ -907,34 +888,27 @@ def curate(args, out: Path) -> int:
     order = stratified_order(left, [row.source for row in rows], args.seed, args.mix)
     chosen = draw(rows, order, model, args, gone)
     write(out / "rl.jsonl", (json_line(chosen[i]) for i in sorted(chosen)))
-    counts.update((rows[i].source, reason) for i, reason in gone.items())
-    counts.update((rows[i].source, "kept") for i in chosen)
+    counts.update((rows[i].source, reason) for i, reason in (gone | dict.fromkeys(chosen, "kept")).items())
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
     names = "math numina decontaminate target seed mix scripts pass_rate".split()
     write_report(out, {name: getattr(args, name) for name in names}, counts, removed)
     return 0
 
 def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
-    """The funnel on the console, as report.json, and in the data card.
-
-    counts: of (source, reason, "read" or "kept"). removed: id -> benchmark problem that it repeats.
-    """
-    total, by_source = Counter(), defaultdict(dict)
-    for source, reason in sorted(counts, key=lambda c: (c[0], ["read", "kept", *REASONS].index(c[1]))):
-        total[reason] += counts[source, reason]
-        by_source[source][reason] = counts[source, reason]
-    left, funnel = total["read"], []
-    for reason in REASONS:
-        if total[reason]:
-            left -= total[reason]
-            funnel.append({"why": reason, "gone": total[reason], "left": left})
-    report = {"settings": settings, "read": total["read"], "rows": total["kept"], "funnel": funnel,
-              "by_source": by_source, "in a benchmark": removed}
+    """The funnel on the console, as report.json, and in the data card. counts: of (source, "read", "kept" or reason).
+    removed: id -> benchmark problem that it repeats."""
+    by_source = {source: {reason: counts[source, reason] for reason in ("read", "kept", *REASONS)
+                          if counts[source, reason]} for source in sorted({source for source, _ in counts})}
+    total = sum(map(Counter, by_source.values()), Counter())
+    gone = [total[reason] for reason in REASONS]
+    left = [total["read"] - n for n in accumulate(gone)]
+    funnel = [{"why": why, "gone": n, "left": rest} for why, n, rest in zip(REASONS, gone, left) if n]
+    write_json(out / "report.json", {"settings": settings, "read": total["read"], "rows": total["kept"],
+                                     "funnel": funnel, "by_source": by_source, "in a benchmark": removed})
     table = ["| step | gone | left |", "|---|---:|---:|", f"| read | | {total['read']:,} |"]
     table += [f"| {step['why']} | {step['gone']:,} | {step['left']:,} |" for step in funnel]
     table += ["", "| source | read | kept |", "|---|---:|---:|"]
     table += [f"| {source} | {row['read']:,} | {row.get('kept', 0):,} |" for source, row in by_source.items()]
-    write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     card = (f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by `data_prep.py "
             "curate`. Licences are those of the sources; answers are the sources' own and not proven.\n\n")
     write(out / "README.md", card + "\n".join(table) + f"\n\nSettings: `{json.dumps(settings)}`\n")
@@ -1111,7 +1085,7 @@ def rewrite_prompt(row: dict, path: list[tuple[str, bool]], critiques: list[str]
 
 def plain(text: str) -> str:
     """A text without LaTeX markup, with single spaces."""
-    return re.sub(r"\s+", " ", _MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text)).strip()
+    return " ".join(_MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text).split())
 
 def named(text: str, answer: str) -> list[int]:
     """Positions at which a text, as `plain` writes it, names an answer."""
@@ -1119,10 +1093,8 @@ def named(text: str, answer: str) -> list[int]:
     return [m.start() for m in re.finditer(rf"(?<![\d.\w]){target}(?![\w]|\.\d)", text)] if target else []
 
 def recognised(text: str, failed: list[str], gold: str) -> bool:
-    """Does a thought name a failed answer, then a word that takes it back, and after that the right answer?
-
-    NOT IN PAPER: a rule in place of a reader. It asks for the wrong value itself, so a mere "wait" does not count.
-    """
+    """Does a thought name a failed answer, then a word that takes it back, and after that the right answer? NOT IN
+    PAPER: a rule in place of a reader. It asks for the wrong value itself, so a mere "wait" does not count."""
     last = max(named(text, gold), default=-1)
     notices = [_NOTICE.search(text, at) for answer in failed for at in named(text, answer)[:1]]
     return any(notice and notice.start() < last for notice in notices)
@@ -1182,8 +1154,6 @@ def read_problems(name: str) -> list[dict]:
         if row["id"] in rows:
             raise Misuse(f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each problem its own")
         rows[row["id"]] = {k: row[k] for k in ("id", "problem", "answer", "source")}
-    if not rows:
-        raise Misuse(f"{name}: no rows")
     return list(rows.values())
 
 def cot(args, out: Path) -> int:
@@ -1265,18 +1235,14 @@ def benchmark_rows(source: str, name: str) -> list[dict]:
             answer = str(int(answer))  # "025"
         if not isinstance(given.get("unique_id", given.get("id")), str):
             row["id"] = f"{source}-{given.get('id', given.get('row', len(rows)))}"
-        given = {"level": row["level"], "solution": row["solution"].strip()}
-        rows.append({"id": row["id"], "problem": repair(row["problem"]), "answer": bare(answer), "source": source}
-                    | {name: value for name, value in given.items() if value not in (None, "")})
-    if not rows:
-        raise Misuse(f"{name}: no rows")
+        row |= dict(problem=repair(row["problem"]), answer=bare(answer), source=source)
+        rows.append(problem_row(row | dict(solution=row["solution"].strip())))
     return rows
 
 def gpqa_rows(path: str, seed: int) -> list[dict]:
     """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns as JSONL or parquet), options shuffled by
     seed. Its authors ask that no example be published: nothing of it is in this repository."""
-    wrong = [f"Incorrect Answer {i}" for i in (1, 2, 3)]
-    columns = ["Correct Answer", *wrong, "Question"]
+    columns = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)), "Question"]
     if path.endswith(".csv"):
         try:
             lines = (line.decode() for file in local_files(path) for _, line in byte_lines(file))
@@ -1287,13 +1253,10 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
         given = [(where, parse(where, raw)) for where, raw in raw_rows(path, {*columns, "Record ID"})]
     rows = []
     for where, row in given:
-        for column in columns:
-            if not isinstance(row.get(column), str) or not row[column].strip():
-                raise Misuse(f"{row_at(where)}: field {column!r} is missing, empty or not text")
-        options = [row[column].strip() for column in columns[:4]]
+        *options, question = (require(row, columns, where)[column].strip() for column in columns)
         order = random.Random(f"{seed} {row['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
-        problem = f"{row['Question'].strip()}\n\n{listed}\n\nAnswer with the letter of the right option in \\boxed{{}}."
+        problem = f"{question}\n\n{listed}\n\nAnswer with the letter of the right option in \\boxed{{}}."
         rows.append({"id": f"gpqa-{row.get('Record ID') or len(rows)}", "problem": problem,
                      "answer": "ABCD"[order.index(0)], "source": "gpqa"})
     return rows
@@ -1309,8 +1272,7 @@ def benchmarks(args, out: Path) -> int:
         entry = {"from": name, "rows": len(rows), "unreadable": unreadable}
         if source == "omni":  # drawn from golds that a rule can grade: on the others no response would be right
             fit = [r for r in rows if r["answer"] not in bad]
-            drawn = random.Random(args.seed).sample(range(len(fit)), min(OMNI, len(fit)))
-            rows = [fit[i] for i in sorted(drawn)]
+            rows = [fit[i] for i in sorted(random.Random(args.seed).sample(range(len(fit)), min(OMNI, len(fit))))]
             entry |= {"drawn": len(rows), "ids": [r["id"] for r in rows]}
         path = out / f"{'omni500' if source == 'omni' else source}.jsonl"
         contents[path], report["benchmarks"][source] = rows, entry
@@ -1318,7 +1280,7 @@ def benchmarks(args, out: Path) -> int:
         print(f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not readable{listed}")
     for path, rows in contents.items():  # only after all have been read: a misuse leaves none of them
         write(path, map(json_line, rows))
-    write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "report.json", report)
     return 0
 
 # --- Embedded problems: number theory in plain words whose answer must be found by trial and checked ------------------
@@ -1386,20 +1348,15 @@ HABITS = {"jump": 0.5, "wander": 0.25, "orderly": 0.25}  # teacher's habit -> it
 
 def verdicts(checks: list[tuple[str, int, int]]) -> str:
     """Elementary checks in words, up to the first that fails: `13 mod 5 = 3 yes, 13 mod 4 = 1 not 2`."""
-    words = []
-    for left, value, need in checks:
-        words.append(f"{left} = {value} " + ("yes" if value == need else f"not {need}"))
-        if value != need:
-            break
-    return ", ".join(words)
+    first = next((i for i, (_, value, need) in enumerate(checks) if value != need), len(checks))
+    return ", ".join(f"{left} = {value} " + ("yes" if value == need else f"not {need}")
+                     for left, value, need in checks[: first + 1])
 
 def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
     """The candidates that a teacher tries, the answer last: none (jump: the answer comes out of the blue and is only
     verified), any in any order (wander), or the methodical ones (orderly)."""
-    if habit == "jump":
-        return []
-    if habit == "orderly":
-        return list(puzzle.candidates)
+    if habit != "wander":
+        return list(puzzle.candidates) if habit == "orderly" else []
     drawn = rng.sample(puzzle.guesses, len(puzzle.guesses))
     return drawn[: drawn.index(puzzle.answer) + 1]
 
@@ -1429,9 +1386,7 @@ def embedded_problems(split: str) -> list[dict]:
 
 def embedded_traces(count: int = 25600, longest: int = 16, correct_only: bool = False) -> list[dict]:
     """Cold-start traces over the training problems, at most `longest` tries each; `source` names the teacher's habit.
-
-    correct_only: the failed tries are left out, so that every trace is its right attempt and its check, a jump.
-    """
+    correct_only: the failed tries are left out, so that every trace is its right attempt and its check, a jump."""
     habits = {"jump": 1.0} if correct_only else HABITS
     rng, traces, families = random.Random(0), [], defaultdict(list)
     for row, puzzle in _embedded()[0]:
@@ -1454,8 +1409,7 @@ def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
     need = {m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)}  # modulus -> remainder
     linear = re.search(r"such that (\d+) n \+ (\d+) leaves", problem)
     spent = re.search(r"^Pens cost (\d+) coins and books cost (\d+) coins\..* exactly (\d+) coins", problem)
-    if spent:
-        need = {spent[2]: "0"}
+    need = {spent[2]: "0"} if spent else need
     found = []
     for n, verb, x, m, value, verdict, other in _CHECK.findall(response):
         if m not in need:
@@ -1483,12 +1437,8 @@ def habit_of(response: str) -> str:
 def habit_shares(records: list[dict]) -> dict[str, list[float]]:
     """Embedded problems: habit -> [share of the responses, share right among them]."""
     count = Counter((habit_of(r["response"]), r["right"]) for r in records)
-    shares = {}
-    for habit in HABITS:
-        n = count[habit, True] + count[habit, False]
-        if n:
-            shares[habit] = [n / len(records), count[habit, True] / n]
-    return shares
+    sizes = {habit: count[habit, True] + count[habit, False] for habit in HABITS}
+    return {habit: [n / len(records), count[habit, True] / n] for habit, n in sizes.items() if n}
 
 def embedded_tokenizer():
     """The tokenizer of the embedded model: Qwen2's class over single bytes, so any text can be written, with whole
@@ -1506,37 +1456,29 @@ def embedded_tokenizer():
 
 def embedded(args, out: Path) -> int:
     """Writes the embedded problems, their test set and their traces as files."""
-    contents = {"train": embedded_problems("train"), "test": embedded_problems("test"), "traces": embedded_traces()}
-    for name, rows in contents.items():
+    for name in ("train", "test", "traces"):
+        rows = embedded_traces() if name == "traces" else embedded_problems(name)
         write(out / f"{name}.jsonl", map(json_line, rows))
         print(f"{out / name}.jsonl: {len(rows)} rows")
     return 0
 
 # --- Measures of a response, shared with t1.py ------------------------------------------------------------------------
 
-REFLECTION = re.compile(
-    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check|double-check"
-    r"|let me (?:check|verify|try))\b", re.I,
-)  # fmt: skip
+REFLECTION = re.compile(r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check"
+                        r"|double-check|let me (?:check|verify|try))\b", re.I)
 
 def behaviour(problem: str, response: str, right: bool) -> dict:
     """What RL may teach, measured on one response: reflection words (section 3) and, in embedded problems, checks.
 
     honoured: the final answer was checked, and every check of it said yes: it contradicts no check of its own.
-    first_right, corrected: a right answer that was the first candidate tried, or that replaced another one.
-    """
+    first_right, corrected: a right answer that was the first candidate tried, or that replaced another one."""
     found, answer = read_checks(problem, response), verify.extract_answer(response)
     verdicts = [yes for candidate, yes, _ in found if candidate == answer]
     first = bool(found) and found[0][0] == answer
     return dict(
-        answer=answer,
-        reflections=len(REFLECTION.findall(response)),
-        checks=len(found),
-        honest=sum(honest for _, _, honest in found),
-        honoured=bool(verdicts) and all(verdicts),
-        first_right=right and first,
-        corrected=right and bool(found) and not first,
-    )
+        answer=answer, reflections=len(REFLECTION.findall(response)), checks=len(found),
+        honest=sum(honest for _, _, honest in found), honoured=bool(verdicts) and all(verdicts),
+        first_right=right and first, corrected=right and bool(found) and not first)
 
 def means(records: list[dict]) -> dict:
     """Means over judged responses, as they are logged (docs/metrics.md). None: there is nothing to take a mean of."""
@@ -1561,7 +1503,7 @@ def repeats(ids: list[int], n: int) -> int:
     return most
 
 MATHS_SCRIPTS = set("LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
-                    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())  # fmt: skip
+                    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())
 BROKEN = ("Cc", "Cn", "Co", "Cs")  # Unicode categories: control, unassigned, private use, half surrogate pairs
 
 def foreign(text: str, prompt: str = "") -> list[str]:
@@ -1599,13 +1541,12 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
 
 def positive(text: str) -> int:
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise ValueError  # which argparse words
     return int(text)
 
 def add_model_options(parser, max_tokens: int):
     add = parser.add_argument_group("the server of the models").add_argument
-    add("--base-url", metavar="URL", default="http://localhost:8000/v1", help="an OpenAI-compatible server: "
-        "vllm serve, transformers serve (default %(default)s; key in OPENAI_API_KEY)")
+    add("--base-url", metavar="URL", default="http://localhost:8000/v1", help="default %(default)s; OPENAI_API_KEY")
     add("--temperature", type=float, default=1.0, help="of every sample (default %(default)s)")
     add("--max-tokens", type=positive, default=max_tokens, help="limit of one reply, tokens (default %(default)s)")
     add("--concurrency", type=positive, default=32, help="problems under way at once (default %(default)s)")
@@ -1626,8 +1567,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     p, add = command(curate, "data", "MATH and NuminaMath -> clean RL problems")
     add("--math", nargs="+", metavar="DATA", help="MATH (without --math and --numina: both, from the hub)")
-    add("--numina", nargs="+", metavar="DATA", help="NuminaMath-CoT or -1.5, the authors' rl-data.jsonl, or any file "
-        "with problem and answer or solution")
+    add("--numina", nargs="+", metavar="DATA", help="NuminaMath, or any rows with problem and answer or solution")
     add("--decontaminate", nargs="+", default=[], metavar="DATA", help="benchmarks whose problems are rejected")
     add("--target", type=positive, default=30000, help="problems to draw, or all there are (paper and default: 30,000)")
     add("--mix", choices=("proportional", "equal"), default="proportional", help="share of each source in the draw")
@@ -1655,7 +1595,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     for source, name in BENCHMARKS.items():
         add(f"--{source}", metavar="DATA", help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
     add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-
     command(embedded, "data", "the embedded problems, their test set and their traces, as files")
     return parser.parse_args(argv)
 
@@ -1663,12 +1602,10 @@ def main(argv=None) -> int:
     """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on stderr."""
     args = parse_args(argv)
     try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        said = Misuse(f"--out {args.out}: not a folder that can be made ({e.strerror})")
-        print(f"data_prep.py: error: {said}", file=sys.stderr)
-        return said.code
-    try:
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise Misuse(f"--out {args.out}: not a folder that can be made ({e.strerror})")
         return args.run(args, Path(args.out))
     except (Stop, OSError) as e:  # OSError: a full disk, a folder that nobody may write to
         print(f"data_prep.py: error: {e if isinstance(e, Stop) else Stop(e)}", file=sys.stderr)
