@@ -48,7 +48,6 @@ import verify
 
 class Stop(Exception):
     """The run must end. The message is one line that says what is wrong, where, and what to do. Exit code 1."""
-
     code = 1
 
     def __str__(self):
@@ -58,7 +57,6 @@ class Stop(Exception):
 
 class Misuse(Stop):
     """Something that the user gave is wrong. Exit code 2."""
-
     code = 2
 
 # --- Files and data sets: one reader for every command. Rows are a stream; an error names the file and the row. -------
@@ -145,7 +143,6 @@ def json_lines(path: Path) -> Iterator[tuple]:
 def parquet_rows(file: Path, columns) -> Iterator[tuple]:
     """(where, row) with the wanted columns only: NuminaMath's `messages` repeat problem and solution."""
     import pyarrow.parquet as pq
-
     number = 0
     try:
         with open_file(file) as f:
@@ -163,7 +160,6 @@ def parquet_rows(file: Path, columns) -> Iterator[tuple]:
 def hub_rows(name: str, columns) -> Iterator[tuple]:
     """(where, row) of a data set of the hub, streamed."""
     from datasets import load_dataset
-
     for config, split, file in HUB[name]:
         place = config or name.split("/")[1].replace(":", "-")
         try:
@@ -435,11 +431,11 @@ def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
     of another form) they may differ only in harmless words and in clauses added to one of them, never in a number or
     a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225 and tan 22.5 are different problems."""
     a, b = skeleton(a), skeleton(b)
-    if same_answer or not (alike(a, b) and alike(signs(a), signs(b))):
-        return alike(a, b) and alike(signs(a), signs(b))
+    if not (alike(a, b) and alike(signs(a), signs(b))):
+        return False
     changes = [c for c in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if c[0] != "equal"]
-    long = all(a1 - a0 + b1 - b0 >= CLAUSE for _, a0, a1, b0, b1 in changes)
-    return long and {tag for tag, *_ in changes} in (set(), {"insert"}, {"delete"})
+    clauses = all(a1 - a0 + b1 - b0 >= CLAUSE for _, a0, a1, b0, b1 in changes)
+    return same_answer or clauses and {tag for tag, *_ in changes} in (set(), {"insert"}, {"delete"})
 
 def reworded(a: list[str], b: list[str]) -> bool:
     """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out for the sake of a
@@ -569,16 +565,14 @@ _TASK = re.compile(  # a part asks: a question mark, or an order at its beginnin
 _LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ...
     r"\W*(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b"
     r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b).{0,80}", re.I | re.S)
-_BLANKS = re.compile(r"(?:\\?_\s?){2,}")
 _QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
 
 def several_questions(row: dict) -> str | None:
-    """Parts that each ask something, two sentences that do, or two blanks to fill."""
+    """Parts that each ask something, or two sentences that do."""
     head, *parts = _PART.split(row["words"])
-    sentences = re.split(r"(?<=[?.!])\s+", row["lower"])
-    several = (sum(s.endswith("?") and bool(_QUESTION.search(s)) for s in sentences) >= 2
-               or sum(bool(_TASK.search(part)) for part in parts) >= 2
-               or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head) or len(_BLANKS.findall(row["words"])) >= 2)
+    asked = sum(s.endswith("?") and bool(_QUESTION.search(s)) for s in re.split(r"(?<=[?.!])\s+", row["lower"]))
+    tasks = sum(bool(_TASK.search(part)) for part in parts)
+    several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head)
     return "several questions" if several else None
 
 _NOT_VARIABLES = re.compile(
@@ -635,6 +629,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
         searched("several questions", "lower",  # two tasks in one sentence
                  r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
                  r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b"),
+        searched("several questions", "words", r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}"),  # two blanks to fill
         searched("answer longer than 50 characters", "answer", r".{51}"),  # prose, or systems that no rule grades
         searched("answer in prose", "plain",  # three words; a rule can compare statements only letter by letter
                  rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}"),
@@ -724,7 +719,6 @@ _WORKER = {}  # benchmarks and rules of this process, set once by `prepare`
 
 class Candidate(NamedTuple):
     """A row that passed the rules: its text, and what the later steps compare."""
-
     line: bytes  # the problem row as JSON
     id: str
     answer: str
@@ -763,10 +757,13 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
 
 def read_pools(pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
-    counts, candidates, shared = Counter(), [], (benchmarks, scripts)
+    counts, candidates, shared, pool = Counter(), [], (benchmarks, scripts), None
     work = ((default, part) for name, default in pools for part in chunks(raw_rows(name), 250))
-    pool = multiprocessing.get_context("spawn").Pool(processes, prepare, shared) if processes > 1 else None
-    with pool or nullcontext(prepare(*shared)), tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
+    if processes > 1:
+        pool = multiprocessing.get_context("spawn").Pool(processes, prepare, shared)
+    else:
+        prepare(*shared)
+    with pool or nullcontext(), tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
         for some in chunks(work, 16 * processes):  # no more of them in memory
             for part, passed in (pool.imap if pool else map)(sift, some):
                 counts += part
@@ -885,8 +882,7 @@ def curate(args, out: Path) -> int:
     gone = {i: "ungradable" for i, row in enumerate(rows) if row.answer in bad}
     gone |= judge_groups(rows, [i for i in range(len(rows)) if i not in gone])
     left = [i for i in range(len(rows)) if i not in gone]
-    order = stratified_order(left, [row.source for row in rows], args.seed, args.mix)
-    chosen = draw(rows, order, model, args, gone)
+    chosen = draw(rows, stratified_order(left, [row.source for row in rows], args.seed, args.mix), model, args, gone)
     write(out / "rl.jsonl", (json_line(chosen[i]) for i in sorted(chosen)))
     counts.update((rows[i].source, reason) for i, reason in (gone | dict.fromkeys(chosen, "kept")).items())
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
@@ -920,7 +916,6 @@ def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
 
 class Unfinished(Stop):
     """A model did not answer after all retries; the same command asks again for what is still open. Exit code 1."""
-
     def __str__(self):
         return super().__str__() + "; run the same command again to resume"
 
@@ -933,7 +928,6 @@ class Model:
 
     def __init__(self, name: str, args):
         import openai
-
         self.name, self.args, self.openai, self.concurrency = name, args, openai, args.concurrency
         self.client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
                                     timeout=args.timeout, max_retries=args.retries)
@@ -1292,7 +1286,6 @@ def benchmarks(args, out: Path) -> int:
 @dataclass(frozen=True)
 class Puzzle:
     """One embedded problem."""
-
     level: int  # 1 to 3
     words: str
     answer: int
@@ -1317,31 +1310,30 @@ def remainders() -> Iterator[Puzzle]:
             candidates = range(answer % step or step, answer + 1, step)
             yield Puzzle(level, words, answer, candidates, range(1, size + 1), checks)
 
+def congruence(level: int, words: str, verb: str, a: int, c: int, m: int, r: int) -> Puzzle:
+    """The smallest n >= 1 for which a n + c leaves remainder r when divided by m."""
+    def checks(n):
+        return [(f"{n} {verb} {a * n + c} mod {m}", (a * n + c) % m, r)]
+
+    answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
+    return Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
+
 def multiples() -> Iterator[Puzzle]:
     """Smallest n for which a n + c leaves a given remainder (a linear congruence)."""
     for m in range(4, 10):
         for a, c, r in product(range(2, m), range(1, m), range(m)):
-            def checks(n, a=a, c=c, m=m, r=r):
-                return [(f"{n} gives {a * n + c} mod {m}", (a * n + c) % m, r)]
-
             if math.gcd(a, m) == 1:
-                answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
                 words = (f"Find the smallest positive integer n such that {a} n + {c} leaves remainder {r} "
                          f"when divided by {m}.")
-                level = 1 if m <= 5 else 2 if m <= 7 else 3
-                yield Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
+                yield congruence(1 if m <= 5 else 2 if m <= 7 else 3, words, "gives", a, c, m, r)
 
 def coins() -> Iterator[Puzzle]:
     """Fewest pens in an exact sum of two prices (a linear Diophantine equation)."""
     for a, b, total in product(range(2, 6), range(3, 8), range(15, 50)):
-        def checks(n, a=a, b=b, total=total):
-            return [(f"{n} leaves {total - a * n} mod {b}", (total - a * n) % b, 0)]
-
         if math.gcd(a, b) == 1 and total > a * b:
-            answer = next(n for n in range(1, b + 1) if (total - a * n) % b == 0)
             words = (f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} coins are "
                      "spent. What is the smallest possible number of pens?")
-            yield Puzzle(min(3, b - 2), words, answer, range(1, answer + 1), range(1, b + 1), checks)
+            yield congruence(min(3, b - 2), words, "leaves", -a, total, b, 0)
 
 FAMILIES = {remainders: 2, multiples: 1, coins: 1}  # family -> its share of the test set and of the traces
 HABITS = {"jump": 0.5, "wander": 0.25, "orderly": 0.25}  # teacher's habit -> its share of the traces
@@ -1445,7 +1437,6 @@ def embedded_tokenizer():
     tokens for 0 to 199 and for the text between numbers in the traces: `12 mod 5 = 2 not 3, wait` is 8 tokens."""
     import tokenizers  # not for those who only prepare data
     import transformers
-
     symbols = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = transformers.Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[])
     texts = [row[part] + "\n" for row in embedded_traces() for part in ("problem", "response")]

@@ -3226,11 +3226,9 @@ def brace_oracle(text):
     while (i := text.find("\\boxed{", i)) >= 0:
         depth, j = 1, i + 7
         while j < len(text) and depth:
-            if text[j] == "\\" and j + 1 < len(text):
-                j += 2
-                continue
-            depth += (text[j] == "{") - (text[j] == "}")
-            j += 1
+            escaped = text[j] == "\\" and j + 1 < len(text)
+            depth += 0 if escaped else (text[j] == "{") - (text[j] == "}")
+            j += 2 if escaped else 1
         found.append(text[i + 7 : j - 1] if depth == 0 else None)
         i = j if depth == 0 else i + 7
     return found
@@ -3239,10 +3237,8 @@ def brace_oracle(text):
 @given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "x", "\\{", "\\}", "\\frac", " 1 "]), max_size=25).map("".join))
 def test_data_boxes_against_a_character_loop(text):
     assert data_prep.boxes(text) == brace_oracle(text)
-
-def test_data_boxes_of_MATH():
-    text = r"so $\boxed 2$ and $\boxed {17}.$ $\fbox{3}$ \framebox{4} \boxed{} \boxed{1"
-    assert data_prep.boxes(text) == ["2", "17", "3", "4", "", None]
+    odd = r"so $\boxed 2$ and $\boxed {17}.$ $\fbox{3}$ \framebox{4} \boxed{} \boxed{1"  # as in MATH
+    assert data_prep.boxes(odd) == ["2", "17", "3", "4", "", None]
 
 # --- rules
 
@@ -3345,20 +3341,16 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
 
     monkeypatch.chdir(tmp_path)
     rows, results = pool_rows(700), []
-    bench = jsonl(tmp_path / "bench.jsonl", [{"problem": rows[1]["problem"], "answer": "1"}])
-    text = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    bench = jsonl(Path("bench.jsonl"), [{"problem": rows[1]["problem"], "answer": "1"}])
+    Path("numina.jsonl.gz").write_bytes(gzip.compress(jsonl(Path("numina.jsonl"), rows).read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), "numina.parquet", row_group_size=64)
     for name, processes in (("numina.jsonl", 1), ("numina.jsonl", 3), ("numina.jsonl.gz", 1), ("numina.parquet", 1)):
-        if name.endswith("parquet"):
-            pq.write_table(pa.Table.from_pylist(rows), name, row_group_size=64)
-        else:
-            Path(name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-        args = ("--numina", name, "--decontaminate", bench, "--target", 400, "--processes", processes, "--out", "o")
-        succeed("curate", *args)
+        args = ("--decontaminate", bench, "--target", 400, "--processes", processes, "--out", "o")
+        succeed("curate", "--numina", name, *args)
         results.append({f.name: f.read_bytes() for f in Path("o").iterdir()})
     assert set(results[0]) == {"rl.jsonl", "report.json", "README.md"} and results[0] == results[1]
     assert all(other["rl.jsonl"] == results[0]["rl.jsonl"] for other in results)
-    report = json.loads(results[0]["report.json"])
-    kept = [json.loads(line) for line in results[0]["rl.jsonl"].splitlines()]
+    report, kept = json.loads(results[0]["report.json"]), list(map(json.loads, results[0]["rl.jsonl"].splitlines()))
     gone = {step["why"]: step["gone"] for step in report["funnel"]}
     assert gone == {"proof": 70, "no box": 70, "in a benchmark": 1, "beyond the target": 159}
     assert report["read"] == 700 and report["rows"] == len(kept) == report["funnel"][-1]["left"] == 400
@@ -3368,25 +3360,11 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
     assert 0.25 < sum(r["source"] == "cn_k12" for r in kept) / 400 < 0.42
 
 def test_data_curate_reads_every_schema(tmp_path):
-    rows = [
-        {"id": "train/algebra/1.json", "problem": "What is $3+4$ as a number?", "level": "Level 2",
-         "solution": r"\boxed 7"},
-        {"problem": "What is $3+5$ as a number?", "answer": "8", "solution": r"\boxed{8}", "level": 5,
-         "unique_id": "train/algebra/2.json"},
-        {"text": "What is $3+6$ as a number?", "data_type": "stem", "label": r"\[\boxed{9}\]", "_id": "cn_k12_17"},
-        {"text": "What is $3+7$ as a number?", "data_type": "stem", "label": "10", "_id": None},
-        {"problem": "What is $3+8$ as a number?", "solution": "easy", "answer": "11", "source": "aops_forum",
-         "question_type": "math-word-problem", "problem_is_valid": "Yes", "solution_is_valid": "Yes"},
-        {"id": 3, "problem": "What is $3+9$ as a number?", "answer": 12.0, "url": "u"}]
-    pool = jsonl(tmp_path / "all.jsonl", rows)
+    pool = jsonl(tmp_path / "all.jsonl", cases("schema"))
     said = succeed("curate", "--math", pool, "--out", tmp_path / "o", "--processes", 1)
     assert "no --decontaminate" in said
-    kept = read_jsonl(tmp_path / "o" / "rl.jsonl")
-    assert [r["answer"] for r in kept] == ["7", "8", "9", "10", "11", "12"]
-    assert [r["source"] for r in kept] == ["math", "math", "cn_k12", "math", "aops_forum", "math"]
-    assert [r["id"] for r in kept] == ["train/algebra/1.json", "train/algebra/2.json", "cn_k12_17", "all-4", "all-5",
-                                       "all-3"]
-    assert [r.get("level") for r in kept] == [2, 5, None, None, None, None]
+    kept, wanted = read_jsonl(tmp_path / "o" / "rl.jsonl"), [case["read as"] for case in cases("schema")]
+    assert [{k: r.get(k) for k in ("id", "answer", "source", "level")} for r in kept] == wanted
 
 ONE = b'{"id": "a", "problem": "What is 1+1 then?", "answer": "2"}\n'
 
@@ -3430,8 +3408,8 @@ def test_data_bad_options(tmp_path):
 def test_data_shared_rows_hold_the_promises(tmp_path):
     math_rows, *numina = shared("math_train", "numinamath_sample", "numinamath_answers")
     known = shared("math500", "aime24", "omni_math")
-    succeed("curate", "--math", math_rows, "--numina", *numina, "--decontaminate", *known, "--out",
-                               tmp_path, "--processes", 1)
+    pools = ("--math", math_rows, "--numina", *numina, "--decontaminate", *known)
+    succeed("curate", *pools, "--out", tmp_path, "--processes", 1)
     report, kept = json.loads((tmp_path / "report.json").read_text()), read_jsonl(tmp_path / "rl.jsonl")
     counts = report["by_source"]["math"]
     assert counts["kept"] >= 0.94 * counts["read"] and counts["in a benchmark"] <= 0.015 * counts["read"]
@@ -3462,8 +3440,8 @@ class FakeModel(http.server.ThreadingHTTPServer):
 
     def __init__(self, rows, faults=(), wrong=lambda row, i: i % 2 == 0, delay=0.0):
         super().__init__(("127.0.0.1", 0), FakeModelHandler)
-        self.rows, self.faults, self.wrong, self.delay, self.seen, self.served = rows, faults, wrong, delay, Counter(), Counter()
-        self.lock, self.under_way, self.most = threading.Lock(), 0, 0
+        self.rows, self.faults, self.wrong, self.delay = rows, faults, wrong, delay
+        self.seen, self.served, self.lock, self.under_way, self.most = Counter(), Counter(), threading.Lock(), 0, 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -3534,8 +3512,8 @@ def no_wait(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
 
-SUMS = [{"id": f"p{i}", "problem": f"What is {100 + 7 * i}+{200 + 3 * i}?", "answer": str(300 + 10 * i), "source": "sums"}
-        for i in range(40)]
+SUMS = [{"id": f"p{i}", "problem": f"What is {100 + 7 * i}+{200 + 3 * i}?", "answer": str(300 + 10 * i),
+         "source": "sums"} for i in range(40)]
 
 def cot_args(folder, server, *args):
     """A `cot` command over the server's problems."""
@@ -3655,15 +3633,9 @@ def test_data_authors_traces(tmp_path):
 # --- benchmarks
 
 def test_data_benchmarks_one_form(tmp_path):
-    files = {
-        "math500": [{"problem": "What is $1/2$?", "solution": "s", "answer": "\\frac{1}{2}",
-                     "unique_id": "test/algebra/1.json"}],
-        "aime24": [{"id": 60, "problem": "What is it?", "solution": "s", "answer": "025", "url": "u"}],
-        "omni": [{"domain": ["x"], "difficulty": 4.5, "problem": f"What is {i}+1?", "solution": "s",
-                  "answer": str(i + 1) if i % 100 else "$", "source": "HMMT"} for i in range(700)],
-        "gsm8k": [{"split": "train", "question": "skip me", "answer": "#### 1"},
-                  {"split": "test", "question": "How many?", "answer": "1+1=<<1+1=2>>2\n#### 1,200"}],
-        "amc23": [{"id": 3, "problem": "How much?", "answer": 27.0, "url": "u"}]}
+    files = {name: [case["row"] for case in cases(f"of {name}")] for name in ("math500", "aime24", "gsm8k", "amc23")}
+    files["omni"] = [{"domain": ["x"], "difficulty": 4.5, "problem": f"What is {i}+1?", "solution": "s",
+                      "answer": str(i + 1) if i % 100 else "$", "source": "HMMT"} for i in range(700)]
     args = [x for name, rows in files.items() for x in (f"--{name}", jsonl(tmp_path / f"{name}.jsonl", rows))]
     gpqa = tmp_path / "gpqa.csv"
     gpqa.write_text("Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n"
@@ -3723,29 +3695,24 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
 
 def test_data_hub_names_configs_and_splits(monkeypatch):
     """No hub here: the loader is replaced; its questions are read, and its rows are treated as local ones."""
-    import datasets
-
     asked = []
 
     def fake(name, config, split, data_files, streaming):
         asked.append((name, config, split, data_files))
         assert streaming
+        if name == "openai/gsm8k":
+            raise ConnectionError("no route\nto the hub")
         return [{"problem": f"What is {len(asked)}+1?", "solution": "\\boxed{2}", "messages": [], "type": "Algebra"}]
 
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr("datasets.load_dataset", fake)
     rows = [data_prep.to_problem(where, raw, "math") for where, raw in data_prep.raw_rows("EleutherAI/hendrycks_math")]
     assert len(rows) == 7 and len({r["id"] for r in rows}) == 7 and rows[0]["id"] == "algebra-1"
-    assert {config for _, config, _, _ in asked} == {
-        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-        "precalculus"}
+    assert {config for _, config, _, _ in asked} == set(
+        "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split())
     for name in ("AI-MO/NuminaMath-CoT", "zai-org/T1", "zai-org/T1:sft"):
         list(data_prep.raw_rows(name))
     assert asked[7:] == [("AI-MO/NuminaMath-CoT", None, "train", None), ("zai-org/T1", None, "train", "rl-data.jsonl"),
                          ("zai-org/T1", None, "train", "sft.jsonl")]
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(data_prep.Misuse, match="gsm8k: cannot be loaded .*no route to the hub.*local copy"):
         list(data_prep.raw_rows("openai/gsm8k"))
 
