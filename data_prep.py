@@ -431,11 +431,12 @@ def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
     of another form) they may differ only in harmless words and in clauses added to one of them, never in a number or
     a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225 and tan 22.5 are different problems."""
     a, b = skeleton(a), skeleton(b)
-    if not (alike(a, b) and alike(signs(a), signs(b))):
-        return False
+    same = alike(a, b) and alike(signs(a), signs(b))
+    if same_answer or not same:
+        return same
     changes = [c for c in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if c[0] != "equal"]
     clauses = all(a1 - a0 + b1 - b0 >= CLAUSE for _, a0, a1, b0, b1 in changes)
-    return same_answer or clauses and {tag for tag, *_ in changes} in (set(), {"insert"}, {"delete"})
+    return clauses and {tag for tag, *_ in changes} in (set(), {"insert"}, {"delete"})
 
 def reworded(a: list[str], b: list[str]) -> bool:
     """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out for the sake of a
@@ -652,12 +653,11 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
                      r"|answer|\\boxed|value|number|[=:]\W*$"
                      r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")))
 
-REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box
-empty answer; answer continues after the box; several different boxes; answer and box differ; another script
-multiple choice; yes or no, true or false; several questions; answer longer than 50 characters; answer in prose
-rounded answer; letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
-same problem, different answers; duplicate; near-duplicate
-pass rate 0 or 1; beyond the target""".replace("\n", "; ").split("; ")
+REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box; empty answer
+answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
+yes or no, true or false; several questions; answer longer than 50 characters; answer in prose; rounded answer
+letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
+same problem, different answers; duplicate; near-duplicate; pass rate 0 or 1; beyond the target""".replace("\n", "; ").split("; ")
 
 # --- curate: benchmark problems and near-duplicates -------------------------------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
