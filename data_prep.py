@@ -657,7 +657,8 @@ REASONS = """too long; empty problem; marked invalid by its source; link or miss
 answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
 yes or no, true or false; several questions; answer longer than 50 characters; answer in prose; rounded answer
 letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
-same problem, different answers; duplicate; near-duplicate; pass rate 0 or 1; beyond the target""".replace("\n", "; ").split("; ")
+same problem, different answers; duplicate; near-duplicate; pass rate 0 or 1
+beyond the target""".replace("\n", "; ").split("; ")
 
 # --- curate: benchmark problems and near-duplicates -------------------------------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
