@@ -3,8 +3,7 @@
     torchrun t1.py --stage sft         cold start on traces that try, err and verify themselves
     torchrun t1.py --stage rl          reinforcement learning from the SFT checkpoint
     torchrun t1.py --stage eval        pass@1, and accuracy against thinking budget, one curve per checkpoint
-    torchrun t1.py --stage plot        draw every picture of a run again, from its folder alone
-    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl    8 GPUs: FSDP2, vLLM
+    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl --engine vllm --vllm-tp 2
     python t1.py --help                every field of Config: unit, default, the paper's value
 
 T1 as a difference from GRPO:
@@ -26,6 +25,7 @@ Under torchrun every rank runs this file: each knows the whole batch, works on i
 sums over ranks are those of one process."""
 
 import argparse
+import atexit
 import bisect
 import contextlib
 import copy
@@ -77,11 +77,12 @@ def knob(default, doc: str, paper: str = ""):
 
 @dataclass
 class Config:
-    """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds the changes of the others."""
+    """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds the changes of the others. A
+    field without a paper's value, or with "not stated", is NOT IN PAPER: our choice, made on the embedded problems."""
 
-    stage: Literal["sft", "rl", "eval", "plot"] = knob("", "what to do")
+    stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
     preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
-        "", "values for a kind of model, see PRESETS; empty: pretrained for --model on data of your own, else tiny"
+        "", "values for a kind of model, see PRESETS; empty: pretrained for --model on own data, else tiny"
     )
     config: str = knob("", "config.json of a run, whose values are taken over; options given beside it win")
     name: str = knob("", "name of the run's folder; empty: the preset's name")
@@ -108,12 +109,12 @@ class Config:
     offload_anchor: bool = knob(False, "keep the anchor's shards in CPU memory (several ranks, GPU)")
     offload_optimizer: bool = knob(False, "keep policy shards, gradients and AdamW in CPU memory (several ranks, GPU)")
     timeout: int = knob(30, "minutes after which a rank gives up waiting for the others")
-    grad_clip: float = knob(1.0, "largest gradient norm")
+    grad_clip: float = knob(1.0, "largest gradient norm", "not stated")
     weight_decay: float = knob(0.0, "AdamW's weight decay", "0.1 in the authors' later code")
     warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
     # checkpoints
-    keep: int = knob(10, "number of last checkpoints that are kept ...")
-    keep_every: int = knob(0, "... besides those whose step is a multiple of this; 0: none besides")
+    keep: int = knob(10, "number of last checkpoints that are kept")
+    keep_every: int = knob(0, "also keep checkpoints whose step is a multiple of this; 0: none")
     # stage sft
     sft_lr: float = knob(1.5e-3, "peak learning rate of SFT", "1e-5")
     sft_epochs: int = knob(3, "passes over the traces", "3")
@@ -161,10 +162,9 @@ class Config:
     tiny_width: int = knob(128, "hidden width of the embedded model")
 
 PAPER = dict(
-    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0,
-    keep=2, keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, k=64,
-    temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, rl_save_every=50,
-    budgets="1024,2048,4096,8192,16384", answer_tokens=64,
+    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0, keep=2, k=64,
+    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=50,
+    temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
     max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2,
@@ -236,13 +236,13 @@ def policy_loss(hidden, lm_head, targets, advantages, weights, entropy_coef: flo
     gradient. A = 1 and alpha = 0 is SFT. Log-probs and entropy are float32 whatever the type of hidden and lm_head.
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not quite from pi; with its
     log-probs `sampler_logprobs` (n,), A_t is weighed by min(pi/mu, tis_cap), a constant in the gradient: unbiased up to
-    the cap, which bounds the variance."""
+    the cap, which bounds the variance. (The loss that is returned is without these weights.)"""
     a, b = advantages * weights, entropy_coef * weights
     return _PolicyLoss.apply(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs, tis_cap)
 
 class _PolicyLoss(torch.autograd.Function):
-    """On-policy, the loss is linear in log p and H, with coefficients that are known before the forward pass: the
-    backward pass of each chunk runs at once, while its logits exist, and nothing is computed twice."""
+    """On-policy, the loss -sum(a log p + b H) is linear, with a = w A and b = w alpha known before the forward pass:
+    the backward pass of each chunk runs at once, while its logits exist, and nothing is computed twice."""
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, a, b, *options):
         grad_hidden, grad_head, logprob, entropy = _head_gradient(hidden, lm_head, targets, -a, -b, *options)
@@ -264,7 +264,7 @@ def token_logprobs_and_entropy(hidden, lm_head, targets, temperature: float = 1.
     return _TokenStats.apply(hidden, lm_head, targets, temperature, min_p, chunk)
 
 class _TokenStats(torch.autograd.Function):
-    """log p and H; the backward pass computes each chunk's logits again, so (n, V) is never held."""
+    """log p and H; the backward pass (training needs none) computes each chunk's logits again: (n, V) is never held."""
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, temperature, min_p, chunk):
         ctx.save_for_backward(hidden, lm_head, targets)
@@ -291,9 +291,10 @@ def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sa
         if tis_cap and sampler_logprobs is not None:
             coefficient = coefficient * (logprob[s] - sampler_logprobs[s]).exp().clamp(max=tis_cap)
         g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, b[s], temperature)  # (c, V), in the memory of z
+        del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
         grad_hidden[s] = g.to(h.dtype) @ lm_head
         grad_head.addmm_(g.T, h.to(grad_head.dtype))
-        del z, p, g  # before those of the next chunk are made
+        del z, g  # before those of the next chunk are made
     return grad_hidden, grad_head, logprob, entropy
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
@@ -319,7 +320,7 @@ def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
     With p = softmax(logits / T) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / T:
         d log p_y / dlogit_v = (1[v=y] - p_v) / T
         dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / T
-    Here log p = z - lse, and the normalised p is `p` exp(-lse)."""
+    Here log p = z - lse, and the normalised p is `p` exp(-lse), which is 0 off the min-p support."""
     scale = (-lse).exp() / temperature
     z *= (-b * scale)[:, None]
     z += ((b * (lse - entropy) - a) * scale)[:, None]
@@ -388,7 +389,7 @@ def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[
     rollouts belong to one problem. `ungraded`: the grader gave up on this response, which counts as wrong."""
     asked = [p for p in problems for _ in range(len(rollouts) // len(problems))]
     texts = [text_of(r, tokenizer) for r in rollouts]
-    grades, records = verify.grade(texts, [p["answer"] for p in asked]), []
+    grades, records = verify.grade(texts, [p["answer"] for p in asked], problems=[p["problem"] for p in asked]), []
     for i, (r, p, text) in enumerate(zip(rollouts, asked, texts)):
         right = bool(grades[i])
         pattern = unexpected_pattern(text, r.ids, r.finished, cfg.repeat_ngram, cfg.repeat_count, p["problem"])
@@ -657,7 +658,7 @@ def run_sft(cfg: Config):
     source = folder.source() or latest(cfg.model)
     whole, tokenizer = load_whole(source, cfg)
     tests, rows = encode_prompts(tests, tokenizer, cfg), []
-    for trace, x in zip(*encode_prompts(traces, tokenizer, cfg, leave_out=True)):
+    for trace, x in zip(*encode_prompts(traces, tokenizer, cfg)):
         response = trace["response"]
         if opens_thought(x, tokenizer):  # the prompt's template has written the tag
             response = response.removeprefix("<think>").lstrip("\n")
@@ -695,15 +696,15 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
 
     # 1. Oversample: K responses to each of P prompts, at a temperature above 1.
     batch = batch_indices(len(problems), P, step, cfg.seed)
+    batch_problems, batch_prompts = [problems[i] for i in batch], [prompts[i] for i in batch]
     seeds = [seed_for(cfg.seed, "rollout", step, place) for place in range(P)]
-    asked, their_prompts = [problems[i] for i in batch], [prompts[i] for i in batch]
-    rollouts, records = roll_out(engine, asked, their_prompts, K, seeds, cfg, cfg.temperature, cfg.min_p)
+    rollouts, records = roll_out(engine, batch_problems, batch_prompts, K, seeds, cfg, cfg.temperature, cfg.min_p)
     engine.sleep()
     rows = [(r.prompt, r.ids) for r in rollouts]  # B = P * K
-    mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]
+    mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]  # indices of the rows that this rank works on
     clock.lap("rollout")
 
-    # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern (`judge`).
+    # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern; `roll_out` had them judged.
     rewards = torch.tensor([r["reward"] for r in records]).view(P, K)  # (P, K)
 
     # 3. KL of each response to the anchor.
@@ -716,10 +717,9 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
     # 5. One update, on exactly these samples: -(1/N) sum_t [A log pi + alpha H].
     N, B = sum(len(y) for _, y in rows), len(rows)
     weights = torch.tensor([1 / N if cfg.loss_norm == "tokens" else 1 / (B * len(y)) for _, y in rows])  # (B,)
-    sums, gaps = accumulate_gradient(
-        policy, [rows[i] for i in mine], advantages[mine], weights[mine], cfg, cfg.entropy_coef, cfg.temperature,
-        cfg.min_p, sampled=[rollouts[i].logprobs for i in mine],
-    )  # fmt: skip
+    my_rows, sampled = [rows[i] for i in mine], [rollouts[i].logprobs for i in mine]
+    loss_of = cfg.entropy_coef, cfg.temperature, cfg.min_p, sampled
+    sums, gaps = accumulate_gradient(policy, my_rows, advantages[mine], weights[mine], cfg, *loss_of)
     clock.lap("gradient")
     lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
@@ -740,8 +740,8 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
 
-    The sampler's log-probs stand for the policy's: in float32 they agree to 1e-6 per token; in bfloat16 they do not
-    (`logprob_gap`), and d carries that noise."""
+    NOT IN PAPER: the sampler's log-probs stand for the policy's. In float32 they agree to 1e-6 per token; in bfloat16
+    they do not (`logprob_gap`), and d carries that noise."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -757,7 +757,7 @@ def run_rl(cfg: Config):
     problems, tests = read_data(cfg)
     whole, tokenizer = load_whole(source, cfg)
     tests = encode_prompts(tests, tokenizer, cfg)
-    problems, prompts = encode_prompts(problems, tokenizer, cfg, leave_out=True)
+    problems, prompts = encode_prompts(problems, tokenizer, cfg)
     folder.create(source, problems)
     print0(f"{len(problems)} problems; the policy starts from {source}")
     anchor = None
@@ -767,7 +767,7 @@ def run_rl(cfg: Config):
     policy = shard(whole, tokenizer, cfg, cfg.offload_optimizer)
     del whole
     optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(policy, optimizer, anchor)
+    start = folder.resume(policy, optimizer, anchor)  # on resume: all three as they were, in float32
     engine = make_engine(source, policy, tokenizer, cfg)
     with Interrupt() as interrupt:
         bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
@@ -909,7 +909,8 @@ def cut_and_answer(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg:
 
 def measure(policy, engine, answerer, problems, samples: int, prompts, about: dict, folder: Path, cfg: Config) -> dict:
     """The entry of one checkpoint and test set in results.json (docs/metrics.md defines each field)."""
-    tokenizer, golds = engine.tokenizer, [p["answer"] for p in problems for _ in range(samples)]
+    tokenizer = engine.tokenizer
+    golds, asked = ([p[name] for p in problems for _ in range(samples)] for name in ("answer", "problem"))
     about = dict(key=fingerprint(policy, problems, prompts, samples, cfg), **about)
     rollouts, records = evaluate(engine, problems, prompts, samples, cfg, folder / "responses.jsonl", about)
     right = grouped([r["right"] for r in records], samples)
@@ -926,7 +927,7 @@ def measure(policy, engine, answerer, problems, samples: int, prompts, about: di
     lengths = [thought_length(r.ids, tokenizer) for r in rollouts]
     for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
         cut = cut_thoughts(answerer, tokenizer, rollouts, budget, cfg, lengths)
-        graded = grouped(verify.grade([text_of(r, tokenizer) for r in cut], golds), samples)
+        graded = grouped(verify.grade([text_of(r, tokenizer) for r in cut], golds, problems=asked), samples)
         point = [budget, *mean_and_error(graded), float(np.mean([len(r.ids) for r in cut]))]
         result.setdefault("scaling", []).append(point)
     return result
@@ -965,14 +966,14 @@ def run_eval(cfg: Config):
             answerer = make_engine(cfg.answer_model, other, tokenizer, cfg) if other else engine
         else:
             engine.load(policy)
-        prompts = [encode_prompts(problems, tokenizer, cfg)[1] for _, problems, _ in tests]  # nothing is written yet
+        encoded = [encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests]  # nothing is written yet
         lock = lock or on_rank0(locked_folder, folder)
-        for test, test_prompts in zip(tests, prompts):
-            about = dict(name=name, checkpoint=path, test=test[0])
-            result = measure(policy, engine, answerer, *test[1:], test_prompts, about, folder, cfg)
+        for (test, _, samples), (problems, prompts) in zip(tests, encoded):
+            about = dict(name=name, checkpoint=path, test=test)
+            result = measure(policy, engine, answerer, problems, samples, prompts, about, folder, cfg)
             results.append(result)
             within = "".join(f", {v:.1%} within {budget} tokens" for budget, v, *_ in result.get("scaling", []))
-            print0(f"{path}, {test[0]}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
+            print0(f"{path}, {test}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
                    f"{result['length']:.0f} tokens, over-long {result['overlong']:.1%}{within}")  # fmt: skip
     if rank() == 0:
         before = read_json(folder / "results.json")["checkpoints"] if (folder / "results.json").exists() else []
@@ -1003,7 +1004,6 @@ def finish_stage(folder, steps: int, engine, tests, test_prompts, cfg: Config, n
 # ---------------------------------------------------------------------------------------- machinery: the vLLM engine
 class VLLMEngine:
     """vLLM inside the trainer's processes: under torchrun every `vllm_tp` ranks share one engine.
-
     New weights come tensor by tensor; on a GPU the engine hands its memory back while the update runs. A call's random
     numbers depend on its first seed alone, so samples change with the number of engines."""
     def __init__(self, folder: str, policy, tokenizer, cfg: Config):
@@ -1218,7 +1218,7 @@ def check_forward(policy, folder: str, cfg: Config):
     lm.set_attn_implementation("eager")
     theirs = lm(ids).logits[0, :-1, : policy.vocabulary].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
     lm.set_attn_implementation("t1")
-    for dtype in dict.fromkeys(["float32", cfg.dtype]):
+    for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own type last: it stays
         policy.bfloat16 = dtype == "bfloat16"
         (ours,) = response_logprobs(policy, [(row[:1], row[1:])], cfg)
         if not ours.isfinite().all():
@@ -1252,8 +1252,7 @@ def empty_lm(config, generation_config):
     return lm
 
 def shard(whole: Policy | None, tokenizer, cfg: Config, offload: bool = False) -> Policy:
-    """FSDP2: rank 0's policy cut into shards over all ranks; on one rank the policy is returned unchanged.
-
+    """FSDP2: rank 0's policy cut into shards over all ranks; on one rank it stays whole.
     Each layer is a unit, gathered while it runs; embedding, last norm and head are the root unit, gathered until the
     backward pass is over. Shards are float32, born on the meta device (only rank 0 ever holds the whole model), and
     gathered and run in cfg.dtype; gradients are summed in float32."""
@@ -1300,20 +1299,18 @@ def make_optimizer(policy, cfg: Config):
     return optimizer
 
 # --------------------------------------------------------------------------- machinery: data, run folders, checkpoints
-def encode_prompts(rows: list[dict], tokenizer, cfg: Config, leave_out: bool = False) -> tuple[list[dict], list]:
-    """-> rows and their prompt ids. A prompt is never cut: one longer than max_prompt is an error, or with `leave_out`
-    counted and left out."""
+def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict], list[list[int]]]:
+    """-> rows and their prompt ids. A prompt is never cut: those longer than max_prompt are counted and left out."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
-    kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= cfg.max_prompt]
-    if len(kept) < len(rows):
-        first = next(i for i, ids in enumerate(encoded) if not 0 < len(ids) <= cfg.max_prompt)
-        where = rows[first].get("where") or f"problem {rows[first].get('id')}"
-        what = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt} "
-        what += f"tokens, the first has {len(encoded[first])} ({where})"
-        if not leave_out or not kept:
-            raise Misuse(f"{what}; raise it, or leave them out")
+    fits = [0 < len(ids) <= cfg.max_prompt for ids in encoded]
+    if not all(fits):
+        first = rows[fits.index(False)]
+        what = f"{fits.count(False)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt} tokens"
+        what += f", the first is {first.get('where') or first.get('id')}"
+        if not any(fits):
+            raise Misuse(f"{what}; nothing is left")
         print0(f"{what}: left out")
-    return [rows[i] for i in kept], [encoded[i] for i in kept]
+    return [row for row, fit in zip(rows, fits) if fit], [ids for ids, fit in zip(encoded, fits) if fit]
 
 def is_whole(folder: Path) -> bool:
     """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
@@ -1523,6 +1520,8 @@ def trainer_state(policy, optimizer, anchor=None) -> dict[str, torch.Tensor]:
     return state | {"anchor." + name: p.detach() for name, p in (anchor.lm.named_parameters() if anchor else ())}
 
 # ----------------------------------------------------------------------------------- machinery: ranks, seeds, signals
+# A rank that fails says so on all ranks (`all_ranks_agree`), and all end with its line; one that dies breaks the next
+# collective of the others, which say that they lost contact (`main`); one that hangs is given up after cfg.timeout.
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -1633,18 +1632,6 @@ PANELS = {  # stage -> panels of curves.png: label with unit, and columns of met
     },
 }  # fmt: skip
 
-def run_plot(cfg: Config):
-    """Draw every picture of a run again, from its folder alone."""
-    base = Path(cfg.out) / (cfg.name or cfg.preset)
-    for stage in PANELS:
-        if (base / stage / "metrics.jsonl").exists():
-            draw_steps(base / stage)
-    if (base / "eval" / "results.json").exists():
-        draw_results(base / "eval")
-    if not (pictures := sorted(base.glob("**/*.png"))):
-        raise Misuse(f"{base}: no run there; give --out and --name of one")
-    print0("\n".join(map(str, pictures)))
-
 def draw_steps(folder: Path):
     """curves.png from metrics.jsonl: faint lines are steps, strong ones a moving mean over 5 % of the run."""
     rows = read_log(folder / "metrics.jsonl")
@@ -1694,7 +1681,7 @@ def save_figure(figure: Figure, path: Path, title: str):
     beside.rename(path)
 
 # ---------------------------------------------------------------------------------------------- machinery: command line
-STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval, "plot": run_plot}
+STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
 MAY_BE_ZERO = set("probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
                   " ema_decay entropy_coef weight_decay eval_temperature eval_samples".split())  # fmt: skip
 RESUMES = "the same command resumes from the last checkpoint"
@@ -1735,7 +1722,7 @@ def check_config(cfg: Config):
 
     need(cfg.stage in STAGES, "stage", f"choose from {', '.join(STAGES)}")
     for stage, names in STAGE_FIELDS.items():
-        for name in names.split() if cfg.stage not in (stage, "plot") else ():
+        for name in names.split() if cfg.stage != stage else ():
             usual = getattr(Config(**PRESETS[cfg.preset]), name)
             need(getattr(cfg, name) == usual, name, f"only --stage {stage} reads it, not --stage {cfg.stage}")
     for name, value in dataclasses.asdict(cfg).items():
@@ -1800,5 +1787,14 @@ def complain(message: str, code: int) -> int:
     print(f"\nt1.py, rank {rank()}: {message}" if world() > 1 else f"t1.py: {message}", file=sys.stderr)
     return code
 
+def leave(code: int):
+    """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a tensor to release asks
+    for the interpreter's lock there, and Python ends such a thread in a way that aborts the process (exit -6)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

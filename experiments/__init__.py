@@ -1,0 +1,59 @@
+"""Programs that measure the method: `python -m experiments.NAME --help`. They import t1; t1 imports none of them."""
+
+import argparse
+import logging
+import os
+import warnings
+
+import transformers
+
+import t1
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of one experiment; whatever it does not know is an option of t1.py."""
+
+    def __init__(self, name: str, doc: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog=f"python -m experiments.{name}", description=doc, formatter_class=form, allow_abbrev=False
+        )
+
+    def error(self, message):
+        raise t1.Misuse(message)
+
+
+def whole_numbers(text: str) -> list[int]:
+    """ "8,16" -> [8, 16]: the type of an option."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, separated by commas")
+    return [int(part) for part in text.split(",")]
+
+
+def stage_options(stage: str, options: list[str]) -> list[str]:
+    """t1.py's `options` for one stage, as a command line: those that only other stages read are left out."""
+    others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for other, names in t1.STAGE_FIELDS.items():
+        for name in names.split() if other != stage else ():
+            dashed = name.replace("_", "-")
+            others.add_argument(*dict.fromkeys((f"--{dashed}", f"--{name}")), nargs="?")
+            others.add_argument(f"--no-{dashed}", f"--no_{name}", action="store_true")
+    return [*others.parse_known_args(options)[1], "--stage", stage]
+
+
+def run(parser: Parser, work, argv: list[str] | None) -> int:
+    """Call work(own, options) with the experiment's options and the list of t1.py's -> exit code. A misuse or a failure
+    is one line; remarks of libraries stay off the console."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that there is only one process
+    logging.disable(logging.WARNING)
+    try:
+        own, options = parser.parse_known_args(argv)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise t1.Misuse(f"one process, not torchrun: {parser.prog}")
+        return work(own, options) or 0
+    except t1.Stop as e:
+        return t1.complain(str(e), e.code)
+    except OSError as e:
+        return t1.complain(f"{e.filename or 'a file'}: {e.strerror or e}", 1)

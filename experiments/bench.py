@@ -1,0 +1,360 @@
+"""Speed and memory of a step of RL and of SFT on the embedded model, beside TRL's trainers where TRL is installed.
+
+    export OMP_NUM_THREADS=1
+    python -m experiments.bench                   with TRL in the environment: pip install trl==1.16.0
+    python -m experiments.bench --max-new 512     rows of different lengths
+
+The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch, float32, random
+weights. Up to 128 new tokens the model has one end token, so nearly all responses have the full length; above, one
+token in 64 is an end token: lengths differ, 64 on average. Both sides get the same folder, problems, K, lengths, type
+and threads; after each of TRL's steps one of ours is run, so that both see the same machine. Other options are t1.py's.
+"""
+
+import copy
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import data_prep
+import experiments
+import t1
+
+BENCH = dict(  # the job, on top of the preset tiny
+    max_new=128,
+    temperature=1.0,
+    prompts=16,
+    k=16,
+    kl_coef=0.05,
+    ema_decay=0.99,
+    rl_lr=1e-4,
+    sft_lr=1e-4,
+    sft_batch=64,
+    tiny_layers=4,
+    tiny_width=256,
+)
+TRL_ROWS = 64  # rows of one of RLOOTrainer's micro-batches
+TRL_PACK = (1024, 4)  # SFTTrainer packs to rows of so many tokens, so many rows per step
+RL, SFT = "step of RL", "step of SFT"
+
+
+@dataclass
+class Job:
+    """A model with random weights, and what it is trained on."""
+
+    cfg: t1.Config  # of stage rl
+    sft_cfg: t1.Config
+    policy: t1.Policy
+    anchor: t1.Policy
+    engine: object
+    optimizer: torch.optim.Optimizer
+    tokenizer: object
+    problems: list[dict]  # {"id", "problem", "answer"}
+    prompts: list[list[int]]  # their ids
+    traces: list[dict]  # {"problem", "response"}
+    rows: list[tuple]  # their ids
+
+
+@dataclass
+class Timing:
+    """What one step took: tokens that were trained on, and (CPU, wall) seconds per phase."""
+
+    tokens: int
+    seconds: dict[str, tuple[float, float]]
+
+    def rate(self, clock: int, phase: str = "") -> float:
+        """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the whole step."""
+        return self.tokens / (self.seconds[phase][clock] if phase else sum(s[clock] for s in self.seconds.values()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Our side: the very steps of t1.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job:
+    """The model, saved to `folder` for the other side, and problems and traces for pairs + 1 steps."""
+    policy, tokenizer = t1.tiny_policy(cfg)
+    ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
+    policy.end_ids = [tokenizer.eos_token_id, *range(20, 19 + ends)]
+    policy.lm.generation_config.eos_token_id = policy.end_ids
+    policy.lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sums = np.random.default_rng(cfg.seed).integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist()
+    problems = [dict(id=str(i), problem=f"{a}+{b}=", answer=str(a + b)) for i, (a, b) in enumerate(sums)]
+    traces = data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]  # enough for TRL to pack
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    questions = [t1.prompt_ids(t["problem"], tokenizer, cfg) for t in traces]
+    return Job(
+        cfg=cfg,
+        sft_cfg=sft_cfg,
+        policy=policy,
+        anchor=copy.deepcopy(policy).requires_grad_(False),
+        engine=t1.make_engine(folder, policy, tokenizer, cfg),
+        optimizer=t1.make_optimizer(policy, cfg),
+        tokenizer=tokenizer,
+        problems=problems,
+        prompts=[ids(p["problem"]) for p in problems],
+        traces=traces,
+        rows=[(x, ids(t["response"]) + [tokenizer.eos_token_id]) for x, t in zip(questions, traces)],
+    )
+
+
+def our_rl_step(job: Job, step: int) -> Timing:
+    clock = t1.Clock()
+    row, _ = t1.rl_step(
+        step, job.problems, job.prompts, job.policy, job.anchor, job.engine, job.optimizer, job.cfg, clock
+    )
+    return Timing(row["tokens"], clock.seconds)
+
+
+def our_sft_step(job: Job, step: int) -> Timing:
+    steps = len(job.rows) // job.sft_cfg.sft_batch
+    clock = t1.Clock()
+    row = t1.sft_step(step, steps, job.rows, job.policy, job.optimizer, job.sft_cfg)
+    clock.lap("sft")
+    return Timing(row["tokens"], clock.seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The other side: TRL's trainers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def trl_options(folder: str, pairs: int, cfg: t1.Config) -> dict:
+    """What both of TRL's trainers are told."""
+    return dict(
+        output_dir=folder + "/trl",
+        max_steps=pairs + 1,
+        lr_scheduler_type="constant",
+        max_grad_norm=cfg.grad_clip,
+        bf16=cfg.dtype == "bfloat16",
+        use_cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        seed=0,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def trl_reward(completions, answer, **unused) -> list[float]:
+    """A reward that costs TRL next to nothing."""
+    return [1.0 if c.strip().startswith(a) else 0.1 * (c[:1] == a[:1]) for c, a in zip(completions, answer)]
+
+
+def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
+    """TRL's RLOOTrainer on the bench's job, and the list in which it counts the tokens it trains on."""
+    import datasets
+    import trl
+
+    micro = math.gcd(cfg.prompts * cfg.k, TRL_ROWS)
+    settings = trl.RLOOConfig(
+        **trl_options(folder, pairs, cfg),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=cfg.prompts * cfg.k // micro,
+        num_generations=cfg.k,
+        max_completion_length=cfg.max_new,
+        temperature=cfg.temperature,
+        learning_rate=cfg.rl_lr,
+        beta=cfg.kl_coef,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=1 - cfg.ema_decay,
+        shuffle_dataset=False,
+    )
+    trainer = trl.RLOOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list([dict(prompt=p["problem"], answer=p["answer"]) for p in problems]),
+        reward_funcs=trl_reward,
+    )
+    tokens, generate = [], trainer._generate_single_turn
+
+    def counted(*args, **kwargs):
+        ids = generate(*args, **kwargs)
+        tokens.extend(map(len, ids))
+        return ids
+
+    trainer._generate_single_turn = counted
+    return trainer, tokens
+
+
+def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
+    """TRL's SFTTrainer with packing, and the list in which it counts the tokens it trains on."""
+    import datasets
+    import trl
+
+    datasets.disable_progress_bars()
+    length, rows = TRL_PACK
+    settings = trl.SFTConfig(
+        **trl_options(folder, pairs, cfg),
+        packing=True,
+        max_length=length,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=rows,
+        learning_rate=cfg.sft_lr,
+    )
+    examples = [dict(prompt=t["problem"] + "\n", completion=t["response"]) for t in traces]
+    trainer = trl.SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(examples),
+    )
+    tokens, loss = [], trainer.compute_loss
+
+    def counted(model, inputs, *args, **kwargs):
+        tokens.append((inputs["labels"] != -100).sum().item())
+        return loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = counted
+    return trainer, tokens
+
+
+def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, Timing]]:
+    """Run a TRL trainer for one step to warm up and `pairs` more, and ours(step) after each -> the pairs."""
+    results = []
+
+    class InTurn(transformers.TrainerCallback):
+        def start(self):
+            self.started = time.process_time(), time.perf_counter()
+
+        def on_train_begin(self, *args, **kwargs):
+            self.start()
+
+        def on_step_end(self, *args, **kwargs):
+            took = time.process_time() - self.started[0], time.perf_counter() - self.started[1]
+            theirs = Timing(sum(tokens), {"all": took})
+            tokens.clear()
+            mine = ours(len(results))
+            results.append((mine, theirs))
+            pair = f"{type(trainer).__name__} {len(results) - 1} of {pairs}"
+            ratio = mine.rate(0) / theirs.rate(0)
+            t1.print0(f"{pair}: {mine.rate(0):,.0f} and {theirs.rate(0):,.0f} tokens per CPU second, {ratio:.2f}")
+            self.start()
+
+    trainer.add_callback(InTurn())
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return results[1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def median_of(values) -> str:
+    """Median (smallest-largest)."""
+    digits = 2 if max(values) < 100 else 0
+    return f"{np.median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+
+
+def peak_memory() -> float:
+    """GiB: the most that this process has held so far; on a GPU, of the GPU's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def about_machine() -> str:
+    """Processor, cores, load, threads and versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    cpu = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{cpu}, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} thread(s); {versions}"
+
+
+def report(rl: list[Timing], sft: list[Timing], memory: float):
+    """Print tokens per second of every phase: median (smallest-largest) over the steps."""
+    t1.print0(f"{'phase':24} {'tokens per CPU second':>26} {'tokens per second':>26} {'share of a step':>16}")
+    for phase in rl[0].seconds:
+        shares = [t.rate(0) / t.rate(0, phase) for t in rl]
+        cpu, wall = (median_of([t.rate(clock, phase) for t in rl]) for clock in (0, 1))
+        t1.print0(f"{phase:24} {cpu:>26} {wall:>26} {100 * np.median(shares):14.0f} %")
+    for name, timings in ((RL, rl), (SFT, sft)):
+        cpu, wall = (median_of([t.rate(clock) for t in timings]) for clock in (0, 1))
+        t1.print0(f"{name:24} {cpu:>26} {wall:>26}")
+    tokens = np.median([t.tokens for t in rl])
+    t1.print0(f"peak memory of the process {memory:.2f} GiB, {tokens:,.0f} tokens per {RL}")
+
+
+def report_pairs(name: str, pairs: list[tuple[Timing, Timing]]):
+    """Print tokens per second of both sides and their ratio within each pair."""
+    for clock, unit in enumerate(("CPU second", "second")):
+        ours, theirs = [a.rate(clock) for a, _ in pairs], [b.rate(clock) for _, b in pairs]
+        ratio = median_of([a / b for a, b in zip(ours, theirs)])
+        t1.print0(f"{name}: trained tokens per {unit} {median_of(ours)}, TRL {median_of(theirs)}, ratio {ratio}")
+
+
+def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
+    """Measure `pairs` steps of each kind after one to warm up, and print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(folder, pairs, cfg, sft_cfg)
+        size = sum(p.numel() for p in job.policy.parameters()) / 1e6
+        t1.print0(about_machine())
+        t1.print0(
+            f"{size:.2f} M parameters, V {job.policy.vocabulary}, {cfg.prompts} prompts x {cfg.k} samples, at most "
+            f"{cfg.max_new} new tokens, {cfg.dtype}, {pairs} steps and one to warm up: median (min-max)"
+        )
+        if importlib.util.find_spec("trl") is None:
+            rl = [our_rl_step(job, step) for step in range(pairs + 1)][1:]
+            sft = [our_sft_step(job, step) for step in range(pairs + 1)][1:]
+            report(rl, sft, peak_memory())
+            t1.print0("TRL is not installed here: nothing to compare with (pip install trl==1.16.0)")
+            return
+        our_rl_step(job, 0), our_sft_step(job, 0)
+        memory = peak_memory()
+        rl_trainer, rl_tokens = trl_rloo(folder, job.problems, pairs, cfg)
+        sft_trainer, sft_tokens = trl_sft(folder, job.traces, pairs, sft_cfg)
+        rl = in_turn(rl_trainer, rl_tokens, lambda step: our_rl_step(job, step), pairs)
+        sft = in_turn(sft_trainer, sft_tokens, lambda step: our_sft_step(job, step), pairs)
+    report([a for a, _ in rl], [a for a, _ in sft], memory)
+    report_pairs("RLOOTrainer", rl)
+    report_pairs("SFTTrainer, packing", sft)
+    t1.print0(f"peak memory with TRL in the same process {peak_memory():.2f} GiB")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = experiments.Parser("bench", __doc__)
+    parser.add_argument("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
+    return experiments.run(parser, bench_command, argv)
+
+
+def bench_command(own, options: list[str]):
+    if own.pairs < 1:
+        raise t1.Misuse("--pairs must be above 0")
+    run_bench(own.pairs, *(job_config(stage, options) for stage in ("rl", "sft")))
+
+
+def job_config(stage: str, options: list[str]) -> t1.Config:
+    job = [f"--{name.replace('_', '-')}={value}" for name, value in BENCH.items()]
+    return t1.parse_args(experiments.stage_options(stage, [*job, *options]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

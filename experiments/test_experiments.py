@@ -1,0 +1,573 @@
+"""Tests of the experiments.   python -m pytest -q experiments: the quick core; -m slow: kills and more fuzz"""
+
+import copy
+import functools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._pytree import tree_iter
+
+import data_prep
+import t1
+import verify
+from experiments import bench, ledger, plan, spending, stress
+
+HERE = Path(__file__).parent.parent
+SMALL = ["--tiny-layers", "1", "--tiny-width", "64"]
+
+
+def config(*args, stage="rl"):
+    return t1.parse_args(["--stage", stage, *map(str, args)])
+
+
+def program(name, *args):
+    """python -m experiments.NAME as a user calls it -> (exit code, stdout, stderr)."""
+    command = [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tokenizer():
+    """The embedded tokenizer takes seconds to make: once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_prep, "embedded_tokenizer", functools.cache(data_prep.embedded_tokenizer))
+        yield
+
+
+@pytest.fixture(scope="session")
+def talkative(tmp_path_factory):
+    """The embedded model with weights scaled up, so that its distributions differ from token to token, and many end
+    tokens, so that rows end at different times: (policy, tokenizer, engine, config)."""
+    cfg = config("--tiny-layers", "2")
+    policy, tokenizer = t1.tiny_policy(cfg)
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.dim() > 1:
+                p.mul_(6)
+    policy.end_ids = list(range(0, len(tokenizer), 23))
+    engine = t1.TorchEngine(tokenizer, cfg)
+    engine.load(policy)
+    return policy, tokenizer, engine, cfg
+
+
+def few_problems(path):
+    """Ten problems as a file, so that an evaluation takes a second."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in stress.naming_rows("rl")))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------- ledger
+
+
+UNRESOLVED = "not resolved at this scale"
+
+
+@pytest.mark.parametrize(
+    "differences, sign, expected",
+    [
+        ([0.05, 0.06, 0.055], +1, "holds"),
+        ([0.05, 0.06, 0.055], -1, "does not hold"),
+        ([0.05, 0.06, 0.055], 0, "higher"),
+        ([-0.05, -0.06, -0.055], 0, "lower"),
+        ([0.05, 0.01, 0.06], +1, UNRESOLVED),  # 2.6 standard errors from zero: beyond 1.96, within t(2) = 4.30
+        ([0.05], +1, UNRESOLVED),
+        ([], +1, UNRESOLVED),
+        ([0.0, 0.0], -1, UNRESOLVED),
+    ],
+)
+def test_verdict(differences, sign, expected):
+    assert ledger.verdict(differences, sign) == expected
+
+
+def test_the_quantiles_are_students():
+    for dof, quantile in enumerate((*ledger.T95, ledger.T95_MORE), 1):  # P(T <= q) = 0.975, integrating the density
+        x = np.linspace(0, quantile, 200_001)
+        scale = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(dof * math.pi)
+        density = scale * (1 + x**2 / dof) ** (-(dof + 1) / 2)
+        assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=3e-4)
+
+
+def test_correct_only_traces_hold_no_failed_try():
+    traces = data_prep.embedded_traces(2000, correct_only=True)
+    assert {data_prep.habit_of(t["response"]) for t in traces} == {"jump"}
+    assert not any(" not " in t["response"] or "wait" in t["response"] for t in traces)
+    assert all(verify.grade([t["response"] for t in traces], [t["answer"] for t in traces]))
+    assert {data_prep.habit_of(t["response"]) for t in data_prep.embedded_traces(2000)} == {"jump", "wander", "orderly"}
+
+
+def ledger_args(out, rows, *more):
+    steps = "--sft-steps 2 --sft-batch 4 --rl-steps 2 --prompts 4 --k 2 --max-new 40 --eval-samples 1".split()
+    return ["--out", str(out), "--name", "led", "--test", str(rows), *steps, *SMALL, *more]
+
+
+@pytest.fixture
+def quick_runs(monkeypatch):
+    """Few traces, and no pictures of the stages."""
+    short = data_prep.embedded_traces(400, 1)
+    monkeypatch.setattr(data_prep, "embedded_traces", lambda correct_only=False: short)
+    monkeypatch.setattr(t1, "draw_steps", lambda folder: None)
+
+
+def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
+    rows = few_problems(tmp_path / "rows.jsonl")
+    args = ledger_args(tmp_path, rows, "--seeds", "0,1", "--variants", "k4,cold")
+    rl, calls = t1.run_rl, []
+
+    def killed(cfg):  # the third run of RL is cut off in the middle
+        calls.append(cfg.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        rl(cfg)
+
+    monkeypatch.setattr(t1, "run_rl", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.main(args)
+    assert ledger.main(args) == 0
+    assert calls == [
+        *("base-seed0", "k4-seed0", "cold-seed0", "cold-seed0"),
+        *("base-seed1", "k4-seed1", "cold-seed1"),
+    ]
+    base = tmp_path / "led"
+    content = json.loads((base / "ledger.json").read_text())
+    expected = [(v, s) for v in ("base", "cold", "k4") for s in (0, 1)]
+    assert [(r["variant"], r["seed"]) for r in content["runs"]] == expected
+    assert all(r["start"] is not None for r in content["runs"])
+    assert [r["variant"] for r in content["variants"]] == ["base", "k4", "cold"]
+    of_k4 = json.loads((base / "k4-seed1/rl/config.json").read_text())
+    assert of_k4["config"]["k"] == 4 and of_k4["started_from"] == str(base / "base-seed1/sft/checkpoint-2")
+    assert [p.name for p in base.rglob("checkpoint-*")] == ["checkpoint-2"] * 10 and not list(base.rglob("trainer"))
+
+    before = {p: p.read_bytes() for p in base.glob("ledger.*")}
+    assert len(before) == 3
+    for path in before:
+        path.unlink()
+    assert ledger.main(["--table", "--out", str(tmp_path), "--name", "led"]) == 0  # from the finished runs alone
+    assert {p: p.read_bytes() for p in base.glob("ledger.*")} == before and len(calls) == 7
+    falling = [dict(step=i, accuracy=0.9 - 0.01 * i, entropy=0.1) for i in range(8)]  # ends below where it began
+    (base / "k4-seed0/rl/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in falling))
+    for run in ledger.read_runs(base):
+        assert run["fell"] == (run["variant"] == "k4" and run["seed"] == 0) and run["collapsed"] >= run["fell"]
+
+
+def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(tmp_path, quick_runs, monkeypatch, capsys):
+    rows = few_problems(tmp_path / "rows.jsonl")
+    args = ledger_args(tmp_path, rows, "--seeds", "0", "--variants", "hot")
+    with monkeypatch.context() as patch:
+        patch.setattr(t1.Interrupt, "received", lambda self: "SIGTERM")  # the stage saves and returns after one step
+        assert ledger.main(args) == 0 and "the same command resumes" in capsys.readouterr().out
+    assert len(t1.read_log(tmp_path / "led/base-seed0/sft/metrics.jsonl")) == 1
+    assert not (tmp_path / "led/ledger.json").exists()
+    rl = t1.run_rl
+
+    def fails(cfg):
+        if cfg.name.startswith("hot"):
+            raise t1.Stop("the loss is not finite")
+        rl(cfg)
+
+    monkeypatch.setattr(t1, "run_rl", fails)
+    assert ledger.main(args) == 0
+    assert len(t1.read_log(tmp_path / "led/base-seed0/sft/metrics.jsonl")) == 2
+    assert json.loads((tmp_path / "led/hot-seed0/stopped.json").read_text())["reason"] == "the loss is not finite"
+    assert "| hot | rl_lr=0.001 |  |  |  |  |  | 1/1 |" in (tmp_path / "led/ledger.md").read_text()
+
+
+def test_the_ledger_counts_pairs_and_collapses():
+    same = dict(stopped=False, length=50, overlong=0.1, entropy=0.1, start=0.4, collapsed=False)
+    runs = [same | dict(variant="base", seed=s, pass_at_1=v) for s, v in enumerate((0.7, 0.8, 0.75))]
+    runs += [same | dict(variant="k4", seed=s, pass_at_1=v) for s, v in enumerate((0.6, 0.71, 0.65))]
+    runs += [same | dict(variant="t1.0", seed=0, pass_at_1=0.2, collapsed=True)]
+    runs += [dict(variant="t1.0", seed=1, stopped=True, collapsed=True)]
+    rows, claims = ledger.ledger_of(runs)
+    by = {r["variant"]: r for r in rows}
+    assert by["base"]["pass_at_1"] == pytest.approx([0.75, 0.05 / 3**0.5])
+    assert by["k4"]["gain"] == pytest.approx([-0.29 / 3, np.std([0.1, 0.09, 0.1], ddof=1) / 3**0.5])
+    assert (by["t1.0"]["collapsed"], by["t1.0"]["runs"], by["t1.0"]["each"]) == (2, 2, [0.2])
+    assert {c["variant"]: c["verdict"] for c in claims} == {"k4": "holds", "t1.0": UNRESOLVED}
+    assert "| t1.0 | temperature=1.0 | 20.0 | -50.0 | 50 | 0.100 | 10.0 | 2/2 |" in ledger.variant_table(rows)
+    assert "| k4 - base | 3 | -9.7±0.3 | holds |" in ledger.claim_table(claims)
+
+
+def test_every_variant_is_a_valid_run():
+    for name, variant in ledger.VARIANTS.items():
+        configs = [ledger.stage_config(stage, variant.changes, []) for stage in ("sft", "rl")]
+        for cfg in configs:
+            t1.check_config(cfg)
+        for field, value in variant.changes.items():
+            assert value in [getattr(cfg, field) for cfg in configs]
+        assert (variant.against in ledger.VARIANTS and variant.claim) or name == "base"
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of all tensors that live, counted by storage, and the most that lived at once."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}
+        for t in tensors:
+            self.add(t)
+
+    def add(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.drop, storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def drop(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, torch.Tensor):
+                self.add(t)
+        return out
+
+
+def plan_config(*args):
+    return config("--tiny-layers", "2", "--tiny-width", "64", "--max-new", "512", *args)
+
+
+SIZES = [  # layers, width, vocabulary (0: the tokenizer's), tokens of a row, tokens of a micro-batch
+    (2, 64, 0, 128, 1024),
+    (4, 128, 0, 128, 2048),
+    (3, 256, 0, 256, 2048),
+    (2, 64, 0, 64, 4096),
+    (6, 128, 0, 512, 1024),
+    (2, 128, 20_000, 64, 512),
+    (1, 64, 50_000, 16, 512),
+]
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("layers, width, vocabulary, length, micro", SIZES)
+def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, checkpointing):
+    """One rank, float32: the most bytes of tensors that live during log-probs of the anchor, gradient (several
+    micro-batches) and update."""
+    shape = ["--tiny-layers", layers, "--tiny-width", width]
+    cfg = plan_config(*shape, "--micro-tokens", micro, "--checkpointing", checkpointing)
+    policy = small_policy(cfg, vocabulary)
+    anchor, optimizer = copy.deepcopy(policy).requires_grad_(False), t1.make_optimizer(policy, cfg)
+    rows = [([1], [2 + (7 * i + j) % 200 for j in range(length - 1)]) for i in range(2 * micro // length)]
+    state = [x for entry in optimizer.state.values() for x in entry.values()]
+    with LiveBytes(*policy.parameters(), *anchor.parameters(), *state) as live:
+        t1.response_logprobs(anchor, rows, cfg, 1.0, 0.0)
+        t1.accumulate_gradient(policy, rows, torch.ones(len(rows)), torch.full((len(rows),), 1e-3), cfg, 1e-3)
+        t1.update(policy, optimizer, 1e-4, cfg)
+    planned = plan.memory_plan(plan.shape_of(policy.lm.config), 1, length, micro, cfg)
+    assert planned["parameters"] == sum(p.numel() for p in policy.parameters())
+    assert 0.95 * live.peak < planned["update"] < 1.1 * live.peak
+
+
+def small_policy(cfg, vocabulary):
+    """The embedded model, its vocabulary padded to `vocabulary` rows that are all used."""
+    policy, tokenizer = t1.tiny_policy(cfg)
+    if vocabulary:
+        policy.lm.resize_token_embeddings(vocabulary, mean_resizing=False)
+        policy.vocabulary = vocabulary
+    return t1.shard(policy, tokenizer, cfg)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plans_activations_are_what_autograd_saves(dtype):
+    """Of each layer, by torch's hooks on saved tensors, distinct storages that are no parameters: a model wholly in the
+    type of the run."""
+    rows = [([1], list(range(2, 129))) for _ in range(8)]
+    n = sum(len(y) for _, y in rows)  # tokens that go in: the last one predicts nothing
+
+    def saved(layers):
+        deep = plan_config("--tiny-layers", layers)
+        policy, _ = t1.tiny_policy(deep)
+        policy = policy.to(getattr(torch, dtype))
+        weights, kept = {p.untyped_storage()._cdata for p in policy.parameters()}, {}
+
+        def note(t):
+            kept.setdefault(t.untyped_storage()._cdata, (t.untyped_storage().nbytes(), t))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            hidden = policy(t1.pack(rows, policy.device))
+        assert hidden.shape[0] == n
+        return sum(size for key, (size, _) in kept.items() if key not in weights)
+
+    def planned(layers):
+        shape = plan.Shape(64, layers, 192, 4, 2, 16, 473, True)
+        return plan.memory_plan(shape, 1, 128, n, plan_config("--dtype", dtype))["activations"]
+
+    assert planned(3) - planned(2) == pytest.approx(saved(3) - saved(2), rel=0.02)
+
+
+def test_plan_of_the_papers_models():
+    for name, billions in {"glm-4-9b-hf": 9.40, "Qwen2.5-14B": 14.77, "Qwen2.5-32B": 32.76}.items():
+
+        def of(gpus, *args):
+            return plan.memory_plan(plan.SHAPES[name], gpus, 9216, 32768, config("--preset", "qwen2.5-14b", *args))
+
+        eight = of(8)
+        assert eight["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
+        assert eight["weights"] == 4 * eight["parameters"] / 8
+        assert eight["optimizer"] == 2 * eight["anchor"] == 2 * eight["weights"]
+        assert of(64)["update"] < eight["update"] < of(8, "--checkpointing", "false")["update"]
+        without = of(8, "--anchor", "none")["update"]
+        assert of(8, "--offload-anchor")["update"] == without == eight["update"] - eight["anchor"]
+        assert eight["update"] - of(8, "--offload-optimizer")["update"] == 4 * eight["weights"]
+
+
+def test_plan_command(talkative, tmp_path, capsys):
+    assert plan.main(["--vllm-tp", "4"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in plan.SHAPES) and "80 GB" in out and "141 GB" in out
+    assert "bfloat16, checkpointing on" in out
+    talkative[0].lm.save_pretrained(tmp_path / "model")
+    assert plan.main(["--model", str(tmp_path / "model"), "--gpus", "1,2", "--contexts", "512"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in out if line.startswith("model ")] == [["model", "GPUs", "context"]] + [
+        ["model", gpus, "512"] for gpus in "1122"
+    ]
+    assert plan.main(["--model", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"--model {tmp_path}" in err
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+
+TINY_BENCH = "--prompts 2 --k 2 --max-new 8 --tiny-layers 1 --tiny-width 32 --sft-batch 4".split()
+
+
+def test_bench_command(capsys):
+    """At a size of seconds; where TRL is installed its lines are printed, too."""
+    assert bench.main(["--pairs", "1", *TINY_BENCH]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0] for line in out.splitlines()}
+    assert {"rollout", "anchor", "gradient", "update", bench.RL, bench.SFT} <= lines
+    assert "peak memory of the process" in out
+    with_trl = "RLOOTrainer: trained tokens per CPU second" in out and "SFTTrainer, packing" in out
+    assert ("TRL is not installed" in out) != with_trl
+
+
+def test_the_benchs_job_is_trls(tmp_path):
+    """The values that docs/speed.md names, and the very step of t1.py: a policy that moves."""
+    cfg, sft_cfg = (bench.job_config(stage, []) for stage in ("rl", "sft"))
+    assert (cfg.prompts, cfg.k, cfg.max_new, cfg.temperature, cfg.rl_lr) == (16, 16, 128, 1.0, 1e-4)
+    assert (sft_cfg.sft_batch, sft_cfg.sft_lr, sft_cfg.tiny_width) == (64, 1e-4, 256)
+    options = "--prompts 2 --k 2 --max-new 200 --tiny-layers 1 --tiny-width 32 --sft-batch 4".split()
+    job = bench.make_job(str(tmp_path), 1, *(bench.job_config(stage, options) for stage in ("rl", "sft")))
+    before = [p.clone() for p in job.policy.parameters()]
+    timing = bench.our_rl_step(job, 0)
+    assert 4 <= timing.tokens < 800 and set(timing.seconds) == {"rollout", "anchor", "gradient", "update"}
+    assert any(not torch.equal(p, q) for p, q in zip(before, job.policy.parameters()))
+    cpu = sum(seconds[0] for seconds in timing.seconds.values())
+    assert timing.rate(0) == pytest.approx(timing.tokens / cpu)
+    assert len(job.policy.end_ids) > 1 and bench.our_sft_step(job, 0).tokens > 0
+
+
+# ------------------------------------------------------------------------------------------------------------- spending
+
+
+def test_majority_is_by_equality_and_a_tie_goes_to_the_first_answer():
+    assert spending.majority(["1/2", "3", "0.5", "3", "\\frac12"]) == 0  # three spellings of one half
+    assert spending.majority(["7", "3", "3", "7"]) == 0
+    assert spending.majority([None, "3", None, "7"]) == 1 and spending.majority([None, None]) is None
+    rng = random.Random(0)
+    for _ in range(300):  # brute force on integers: count, then the first to appear among the most frequent
+        n, k = rng.randint(1, 9), rng.randint(1, 4)
+        answers = [rng.choice([None, "1", "2", "3"]) for _ in range(n)]
+        right = [a == "2" for a in answers]
+        winners = []
+        for group in (answers[i : i + k] for i in range(0, n, k) if i + k <= n):
+            most = max((group.count(a) for a in group if a is not None), default=0)
+            winners.append(next((a for a in group if a is not None and group.count(a) == most), None))
+        if winners:
+            assert spending.maj_at_k(answers, right, k) == sum(w == "2" for w in winners) / len(winners)
+
+
+def test_budget_forcing_works_on_ids(talkative):
+    """Every thought has exactly the budget's tokens, begins with its own and waits where it would have ended; a cut
+    never re-encodes."""
+    _, tokenizer, engine, cfg = talkative
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def force(engine, rollouts):
+        return spending.force_budget(engine, rollouts, 60, ", wait\\n", cfg)
+
+    question, wait = encode("Find n.\n"), encode(", wait\n")
+    thought = encode("<think>\n12 mod 5 = 2 not 3, wait\n13 mod 5 = 3 yes\n")
+    ended = thought + encode("</think>\nThe answer is \\boxed{13}.") + [tokenizer.eos_token_id]
+    endless = encode("<think>\n" + "7 mod 5 = 2 not 3, wait\n" * 3)
+    rollouts = [
+        t1.Rollout(question, ended, [], True),
+        t1.Rollout(question, endless, [], False),
+        t1.Rollout(question, thought + [tokenizer.eos_token_id], [], True),
+    ]
+    assert spending.before_end(ended, tokenizer) == thought and spending.before_end(thought, tokenizer) == thought
+    assert spending.before_end(encode("so</th") + encode("ink> 5"), tokenizer) == encode("so")  # spelled otherwise
+    forced = force(engine, rollouts)
+    assert [len(r.ids) for r in forced] == [60] * 3 and not any(r.finished for r in forced)
+    assert not any("</think>" in tokenizer.decode(r.ids) or tokenizer.eos_token_id in r.ids for r in forced)
+    for r, start in zip(forced, (thought + wait, endless, thought + wait)):
+        assert r.ids[: len(start)] == start and r.prompt == question
+    assert forced == force(engine, rollouts)
+
+    class Ends:  # an engine whose every answer is the end of the thought
+        tokenizer = engine.tokenizer
+
+        def generate(self, prompts, k, seeds, room, temperature, min_p=0.0):
+            return [t1.Rollout(p, ended[len(thought) :], [], True) for p in prompts]
+
+    assert force(Ends(), rollouts[:1])[0].ids == (thought + wait * 60)[:60]
+    prefix = encode("</think>\nThe answer is \\boxed{")
+    for budget, ids in ((20, forced[0].ids[:20]), (60, forced[0].ids)):
+        (cut, *_) = t1.cut_thoughts(engine, tokenizer, forced, budget, cfg)
+        assert cut.ids[: budget + len(prefix)] == ids + prefix
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory):
+    """A run of the embedded model, SFT for 250 steps and evaluated on ten problems with 2 samples each."""
+    base = stress.make_guess(tmp_path_factory.mktemp("evaluated"))
+    common = ["--out", str(base), "--test", str(base / "ten.jsonl"), "--max-new", "24"]
+    assert t1.main(["--stage", "eval", *common, "--eval-samples", "2", "--budgets", "4,12,24"]) == 0
+    return base
+
+
+def test_spending_reads_the_run_and_resumes(evaluated, tmp_path):
+    args = ["--out", str(tmp_path), "--samples", "4"]
+    shutil.copytree(evaluated / "tiny", tmp_path / "tiny")
+    assert spending.main(args) == 0
+    folder = tmp_path / "tiny/eval"
+    content = json.loads((folder / "spending.json").read_text())
+    results = json.loads((folder / "results.json").read_text())["checkpoints"]
+    (test,) = content["tests"]
+    assert test["cut"] == results[-1]["scaling"] and content["name"] == results[-1]["name"]
+    assert [point[0] for point in test["forced"]] == [4, 12, 24] and test["problems"] == 10
+    assert [point[0] for point in test["majority"]] == [1, 2, 4]
+    assert test["majority"][2][3] == pytest.approx(4 * test["majority"][0][3])
+    tokens = [point[3] for point in test["forced"]]
+    assert all(b <= t <= b + 40 for b, t in zip((4, 12, 24), tokens)), tokens  # the thought, and an answer
+    picture = (folder / "spending.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+
+    kept = (folder / "spending.jsonl").read_bytes()
+    rows = [json.loads(line) for line in kept.splitlines()]
+    assert len(rows) == 40 and len({(r["number"], r["sample"]) for r in rows}) == 40
+    first = np.mean([r["right"] for r in rows])
+    assert test["majority"][0][1] == pytest.approx(first)
+    (folder / "spending.jsonl").write_bytes(kept[: len(kept) // 2])  # what a kill leaves: a cut line at the end
+    before = (folder / "spending.json").read_bytes()
+    assert spending.main(args) == 0
+    assert (folder / "spending.json").read_bytes() == before and (folder / "spending.png").read_bytes() == picture
+    assert len(t1.read_log(folder / "spending.jsonl")) == 40
+
+    assert spending.main(["--out", str(tmp_path), "--samples", "2"]) == 0  # the evaluation's own responses will do
+    (test,) = json.loads((folder / "spending.json").read_text())["tests"]
+    assert test["majority"][0][1] == pytest.approx(results[-1]["pass_at_1"])
+
+
+# --------------------------------------------------------------------------------------------------------------- stress
+
+
+def stress_program(what, count, *more):
+    """In a process of its own: kills forks, fuzz sets timers."""
+    code, out, err = program("stress", what, count, *more)
+    assert code == 0, out[-1000:] + err[-3000:]
+    return out
+
+
+def test_every_phase_can_be_killed():
+    for functions in stress.PHASES.values():
+        for path in functions:
+            stress.find(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, count", [(1, 12), (2, 5)])
+def test_killed_and_resumed_is_the_same_run(ranks, count):
+    """`python -m experiments.stress kills 300` is the long form."""
+    assert f"{count} kills on {ranks} rank(s)" in stress_program("kills", count, "--ranks", ranks, "--seed", 5)
+
+
+@pytest.mark.parametrize("count", [38, pytest.param(1000, marks=pytest.mark.slow)])
+def test_fuzz_no_input_makes_a_traceback_a_hang_or_half_an_output(count):
+    out = stress_program("fuzz", count, "--seed", 1)
+    assert f"{count} cases, 0 failed, seed 1" in out
+    assert all(f"{kind:10}" in out for kind in stress.KINDS)
+
+
+def test_fuzz_reports_what_fails(tmp_path, monkeypatch):
+    def broken(rng, folder, base):
+        (folder / "rows").write_text("x")
+        return folder / "rows", [lambda: 1 / 0]
+
+    def silent(rng, folder, base):
+        (folder / "rows").write_text("x")
+        return folder / "rows", [refuse_without_a_name]
+
+    def refuse_without_a_name():
+        raise t1.Misuse("bad")
+
+    monkeypatch.setattr(stress, "good_files", lambda folder: {})
+    monkeypatch.setattr(stress, "KINDS", {"broken": (broken, 1), "silent": (silent, 1)})
+    counts, failures = stress.run_fuzz(range(4), 0, tmp_path)
+    assert counts == {("broken", "FAILED"): 2, ("silent", "FAILED"): 2}
+    assert "ZeroDivisionError" in failures[0][2] and "does not name the file" in failures[1][2]
+
+
+# -------------------------------------------------------------------------------------------------------- command lines
+
+
+PROGRAMS = dict(ledger=ledger, bench=bench, plan=plan, spending=spending, stress=stress)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_tells_every_option(name, capsys):
+    with pytest.raises(SystemExit) as done:
+        PROGRAMS[name].main(["--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0 and f"python -m experiments.{name}" in out and "default" in out
+
+
+@pytest.mark.parametrize(
+    "name, args, says",
+    [
+        ("ledger", "--seeds 0,x", "--seeds"),
+        ("ledger", "--variants base,nothing", "no variant 'nothing'"),
+        ("ledger", "--k 1 --out OUT", "leave-one-out"),
+        ("ledger", "--table --out OUT", "no finished run"),
+        ("ledger", "--no-such-option", "--no-such-option"),
+        ("bench", "--pairs 0", "--pairs"),
+        ("bench", "--prompts many", "--prompts"),
+        ("plan", "--gpus 0", "--gpus"),
+        ("plan", "--vllm-tp 0", "--vllm-tp"),
+        ("spending", "--samples 0 --out OUT", "--samples"),
+        ("spending", "--out OUT", "run python t1.py --stage eval first"),
+        ("stress", "", "required"),
+        ("stress", "kills", "required"),
+        ("stress", "burn 3", "burn"),
+        ("stress", "fuzz 0", "above 0"),
+    ],
+)
+def test_misuse_is_one_line(name, args, says, tmp_path, capsys):
+    assert PROGRAMS[name].main(args.replace("OUT", str(tmp_path / "out")).split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and says in err and not (tmp_path / "out").exists()
