@@ -2131,10 +2131,11 @@ SHARED_DATA = SHARED / "data"
 needs_shared = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no shared rows in {SHARED_DATA}; set T1_SHARED")
 CURATE_CASES = [json.loads(line) for line in (HERE / "cases" / "curate.jsonl").read_text(encoding="utf-8").splitlines()]
 
-
 def cases(kind):
     return [case for case in CURATE_CASES if case["kind"] == kind]
 
+def case_id(case):
+    return next((str(case[k])[:40] for k in ("problem", "a", "solution", "fault") if k in case), None)
 
 def data_main(*args):
     """A command of data_prep.py in this process -> (exit code, stdout, stderr)."""
@@ -2146,15 +2147,18 @@ def data_main(*args):
             code = e.code
     return code, out.getvalue(), err.getvalue()
 
+def succeed(*args):
+    """A command of data_prep.py that must succeed -> stdout and stderr."""
+    code, out, err = data_main(*args)
+    assert code == 0, err
+    return out + err
 
 def jsonl(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
-
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 def shared(*names):
     files = [SHARED_DATA / f"{name}.jsonl.gz" for name in names]
@@ -2162,36 +2166,17 @@ def shared(*names):
         pytest.skip(f"shared files are missing: {missing}")
     return files
 
-
 # --- text
-
-SAME_TEXT = [
-    (r"Let $f(x)=x^{2}-2 x$. How many $c$ satisfy $f(f(c))=3$ ?",
-     r"Let $f(x) = x^2-2x$.  How many $c$ satisfy $f(f(c)) = 3$?"),
-    (r"If $ab+bc+ca=25$ and $\{a,b\}$", r"If \(a b+b c+c a = 25\) and \(\left\{ a, b \right\}\)"),
-    (r"Find $\dfrac{1}{2}+\tfrac12$", r"Find $\frac12 + \frac{1}{2}$"),
-    (r"$f(x) \equal{} x \plus{} 1 \minus{} 2$", r"$f(x) = x + 1 - 2$"),
-    (r"$112,\!875 \le x\ldots$", r"$112875 \leq x \cdots$"),
-    ("six-sided die, 20° and π ≤ 4", r"six sided die, $20^\circ$ and $\pi \leq 4$")]
-OTHER_TEXT = [
-    (r"all roots of $z^4 - z^2 + 1$", r"all roots of $z^4 + z^2 + 1$"), (r"$\tan 225^\circ$", r"$\tan 22.5^\circ$"),
-    ("$x-3$", "$x 3$"), ("$-3$", "$3$"), ("$f(1,2)$", "$f(12)$"), ("$5!$", "$5$"), ("$f'(x)$", "$f(x)$"),
-    (r"$\gamma$", r"$\Gamma$"), ("$x<3$", r"$x \leq 3$"), ("$a/b$", "$ab$"), ("$2.5$", "$25$"),
-    (r"$\sin x$", r"$\cos x$"), ("$10\\%$", "$10$")]
-
 
 def text_key(text):
     return data_prep.key(data_prep.tokens(data_prep.repair(text)))
 
-
-@pytest.mark.parametrize("a, b", SAME_TEXT)
-def test_data_text_same(a, b):
-    assert text_key(a) == text_key(b)
-
-
-@pytest.mark.parametrize("a, b", OTHER_TEXT)
-def test_data_text_differs_and_lookalikes_are_two_problems(a, b):
-    assert text_key(a) != text_key(b)
+@pytest.mark.parametrize("case", cases("same text") + cases("other text"), ids=case_id)
+def test_data_text_is_equal_or_tells_two_problems_apart(case):
+    a, b = case["a"], case["b"]
+    assert (text_key(a) == text_key(b)) == (case["kind"] == "same text")
+    if case["kind"] == "same text":
+        return
     words = ("What is the smallest positive integer n such that all of the values of {} are roots of unity of the "
              "order n in the plane of Gauss and Argand?")
     if data_prep.signs(data_prep.tokens(a)) != data_prep.signs(data_prep.tokens(b)):
@@ -2199,13 +2184,11 @@ def test_data_text_differs_and_lookalikes_are_two_problems(a, b):
         assert not data_prep.same_problem(a, b, False) and not data_prep.reworded(a, b)
         assert data_prep.same_problem(a, a, False) and data_prep.same_problem(b, b, True)
 
-
 def test_data_repair():
     assert data_prep.repair("$(-\x0crac{1}{125})$ \x0cx") == r"$(-\frac{1}{125})$ x"
     assert data_prep.repair(r"S\_n \equal{} \\frac{1}{2}") == r"S_n = \frac{1}{2}"
     for kept in (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"a \\\frac12", r"x = \_\_\_"):
         assert data_prep.repair(kept) == kept
-
 
 def brace_oracle(text):
     """Outermost boxes by a character loop, written independently of the regular expressions."""
@@ -2213,72 +2196,31 @@ def brace_oracle(text):
     while (i := text.find("\\boxed{", i)) >= 0:
         depth, j = 1, i + 7
         while j < len(text) and depth:
-            if text[j] == "\\" and j + 1 < len(text):
-                j += 2
-                continue
-            depth += (text[j] == "{") - (text[j] == "}")
-            j += 1
+            escaped = text[j] == "\\" and j + 1 < len(text)
+            depth += 0 if escaped else (text[j] == "{") - (text[j] == "}")
+            j += 2 if escaped else 1
         found.append(text[i + 7 : j - 1] if depth == 0 else None)
         i = j if depth == 0 else i + 7
     return found
-
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "x", "\\{", "\\}", "\\frac", " 1 "]), max_size=25).map("".join))
 def test_data_boxes_against_a_character_loop(text):
     assert data_prep.boxes(text) == brace_oracle(text)
-
-
-def test_data_boxes_of_MATH():
-    text = r"so $\boxed 2$ and $\boxed {17}.$ $\fbox{3}$ \framebox{4} \boxed{} \boxed{1"
-    assert data_prep.boxes(text) == ["2", "17", "3", "4", "", None]
-
+    odd = r"so $\boxed 2$ and $\boxed {17}.$ $\fbox{3}$ \framebox{4} \boxed{} \boxed{1"  # as in MATH
+    assert data_prep.boxes(odd) == ["2", "17", "3", "4", "", None]
 
 # --- rules
 
-
-def first_reason(problem, answer, scripts=(), **more):
-    row = {"id": "1", "problem": problem, "answer": answer, "solution": "", "source": "s", "level": None, "flags": {}}
-    row |= more
-    reason = next(filter(None, (rule(row) for rule in data_prep.rules(scripts))), None)
-    assert reason is None or reason in data_prep.REASONS
-    return reason
-
-
-@pytest.mark.parametrize("case", cases("rules"), ids=lambda case: case["problem"][:40])
+@pytest.mark.parametrize("case", cases("rules"), ids=case_id)
 def test_data_rules(case):
-    assert first_reason(case["problem"], case["answer"]) == case["reason"]
-    assert case["reason"] or not data_prep.ungradable([case["answer"]])
+    row = {"id": "1", "solution": "", "source": "s", "level": None, "flags": {}} | case
+    reason = next(filter(None, (rule(row) for rule in data_prep.rules(tuple(case.get("scripts", ()))))), None)
+    assert reason == case["reason"] and (reason in data_prep.REASONS or not data_prep.ungradable([row["answer"]]))
 
-
-@pytest.mark.parametrize("solution, reason", [
-    ("no box at all", "no box"), (r"\boxed{}", "empty answer"), (r"\boxed{\frac{1}{2}", "no box"),
-    (r"\boxed{3} or \boxed{4}", "several different boxes"),
-    (r"it is $\boxed{2}$ and $f(1) = 3$.", "answer continues after the box"),
-    (r"it is \( \boxed{ 2 } \), \( 6 \).", "answer continues after the box"),
-    (r"the $\boxed{2}$ functions, namely $x$", None), (r"\boxed{\frac12} that is \boxed{\frac{1}{2}}", None),
-    (r"\boxed{0.5} that is $\boxed{\dfrac{1}{2}}$.", None)])
-def test_data_answer_from_the_last_box(solution, reason):
-    assert first_reason("What is one half as a number?", None, solution=solution) == reason
-
-
-def test_data_answer_column_and_flags():
-    question = "What is one half as a number?"
-    valid = {"problem_is_valid": "Yes", "solution_is_valid": "Incomplete"}
-    assert first_reason(question, "$$0.5$$", solution=r"\boxed{\frac12}") is None
-    assert first_reason(question, "0.6", solution=r"\boxed{\frac12}") == "answer and box differ"
-    assert first_reason(question, "  ") == "empty answer"
-    assert first_reason(question, "0.5", flags=valid) == "marked invalid by its source"
-    assert first_reason(question, "proof", flags={"question_type": "math-word-problem"}) == "proof"
-    assert first_reason(question, "0.5", flags={"question_type": "MCQ"}) == "multiple choice"
+def test_data_bare_answers():
     assert data_prep.bare(r"\[-2, 2\]") == "[-2, 2]"  # an interval that someone escaped
     assert data_prep.bare(r"\[ \boxed{2, 3, 7} \]") == "2, 3, 7" and data_prep.bare("$x$ or $y$") == "$x$ or $y$"
-
-
-def test_data_scripts_on_request():
-    problem = "已知函数 $f(x)=x^2$, 求 $f(3)$ 的值。 What is the value?"
-    assert first_reason(problem, "9") == "another script" and first_reason(problem, "9", ("han",)) is None
-
 
 # --- duplicates and benchmarks
 
@@ -2286,7 +2228,6 @@ BASE = ("A sequence satisfies $a_1 = 3$ and $a_{n+1} = 2 a_n - 1$ for all $n \\g
         "$a_{100}$ is divided by $17$.")
 SPACED = BASE.replace("a_{n+1} = 2 a_n", r"a_{n + 1}=2a_{n}").replace(r"\ge", r"\geq")
 NEARLY = BASE.replace("Find the remainder when", "Determine the remainder if")
-
 
 def groups_of(problems, benchmark=()):
     """(problem, answer) pairs through sift and judge_groups -> reason of each (None: kept)."""
@@ -2299,7 +2240,6 @@ def groups_of(problems, benchmark=()):
     gone = data_prep.judge_groups(passed, list(range(len(passed))))
     return [gone.get(i) for i in range(len(passed))]
 
-
 def test_data_duplicates():
     assert groups_of([(BASE, "5"), (SPACED, "5"), (NEARLY, "5.0")]) == [None, "duplicate", "near-duplicate"]
     assert groups_of([(BASE, "5"), (SPACED, "6"), (NEARLY, "5")]) == ["same problem, different answers"] * 3
@@ -2310,14 +2250,12 @@ def test_data_duplicates():
     benchmark = [{"id": "b", "problem": BASE, "answer": "5", "solution": ""}]
     assert groups_of([(NEARLY, "5"), (BASE, "5")], benchmark) == ["in a benchmark"] * 2  # a sibling goes, too
 
-
 @pytest.mark.parametrize("old, new", [
     ("17", "19"), ("- 1", "+ 1"), ("2 a_n", "2.5 a_n"), (r"\ge 1", r"\le 1"), ("a_1 = 3", "a_1 = -3")])
 def test_data_other_numbers_and_signs_stay_apart(old, new):
     assert old in BASE
     other = BASE.replace(old, new)
     assert groups_of([(BASE, "5"), (other, "5"), (other, "5")]) == [None, None, "duplicate"]
-
 
 def test_data_sketches_find_what_brute_force_finds():
     rng = random.Random(0)
@@ -2336,13 +2274,11 @@ def test_data_sketches_find_what_brute_force_finds():
     assert np.mean([bool(sketches[a] & sketches[b]) for a, b in close]) > 0.97
     assert np.mean([bool(sketches[a] & sketches[b]) for a, b in far]) < 0.01
 
-
-@pytest.mark.parametrize("case", cases("decontaminate"), ids=lambda case: case["problem"][:40])
+@pytest.mark.parametrize("case", cases("decontaminate"), ids=case_id)
 def test_data_decontamination(case):
     words = data_prep.tokens(case["problem"])
     assert data_prep.Benchmarks(cases("benchmark")).find(words, case["answer"]) == case["hit"]
     assert data_prep.Benchmarks([]).find(words, case["answer"]) is None
-
 
 def test_data_stratified_order():
     sources, rows = ["a"] * 700 + ["b"] * 250 + ["c"] * 50, list(range(1000))
@@ -2355,9 +2291,7 @@ def test_data_stratified_order():
     equal = Counter(sources[i] for i in data_prep.stratified_order(rows, sources, 3, "equal")[:450])
     assert equal == {"a": 200, "b": 200, "c": 50}
 
-
 # --- curate, end to end
-
 
 def pool_rows(n, seed=0):
     """n rows of which a known part is noise."""
@@ -2371,28 +2305,22 @@ def pool_rows(n, seed=0):
                      "messages": [{"role": "user", "content": problem}]})
     return rows
 
-
 def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     monkeypatch.chdir(tmp_path)
     rows, results = pool_rows(700), []
-    bench = jsonl(tmp_path / "bench.jsonl", [{"problem": rows[1]["problem"], "answer": "1"}])
-    text = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    bench = jsonl(Path("bench.jsonl"), [{"problem": rows[1]["problem"], "answer": "1"}])
+    Path("numina.jsonl.gz").write_bytes(gzip.compress(jsonl(Path("numina.jsonl"), rows).read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), "numina.parquet", row_group_size=64)
     for name, processes in (("numina.jsonl", 1), ("numina.jsonl", 3), ("numina.jsonl.gz", 1), ("numina.parquet", 1)):
-        if name.endswith("parquet"):
-            pq.write_table(pa.Table.from_pylist(rows), name, row_group_size=64)
-        else:
-            Path(name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-        args = ("--numina", name, "--decontaminate", bench, "--target", 400, "--processes", processes, "--out", "o")
-        code, out, err = data_main("curate", *args)
-        assert code == 0, err
+        args = ("--decontaminate", bench, "--target", 400, "--processes", processes, "--out", "o")
+        succeed("curate", "--numina", name, *args)
         results.append({f.name: f.read_bytes() for f in Path("o").iterdir()})
     assert set(results[0]) == {"rl.jsonl", "report.json", "README.md"} and results[0] == results[1]
     assert all(other["rl.jsonl"] == results[0]["rl.jsonl"] for other in results)
-    report = json.loads(results[0]["report.json"])
-    kept = [json.loads(line) for line in results[0]["rl.jsonl"].splitlines()]
+    report, kept = json.loads(results[0]["report.json"]), list(map(json.loads, results[0]["rl.jsonl"].splitlines()))
     gone = {step["why"]: step["gone"] for step in report["funnel"]}
     assert gone == {"proof": 70, "no box": 70, "in a benchmark": 1, "beyond the target": 159}
     assert report["read"] == 700 and report["rows"] == len(kept) == report["funnel"][-1]["left"] == 400
@@ -2401,31 +2329,14 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
     assert len({r["id"] for r in kept}) == 400 and set(kept[0]) == {"id", "problem", "answer", "source", "solution"}
     assert 0.25 < sum(r["source"] == "cn_k12" for r in kept) / 400 < 0.42
 
-
 def test_data_curate_reads_every_schema(tmp_path):
-    rows = [
-        {"id": "train/algebra/1.json", "problem": "What is $3+4$ as a number?", "level": "Level 2",
-         "solution": r"\boxed 7"},
-        {"problem": "What is $3+5$ as a number?", "answer": "8", "solution": r"\boxed{8}", "level": 5,
-         "unique_id": "train/algebra/2.json"},
-        {"text": "What is $3+6$ as a number?", "data_type": "stem", "label": r"\[\boxed{9}\]", "_id": "cn_k12_17"},
-        {"text": "What is $3+7$ as a number?", "data_type": "stem", "label": "10", "_id": None},
-        {"problem": "What is $3+8$ as a number?", "solution": "easy", "answer": "11", "source": "aops_forum",
-         "question_type": "math-word-problem", "problem_is_valid": "Yes", "solution_is_valid": "Yes"},
-        {"id": 3, "problem": "What is $3+9$ as a number?", "answer": 12.0, "url": "u"}]
-    pool = jsonl(tmp_path / "all.jsonl", rows)
-    code, out, err = data_main("curate", "--math", pool, "--out", tmp_path / "o", "--processes", 1)
-    assert code == 0 and "no --decontaminate" in err
-    kept = read_jsonl(tmp_path / "o" / "rl.jsonl")
-    assert [r["answer"] for r in kept] == ["7", "8", "9", "10", "11", "12"]
-    assert [r["source"] for r in kept] == ["math", "math", "cn_k12", "math", "aops_forum", "math"]
-    assert [r["id"] for r in kept] == ["train/algebra/1.json", "train/algebra/2.json", "cn_k12_17", "all-4", "all-5",
-                                       "all-3"]
-    assert [r.get("level") for r in kept] == [2, 5, None, None, None, None]
-
+    pool = jsonl(tmp_path / "all.jsonl", cases("schema"))
+    said = succeed("curate", "--math", pool, "--out", tmp_path / "o", "--processes", 1)
+    assert "no --decontaminate" in said
+    kept, wanted = read_jsonl(tmp_path / "o" / "rl.jsonl"), [case["read as"] for case in cases("schema")]
+    assert [{k: r.get(k) for k in ("id", "answer", "source", "level")} for r in kept] == wanted
 
 ONE = b'{"id": "a", "problem": "What is 1+1 then?", "answer": "2"}\n'
-
 
 @pytest.mark.parametrize("option, name, content, said", [
     ("--numina", "p.jsonl", ONE + b'{"problem": oops}\n', "p.jsonl, row 2: not JSON"),
@@ -2455,23 +2366,20 @@ def test_data_bad_input_is_one_line_and_leaves_nothing(tmp_path, option, name, c
     assert code == 2 and len(lines) == 1 and re.search(said, lines[0]) and "Traceback" not in err, err
     assert not list((tmp_path / "o").iterdir())
 
-
 def test_data_bad_options(tmp_path):
     (tmp_path / "file").write_text("")
-    assert data_main("curate", "--numina", "x", "--target", "0")[0] == 2 and data_main("nonsense")[0] == 2
-    assert data_main("cot", "--out", tmp_path / "o")[0] == 2
+    for args in (["curate", "--numina", "x", "--target", "0"], ["nonsense"], ["cot", "--out", tmp_path / "o"]):
+        assert data_main(*args)[0] == 2
     code, out, err = data_main("embedded", "--out", tmp_path / "file")
     assert code == 2 and "--out" in err and err.count("\n") == 1
-
 
 @needs_shared
 @pytest.mark.slow
 def test_data_shared_rows_hold_the_promises(tmp_path):
     math_rows, *numina = shared("math_train", "numinamath_sample", "numinamath_answers")
     known = shared("math500", "aime24", "omni_math")
-    code, out, err = data_main("curate", "--math", math_rows, "--numina", *numina, "--decontaminate", *known, "--out",
-                               tmp_path, "--processes", 1)
-    assert code == 0, err
+    pools = ("--math", math_rows, "--numina", *numina, "--decontaminate", *known)
+    succeed("curate", *pools, "--out", tmp_path, "--processes", 1)
     report, kept = json.loads((tmp_path / "report.json").read_text()), read_jsonl(tmp_path / "rl.jsonl")
     counts = report["by_source"]["math"]
     assert counts["kept"] >= 0.94 * counts["read"] and counts["in a benchmark"] <= 0.015 * counts["read"]
@@ -2487,98 +2395,86 @@ def test_data_shared_rows_hold_the_promises(tmp_path):
     assert any(r["id"] == "train/precalculus/474.json" for r in kept)  # z^4 - z^2 + 1, not MATH-500's z^4 + z^2 + 1
     assert all(verify.is_equal(r["answer"], r["answer"]) and len(r["answer"]) <= 50 for r in kept)
 
-
 # --- models over HTTP: a server on loopback that speaks the protocol, and fails as servers do
 
 REPLIES = {"html": ("<html>busy</html>", "text/html"), "json": ('{"choices": [{"mess', "application/json"),
            "empty": ('{"id": "x", "choices": []}', "application/json")}
+WRONG = "987654"
 
+class FakeModel(http.server.ThreadingHTTPServer):
+    """An OpenAI-compatible server that knows the answers of problem rows: attempt i at one is right unless
+    wrong(row, i), and a rewrite merges what it is given. Each distinct prompt first meets the faults, in order: a
+    status, hang, drop, one (a single choice), or a key of REPLIES."""
 
-class FakeModel:
-    """An OpenAI-compatible server. Attempts of `What is a+b?` are right or off by one, by the problem and the choice;
-    a rewrite merges what it is given. Each distinct prompt first meets the faults, in order: a status, hang, drop, one
-    (a single choice), or a key of REPLIES."""
+    daemon_threads = True
 
-    def __init__(self, faults=(), wrong=lambda a, b, i: i % 2 == 0, delay=0.0):
-        self.faults, self.wrong, self.delay, self.seen, self.served = list(faults), wrong, delay, Counter(), Counter()
-        self.lock, self.under_way, self.most = threading.Lock(), 0, 0
-        models = '{"object": "list", "data": []}'
-        methods = {"do_POST": lambda h: self.answer(h), "do_GET": lambda h: self.send(h, 200, models),
-                   "log_message": lambda *a: None, "protocol_version": "HTTP/1.1"}
-        handler = type("Handler", (http.server.BaseHTTPRequestHandler,), methods)
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        return self
+    def __init__(self, rows, faults=(), wrong=lambda row, i: i % 2 == 0, delay=0.0):
+        super().__init__(("127.0.0.1", 0), FakeModelHandler)
+        self.rows, self.faults, self.wrong, self.delay = rows, faults, wrong, delay
+        self.seen, self.served, self.lock, self.under_way, self.most = Counter(), Counter(), threading.Lock(), 0, 0
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def __exit__(self, *unused):
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
-    def answer(self, h):
-        request = json.loads(h.rfile.read(int(h.headers["Content-Length"])))
-        assert h.path == "/v1/chat/completions" and request["max_tokens"] > 0
+    def text(self, prompt, i):
+        row = next(row for row in self.rows if row["problem"] in prompt)
+        if prompt.startswith("Rewrite"):
+            failed = re.findall(r"Attempt \d+ \(wrong\):\n.*?boxed\{(\d+)\}", prompt)
+            path = "".join(f"I try and get {wrong}. Wait, that is wrong, a part is missing.\n" for wrong in failed)
+            return (f"<think>\n{path}Again with care: it = {row['answer']}. Let me verify: put in again, it holds."
+                    f"\n</think>\nThe answer is \\boxed{{{row['answer']}}}.")
+        if "Write a short critique" in prompt:
+            return "A part was left out." if "is wrong" in prompt else "Put in again, it holds."
+        return f"It comes to \\boxed{{{WRONG if self.wrong(row, i) else row['answer']}}}."
+
+class FakeModelHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *unused):
+        pass
+
+    def do_GET(self):
+        self.send(200, '{"object": "list", "data": []}')
+
+    def do_POST(self):
+        request, model = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        assert self.path == "/v1/chat/completions" and request["max_tokens"] > 0
         prompt = request["messages"][-1]["content"]
-        with self.lock:
-            fault = self.faults[self.seen[prompt]] if self.seen[prompt] < len(self.faults) else None
-            self.seen[prompt] += 1
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-        time.sleep(0.8 if fault == "hang" else self.delay)
-        with self.lock:
-            self.under_way -= 1
-            self.served[prompt] += fault in (None, "one")
+        with model.lock:
+            fault = model.faults[model.seen[prompt]] if model.seen[prompt] < len(model.faults) else None
+            model.seen[prompt] += 1
+            model.under_way += 1
+            model.most = max(model.most, model.under_way)
+        time.sleep(0.8 if fault == "hang" else model.delay)
+        with model.lock:
+            model.under_way -= 1
+            model.served[prompt] += fault in (None, "one")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if fault == "drop":
-                h.close_connection = True
-                h.connection.close()
-            elif isinstance(fault, int):
-                self.send(h, fault, json.dumps({"error": {"message": "no"}}))
-            elif fault in REPLIES:
-                self.send(h, 200, *REPLIES[fault])
+                self.close_connection = True
+                self.connection.close()
+            elif fault in REPLIES or isinstance(fault, int):
+                self.send(*((200, *REPLIES[fault]) if fault in REPLIES else (fault, '{"error": {"message": "no"}}')))
             else:
-                n = 1 if fault == "one" else request.get("n") or 1
-                messages = [{"role": "assistant", "content": self.text(prompt, i)} for i in range(n)]
-                choices = [{"index": i, "finish_reason": "stop", "message": m} for i, m in enumerate(messages)]
+                texts = [model.text(prompt, i) for i in range(1 if fault == "one" else request.get("n") or 1)]
+                choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+                           for i, text in enumerate(texts)]
                 reply = {"id": "c", "object": "chat.completion", "created": 0, "model": "tiny", "choices": choices}
-                self.send(h, 200, json.dumps(reply))
+                self.send(200, json.dumps(reply))
 
-    def send(self, h, status, body, kind="application/json"):
-        h.send_response(status)
-        h.send_header("Content-Type", kind)
-        h.send_header("Content-Length", str(len(body)))
-        h.end_headers()
-        h.wfile.write(body.encode())
+    def send(self, status, body, kind="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
 
-    def text(self, prompt, i):
-        a, b = map(int, re.search(r"What is (\d+)\+(\d+)", prompt).groups())
-        if prompt.startswith("Rewrite"):
-            tries = re.findall(r"Attempt \d+ \(wrong\):\n.*?boxed\{(\d+)\}", prompt)
-            path = "".join(f"I add {a} and {b} and get {t}. Wait, that is wrong, a unit is missing.\n" for t in tries)
-            return (f"<think>\n{path}Again with care: {a}+{b} = {a + b}. Let me verify: {a + b}-{b} = {a}, so it holds."
-                    f"\n</think>\nThe sum is \\boxed{{{a + b}}}.")
-        if "Write a short critique" in prompt:
-            return "The units were not carried." if "is wrong" in prompt else f"Subtract: {a + b}-{b}={a}, it holds."
-        return f"Adding gives \\boxed{{{a + b + (1 if self.wrong(a, b, i) else 0)}}}."
-
-
-class SolutionModel(FakeModel):
-    """Knows the answers of given problems: every second attempt ends in another box."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = rows
-
-    def text(self, prompt, i):
-        answer = next(r for r in self.rows if r["problem"] in prompt)["answer"]
-        if prompt.startswith("Rewrite"):
-            return (f"<think>\nMy first idea gives 987654. Wait, that is wrong: I did not use the whole problem.\n"
-                    f"Again: I get {answer}. Let me check it: it holds.\n</think>\nThe answer is \\boxed{{{answer}}}.")
-        return "It is \\boxed{987654}." if i % 2 == 0 else f"So it is \\boxed{{{answer}}}."
-
+def by_thirds(row, i):
+    """Of three problems one is never solved, one by half of the attempts, one by all."""
+    return int(row["id"][1:]) % 3 == 0 or int(row["id"][1:]) % 3 == 1 and i < 2
 
 @pytest.fixture
 def no_wait(monkeypatch):
@@ -2586,42 +2482,33 @@ def no_wait(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
 
-
-def sum_problems(n):
-    return [{"id": f"p{i}", "problem": f"What is {100 + 7 * i}+{200 + 3 * i}?", "answer": str(300 + 10 * i),
-             "source": "sums"} for i in range(n)]
-
+SUMS = [{"id": f"p{i}", "problem": f"What is {100 + 7 * i}+{200 + 3 * i}?", "answer": str(300 + 10 * i),
+         "source": "sums"} for i in range(40)]
 
 def cot_args(folder, server, *args):
-    return ["cot", "--problems", folder / "rl.jsonl", "--teacher", "tiny", "--base-url", server.url, "--out",
-            folder / "o", "--attempts", 4, "--concurrency", 4, *args]
-
+    """A `cot` command over the server's problems."""
+    return ["cot", "--problems", jsonl(folder / "rl.jsonl", server.rows), "--teacher", "tiny", "--base-url", server.url,
+            "--out", folder / "o", "--attempts", 4, "--concurrency", 4, *args]
 
 def test_data_cot_over_http_with_faults(tmp_path, no_wait):
-    jsonl(tmp_path / "rl.jsonl", sum_problems(5))
-    with FakeModel(faults=[429, 500, "hang", "html", "json", "empty", "drop", "one"], delay=0.01) as server:
-        code, out, err = data_main(*cot_args(tmp_path, server, "--timeout", 0.5, "--retries", 8))
-        assert code == 0, err
+    with FakeModel(SUMS[:5], [429, 500, "hang", "html", "json", "empty", "drop", "one"], delay=0.01) as server:
+        succeed(*cot_args(tmp_path, server, "--timeout", 0.5, "--retries", 8))
     traces = read_jsonl(tmp_path / "o" / "sft.jsonl")
-    assert [t["id"] for t in traces] == [f"p{i}" for i in range(5)]
-    for trace, row in zip(traces, sum_problems(5)):
+    assert [t["id"] for t in traces] == [row["id"] for row in SUMS[:5]]
+    for trace, row in zip(traces, SUMS):
         assert set(trace) == {"id", "problem", "response", "answer", "source"} and trace["problem"] == row["problem"]
         assert verify.grade([trace["response"]], [row["answer"]]) == [True]
-        wrong, right, text = str(int(row["answer"]) + 1), row["answer"], trace["response"]
-        assert text.index(f"get {wrong}") < text.index("Wait") < text.index(f"= {right}")
+        text = trace["response"]
+        assert text.index(f"get {WRONG}") < text.index("Wait") < text.index(f"= {row['answer']}")
     assert json.loads((tmp_path / "o" / "report.json").read_text())["outcomes"] == {"kept": 5}
-    with FakeModel(delay=0.02) as healthy:  # the faults do not show in the result
-        (tmp_path / "2").mkdir()
-        jsonl(tmp_path / "2" / "rl.jsonl", sum_problems(5))
-        assert data_main(*cot_args(tmp_path / "2", healthy))[0] == 0
+    with FakeModel(SUMS[:5], delay=0.02) as healthy:  # the faults do not show in the result
+        succeed(*cot_args(tmp_path, healthy, "--out", tmp_path / "2"))
         assert 2 <= healthy.most <= 4  # bounded, and really at once
-    assert (tmp_path / "2" / "o" / "sft.jsonl").read_bytes() == (tmp_path / "o" / "sft.jsonl").read_bytes()
-
+    assert (tmp_path / "2" / "sft.jsonl").read_bytes() == (tmp_path / "o" / "sft.jsonl").read_bytes()
 
 def test_data_cot_survives_kill_9(tmp_path):
-    n, journal = 40, tmp_path / "o" / "journal.jsonl"
-    jsonl(tmp_path / "rl.jsonl", sum_problems(n))
-    with FakeModel(delay=0.03) as server:
+    journal, made = tmp_path / "o" / "journal.jsonl", tmp_path / "o" / "sft.jsonl"
+    with FakeModel(SUMS, delay=0.03) as server:
         command = [sys.executable, str(HERE / "data_prep.py"), *map(str, cot_args(tmp_path, server))]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         for _ in range(3000):
@@ -2631,24 +2518,21 @@ def test_data_cot_survives_kill_9(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         finished = {json.loads(line)["id"] for line in journal.read_bytes().split(b"\n")[1:-1]}
-        assert 8 <= len(finished) < n and not (tmp_path / "o" / "sft.jsonl").exists()
+        assert 8 <= len(finished) < len(SUMS) and not made.exists()
         with open(journal, "ab") as f:
             f.write(b'{"id": "p39", "trace": {"id": "p3')  # a line that the kill cut
         time.sleep(0.2)  # requests still in the server
         before = Counter(server.served)
-        code, out, err = data_main(*cot_args(tmp_path, server))
-        assert code == 0, err
-        asked_again = {i for prompt in (server.served - before) for i in re.findall(r"What is (\d+)\+", prompt)}
-        assert not asked_again & {str(100 + 7 * int(i[1:])) for i in finished}  # nothing finished is asked again
-        assert Counter(r["id"] for r in read_jsonl(journal)[1:]) == Counter(f"p{i}" for i in range(n))  # each once
-        assert [t["id"] for t in read_jsonl(tmp_path / "o" / "sft.jsonl")] == [f"p{i}" for i in range(n)]
+        succeed(*cot_args(tmp_path, server))
+        asked = "".join(server.served - before)
+        assert not [row for row in SUMS if row["id"] in finished and row["problem"] in asked]  # nothing is asked twice
+        assert Counter(r["id"] for r in read_jsonl(journal)[1:]) == Counter(row["id"] for row in SUMS)  # each once
+        assert [t["id"] for t in read_jsonl(made)] == [row["id"] for row in SUMS]
         code, out, err = data_main(*cot_args(tmp_path, server, "--seed", 5))
         assert code == 2 and "another seed" in err and "journal.jsonl" in err
 
-
 def test_data_cot_open_problems_and_refusals(tmp_path, no_wait):
-    jsonl(tmp_path / "rl.jsonl", sum_problems(3))
-    with FakeModel(faults=[500]) as server:
+    with FakeModel(SUMS[:3], [500]) as server:
         code, out, err = data_main(*cot_args(tmp_path, server, "--retries", 0))
         assert code == 1 and "3 of 3 problems are still open" in err and not (tmp_path / "o" / "sft.jsonl").exists()
         for _ in range(6):  # the same command resumes until every prompt has met its fault
@@ -2657,48 +2541,28 @@ def test_data_cot_open_problems_and_refusals(tmp_path, no_wait):
                 break
         assert code == 0 and len(read_jsonl(tmp_path / "o" / "sft.jsonl")) == 3, err
     for status, expected, said in ((400, 0, "refused by the server with status 400"), (401, 2, "check the address")):
-        with FakeModel(faults=[status] * 9) as server:
+        with FakeModel(SUMS[:3], [status] * 9) as server:
             code, out, err = data_main(*cot_args(tmp_path, server, "--out", tmp_path / str(status)))
             assert code == expected and said in out + err
 
-
 def test_data_cot_why_problems_go(tmp_path):
-    jsonl(tmp_path / "rl.jsonl", sum_problems(40))
-    kinds = Counter((100 + 7 * i) % 3 for i in range(40))  # 0: never right, 1: half, 2: always
-    with FakeModel(wrong=lambda a, b, i: a % 3 == 0 or a % 3 == 1 and i < 2) as server:
+    kinds = Counter(i % 3 for i in range(len(SUMS)))  # 0: never right, 1: half, 2: always
+    with FakeModel(SUMS, wrong=by_thirds) as server:
         for part, outcomes in ((1, {"no right attempt": kinds[0], "kept": kinds[1], "no failed attempt": kinds[2]}),
                                (0, {"kept": kinds[1] + kinds[2], "no right attempt": kinds[0]}), (0.5, None)):
             folder = tmp_path / str(part)
-            assert data_main(*cot_args(tmp_path, server, "--reflect-share", part, "--out", folder))[0] == 0
+            succeed(*cot_args(tmp_path, server, "--reflect-share", part, "--out", folder))
             report = json.loads((folder / "report.json").read_text())
             assert outcomes in (None, report["outcomes"])
             shown = report["with a failed attempt"]
             assert 0 < shown < kinds[1] if part == 0.5 else shown == (kinds[1] if part else 0)
 
-
-GOOD = ("<think>\nI add 100 and 200 and get 301. Wait, that is wrong, I carried a one.\nAgain: 100+200 = 300. Let me "
-        "verify: 300-200 = 100, so it holds.\n</think>\nThe sum is \\boxed{300}.")
-
-
-@pytest.mark.parametrize("old, new, fault", [
-    ("", "", None), ("\\boxed{300}", "\\boxed{299}", "wrong answer"), ("<think>", "", "not one thought and one answer"),
-    ("The sum", "</think>The sum", "not one thought and one answer"),
-    ("<think>", "Sure! <think>", "not one thought and one answer"),
-    ("Wait, that is wrong, I carried a one.", "Fine.", "failed attempt not recognised"),
-    ("get 301", "get something", "failed attempt not recognised"),
-    ("get 301", "get 3010", "failed attempt not recognised"),
-    (GOOD[GOOD.index("Again") : GOOD.index("\n</think>")], "Hence the other.", "failed attempt not recognised"),
-    ("Let me verify: 300-200 = 100, so it holds.", "Done.", "no self-verification"),
-    ("Again", "\ufffd Again", "garbled"),
-    ("Again", "再来一次 Again", "garbled"), ("Again", "a" * 300 + " Again", "garbled"),
-    ("Again", "I try to add one hundred and two hundred in the usual way. " * 5 + "Again", "repetitive"),
-    ("Again", " ".join(f"step {i} of the sum" for i in range(900)) + " Again", "over-long")])
-def test_data_trace_faults(old, new, fault):
+@pytest.mark.parametrize("case", cases("trace"), ids=case_id)
+def test_data_trace_faults(case):
     args = data_prep.parse_args(["cot", "--max-chars", "4000"])
     row = {"id": "p", "problem": "What is 100+200?", "answer": "300", "source": "s"}
     path = [("It is \\boxed{301}.", False), ("It is \\boxed{300}.", True)]
-    assert data_prep.trace_fault(row, GOOD.replace(old, new) if old else GOOD, path, args) == fault
-
+    assert data_prep.trace_fault(row, case["response"], path, args) == case["fault"]
 
 def test_data_prompts_hold_their_material():
     row = {"problem": "What is {x} in $\\frac{1}{2}$?", "id": "p"}
@@ -2710,58 +2574,45 @@ def test_data_prompts_hold_their_material():
     prompt = data_prep.ATTEMPT.format(problem="x")
     assert "{problem}" not in prompt and prompt.endswith("\\boxed{}.")
 
-
 def test_data_pass_rate_over_http(tmp_path):
-    jsonl(tmp_path / "pool.jsonl", sum_problems(30))
-    with FakeModel(wrong=lambda a, b, i: a % 3 == 0 or a % 3 == 1 and i < 2) as server:
-        args = ("curate", "--numina", tmp_path / "pool.jsonl", "--pass-rate", "tiny", "--base-url", server.url,
-                "--samples", 4, "--out", tmp_path / "o", "--processes", 1)
-        code, out, err = data_main(*args)
-        assert code == 0, err
-        served, kinds = server.served.total(), Counter((100 + 7 * i) % 3 for i in range(30))
-        kept = read_jsonl(tmp_path / "o" / "rl.jsonl")
+    pool, kinds = jsonl(tmp_path / "pool.jsonl", SUMS), Counter(i % 3 for i in range(len(SUMS)))
+    with FakeModel(SUMS, wrong=by_thirds) as server:
+        args = ("curate", "--numina", pool, "--pass-rate", "tiny", "--base-url", server.url, "--samples", 4, "--out",
+                tmp_path / "o", "--processes", 1)
+        succeed(*args)
+        served, kept = server.served.total(), read_jsonl(tmp_path / "o" / "rl.jsonl")
         report = json.loads((tmp_path / "o" / "report.json").read_text())
         assert len(kept) == kinds[1] and all(r["pass_rate"] == 0.5 for r in kept)
         assert {s["why"]: s["gone"] for s in report["funnel"]} == {"pass rate 0 or 1": kinds[0] + kinds[2]}
-        assert data_main(*args)[0] == 0 and server.served.total() == served  # measured once
+        assert succeed(*args) and server.served.total() == served  # measured once
     assert read_jsonl(tmp_path / "o" / "rl.jsonl") == kept
     code, out, err = data_main(*args)  # the server is gone: said at once, before the pools are read
     assert code == 2 and "no server answers" in err and "rules" not in err
-
 
 def test_data_authors_traces(tmp_path):
     turns = ("user", "What is 1+1?"), ("assistant", "I think.\n\nSo it is \\boxed{2}.")
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]},
             {"prompt": "What is 1+2?", "response": "<think>hm</think>It is \\boxed{3}."},
             {"prompt": "What is 1+2?", "response": "no box"}]
-    code, out, err = data_main("cot", "--authors", jsonl(tmp_path / "sft.jsonl", rows), "--out", tmp_path / "o")
-    assert code == 0 and "1 rows without a boxed answer" in out
+    said = succeed("cot", "--authors", jsonl(tmp_path / "sft.jsonl", rows), "--out", tmp_path / "o")
+    assert "1 rows without a boxed answer" in said
     assert [(t["problem"], t["response"], t["answer"]) for t in read_jsonl(tmp_path / "o" / "sft.jsonl")] == [
         ("What is 1+1?", "<think>\nI think.\n</think>\nSo it is \\boxed{2}.", "2"),
         ("What is 1+2?", "<think>hm</think>It is \\boxed{3}.", "3")]
 
-
 # --- benchmarks
 
-
 def test_data_benchmarks_one_form(tmp_path):
-    files = {
-        "math500": [{"problem": "What is $1/2$?", "solution": "s", "answer": "\\frac{1}{2}",
-                     "unique_id": "test/algebra/1.json"}],
-        "aime24": [{"id": 60, "problem": "What is it?", "solution": "s", "answer": "025", "url": "u"}],
-        "omni": [{"domain": ["x"], "difficulty": 4.5, "problem": f"What is {i}+1?", "solution": "s",
-                  "answer": str(i + 1) if i % 100 else "$", "source": "HMMT"} for i in range(700)],
-        "gsm8k": [{"split": "train", "question": "skip me", "answer": "#### 1"},
-                  {"split": "test", "question": "How many?", "answer": "1+1=<<1+1=2>>2\n#### 1,200"}],
-        "amc23": [{"id": 3, "problem": "How much?", "answer": 27.0, "url": "u"}]}
+    files = {name: [case["row"] for case in cases(f"of {name}")] for name in ("math500", "aime24", "gsm8k", "amc23")}
+    files["omni"] = [{"domain": ["x"], "difficulty": 4.5, "problem": f"What is {i}+1?", "solution": "s",
+                      "answer": str(i + 1) if i % 100 else "$", "source": "HMMT"} for i in range(700)]
     args = [x for name, rows in files.items() for x in (f"--{name}", jsonl(tmp_path / f"{name}.jsonl", rows))]
     gpqa = tmp_path / "gpqa.csv"
     gpqa.write_text("Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n"
                     + "".join(f'r{i},"Question {i}, with comma?",right{i},w1,w2,w3\n' for i in range(40)))
     found = []
     for seed, folder in ((1, "o"), (1, "again"), (2, "other")):
-        code, out, err = data_main("benchmarks", *args, "--gpqa", gpqa, "--seed", seed, "--out", tmp_path / folder)
-        assert code == 0, err
+        succeed("benchmarks", *args, "--gpqa", gpqa, "--seed", seed, "--out", tmp_path / folder)
         found.append({f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()})
     assert found[0] == found[1] and found[0]["omni500.jsonl"] != found[2]["omni500.jsonl"]
     rows = {f.stem: read_jsonl(f) for f in (tmp_path / "o").glob("*.jsonl")}
@@ -2779,13 +2630,11 @@ def test_data_benchmarks_one_form(tmp_path):
         assert f"({row['answer']}) right{i}" in row["problem"] and all(x in row["problem"] for x in ("w1", "w2", "w3"))
     assert set(Counter(r["answer"] for r in rows["gpqa"])) == set("ABCD")
 
-
 @needs_shared
 def test_data_benchmarks_of_the_shared_rows(tmp_path):
     names = {"math500": 500, "aime24": 30, "omni": 500, "gsm8k": 1319, "amc23": 40}
     files = dict(zip(names, shared("math500", "aime24", "omni_math", "gsm8k", "amc23")))
-    code, out, err = data_main("benchmarks", *(x for n, f in files.items() for x in (f"--{n}", f)), "--out", tmp_path)
-    assert code == 0, err
+    succeed("benchmarks", *(x for n, f in files.items() for x in (f"--{n}", f)), "--out", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
     for name, n in names.items():
         rows = read_jsonl(tmp_path / f"{'omni500' if name == 'omni' else name}.jsonl")
@@ -2794,9 +2643,7 @@ def test_data_benchmarks_of_the_shared_rows(tmp_path):
         assert all(verify.grade([f"\\boxed{{{r['answer']}}}" for r in readable], [r["answer"] for r in readable]))
     assert Counter(len(r["answer"]) for r in read_jsonl(tmp_path / "aime24.jsonl")) <= Counter({1: 30, 2: 30, 3: 30})
 
-
 # --- curate and cot feed t1.py as they are
-
 
 @needs_shared
 @pytest.mark.slow
@@ -2804,11 +2651,10 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
     real = [json.loads(line) for line in gzip.open(shared("math_train")[0])]
     jsonl(tmp_path / "math.jsonl", [r for r in real if len(r["problem"]) < 120][:60])
     args = ("--math", tmp_path / "math.jsonl", "--out", tmp_path, "--target", 16, "--processes", 1)
-    code, out, err = data_main("curate", *args)
-    assert code == 0, err
-    with SolutionModel(read_jsonl(tmp_path / "rl.jsonl")) as server:
-        code, out, err = data_main(*cot_args(tmp_path, server))
-    assert code == 0 and len(read_jsonl(tmp_path / "o" / "sft.jsonl")) >= 12, out + err
+    succeed("curate", *args)
+    with FakeModel(read_jsonl(tmp_path / "rl.jsonl")) as server:
+        said = succeed(*cot_args(tmp_path, server))
+    assert len(read_jsonl(tmp_path / "o" / "sft.jsonl")) >= 12, said
     base = ["--out", tmp_path / "runs", "--max-new", 400, "--tiny-width", 32, "--tiny-layers", 2]
     for stage in (["--stage", "sft", "--data", tmp_path / "o" / "sft.jsonl", "--sft-steps", 2, "--sft-batch", 4],
                   ["--stage", "rl", "--data", tmp_path / "rl.jsonl", "--rl-steps", 1, "--prompts", 2, "--k", 2]):
@@ -2817,32 +2663,26 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
     metrics = [line for f in (tmp_path / "runs").rglob("metrics.jsonl") for line in f.read_text().splitlines()]
     assert len(metrics) == 3  # two steps of SFT, one of RL
 
-
 def test_data_hub_names_configs_and_splits(monkeypatch):
     """No hub here: the loader is replaced; its questions are read, and its rows are treated as local ones."""
-    import datasets
-
     asked = []
 
     def fake(name, config, split, data_files, streaming):
         asked.append((name, config, split, data_files))
         assert streaming
+        if name == "openai/gsm8k":
+            raise ConnectionError("no route\nto the hub")
         return [{"problem": f"What is {len(asked)}+1?", "solution": "\\boxed{2}", "messages": [], "type": "Algebra"}]
 
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr("datasets.load_dataset", fake)
     rows = [data_prep.to_problem(where, raw, "math") for where, raw in data_prep.raw_rows("EleutherAI/hendrycks_math")]
     assert len(rows) == 7 and len({r["id"] for r in rows}) == 7 and rows[0]["id"] == "algebra-1"
-    assert {config for _, config, _, _ in asked} == {
-        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-        "precalculus"}
+    assert {config for _, config, _, _ in asked} == set(
+        "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split())
     for name in ("AI-MO/NuminaMath-CoT", "zai-org/T1", "zai-org/T1:sft"):
         list(data_prep.raw_rows(name))
     assert asked[7:] == [("AI-MO/NuminaMath-CoT", None, "train", None), ("zai-org/T1", None, "train", "rl-data.jsonl"),
                          ("zai-org/T1", None, "train", "sft.jsonl")]
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(data_prep.Misuse, match="gsm8k: cannot be loaded .*no route to the hub.*local copy"):
         list(data_prep.raw_rows("openai/gsm8k"))
 
