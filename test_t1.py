@@ -50,7 +50,6 @@ from torch.utils._pytree import tree_iter
 import data_prep
 import t1
 import verify
-from experiments import plot
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("T1_SHARED", HERE.parent / "shared"))  # real rows, where they are at hand
@@ -976,7 +975,9 @@ def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
     assert set(before) == {f"tiny/{name}.png" for name in ("sft/curves", "rl/curves", "eval/inference_scaling")}
     for path in before:
         (tmp_path / path).unlink()
-    assert plot.main([str(tmp_path / "tiny")]) == 0
+    t1.draw_steps(tmp_path / "tiny/sft")
+    t1.draw_steps(tmp_path / "tiny/rl")
+    t1.draw_results(tmp_path / "tiny/eval")
     assert {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.png")} == before
 
 def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path):
@@ -1397,7 +1398,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage sft --data good.jsonl --max-new 1000", "takes 1024 tokens, less than --max-prompt and --max-new"),
     ("--stage sft --data good.jsonl --out good.jsonl", "good.jsonl"),
     ("--stage rl --data noanswer.jsonl --model model", "noanswer.jsonl, row 2: field 'answer'"),
-    ("--stage rl --data good.jsonl --model model --max-prompt 3", "longer than --max-prompt 3, the first is"),
+    ("--stage rl --preset tiny --data good.jsonl --model model --max-prompt 3", "longer than --max-prompt 3, the first is"),
 ]  # fmt: skip
 
 def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
@@ -1613,7 +1614,7 @@ def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
     assert code == 2 and "holds a run of other values: sft_lr (0.0015 there, 0.5 now)" in err
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     layout = ["--micro-tokens", 512, "--rollout-rows", 64, "--checkpointing", "true"]  # only reorder sums
-    assert main(*args, "--budgets", 8, *layout)[0] == 0
+    assert main(*args, *layout)[0] == 0
 
 def test_help_documents_every_field():
     code, out, _ = main("--help")
