@@ -50,7 +50,8 @@ MAX_ITEMS = 400            # of a list
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
 MAX_WORK = 60_000          # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000       # pairs that `grade` remembers
-TRIES = 10                 # deaths of workers on one pair, or in a row while they start, until grading gives up
+TRIES = 10                 # deaths of workers on one pair until it counts as crashed
+MAX_STARTS = 100           # signals that may kill a worker while it starts
 START_SECONDS = 20         # for a worker to start
 MAX_MEMORY = 512 << 20     # bytes of address space of one worker process
 MAX_ROW = 16 << 20         # bytes of a row of --jsonl
@@ -1987,12 +1988,14 @@ class Worker:
 
     def __init__(self):
         command = [sys.executable, os.path.abspath(__file__), "--serve"]
-        for _ in range(TRIES):
+        for _ in range(MAX_STARTS):
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
             self.index, self.deadline = None, math.inf
             if active([self], START_SECONDS) and self.process.stdout.read(1):
                 return
             self.stop()
+            if self.process.returncode >= 0:                # it ended by itself: no signal killed it
+                break
         raise RuntimeError(f"verify.py: no grading worker starts; `{' '.join(command)}` shows why")
 
     def ask(self, index: int, question: tuple, timeout: float) -> None:
