@@ -50,7 +50,8 @@ MAX_ITEMS = 400            # of a list
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
 MAX_WORK = 60_000          # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000       # pairs that `grade` remembers
-TRIES = 10                 # deaths of workers on one pair, or in a row while they start, until grading gives up
+TRIES = 10                 # deaths of workers on one pair until it counts as crashed
+MAX_STARTS = 100           # signals that may kill a worker while it starts
 START_SECONDS = 20         # for a worker to start
 MAX_MEMORY = 512 << 20     # bytes of address space of one worker process
 MAX_ROW = 16 << 20         # bytes of a row of --jsonl
@@ -1987,12 +1988,14 @@ class Worker:
 
     def __init__(self):
         command = [sys.executable, os.path.abspath(__file__), "--serve"]
-        for _ in range(TRIES):
+        for _ in range(MAX_STARTS):
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
             self.index, self.deadline = None, math.inf
-            if select.select([self.process.stdout], [], [], START_SECONDS)[0] and self.process.stdout.read(1):
+            if active([self], START_SECONDS) and self.process.stdout.read(1):
                 return
             self.stop()
+            if self.process.returncode >= 0:                # it ended by itself: no signal killed it
+                break
         raise RuntimeError(f"verify.py: no grading worker starts; `{' '.join(command)}` shows why")
 
     def ask(self, index: int, question: tuple, timeout: float) -> None:
@@ -2013,6 +2016,15 @@ class Worker:
         self.process.stdout.close()
 
 
+def active(workers: list[Worker], seconds: float) -> list[Worker]:
+    """Those of the workers that have written or died, as soon as there is one; none when the time is over."""
+    poll = select.poll()
+    for worker in workers:
+        poll.register(worker.process.stdout, select.POLLIN)
+    files = dict(poll.poll(max(0.0, seconds) * 1000))
+    return [worker for worker in workers if worker.process.stdout.fileno() in files]
+
+
 class Pool:
     """The workers of one process. They work on one batch at a time, whatever the number of threads."""
 
@@ -2025,9 +2037,9 @@ class Pool:
 
         A question whose worker died is asked again: something else may have killed it, and that costs no reward.
         """
-        for i, worker in enumerate(self.workers):
+        for worker in list(self.workers):
             if worker.index is not None:                    # an interrupt ended the batch before
-                self.replace(i)
+                self.replace(worker)
         found: dict[int, bool | str] = {}
         waiting, deaths = list(reversed(range(len(questions)))), Counter()
         while len(found) < len(questions):
@@ -2035,15 +2047,15 @@ class Pool:
                 if worker.index is None and waiting:
                     index = waiting.pop()
                     worker.ask(index, questions[index], timeout)
-            active = self.wait()
-            for i, worker in enumerate(self.workers):
-                index = worker.index
-                letter = worker.answer(worker.process.stdout.fileno() in active) if index is not None else None
+            busy = [worker for worker in self.workers if worker.index is not None]
+            heard = active(busy, min(worker.deadline for worker in busy) - time.monotonic())
+            for worker in busy:
+                letter = worker.answer(worker in heard)
                 if letter is None:
                     continue
-                worker.index = None
+                index, worker.index = worker.index, None
                 if letter in (_DIED, _LATE):
-                    self.replace(i)
+                    self.replace(worker)
                     deaths[index] += 1
                 if letter == _DIED and deaths[index] < TRIES:
                     waiting.append(index)
@@ -2051,18 +2063,9 @@ class Pool:
                     found[index] = _VERDICTS[letter]
         return [found[index] for index in range(len(questions))]
 
-    def wait(self) -> dict[int, int]:
-        """Wait until a worker writes or dies, or the first deadline passes; the files that have something to read."""
-        busy = [worker for worker in self.workers if worker.index is not None]
-        poll = select.poll()
-        for worker in busy:
-            poll.register(worker.process.stdout, select.POLLIN)
-        patience = min(worker.deadline for worker in busy) - time.monotonic()
-        return dict(poll.poll(max(0.0, patience) * 1000))
-
-    def replace(self, i: int) -> None:
-        self.workers[i].stop()
-        self.workers[i] = Worker()
+    def replace(self, worker: Worker) -> None:
+        worker.stop()
+        self.workers[self.workers.index(worker)] = Worker()
 
     def stop(self) -> None:
         if self.owner == os.getpid():
