@@ -884,7 +884,8 @@ def test_cut_and_answer(talkative):
         prompt = question + ended[:budget] + prefix
         (answer,) = engine.generate([prompt], 1, [0], cfg.answer_tokens, temperature=0.0)
         ids = ended[:budget] + prefix + answer.ids
-        assert texts[0] == tokenizer.decode(ids[: len(ids) - answer.finished]) != own
+        dropped = answer.finished and ids[-1] in tokenizer.all_special_ids  # only the tokenizer's own end is no text
+        assert texts[0] == tokenizer.decode(ids[: len(ids) - dropped]) != own
     assert t1.cut_and_answer(engine, tokenizer, rollouts, n, cfg)[0] == own
     closed = tokenizer.decode(endless + prefix)
     for budget in (len(endless), 10 * len(endless)):  # a thought that ran into the limit is closed at any budget
@@ -998,8 +999,9 @@ def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, mo
     monkeypatch.setitem(t1.PRESETS, "qwen2.5-14b", t1.PRESETS["qwen2.5-14b"] | small)
 
     def started_from(stage, *more):
-        args = ["--preset", "qwen2.5-14b", "--data", data, "--test", data, "--out", tmp_path, "--sft-steps", 2]
-        code, out, _ = main("--stage", stage, *args, "--rl-steps", 1, "--eval-samples", 1, "--answer-tokens", 8, *more)
+        args = ["--preset", "qwen2.5-14b", "--data", data, "--test", data, "--out", tmp_path]
+        own = dict(sft=["--sft-steps", 2], rl=["--rl-steps", 1], eval=["--eval-samples", 1, "--answer-tokens", 8])
+        code, out, _ = main("--stage", stage, *args, *own[stage], *more)
         assert code == 0
         folder = tmp_path / ("given" if more else "qwen2.5-14b") / stage
         if stage == "eval":

@@ -56,29 +56,22 @@ START_SECONDS = 20         # for a worker to start
 MAX_MEMORY = 512 << 20     # bytes of address space of one worker process
 MAX_ROW = 16 << 20         # bytes of a row of --jsonl
 
-
 class Unreadable(ValueError):
     """The text is no answer that this parser knows."""
-
 
 class Undefined(ArithmeticError):
     """The expression has no value: 1/0, log 0, 0 * infinity."""
 
-
 class TooBig(ArithmeticError):
     """The value is beyond the limits above; nothing is known about it."""
-
 
 class TooMuchWork(Exception):
     """The comparison takes more than MAX_WORK; the answers count as different."""
 
-
 class Work(threading.local):
     left: float = MAX_WORK
 
-
 _work = Work()
-
 
 def spend(units: float) -> None:
     """Count work, not seconds, so that no verdict depends on the speed or the load of the machine."""
@@ -86,12 +79,10 @@ def spend(units: float) -> None:
     if _work.left < 0:
         raise TooMuchWork
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Extraction
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|(-?\d[\d.,]*\d|-?\d|[A-Za-z](?![A-Za-z])))|\\.|[{}]", re.S)
-
 
 def extract_answer(response: str) -> str | None:
     """Content of the last complete `\\boxed{...}` or `\\fbox{...}` after `</think>`, or None.
@@ -122,7 +113,6 @@ def extract_answer(response: str) -> str | None:
             if start is not None:
                 found = body[start:match.start()]
     return found
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Clean-up: what changes only the looks of an answer
@@ -186,7 +176,6 @@ _CLEAN_ROWS = (
     (r"  +", " "))
 _CLEAN = [(re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement) for pattern, replacement in _CLEAN_ROWS]
 
-
 @lru_cache(maxsize=1 << 14)
 def clean(text: str) -> str:
     """The answer in one spelling: unicode to LaTeX, no layout, no math delimiters, no final full stop."""
@@ -203,22 +192,18 @@ def clean(text: str) -> str:
     text = text.strip().lstrip(",;: ")
     return text if text.endswith("...") else text.rstrip(" .,;:")
 
-
 def as_text(match: re.Match) -> str:
     """\\mathrm{m\\,s^{-1}} is \\text{m\\,s^-1}: inside a text no braces are left."""
     return "\\text{" + re.sub(r"\{(-?\d)\}", r"\1 ", match.group(1)[1:-1]) + "}" if match.group(1) else " "
-
 
 def latex_script(match: re.Match) -> str:
     """Unicode superscripts and subscripts: x² is x^{2}."""
     return ("^" if match.group(1) else "_") + "{" + unicodedata.normalize("NFKC", match.group()) + "}"
 
-
 def squeeze(text: str) -> str:
     """A cleaned answer without blanks (but those between two digits) and without text commands: the key of layer 1."""
     text = re.sub(r"\\text *\{([^{}]*)\}", r"\1", text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -227,7 +212,6 @@ class Token(NamedTuple):
     kind: str       # num, let (one letter), word, cmd, op, begin, end, eof
     text: str
     spaced: bool    # a blank comes before it
-
 
 _TOKEN = r"""
   (?P<space>\s+) | \\text\s*\{(?P<body>[^{}]*)\}
@@ -258,7 +242,6 @@ _GREEK_NAMES = set(_GREEK.values()) | {"pi", "varphi", "vartheta", "varepsilon",
 _CONNECTORS = {"and": "and", "or": "or", "或": "or", "和": "and", "与": "and", "且": "and", "或者": "or",
                "и": "and", "или": "or"}
 _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split())
-
 
 def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[Token]:
     """Tokens of a cleaned answer. `inside`: the token before the \\text{...} whose words these are."""
@@ -292,7 +275,6 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
             tokens.append(Token("op", {"**": "^", "==": "=", ":=": "="}.get(value, value), spaced))
         spaced = False
     return tokens
-
 
 def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> list[Token]:
     """A run of letters: a connector, a function, a constant, a word (unit, name, text) or a product of letters.
@@ -330,7 +312,6 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
         return [Token("let", run[0], spaced), Token("cmd", "pi", False)]
     return [Token("let", letter, spaced and i == 0) for i, letter in enumerate(run)]
 
-
 def repeating_decimal(text: str) -> Fraction:
     """0.1\\overline{6}, 0.\\dot{1}4\\dot{2}, 0.1(6), or 0.166...: dots repeat the digits that are there twice."""
     head, _, tail = text.partition(".")
@@ -345,7 +326,6 @@ def repeating_decimal(text: str) -> Fraction:
         block = "".join(re.findall(r"\d", tail[len(fixed):]))
     repeated = Fraction(int(block), 10 ** len(fixed) * (10 ** len(block) - 1))
     return int(head or 0) + Fraction(int(fixed or 0), 10 ** len(fixed)) + repeated
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Units: name -> (base, factor). Units of one base convert (75 cents = 0.75 dollars); units of different bases differ.
@@ -393,16 +373,13 @@ _POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 _NUMERALS = {word: i for i, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split())}
 
-
 def singular(word: str) -> str:
     word = word.lower()
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
-
 _COUNTED = {singular(word) for word in _THINGS}
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parser: the grammar of answers. A node is a tuple (kind, ...); every kind is made in exactly one place below.
@@ -419,20 +396,16 @@ _CLOSERS = {")", "]", "\\}", "}"}
 _NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
 _MARKS = {"angle", "triangle", "odot", "overline", "vec", "overrightarrow", "hat", "bar", "widehat", "tilde"}
 
-
 def number(value) -> Node:
     return ("num", Fraction(value))
-
 
 def negative(node: Node) -> Node:
     if node[0] == "num":
         return ("num", -node[1])
     return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (number(-1), node))
 
-
 def reciprocal(node: Node) -> Node:
     return ("pow", node, number(-1))
-
 
 def limited(method):
     """Every cycle of the recursion below passes through one of these methods."""
@@ -446,7 +419,6 @@ def limited(method):
         self.depth -= 1
         return node
     return inside
-
 
 class Parser:
     """Recursive descent over the tokens of one answer. Raises Unreadable where the grammar of answers ends."""
@@ -909,12 +881,10 @@ class Parser:
         node = ("fn", name, arguments + ((base,) if base else ()))
         return node if power is None else ("pow", node, power)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Values: exact fractions as long as possible, else as many digits as it takes to tell two values apart (`same_number`)
 
 _HUGE = 10 ** 30                                             # beyond it, powers and functions are not evaluated
-
 
 @lru_cache(maxsize=64)
 def arithmetic(digits: int) -> mpmath.MPContext:
@@ -922,9 +892,7 @@ def arithmetic(digits: int) -> mpmath.MPContext:
     context.dps = digits
     return context
 
-
 _MP = arithmetic(140)
-
 
 class Scope(NamedTuple):
     """What an evaluation needs: the arithmetic, the values of the unknowns, and how to read three notations."""
@@ -936,14 +904,11 @@ class Scope(NamedTuple):
     real: bool = False           # roots and logarithms of negative numbers are undefined
     largest: list | None = None  # [bits before or after the point of the largest or smallest value met]
 
-
 def to_mp(value, mp=_MP):
     return mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else mp.convert(value)
 
-
 def bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
-
 
 def exact(value: Fraction) -> Fraction:
     if bits(value) > MAX_BITS:
@@ -951,16 +916,13 @@ def exact(value: Fraction) -> Fraction:
     spend((bits(value) / 2000) ** 2)
     return value
 
-
 def plus(a, b, mp=_MP):
     both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
     return exact(a + b) if both_exact else to_mp(a, mp) + to_mp(b, mp)
 
-
 def times(a, b, mp=_MP):
     both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
     return exact(a * b) if both_exact else to_mp(a, mp) * to_mp(b, mp)
-
 
 def raised(a, b, mp):
     """a to the b. Odd roots of negative numbers are real, as schools write them: (-8)^{1/3} = -2."""
@@ -982,10 +944,8 @@ def raised(a, b, mp):
         raise TooBig("power")
     return to_mp(a, mp) ** to_mp(b, mp)
 
-
 def is_real(value) -> bool:
     return isinstance(value, Fraction) or abs(_MP.im(value)) <= abs(_MP.re(value)) * 1e-40
-
 
 def scale(value, mp) -> int:
     """How many bits a value is away from the point, to the left or to the right."""
@@ -995,7 +955,6 @@ def scale(value, mp) -> int:
     if magnitude == mp.inf or magnitude != magnitude:
         raise Undefined("infinite")
     return 0 if magnitude == mp.ninf else abs(magnitude)
-
 
 def evaluate(node: Node, s: Scope):
     """The value of an expression, a Fraction, mpf or mpc; Undefined if it has none."""
@@ -1034,7 +993,6 @@ def evaluate(node: Node, s: Scope):
         s.largest[0] = max(s.largest[0], 0 if is_rounded_zero else size)
     return value
 
-
 def call(node: Node, s: Scope):
     """f(x) of an unknown function gets a value that depends on its name and arguments only; a(b+c) is a product."""
     arguments = [evaluate(argument, s) for argument in node[2]]
@@ -1043,11 +1001,9 @@ def call(node: Node, s: Scope):
     key = node[1] + repr([s.mp.nstr(to_mp(a, s.mp), 12) for a in arguments])
     return Fraction(random.Random(key).randrange(1, 10 ** 6), 99_991)
 
-
 def is_product(node: Node) -> bool:
     """p(q+1) may be a product; f(x) and P(0) are not."""
     return node[1][0] not in _OPAQUE and len(node[2]) == 1 and bool(unknowns(node[2][0]))
-
 
 def apply(name: str, arguments: list, s: Scope):
     """A named function. Arguments so large that reducing them would take long are refused."""
@@ -1105,7 +1061,6 @@ def apply(name: str, arguments: list, s: Scope):
     except (ZeroDivisionError, ValueError) as error:        # a pole
         raise Undefined(f"{name}: {error}") from None
 
-
 def same_number(a: Node, b: Node, s: Scope) -> bool:
     """Have two expressions the same value here? Undefined or TooBig if nothing can be said.
 
@@ -1129,13 +1084,11 @@ def same_number(a: Node, b: Node, s: Scope) -> bool:
         digits = (60 + 4 * hidden) // 50 * 50 + 50
     raise TooBig("digits")
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Trees
 
 _KINDS = set("num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based cup cap "
              "setminus where builder text choice".split())
-
 
 def mapped(part, change):
     """A copy of a node (or of a tuple of nodes) with `change` applied to its direct children."""
@@ -1144,7 +1097,6 @@ def mapped(part, change):
             return item
         return change(item) if item and item[0] in _KINDS else tuple(map(visit, item))
     return part[:1] + tuple(map(visit, part[1:]))
-
 
 @lru_cache(maxsize=1 << 14)
 def walk(node: Node) -> tuple[Node, ...]:
@@ -1161,7 +1113,6 @@ def walk(node: Node) -> tuple[Node, ...]:
     visit(node)
     return tuple(found)
 
-
 def ordered(node: Node) -> Node:
     """The tree with flat, sorted sums, products and sets."""
     node = mapped(node, ordered)
@@ -1171,9 +1122,7 @@ def ordered(node: Node) -> Node:
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
     return ("set", tuple(sorted(node[1], key=repr))) if node[0] == "set" else node
 
-
 canonical = lru_cache(maxsize=1 << 14)(ordered)             # equal for two answers that differ only in such order
-
 
 @lru_cache(maxsize=1 << 14)
 def unknowns(node: Node) -> frozenset[str]:
@@ -1181,22 +1130,18 @@ def unknowns(node: Node) -> frozenset[str]:
     names = {n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)}
     return frozenset(names - {"π", "e", "i", "∞"})
 
-
 @lru_cache(maxsize=1 << 14)
 def written(node: Node) -> int:
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
 
-
 def has(node: Node, *kinds: str) -> bool:
     return any(n[0] in kinds for n in walk(node))
-
 
 def substituted(node: Node, values: dict[str, Node]) -> Node:
     if node[0] == "sym":
         return values.get(node[1], node)
     return mapped(node, lambda child: substituted(child, values))
-
 
 def variants(node: Node) -> list[Node]:
     """An expression with plus-minus signs stands for its two values; all its signs go together."""
@@ -1209,7 +1154,6 @@ def variants(node: Node) -> list[Node]:
             return inner if part[1] == sign else negative(inner)
         return mapped(part, lambda child: pick(child, sign))
     return [pick(node, 1), pick(node, -1)]
-
 
 def is_defined(tree: Node) -> bool:
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
@@ -1234,13 +1178,11 @@ def is_defined(tree: Node) -> bool:
             continue
     return False
 
-
 # Points at which expressions are compared. They are drawn with the pair of expressions as the seed: the same for every
 # run, and not known to one who makes up an expression that agrees with another at given points.
 
 _WHOLE_NAMES = {"n", "m", "k", "N"}
 _SIZES = (1, 5, 40, 5, 40, 1000, 10 ** 6)
-
 
 def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
     """Values for the unknowns: small and large, first positive, then of both signs; fractions, or whole numbers."""
@@ -1253,7 +1195,6 @@ def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> It
             else:
                 env[name] = Fraction(sign * rng.randrange(7, 101 * size), rng.choice((89, 97, 101)))
         yield env
-
 
 def switches(tree: Node) -> list[Node]:
     """Expressions at whose zeros the formula of the tree may change: |.|, sgn, max, min, roots, floor, ceiling."""
@@ -1268,7 +1209,6 @@ def switches(tree: Node) -> list[Node]:
         elif node[0] == "pow" and node[2][0] == "num" and node[2][1].denominator > 1:
             found.append(node[1])
     return [node for node in dict.fromkeys(found) if unknowns(node)][:40]
-
 
 def zeros(node: Node, name: str, env: dict) -> list:
     """Real zeros of an expression in one unknown: those of its factors; up to degree 2, else a grid to look on."""
@@ -1289,7 +1229,6 @@ def zeros(node: Node, name: str, env: dict) -> list:
         pass
     return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
 
-
 def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
     """Points at, and on both sides of, the switches of both trees, one unknown moving at a time; and far out."""
     expressions = switches(a) + switches(b)
@@ -1306,7 +1245,6 @@ def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: ran
             values = {Fraction(math.floor(value) + k) for value in values for k in (0, 1)}
         yield from (base | {name: value} for value in sorted(values))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Comparison, cheapest layer first
 
@@ -1315,7 +1253,6 @@ def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: ran
 
 _PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d*)(\.\d+)?(?:[eE]([-+]?\d{1,3}))?"
                     r"|([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
-
 
 def plain_number(text: str) -> Fraction | None:
     """The exact value of a written integer (1,200 too), decimal or fraction of integers; None for all else.
@@ -1331,19 +1268,16 @@ def plain_number(text: str) -> Fraction | None:
     top, bottom = int(top or top2 or 0), int(bottom or bottom2 or 0)
     return Fraction(-top if sign2 == "-" else top, bottom) if bottom else None
 
-
 def same_plain(answer: str, gold: str) -> bool | None:
     """The verdict on two plain numbers; None if it takes the parser."""
     a, b = plain_number(answer.strip()), plain_number(gold.strip())
     return None if a is None or b is None else a == b
-
 
 # Layer 3, trees.
 
 # (C) 8, \textbf{(C)}\ 8, C. 8
 _CHOICE = re.compile(r"(?P<open>\\text *\{ *)?(?:\((?=.\)))?(?P<letter>[A-J])(?:\)|\.(?= ))(?P<shut> *\})?"
                      r"(?:(?<=[ }])|[ :]+|(?<=\))(?=[\d\\]))(?P<rest>[^ +*/^=<>,)&_!].*)")
-
 
 @lru_cache(maxsize=1 << 14)
 def read(text: str) -> tuple[Node, ...]:
@@ -1373,7 +1307,6 @@ def read(text: str) -> tuple[Node, ...]:
     if choice:
         trees = [("choice", choice["letter"], tree) for tree in trees]
     return tuple(tree for tree in trees if is_defined(tree))
-
 
 def same(a: Node, b: Node) -> bool:
     """Do two trees mean the same answer? One rule for each kind; what no rule accepts is different."""
@@ -1411,7 +1344,6 @@ def same(a: Node, b: Node) -> bool:
         return same_quantity(a, b)
     return same_value(a, b)
 
-
 def simplified(node: Node) -> Node:
     """A list or set of one is its element (but {{1}} is not {1}); equations are checked, as `name = value`."""
     if node[0] in ("list", "set") and len(node[1]) == 1 and node[1][0][0] != "set" and not has(node, "pm"):
@@ -1436,7 +1368,6 @@ def simplified(node: Node) -> Node:
     middle = [side for side in sides[1:-1] if side not in constant]                 # of x = 2 + 3 = 5 nothing is left
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
 
-
 def is_label(node: Node) -> bool:
     """Is this the name of something asked for: x, a_1, f(x), AB, \\angle ABC, \\cos A, |AB|, (p, q), AB/CD, V_1:V_2?"""
     kind = node[0]
@@ -1459,9 +1390,7 @@ def is_label(node: Node) -> bool:
                    and (item[1][0].isupper() or " " in item[1] or item[1] == "m" and is_measure) for item in node[1])
     return kind == "text"
 
-
 _ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")        # functions of angles
-
 
 def same_choice(a: Node, b: Node) -> bool:
     """(C) 8 is C, and is 8; (C) 8 is not (D) 8."""
@@ -1470,14 +1399,12 @@ def same_choice(a: Node, b: Node) -> bool:
     choice, other = (a, b) if a[0] == "choice" else (b, a)
     return other == ("sym", choice[1]) or same(choice[2], other)
 
-
 def same_quantity(a: Node, b: Node) -> bool:
     """Units on both sides must be the same or convert; where one side has none, the question gave it."""
     if a[0] == b[0]:
         return a[2] == b[2] and same_value(a, b)
     bare, measured = (a, b) if b[0] == "unit" else (b, a)
     return bare[0] not in ("deg", "pct") and "?" not in measured[2] and same(bare, measured[1])
-
 
 def same_ratio(a: Node, b: Node) -> bool:
     """3:4 = 6:8 = 3/4. A ratio with a zero is equal to itself only: its cross products agree with everything."""
@@ -1490,7 +1417,6 @@ def same_ratio(a: Node, b: Node) -> bool:
     return len(ratio[1]) == 2 and other[0] not in ("tuple", "unit", "deg", "pct") and same_value(
         ("mul", (ratio[1][0], reciprocal(ratio[1][1]))), other)
 
-
 def same_matrix(a: Node, b: Node) -> bool:
     """Matrices entry by entry; (1, 2) may stand for a column."""
     a, b = worked_in(a), worked_in(b)
@@ -1498,7 +1424,6 @@ def same_matrix(a: Node, b: Node) -> bool:
         return "matrix" not in (a[0], b[0]) and same_value(a, b)
     shapes = [[len(row) for row in node[1]] for node in (a, b)]
     return shapes[0] == shapes[1] and all(all(map(same, r, s)) for r, s in zip(a[1], b[1]))
-
 
 def worked_in(node: Node) -> Node:
     """Factors and summands moved into the entries: 2 (1, 2) is (2, 4); a matrix of one entry is its entry."""
@@ -1516,12 +1441,10 @@ def worked_in(node: Node) -> Node:
         return ("matrix", tuple(tuple(("add", cells) for cells in zip(*row)) for row in rows))
     return node
 
-
 # Collections
 
 def is_collection(node: Node) -> bool:
     return node[0] in ("list", "set") or node[0] not in ("tuple", "matrix", "ratio") and has(node, "pm")
-
 
 def elements(node: Node) -> list[Node]:
     """The members of a list or set (and of x = {1, 2}, x in {1, 2}), plus-minus written out, inner lists spliced in."""
@@ -1531,17 +1454,14 @@ def elements(node: Node) -> list[Node]:
         return [("rel", ("=",), (node[2][0], member)) for member in elements(node[2][1])]
     return variants(node)
 
-
 def label_of(node: Node) -> Node | None:
     """The name in `name = value` and `name in set`."""
     return canonical(node[2][0]) if node[0] == "rel" and node[1] in (("=",), ("in",)) and is_label(node[2][0]) else None
-
 
 def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
     """The names in `name = value`, and the values."""
     names = list(dict.fromkeys(filter(None, map(label_of, members))))
     return names, [member[2][1] if label_of(member) else member for member in members]
-
 
 def same_collection(a: Node, b: Node) -> bool:
     """Lists and sets, in any order. Beside `x = 1, y = 2` a list without names is in that order, a tuple sorted."""
@@ -1569,7 +1489,6 @@ def same_collection(a: Node, b: Node) -> bool:
         xs, ys = distinct(xs), distinct(ys)
     return matched(xs, ys)
 
-
 def distinct(nodes: list[Node]) -> list[Node]:
     """Without repeats: {1, 1, 2} is {1, 2}, and a solution that is listed twice is one solution."""
     nodes = list({canonical(node): node for node in nodes}.values())
@@ -1577,10 +1496,8 @@ def distinct(nodes: list[Node]) -> list[Node]:
         return nodes
     return [node for i, node in enumerate(nodes) if not any(same_member(node, other) for other in nodes[:i])]
 
-
 def same_member(x: Node, y: Node) -> bool:
     return (x[0] == "set") == (y[0] == "set") and same(x, y)                         # {1} is not a member of {1}
-
 
 def matched(xs: list[Node], ys: list[Node]) -> bool:
     """Is there a one-to-one match? Equal trees are cancelled first; many that are left mean different lists."""
@@ -1595,11 +1512,9 @@ def matched(xs: list[Node], ys: list[Node]) -> bool:
         ys.remove(partner)
     return True
 
-
 # Relations
 
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
-
 
 def same_relation(a: Node, b: Node) -> bool:
     """Two relations: the same sides, or the same up to a factor. A value agrees with `name = value` only."""
@@ -1619,7 +1534,6 @@ def same_relation(a: Node, b: Node) -> bool:
     if a[1] == flipped and all(map(same, a[2], reversed(b[2]))):
         return True
     return len(a[1]) == 1 and a[1] in (b[1], flipped) and proportional(a, b)
-
 
 def proportional(a: Node, b: Node) -> bool:
     """Is (left - right) of one a constant multiple of the other's, with the sign that the direction asks for?"""
@@ -1641,7 +1555,6 @@ def proportional(a: Node, b: Node) -> bool:
         return same_value(("mul", (f, substituted(g, point))), ("mul", (g, substituted(f, point))))
     return False
 
-
 # Sets of real numbers: intervals, unions, conditions on one unknown. Two of them are equal if they agree at every mark
 # (where membership of either can change), between neighbouring marks and beyond the outer ones.
 
@@ -1649,7 +1562,6 @@ class Region(NamedTuple):
     name: str | None                    # the unknown it is a condition on, None for a set without one
     marks: list                         # finite endpoints
     holds: Callable                     # is this number in the set?
-
 
 def is_region(node: Node) -> bool:
     """Is this written as a set of reals (and not as a pair that could be a point)?"""
@@ -1659,14 +1571,12 @@ def is_region(node: Node) -> bool:
         return (all if node[0] == "list" else any)(map(is_region, node[1]))
     return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
 
-
 def region(node: Node) -> Region | None:
     """The set of reals that a tree describes, None if it describes none that these rules know."""
     try:
         return region_of(node)
     except (Undefined, TooBig):
         return None
-
 
 def region_of(node: Node) -> Region | None:
     kind = node[0]
@@ -1697,7 +1607,6 @@ def region_of(node: Node) -> Region | None:
         return both
     return condition(node) if kind == "rel" else None
 
-
 def interval(node: Node) -> Region | None:
     low, high = map(endpoint, node[3])
 
@@ -1705,7 +1614,6 @@ def interval(node: Node) -> Region | None:
         above = before(low, x) or node[1] == "[" and not before(x, low)
         return above and (before(x, high) or node[2] == "]" and not before(high, x))
     return Region(None, [low, high], holds) if before(low, high) else None
-
 
 def condition(node: Node) -> Region | None:
     """x in A, a < x <= b, x != a, and the same for |x|."""
@@ -1729,10 +1637,8 @@ def condition(node: Node) -> Region | None:
         return None
     return Region(name, marks, lambda x: all(_TESTS[op](value(x), bound) for op, bound in bounds))
 
-
 _TESTS = {"<": lambda u, v: before(u, v), ">": lambda u, v: before(v, u), "<=": lambda u, v: not before(v, u),
           ">=": lambda u, v: not before(u, v), "!=": lambda u, v: before(u, v) or before(v, u)}
-
 
 def endpoint(node: Node):
     """A real number as Fraction or mpf, or a float infinity. TooBig if 100 digits may not tell it from another."""
@@ -1748,7 +1654,6 @@ def endpoint(node: Node):
         raise TooBig("digits")
     return value if isinstance(value, Fraction) else _MP.re(value)
 
-
 def before(a, b) -> bool:
     """a < b; what is equal within the precision is not before."""
     spend(3)
@@ -1759,7 +1664,6 @@ def before(a, b) -> bool:
         return a < b
     return to_mp(b) - to_mp(a) > 1e-60
 
-
 def probes(marks: list) -> list:
     """The marks, a number between each two neighbours and one beyond each end."""
     marks = sorted((mark for mark in marks if not isinstance(mark, float)), key=to_mp)
@@ -1768,16 +1672,13 @@ def probes(marks: list) -> list:
     between = [plus(a, b) / 2 for a, b in zip(marks, marks[1:]) if before(a, b)]
     return marks + between + [plus(marks[0], Fraction(-1)), plus(marks[-1], Fraction(1))]
 
-
 def same_region(a: Region, b: Region) -> bool:
     same_name = None in (a.name, b.name) or a.name == b.name
     return same_name and all(a.holds(x) == b.holds(x) for x in probes(a.marks + b.marks))
 
-
 # Layer 4, values at points.
 
 _NO_VALUE = set("list set rel text based cup cap setminus where builder ratio choice pm matrix tuple sum prod".split())
-
 
 def same_value(a: Node, b: Node) -> bool:
     """Have two expressions the same value wherever both are real (or, if they never are, in the complex numbers)?
@@ -1796,10 +1697,8 @@ def same_value(a: Node, b: Node) -> bool:
                for percent in ((True, False) if "pct" in kinds else (True,))
                for log10 in ((True, False) if has_log else (False,)))
 
-
 def pair_seed(a: Node, b: Node) -> random.Random:
     return random.Random("|".join(sorted((repr(a), repr(b)))))
-
 
 def agree(a: Node, b: Node, scope: Scope) -> bool:
     """Equal at all points where both have a value: real ones; if there are none, at whole numbers, or complex.
@@ -1827,14 +1726,12 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
             return True
     return False
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Copies of the problem
 
 _MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\\begin\{(?:align|equation)\*?\}(.+?)\\end", re.S)
 _BREAKS = re.compile(r"[=<>,;&]|\\(?:le|ge|leq|geq|ne|neq|in|quad|qquad|\\)(?![a-zA-Z])|\\text\{[^{}]*\}")
 _AS_THEY_ARE = {"num", "sym", "text", "list", "set", "tuple", "unit", "deg", "pct", "based", "choice"}
-
 
 @lru_cache(maxsize=4096)
 def expressions(problem: str) -> tuple[frozenset[Node], tuple[str, ...]]:
@@ -1847,7 +1744,6 @@ def expressions(problem: str) -> tuple[frozenset[Node], tuple[str, ...]]:
                 _work.left = MAX_WORK
                 trees.update(canonical(node) for tree in read(clean(part)) for node in walk(tree))
     return frozenset(trees), tuple(squeeze(clean(text)) for text in texts)
-
 
 def is_copied(answer: str, gold: str, problem: str) -> bool:
     """Is a right answer only an expression of its problem: "evaluate sin 315°" answered by sin 315°?
@@ -1866,13 +1762,11 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
     return any(tree in stated for tree in trees) or any(map(pattern.search, texts))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The public comparison
 
 _DASHED = re.compile(r"\d+(?: ?- ?\d+)+")
 _TIME = re.compile(r"(\d\d?):([0-5]\d)(?: ?(?:\\text ?\{ ?)?([apAP])[mM] ?\}?)?")
-
 
 def same_time(a: re.Match, b: re.Match) -> bool:
     """Times of day agree digit by digit (7:20 is not 14:40); 8:34 PM is 20:34, and may be 8:34."""
@@ -1883,7 +1777,6 @@ def same_time(a: re.Match, b: re.Match) -> bool:
         return False
     later = half2 and int(hour2) % 12 + 12 * (half2 in "pP")
     return int(hour) == int(hour2) or not half and int(hour) == later
-
 
 def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | None:
     """is_equal without its safety net: None if the answer or the gold cannot be read, "copied" for a copy."""
@@ -1911,7 +1804,6 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
     except TooMuchWork:
         return False
 
-
 def same_answer(a: Node, b: Node) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
     x, y = parameters(a), parameters(b)
@@ -1921,7 +1813,6 @@ def same_answer(a: Node, b: Node) -> bool:
         return same(a, b)
     except (Unreadable, Undefined, TooBig):
         return False
-
 
 def parameters(node: Node) -> list[str]:
     """Names whose choice is free: the n of `n in Z`, the x of `f(x) = `, the k of {2k | k in Z}."""
@@ -1936,7 +1827,6 @@ def parameters(node: Node) -> list[str]:
     arguments = node[2][0][2] if node[2][0][0] == "call" else ()
     return [argument[1] for argument in arguments if argument[0] == "sym"]
 
-
 def is_equal(answer: str, gold: str, problem: str | None = None) -> bool:
     """Are two answers the same to a careful grader? Pure, symmetric on answers, bounded in time, never raises.
 
@@ -1949,11 +1839,9 @@ def is_equal(answer: str, gold: str, problem: str | None = None) -> bool:
     except Exception:           # whatever text finds a hole here, training continues and the answer is wrong
         return False
 
-
 def is_readable(answer: str) -> bool:
     """Does the parser accept this answer, so that it can serve as a gold?"""
     return is_equal(answer, answer)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # grade: a batch of responses, compared in worker processes
@@ -1964,7 +1852,6 @@ def is_readable(answer: str) -> bool:
 _DIED, _LATE = b"", b"l"
 _VERDICTS = {b"t": True, b"f": False, b"u": "unparsable", b"p": "copied", b"c": "crashes", _DIED: "crashes",
              _LATE: "timeouts"}
-
 
 def serve() -> None:
     """The life of a worker, bounded in memory. It ends with its input; the alarm ends one whose trainer is gone."""
@@ -1981,7 +1868,6 @@ def serve() -> None:
             letter = b"c"
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(1, letter)
-
 
 class Worker:
     """The trainer's end of a worker process. `index` is that of its question in the batch, None while it has none."""
@@ -2015,7 +1901,6 @@ class Worker:
         self.process.stdin.close()
         self.process.stdout.close()
 
-
 def active(workers: list[Worker], seconds: float) -> list[Worker]:
     """Those of the workers that have written or died, as soon as there is one; none when the time is over."""
     poll = select.poll()
@@ -2023,7 +1908,6 @@ def active(workers: list[Worker], seconds: float) -> list[Worker]:
         poll.register(worker.process.stdout, select.POLLIN)
     files = dict(poll.poll(max(0.0, seconds) * 1000))
     return [worker for worker in workers if worker.process.stdout.fileno() in files]
-
 
 class Pool:
     """The workers of one process. They work on one batch at a time, whatever the number of threads."""
@@ -2072,23 +1956,19 @@ class Pool:
             for worker in self.workers:
                 worker.stop()
 
-
 def worker_count() -> int:
     """The cores of this machine, shared by the ranks that torchrun says it started."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
 
 class Grades(list):
     """The verdicts of `grade` in order, with `.stats`: what to log about them."""
 
     stats: dict[str, int]
 
-
 _pool: Pool | None = None
 _pool_lock = threading.Lock()
 _cache: OrderedDict[tuple, bool | str] = OrderedDict()
-
 
 def pool() -> Pool:
     """The pool of this process: started at the first use, and anew after a fork."""
@@ -2097,7 +1977,6 @@ def pool() -> Pool:
         _pool = Pool()
         atexit.register(_pool.stop)
     return _pool
-
 
 def grade(responses: list[str], golds: list[str], timeout: float = 1.0, problems: list[str] | None = None) -> Grades:
     """Is the boxed answer of each response equal to its gold? The batch entry that RL uses.
@@ -2111,7 +1990,6 @@ def grade(responses: list[str], golds: list[str], timeout: float = 1.0, problems
     gives the number of workers (0 while none was needed).
     """
     return grade_answers([extract_answer(response) for response in responses], golds, timeout, problems)
-
 
 def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 1.0,
                   problems: list[str] | None = None) -> Grades:
@@ -2146,7 +2024,6 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
     grades.stats["workers"] = len(_pool.workers) if _pool else 0
     return grades
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -2179,16 +2056,13 @@ def load_rows(path: str) -> list[dict]:
         raise SystemExit(printable(f"{place}: {error}"))
     return rows
 
-
 def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
 
 def answer_of(row: dict) -> str | None:
     """pred is a whole response if the row says so or if it has a box; else it is the answer itself."""
     is_response = row["form"] == "response" if "form" in row else "\\boxed" in row["pred"] or "\\fbox" in row["pred"]
     return extract_answer(row["pred"]) if is_response else row["pred"]
-
 
 def report(rows: list[dict], verdicts: list[bool], title: str, details: bool = True) -> None:
     """The share of right verdicts, by category, and the rows that differ from their label."""
@@ -2207,7 +2081,6 @@ def report(rows: list[dict], verdicts: list[bool], title: str, details: bool = T
         for row, verdict in wrong:
             print(f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}")
 
-
 def run_rows(path: str, timeout: float) -> None:
     rows = load_rows(path)
     pool()                                                  # the workers start before the clock does
@@ -2216,7 +2089,6 @@ def run_rows(path: str, timeout: float) -> None:
     seconds = time.perf_counter() - start
     report(rows, grades, path)
     print(f"  {len(rows) / seconds:,.0f} rows/s" + "".join(f", {name} {count}" for name, count in grades.stats.items()))
-
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -2245,7 +2117,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(equal)
         return 0 if equal else 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
