@@ -911,7 +911,7 @@ def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
     write(out / "README.md", card + "\n".join(table) + f"\n\nSettings: `{json.dumps(settings)}`\n")
     print("\n".join(table))
     print(f"\n{total['kept']:,} problems in {out / 'rl.jsonl'}; report and data card beside it")
-    print(f"next: python t1.py --stage rl --data {out / 'rl.jsonl'}")
+    print(f"next: SFT of your model on traces (data_prep.py cot), then t1.py --stage rl --data {out / 'rl.jsonl'}")
 
 # --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
 
@@ -1181,7 +1181,7 @@ def cot(args, out: Path) -> int:
 def write_traces(out: Path, traces: list[dict], remark: str) -> int:
     write(out / "sft.jsonl", map(json_line, traces))
     print(f"{len(traces):,} traces in {out / 'sft.jsonl'}, {remark}")
-    print(f"next: python t1.py --stage sft --data {out / 'sft.jsonl'}")
+    print(f"next: python t1.py --stage sft --model YOUR_MODEL --data {out / 'sft.jsonl'}")
     return 0
 
 def read_authors(name: str, out: Path) -> int:
