@@ -58,6 +58,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -1623,34 +1624,38 @@ class Interrupt:
 # ------------------------------------------------------------------------ machinery: pictures, from a run's files alone
 PANELS = {  # stage -> panels of curves.png: label with unit, and columns of metrics.jsonl
     "sft": {"loss (nats per token)": "loss", "entropy (nats per token)": "entropy", "gradient norm": "grad_norm"},
-    "rl": {
-        "reward, share right": "reward accuracy", "response length (tokens)": "length",
-        "share of responses": "overlong repetition garbled", "entropy (nats per token)": "entropy",
-        "KL to the anchor (nats per response)": "kl", "share of groups with equal rewards": "flat_groups",
-        "share of checks, of responses": "honest honoured", "right: share of responses": "first_right corrected",
-        "reflection words (per 100 tokens)": "reflections",
-    },
+    "rl": {"reward, share right": "reward accuracy", "response length (tokens)": "length", "share of responses":
+           "overlong repetition garbled", "entropy (nats per token)": "entropy", "KL to the anchor (nats per response)":
+           "kl", "share of groups with equal rewards": "flat_groups", "share of checks, responses": "honest honoured",
+           "right: share of responses": "first_right corrected", "reflection words (per 100 tokens)": "reflections"},
 }  # fmt: skip
+WORDS = dict(accuracy="right", overlong="over-long", honest="honest checks", honoured="checks honoured",
+             first_right="at the first try", corrected="after another try")  # fmt: skip
 
-def draw_steps(folder: Path):
-    """curves.png from metrics.jsonl: faint lines are steps, strong ones a moving mean over 5 % of the run."""
+def draw_steps(folder: Path, suffix: str = ".png"):
+    """curves.png from metrics.jsonl: steps are faint, a centred mean over 5 % is strong; empty columns get no panel."""
     rows = read_log(folder / "metrics.jsonl")
     if rank() > 0 or not rows:
         return
-    panels, window, x = PANELS[folder.name], max(1, len(rows) // 20), np.array([row["step"] + 1 for row in rows])
-    figure = Figure(figsize=(12.6, len(panels)))
-    for axis, (label, names) in zip(figure.subplots(len(panels) // 3, 3).flat, panels.items()):
-        for name, style in zip(names.split(), ("-", "--", ":")):
+    panels = [(label, names.split()) for label, names in PANELS[folder.name].items()]
+    panels = [(label, names) for label, names in panels if any(row.get(names[0]) is not None for row in rows)]
+    height, window, x = math.ceil(len(panels) / 3), max(1, len(rows) // 20), np.array([row["step"] + 1 for row in rows])
+    figure = Figure(figsize=(12.6, 3 * height))
+    for i, (label, names) in enumerate(panels):
+        axis = figure.add_subplot(height, 3, i + 1, xlabel="step", ylabel=label)
+        for name, style in zip(names, ("-", "--", ":")):
             y = np.array([math.nan if row.get(name) is None else row[name] for row in rows], dtype=float)
             line = axis.plot(x, y, lw=0.6, alpha=0.35)[0]
             mean = np.convolve(y, np.ones(window) / window, "valid")
-            axis.plot(x[window - 1 :], mean, style, color=line.get_color(), label=name)
-        axis.set(xlabel="step", ylabel=label)
-        if " " in names:
+            style = dict(ls=style, color=line.get_color(), label=WORDS.get(name, name))
+            axis.plot(x[window // 2 :][: len(mean)], mean, **style)
+        if axis.dataLim.y0 == axis.dataLim.y1 == 0:
+            axis.set_ylim(0, 1)
+        if len(names) > 1:
             axis.legend(fontsize=8)
-    save_figure(figure, folder / "curves.png", f"stage {folder.name} of run {folder.parent.name}")
+    save_figure(figure, folder / f"curves{suffix}", f"stage {folder.name} of run {folder.parent.name}")
 
-def draw_results(folder: Path):
+def draw_results(folder: Path, suffix: str = ".png"):
     """inference_scaling.png of each test set: accuracy against thinking budget, a curve per checkpoint (section 3)."""
     by_test = {}
     for entry in read_json(folder / "results.json")["checkpoints"]:
@@ -1661,15 +1666,15 @@ def draw_results(folder: Path):
         for i, entry in enumerate(entries):
             budgets, value, error, _ = np.array(entry["scaling"], dtype=float).T
             style = dict(marker="osD^vPX*"[i % 8], ls=("-", "--", "-.", ":")[i % 4], capsize=2)
-            grey = str(0.65 - 0.65 * (i + 1) / len(entries))  # the last checkpoint is black
-            axis.errorbar(budgets, 100 * value, 100 * error, label=entry["name"], color=grey, **style)
+            colour = colormaps["viridis_r"]((i + 1) / len(entries))  # darker with each checkpoint, in print, too
+            axis.errorbar(budgets, 100 * value, 100 * error, label=entry["name"], color=colour, **style)
         axis.set(xscale="log", xlabel="thinking budget (tokens)", ylabel="pass@1 (%)")
-        axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets])
+        axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets], rotation=45)
         axis.minorticks_off()
         axis.legend(fontsize=8, title="checkpoint")
         title = f"{test}: {entry['problems']} problems x {entry['samples']} samples at T = {entry['temperature']}"
-        suffix = re.sub(r"\W+", "-", f"-{Path(test).stem}") * (len(by_test) > 1)
-        save_figure(axis.figure, folder / f"inference_scaling{suffix}.png", title + "; bars: standard error")
+        which = re.sub(r"\W+", "-", f"-{Path(test).stem}") * (len(by_test) > 1)
+        save_figure(axis.figure, folder / f"inference_scaling{which}{suffix}", title + "; bars: standard error")
 
 def save_figure(figure: Figure, path: Path, title: str):
     for axis in figure.axes:
