@@ -313,6 +313,8 @@ def read_rows(path: str, stage: str) -> list[dict]:
     for where, raw in raw_rows(path):
         everything = parse(where, raw)
         row = {k: v for k, v in everything.items() if isinstance(v, (str, int))} | chat(everything)  # fit for a log
+        if type(row.get("answer")) is int:
+            row["answer"] = str(row["answer"])
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         row.setdefault("answer", verify.extract_answer(solution) or "")
         row.setdefault("response", solution)
