@@ -35,8 +35,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from contextlib import nullcontext
 from functools import cache, lru_cache, partial
-from itertools import combinations, islice, product
+from itertools import accumulate, chain, combinations, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,6 @@ import verify
 
 class Stop(Exception):
     """The run must end. The message is one line that says what is wrong, where, and what to do. Exit code 1."""
-
     code = 1
 
     def __str__(self):
@@ -57,7 +57,6 @@ class Stop(Exception):
 
 class Misuse(Stop):
     """Something that the user gave is wrong. Exit code 2."""
-
     code = 2
 
 # --- Files and data sets: one reader for every command. Rows are a stream; an error names the file and the row. -------
@@ -77,6 +76,7 @@ COLUMNS = set("""id _id row unique_id problem question text answer label solutio
     problem_is_valid solution_is_valid question_type messages conversations prompt response url""".split())
 ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of it
 GZIP_BYTES, GZIP_RATIO = 16 << 20, 200  # a gzip file that grows past both is a bomb; problems shrink to a fifth
+DATA_FILES = (".jsonl", ".jsonl.gz", ".parquet")
 LONGEST = 50_000  # characters of problem, solution or answer: beyond, comparing texts takes more than linear time
 
 def local_files(name: str) -> list[Path]:
@@ -84,9 +84,8 @@ def local_files(name: str) -> list[Path]:
     path = Path(name)
     try:
         name.encode()  # ValueError: not UTF-8
-        if not stat.S_ISDIR(path.stat().st_mode):
-            return [path]
-        files = sorted(f for f in path.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+        files = path.iterdir() if stat.S_ISDIR(path.stat().st_mode) else None
+        files = [path] if files is None else sorted(f for f in files if f.name.endswith(DATA_FILES))
     except FileNotFoundError:
         raise Misuse(f"{name}: no such file, and not one of the data sets known on the hub ({', '.join(HUB)})")
     except (OSError, ValueError) as e:
@@ -98,13 +97,16 @@ def local_files(name: str) -> list[Path]:
 def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
     """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be read.
 
-    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a dict; `parse` takes both.
-    """
+    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a dict; `parse` takes both."""
     if name in HUB and not os.path.exists(name):
-        yield from hub_rows(name, columns)
-        return
-    for file in local_files(name):
-        yield from parquet_rows(file, columns) if file.suffix == ".parquet" else json_lines(file)
+        parts = [hub_rows(name, columns)]
+    else:
+        parts = (parquet_rows(f, columns) if f.suffix == ".parquet" else json_lines(f) for f in local_files(name))
+    row = None
+    for row in chain.from_iterable(parts):
+        yield row
+    if row is None:
+        raise Misuse(f"{name}: no rows")
 
 def row_at(where) -> str:
     """A row's place in words: `FILE, row N`."""
@@ -141,7 +143,6 @@ def json_lines(path: Path) -> Iterator[tuple]:
 def parquet_rows(file: Path, columns) -> Iterator[tuple]:
     """(where, row) with the wanted columns only: NuminaMath's `messages` repeat problem and solution."""
     import pyarrow.parquet as pq
-
     number = 0
     try:
         with open_file(file) as f:
@@ -150,8 +151,6 @@ def parquet_rows(file: Path, columns) -> Iterator[tuple]:
             wanted = [c for c in names if c in columns and (c != "messages" or "problem" not in names)]
             rows = (row for batch in table.iter_batches(200, columns=wanted) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
-                if sum(len(v) for v in row.values() if isinstance(v, (str, bytes))) > ROW_BYTES:
-                    raise Misuse(f"{file}, row {number}: longer than {ROW_BYTES >> 20} MiB")
                 yield (str(file), number), row
     except Misuse:
         raise
@@ -161,13 +160,12 @@ def parquet_rows(file: Path, columns) -> Iterator[tuple]:
 def hub_rows(name: str, columns) -> Iterator[tuple]:
     """(where, row) of a data set of the hub, streamed."""
     from datasets import load_dataset
-
     for config, split, file in HUB[name]:
+        place = config or name.split("/")[1].replace(":", "-")
         try:
             rows = load_dataset(name.split(":")[0], config, split=split, data_files=file, streaming=True)
             for number, row in enumerate(rows, 1):
-                place = config or name.split("/")[1].replace(":", "-"), number
-                yield place, {c: v for c, v in row.items() if c in columns}
+                yield (place, number), {c: v for c, v in row.items() if c in columns}
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
             raise Misuse(f"{name}: cannot be loaded from the hub ({' '.join(str(e).split())[:200]}); give a local copy")
 
@@ -228,11 +226,16 @@ def field(row: dict, names: str, where) -> str | None:
             raise Misuse(f"{row_at(where)}: field {name!r} must be text, not {type(value).__name__}")
     return None
 
-def to_problem(where, raw, default_source: str) -> dict:
-    """Any source's row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level"}.
+def require(row: dict, names, where) -> dict:
+    """The row, if all those fields hold text."""
+    for name in names:
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
+    return row
 
-    Reads MATH, NuminaMath-CoT and -1.5, the authors' RL rows (text, label, _id) and every benchmark by their columns.
-    """
+def to_problem(where, raw, default_source: str) -> dict:
+    """Any source's row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level"}:
+    MATH, NuminaMath-CoT and -1.5, the authors' RL rows (text, label, _id) and every benchmark, by their columns."""
     row = parse(where, raw)
     problem = field(row, "problem question text", where)
     if problem is None:
@@ -244,17 +247,19 @@ def to_problem(where, raw, default_source: str) -> dict:
         source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
     level = re.fullmatch(r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", ""))))
     return {
-        "id": own if isinstance(own, str) else f"{os.path.basename(where[0]).split('.')[0]}-{own}",
-        "problem": problem,
-        "answer": field(row, "answer label", where),
-        "solution": field(row, "solution", where) or "",
+        "id": own if isinstance(own, str) else f"{os.path.basename(where[0]).split('.')[0]}-{own}", "problem": problem,
+        "answer": field(row, "answer label", where), "solution": field(row, "solution", where) or "",
         "source": source if isinstance(source, str) and source else default_source,
         "level": None if level is None else float(level[1]) if level[2] else int(level[1]),
-        "flags": {k: row[k] for k in ("problem_is_valid", "solution_is_valid", "question_type") if k in row},
-    }
+        "flags": {k: row[k] for k in ("problem_is_valid", "solution_is_valid", "question_type") if k in row}}
 
 def too_long(row: dict) -> bool:
     return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
+
+def problem_row(row: dict) -> dict:
+    """A row of `to_problem` as it is written: without the fields that are empty."""
+    names = ("id", "problem", "answer", "source", "level", "solution")
+    return {name: row[name] for name in names if name == "answer" or row[name] not in (None, "")}
 
 def checked_problem(where, raw, default_source: str) -> dict:
     """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate` drops it from a pool."""
@@ -273,13 +278,16 @@ def write(path: Path, lines):
         f.writelines(lines)
     os.replace(beside, path)
 
-def append_rows(path: Path, rows: list[dict]):
-    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first."""
+def append_rows(path: Path, rows: list[dict], sync: bool = False):
+    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first. sync: wait for the disk."""
     with open(path, "ab+") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n":
             f.seek(0)
             f.truncate(f.read().rfind(b"\n") + 1)
         f.write("".join(map(json_line, rows)).encode())
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
 
 def read_log(path: Path) -> list[dict]:
     """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
@@ -289,28 +297,28 @@ def read_log(path: Path) -> list[dict]:
 def write_json(path: Path, value):
     write(path, [json.dumps(value, indent=1, ensure_ascii=False)])
 
-def read_rows(path: str, stage: str) -> list[dict]:
-    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set.
+CHAT = {"user": "problem", "human": "problem", "assistant": "response", "gpt": "response"}
 
-    A row without response or answer is completed from its "solution": as the response, or its last box as the answer.
-    """
+def chat(row: dict) -> dict:
+    """Of chat data, the last prompt and the last response, as {"problem", "response"}; {} of any other row."""
+    turns = row.get("messages") or row.get("conversations")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    said = [(str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))) for turn in turns]
+    return {CHAT[role]: text for role, text in said if role in CHAT}
+
+def read_rows(path: str, stage: str) -> list[dict]:
+    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set. A row without
+    response or answer is completed from its "solution": as the response, or its last box as the answer."""
     rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
     for where, raw in raw_rows(path):
         everything = parse(where, raw)
-        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))}  # fit for a log
-        messages = everything.get("messages")  # chat data: the last message of each role
-        for message in messages if isinstance(messages, list) else ():
-            if isinstance(message, dict) and message.get("role") in ("user", "assistant"):
-                row[{"user": "problem", "assistant": "response"}[message["role"]]] = message.get("content")
+        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))} | chat(everything)  # fit for a log
+        if type(row.get("answer")) is int:
+            row["answer"] = str(row["answer"])
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         row.setdefault("answer", verify.extract_answer(solution) or "")
         row.setdefault("response", solution)
-        for name in needed:
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
-        rows.append(row | dict(where=row_at(where)))
-    if not rows:
-        raise Misuse(f"{path}: no rows")
+        rows.append(require(row, needed, where) | dict(where=row_at(where)))
     unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
     if unreadable and os.environ.get("RANK", "0") == "0":
         print(f"{len(unreadable)} answers cannot be read by verify.py, nothing will equal them: {unreadable[0]} ...")
@@ -338,16 +346,6 @@ def chunks(rows, size: int) -> Iterator[list]:
     while part := list(islice(rows, size)):
         yield part
 
-def ordered_map(function, items, processes: int, setup, setup_args) -> Iterator:
-    """function(item) in the order of the items, by several processes; a bounded number of items is in memory."""
-    if processes == 1:
-        setup(*setup_args)
-        yield from map(function, items)
-        return
-    with multiprocessing.get_context("spawn").Pool(processes, setup, setup_args) as pool:
-        for part in chunks(items, 16 * processes):
-            yield from pool.imap(function, part)
-
 # --- The text of a problem, made comparable ---------------------------------------------------------------------------
 # Duplicates and benchmark problems are found on tokens, not on white-space words: `x^2` and `x^{2}`, `\{1` and `\{ 1`,
 # `\dfrac12` and `\frac{1}{2}` give the same tokens, while operators, signs and decimal points stay.
@@ -367,18 +365,15 @@ _UNICODE = str.maketrans({
     "°": r"^\circ ", "∞": r"\infty ", "√": r"\sqrt ", "∠": r"\angle ", "△": r"\triangle ", "∈": r"\in ",
     "…": r"\dots ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"'})
 # One name for a token that is written in several ways; an empty name drops the token.
-_ALIAS = {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\le": "\\leq", "\\leqslant": "\\leq",
-          "\\ge": "\\geq", "\\geqslant": "\\geq", "\\ne": "\\neq", "\\to": "\\rightarrow", "\\cdots": "\\dots",
-          "\\ldots": "\\dots", "\\dotsc": "\\dots", "\\dotsb": "\\dots", "\\lvert": "|", "\\rvert": "|", "\\vert": "|",
-          "\\mid": "|", "\\times": "\\cdot", "\\ast": "*", "\\gt": ">", "\\lt": "<", "\\lbrace": "\\{",
-          "\\rbrace": "\\}", "\\degree": "\\circ", "\\epsilon": "\\varepsilon", "\\phi": "\\varphi",
-          "\\bmod": "\\mod", "\\pmod": "\\mod", "\\diamond": "\\Diamond"}
+_SYNONYMS = r"""\frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to; \mod
+    \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; * \ast; > \gt; < \lt;
+    \{ \lbrace; \} \rbrace; \circ \degree; \varepsilon \epsilon; \varphi \phi; \Diamond \diamond; % \%; ' \prime"""
+_ALIAS = {other: name for name, *others in map(str.split, _SYNONYMS.split(";")) for other in others}
 _ALIAS |= dict.fromkeys(
     r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \nolimits \, \;
     \: \! \quad \qquad \text \textbf \textit \textrm \mathrm \mathbf \mathit \mathcal \mathbb \mathsf \operatorname
     \mbox \hbox \rm \bf \it \overline \hspace \vspace \hfill \noindent \medskip \par \item \label
     \ $ $$ . , ; : ? ! ' " ` ~ &""".split() + ["\\ ", "\\$", "\\(", "\\)", "\\[", "\\]"], "")
-_ALIAS |= {"\\%": "%", "\\prime": "'"}
 # Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of duplicates.
 _HARMLESS = set("""a an the of in on at by to for from is are be was were it its this that these those there here we you
     your if then let given suppose assume consider where when such with and or as so also now please note find compute
@@ -434,21 +429,16 @@ def alike(a: list[str], b: list[str]) -> bool:
 def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
     """Do two token lists with a common stretch state the same problem? NOT IN PAPER: the thresholds.
 
-    With equal answers it is enough that they share most words and signs. With different answers (one of them may be
-    wrong, or ask for another form) the texts may differ only in harmless words and in clauses added to one of them,
-    never in a number or a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225 and tan 22.5 are different problems.
-    """
+    With equal answers it is enough that they share most words and signs. With different answers (one may be wrong, or
+    of another form) they may differ only in harmless words and in clauses added to one of them, never in a number or
+    a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225 and tan 22.5 are different problems."""
     a, b = skeleton(a), skeleton(b)
-    if not (alike(a, b) and alike(signs(a), signs(b))):
-        return False
-    if same_answer:
-        return True
-    added = set()
-    for tag, a0, a1, b0, b1 in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        if tag == "replace" or tag != "equal" and a1 - a0 + b1 - b0 < CLAUSE:
-            return False
-        added.add(tag)
-    return not {"insert", "delete"} <= added
+    same = alike(a, b) and alike(signs(a), signs(b))
+    if same_answer or not same:
+        return same
+    changes = [c for c in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if c[0] != "equal"]
+    clauses = all(a1 - a0 + b1 - b0 >= CLAUSE for _, a0, a1, b0, b1 in changes)
+    return clauses and {tag for tag, *_ in changes} in (set(), {"insert"}, {"delete"})
 
 def reworded(a: list[str], b: list[str]) -> bool:
     """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out for the sake of a
@@ -464,8 +454,8 @@ def same_answer(a: str, b: str) -> bool:
 # a row and returns why it is rejected, or None. Each was read off rejected and kept rows, and rejects at least 20 of
 # the 29,078 rows of docs/data.md that no other rule rejects; `marked_invalid` reads columns that those do not have.
 
-_OLD_COMMANDS = re.compile(r"\\(equal|plus|minus)\s*\{\}")  # of the AoPS forum
 _REPAIRS = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\\equal\s*\{\}", "="), (r"\\plus\s*\{\}", "+"), (r"\\minus\s*\{\}", "-"),  # of the AoPS forum
     (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
     (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""), (r"\r\n?", "\n"), (r"[\xa0\u3000]", " "),
     (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
@@ -478,7 +468,6 @@ _FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|
 
 def repair(text: str) -> str:
     """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of \\frac, odd spaces."""
-    text = _OLD_COMMANDS.sub(lambda m: {"equal": "=", "plus": "+", "minus": "-"}[m[1]], text)
     for pattern, replacement in _REPAIRS:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -515,12 +504,14 @@ def plain_text(answer: str) -> str:
     """An answer without fonts, braces and spacing commands."""
     return _FONTS.sub(" ", answer).strip(" .")
 
-def searched(reason: str, part: str, *patterns: str):
-    """A rule: reject a row if one of the patterns is found in that part of it."""
+def searched(reason: str, part: str, *patterns: str, unless: tuple[str, str] | None = None) -> Callable:
+    """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern found there)."""
     compiled = [re.compile(pattern, re.S) for pattern in patterns]
+    excuse = unless and re.compile(unless[1])
 
     def rule(row: dict) -> str | None:
-        return reason if any(pattern.search(row[part]) for pattern in compiled) else None
+        found = any(pattern.search(row[part]) for pattern in compiled)
+        return reason if found and not (excuse and excuse.search(row[unless[0]])) else None
     return rule
 
 def empty_problem(row: dict) -> str | None:
@@ -530,36 +521,13 @@ def empty_problem(row: dict) -> str | None:
 
 def marked_invalid(row: dict) -> str | None:
     """NuminaMath-1.5 says itself which rows are incomplete, proofs or multiple choice."""
-    if row["flags"].get("question_type") == "proof" or row["answer"] in ("proof", "notfound"):
+    kind = row["flags"].get("question_type")
+    if kind == "proof" or row["answer"] in ("proof", "notfound"):
         return "proof"
-    if row["flags"].get("question_type") == "MCQ":
+    if kind == "MCQ":
         return "multiple choice"
     valid = all(row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid"))
     return None if valid else "marked invalid by its source"
-
-_FIGURE = re.compile(
-    r"https?:|!\[|\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture|graph)"
-    r"|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
-    r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b"
-    r"|\b(?:shown|pictured|drawn|depicted|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
-    r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above|indicates?|shows?)\b"
-    r"|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b")
-_DRAWN = re.compile(r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|")
-
-def missing_figure(row: dict) -> str | None:
-    """A link, or a figure that the problem speaks of and does not hold as code or as a table."""
-    found = _FIGURE.search(row["lower"])
-    lost = found and (found[0].startswith(("http", "![")) or not _DRAWN.search(row["problem"]))
-    return "link or missing figure" if lost else None
-
-SCRIPTS = {  # besides Latin and Greek, and the letter-like symbols of mathematics
-    "cyrillic": "\u0400-\u052f", "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff",
-    "kana": "\u3041-\u30ff", "hangul": "\u1100-\u11ff\uac00-\ud7af", "arabic": "\u0600-\u06ff",
-    "hebrew": "\u05d0-\u05f4", "devanagari": "\u0900-\u097f", "thai": "\u0e01-\u0e5b"}
-
-def foreign(scripts: tuple[str, ...] = ()) -> str:
-    """A pattern: letters of the other scripts, but not of the given ones; private-use characters and U+FFFD always."""
-    return "[\ue000-\uf8ff\ufffd" + "".join(SCRIPTS[name] for name in SCRIPTS if name not in scripts) + "]"
 
 _LETTER = (r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
            r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z")
@@ -600,36 +568,15 @@ _TASK = re.compile(  # a part asks: a question mark, or an order at its beginnin
 _LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ...
     r"\W*(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b"
     r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b).{0,80}", re.I | re.S)
-_BLANKS = re.compile(r"(?:\\?_\s?){2,}")
 _QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
 
 def several_questions(row: dict) -> str | None:
-    """Parts that each ask something, two sentences that do, or two blanks to fill."""
+    """Parts that each ask something, or two sentences that do."""
     head, *parts = _PART.split(row["words"])
-    sentences = re.split(r"(?<=[?.!])\s+", row["lower"])
-    several = (sum(s.endswith("?") and bool(_QUESTION.search(s)) for s in sentences) >= 2
-               or sum(bool(_TASK.search(part)) for part in parts) >= 2
-               or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head) or len(_BLANKS.findall(row["words"])) >= 2)
+    asked = sum(s.endswith("?") and bool(_QUESTION.search(s)) for s in re.split(r"(?<=[?.!])\s+", row["lower"]))
+    tasks = sum(bool(_TASK.search(part)) for part in parts)
+    several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head)
     return "several questions" if several else None
-
-MAX_ANSWER = 50  # characters; longer ones are prose or systems that no rule grades
-_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-_VALUE_WORDS = set("and sin cos tan log frac sqrt square cubic per hours minutes seconds the base pmatrix begin end"
-                   .split())
-
-def not_a_value(row: dict) -> str | None:
-    """Too long, or prose: more than two words are a statement, which a rule can only compare letter by letter."""
-    if len(row["answer"]) > MAX_ANSWER:
-        return "answer longer than 50 characters"
-    return "answer in prose" if sum(w.lower() not in _VALUE_WORDS for w in _WORD.findall(row["plain"])) > 2 else None
-
-_ROUNDED = re.compile(r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}")  # eighths and sixteenths are exact
-_ASKS_ROUNDED = re.compile(r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura")
-
-def rounded(row: dict) -> str | None:
-    """A rounded value where the problem asks for none: the exact answer would be graded wrong."""
-    found = _ROUNDED.search(row["answer"]) and not _ASKS_ROUNDED.search(row["lower"])
-    return "rounded answer" if found else None
 
 _NOT_VARIABLES = re.compile(
     r"\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?|[a-zA-Z]{3,}"
@@ -641,29 +588,32 @@ def unknown_letter(row: dict) -> str | None:
     letters = set(re.findall(r"[a-z]", _NOT_VARIABLES.sub(" ", row["answer"]).lower())) - _USUAL
     return None if letters <= set(tokens(row["problem"])) else "letters that the problem does not name"
 
-_ASKS = re.compile(
-    r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when|where|name|list"
-    r"|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round|add|subtract|multipl|divid"
-    r"|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad|\\boxed|answer|value|number|[=:]\W*$"
-    r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")
-_ANY = re.compile(
-    r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)|any|some"
-    r"|\d+\s+(?:natural|positive|different|distinct))\b|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b")
-_ONE = re.compile(r"smallest|largest|least|greatest|unique|only|all\b")
+def another_script(scripts: tuple[str, ...]) -> Callable:
+    """The rule on letters of other scripts than the given ones, broken characters, and those of private use."""
+    def rule(row: dict) -> str | None:
+        text = row["problem"] + row["answer"]
+        strange = not text.isascii() and (set(foreign(text)) - {*scripts} or re.search("[\ue000-\uf8ff\ufffd]", text))
+        return "another script" if strange else None
+    return rule
 
-def nothing_asked(row: dict) -> str | None:
-    """A statement instead of a question, or a question with many right answers."""
-    many = _ANY.search(row["lower"]) and not _ONE.search(row["lower"])
-    return "nothing definite asked" if many or not _ASKS.search(row["lower"]) else None
+_VALUE_WORDS = "and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base|pmatrix|begin|end"
 
 def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     """The rules in the order of the funnel."""
     return (
-        empty_problem, marked_invalid, missing_figure,
+        empty_problem, marked_invalid,
+        searched("link or missing figure", "lower", r"https?:|!\["),
+        searched("link or missing figure", "lower",  # spoken of, but not there as code or as a table
+                 r"\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture"
+                 r"|graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
+                 r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured|drawn|depicted"
+                 r"|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
+                 r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above"
+                 r"|indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b",
+                 unless=("problem", r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|")),
         searched("proof", "lower", r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
                  r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b"),
-        find_answer,
-        searched("another script", "problem", foreign(scripts)), searched("another script", "answer", foreign(scripts)),
+        find_answer, another_script(scripts),
         searched("multiple choice", "words",  # at least three options, in order
                  r"(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Za-z\\])\(\s*C\s*\)",
                  r"(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,400}?\s(?:\*\*)?"
@@ -682,18 +632,35 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
         searched("several questions", "lower",  # two tasks in one sentence
                  r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
                  r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b"),
-        not_a_value,
+        searched("several questions", "words", r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}"),  # two blanks to fill
+        searched("answer longer than 50 characters", "answer", r".{51}"),  # prose, or systems that no rule grades
+        searched("answer in prose", "plain",  # three words; a rule can compare statements only letter by letter
+                 rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}"),
         searched("answer in prose", "answer", r"answer|\\[lc]?dots",
                  r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])",
                  r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b"),
-        rounded, unknown_letter, nothing_asked)
+        searched("rounded answer", "answer",  # where an exact one is asked for; eighths and sixteenths are exact
+                 r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}", unless=(
+                     "lower", r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura")),
+        unknown_letter,
+        searched("nothing definite asked", "lower",  # many right answers
+                 r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)"
+                 r"|any|some|\d+\s+(?:natural|positive|different|distinct))\b"
+                 r"|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b",
+                 unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b")),
+        searched("nothing definite asked", "lower", "", unless=(  # a statement instead of a question
+            "lower", r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
+                     r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
+                     r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
+                     r"|answer|\\boxed|value|number|[=:]\W*$"
+                     r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")))
 
-REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box
-empty answer; answer continues after the box; several different boxes; answer and box differ; another script
-multiple choice; yes or no, true or false; several questions; answer longer than 50 characters; answer in prose
-rounded answer; letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
-same problem, different answers; duplicate; near-duplicate
-pass rate 0 or 1; beyond the target""".replace("\n", "; ").split("; ")
+REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box; empty answer
+answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
+yes or no, true or false; several questions; answer longer than 50 characters; answer in prose; rounded answer
+letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
+same problem, different answers; duplicate; near-duplicate; pass rate 0 or 1
+beyond the target""".replace("\n", "; ").split("; ")
 
 # --- curate: benchmark problems and near-duplicates -------------------------------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
@@ -736,8 +703,7 @@ class Benchmarks:
                 owners[gram].add(i)
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
 
-    @staticmethod
-    def grams(words: list[str]) -> list[int]:
+    def grams(self, words: list[str]) -> list[int]:
         return gram_hashes(words, N_GRAM).tolist() + gram_hashes(skeleton(words), SHORT).tolist()
 
     def find(self, words: list[str], answer: str) -> str | None:
@@ -756,7 +722,6 @@ _WORKER = {}  # benchmarks and rules of this process, set once by `prepare`
 
 class Candidate(NamedTuple):
     """A row that passed the rules: its text, and what the later steps compare."""
-
     line: bytes  # the problem row as JSON
     id: str
     answer: str
@@ -784,27 +749,29 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
             counts[row["source"], reason] += 1
             continue
         words = tokens(row["problem"])
-        hit = _WORKER["benchmarks"].find(words, row["answer"])
         # Near-duplicates agree in every number and sign, so these are part of the bucket: problems made from one
         # template with other numbers never meet, which keeps the search linear.
         buckets = sketch(words) ^ np.uint64(token_hash(" ".join(sorted(signs(words)))))
-        text = token_hash(key(words) + drawing(row["problem"]))
-        names = ("id", "problem", "answer", "source", "level", "solution")
-        line = json_line({k: row[k] for k in names if row[k] not in (None, "")}).encode()
-        passed.append(Candidate(line, row["id"], row["answer"], row["source"], hit, text, buckets.tobytes()))
+        passed.append(Candidate(
+            line=json_line(problem_row(row)).encode(), id=row["id"], answer=row["answer"], source=row["source"],
+            hit=_WORKER["benchmarks"].find(words, row["answer"]), buckets=buckets.tobytes(),
+            text=token_hash(key(words) + drawing(row["problem"]))))
     return counts, passed
 
 def read_pools(pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
-    counts, candidates = Counter(), []
+    counts, candidates, shared, pool = Counter(), [], (benchmarks, scripts), None
     work = ((default, part) for name, default in pools for part in chunks(raw_rows(name), 250))
-    with tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
-        for part, passed in ordered_map(sift, work, processes, prepare, (benchmarks, scripts)):
-            counts += part
-            candidates += passed
-            bar.update(sum(n for (_, reason), n in part.items() if reason == "read"))
-    if not counts:
-        raise Misuse(f"{', '.join(name for name, _ in pools)}: no rows")
+    if processes > 1:
+        pool = multiprocessing.get_context("spawn").Pool(processes, prepare, shared)
+    else:
+        prepare(*shared)
+    with pool or nullcontext(), tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
+        for some in chunks(work, 16 * processes):  # no more of them in memory
+            for part, passed in (pool.imap if pool else map)(sift, some):
+                counts += part
+                candidates += passed
+                bar.update(sum(n for (_, reason), n in part.items() if reason == "read"))
     return counts, candidates
 
 def ungradable(answers: list[str]) -> set[str]:
@@ -819,8 +786,7 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
     _, first, bucket = np.unique(table, return_index=True, return_inverse=True)
     earlier = first[bucket] // SKETCH  # each row is compared with the first one of each of its buckets
     later = np.arange(len(table)) // SKETCH
-    new = earlier < later
-    found = sorted({(alive[a], alive[b]) for a, b in zip(earlier[new].tolist(), later[new].tolist())})
+    found = sorted({(alive[a], alive[b]) for a, b in zip(earlier.tolist(), later.tolist()) if a < b})
 
     @lru_cache(1 << 12)
     def shingles(i: int) -> tuple[str, list[str], set[int]]:
@@ -834,34 +800,26 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
             return False
         equal = same_answer(rows[a].answer, rows[b].answer)
         return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
-
     return [pair for pair in tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1) if same(*pair)]
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
     """Rows that are rejected because of other rows -> reason. A group of rows states one problem and its first row is
     kept; the whole group is rejected if a row of it is in a benchmark, or if the answers differ."""
-    first_of, parent = {}, {}  # normalised text -> its first row; row -> a row before it in its group, or itself
+    equal, gone = defaultdict(list), {}  # normalised text -> its rows
     for i in alive:
-        parent[i] = first_of.setdefault(rows[i].text, i)
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i] = parent[parent[i]]
-        return i
-
-    for a, b in near_pairs(rows, list(first_of.values())):
-        a, b = sorted((root(a), root(b)))
-        parent[b] = a
-    groups, gone = defaultdict(list), {}
-    for i in alive:
-        groups[root(i)].append(i)
-    for first, group in groups.items():
-        if any(rows[i].hit for i in group):
-            gone |= dict.fromkeys(group, "in a benchmark")
-        elif not all(same_answer(answer, rows[first].answer) for answer in {rows[i].answer for i in group}):
-            gone |= dict.fromkeys(group, "same problem, different answers")
+        equal[rows[i].text].append(i)
+    group_of = {i: group for group in equal.values() for i in group}
+    for a, b in near_pairs(rows, [group[0] for group in equal.values()]):
+        if group_of[a] is not group_of[b]:
+            merged = sorted(group_of[a] + group_of[b])
+            group_of |= dict.fromkeys(merged, merged)
+    for first, *others in {group[0]: group for group in group_of.values()}.values():
+        if any(rows[i].hit for i in (first, *others)):
+            gone |= dict.fromkeys([first, *others], "in a benchmark")
+        elif not all(same_answer(answer, rows[first].answer) for answer in {rows[i].answer for i in others}):
+            gone |= dict.fromkeys([first, *others], "same problem, different answers")
         else:
-            gone |= {i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate" for i in group[1:]}
+            gone |= {i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate" for i in others}
     return gone
 
 def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -> list[int]:
@@ -876,26 +834,22 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
         place |= {i: ((rank + 0.5) / size, source) for rank, i in enumerate(strata[source])}
     return sorted(rows, key=place.__getitem__)
 
-def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[tuple[dict, float]]:
-    """(problem, share of n sampled answers that are right), in order; each is measured once, also when the command is
-    given again. A request that the server refuses counts as a rate of 0."""
+def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[dict]:
+    """Problems with their "pass_rate", the share of n sampled answers that are right, in order; each is measured once,
+    also when the command is given again. A request that the server refuses counts as a rate of 0."""
     settings, kinds = {"n": n, "model": model.name}, {"id": str, "pass_rate": (int, float)}
-    done = {row["id"]: row["pass_rate"] for row in read_journal(journal, settings, kinds)}
+    done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
 
-    def measure(problem: dict) -> float:
+    def measure(problem: dict) -> dict:
         try:
-            texts = model.ask(ATTEMPT.format(problem=problem["problem"]), n)
+            right = verify.grade(model.ask(ATTEMPT.format(problem=problem["problem"]), n), [problem["answer"]] * n)
         except Refused:
-            return 0.0
-        return sum(verify.grade(texts, [problem["answer"]] * n)) / n
+            right = []
+        return {"id": problem["id"], "pass_rate": sum(right) / n}
 
     for part in chunks(problems, model.concurrency):
-        todo = [problem for problem in part if problem["id"] not in done]
-        with ThreadPoolExecutor(model.concurrency) as pool:
-            for problem, rate in zip(todo, pool.map(measure, todo)):
-                done[problem["id"]] = rate
-                append(journal, {"id": problem["id"], "pass_rate": rate})
-        yield from ((problem, done[problem["id"]]) for problem in part)
+        list(finish(part, measure, done, journal, model.concurrency))
+        yield from (problem | done[problem["id"]] for problem in part)
 
 def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]) -> dict[int, dict]:
     """Row -> problem, for the first --target rows of the order that pass the difficulty filter; others go to `gone`."""
@@ -904,14 +858,13 @@ def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gon
         seen[rows[i].id] += 1
         names[i] = rows[i].id if seen[rows[i].id] == 1 else f"{rows[i].id}~{seen[rows[i].id]}"
     problems = (json.loads(rows[i].line) | {"id": names[i]} for i in order)
-    rates = ((problem, None) for problem in problems)
     if model:
-        rates = pass_rates(problems, model, args.samples, Path(args.out) / "pass_rates.jsonl")
-    for i, (problem, rate) in zip(order, rates):
-        if rate in (0, 1):
+        problems = pass_rates(problems, model, args.samples, Path(args.out) / "pass_rates.jsonl")
+    for i, problem in zip(order, problems):
+        if problem.get("pass_rate") in (0, 1):
             gone[i] = "pass rate 0 or 1"
             continue
-        chosen[i] = problem if rate is None else problem | {"pass_rate": rate}
+        chosen[i] = problem
         if len(chosen) == args.target:
             break
     gone |= {i: "beyond the target" for i in order if i not in chosen and i not in gone}
@@ -924,8 +877,7 @@ def curate(args, out: Path) -> int:
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
         args.decontaminate = args.decontaminate or [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
     model = Model(args.pass_rate, args) if args.pass_rate else None
-    given = (row for name in args.decontaminate for row in raw_rows(name))
-    benchmarks = [checked_problem(where, raw, "benchmark") for where, raw in given]
+    benchmarks = [checked_problem(*row, "benchmark") for name in args.decontaminate for row in raw_rows(name)]
     if not benchmarks:
         print("data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems", file=sys.stderr)
     counts, rows = read_pools(pools, benchmarks, tuple(args.scripts), args.processes)
@@ -933,49 +885,40 @@ def curate(args, out: Path) -> int:
     gone = {i: "ungradable" for i, row in enumerate(rows) if row.answer in bad}
     gone |= judge_groups(rows, [i for i in range(len(rows)) if i not in gone])
     left = [i for i in range(len(rows)) if i not in gone]
-    order = stratified_order(left, [row.source for row in rows], args.seed, args.mix)
-    chosen = draw(rows, order, model, args, gone)
+    chosen = draw(rows, stratified_order(left, [row.source for row in rows], args.seed, args.mix), model, args, gone)
     write(out / "rl.jsonl", (json_line(chosen[i]) for i in sorted(chosen)))
-    counts.update((rows[i].source, reason) for i, reason in gone.items())
-    counts.update((rows[i].source, "kept") for i in chosen)
+    counts.update((rows[i].source, reason) for i, reason in (gone | dict.fromkeys(chosen, "kept")).items())
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
     names = "math numina decontaminate target seed mix scripts pass_rate".split()
     write_report(out, {name: getattr(args, name) for name in names}, counts, removed)
     return 0
 
 def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
-    """The funnel on the console, as report.json, and in the data card.
-
-    counts: of (source, reason, "read" or "kept"). removed: id -> benchmark problem that it repeats.
-    """
-    total, by_source = Counter(), defaultdict(dict)
-    for source, reason in sorted(counts, key=lambda c: (c[0], ["read", "kept", *REASONS].index(c[1]))):
-        total[reason] += counts[source, reason]
-        by_source[source][reason] = counts[source, reason]
-    left, funnel = total["read"], []
-    for reason in REASONS:
-        if total[reason]:
-            left -= total[reason]
-            funnel.append({"why": reason, "gone": total[reason], "left": left})
-    report = {"settings": settings, "read": total["read"], "rows": total["kept"], "funnel": funnel,
-              "by_source": by_source, "in a benchmark": removed}
+    """The funnel on the console, as report.json, and in the data card. counts: of (source, "read", "kept" or reason).
+    removed: id -> benchmark problem that it repeats."""
+    by_source = {source: {reason: counts[source, reason] for reason in ("read", "kept", *REASONS)
+                          if counts[source, reason]} for source in sorted({source for source, _ in counts})}
+    total = sum(map(Counter, by_source.values()), Counter())
+    gone = [total[reason] for reason in REASONS]
+    left = [total["read"] - n for n in accumulate(gone)]
+    funnel = [{"why": why, "gone": n, "left": rest} for why, n, rest in zip(REASONS, gone, left) if n]
+    write_json(out / "report.json", {"settings": settings, "read": total["read"], "rows": total["kept"],
+                                     "funnel": funnel, "by_source": by_source, "in a benchmark": removed})
     table = ["| step | gone | left |", "|---|---:|---:|", f"| read | | {total['read']:,} |"]
     table += [f"| {step['why']} | {step['gone']:,} | {step['left']:,} |" for step in funnel]
     table += ["", "| source | read | kept |", "|---|---:|---:|"]
     table += [f"| {source} | {row['read']:,} | {row.get('kept', 0):,} |" for source, row in by_source.items()]
-    write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     card = (f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by `data_prep.py "
             "curate`. Licences are those of the sources; answers are the sources' own and not proven.\n\n")
     write(out / "README.md", card + "\n".join(table) + f"\n\nSettings: `{json.dumps(settings)}`\n")
     print("\n".join(table))
     print(f"\n{total['kept']:,} problems in {out / 'rl.jsonl'}; report and data card beside it")
-    print(f"next: python t1.py --stage rl --data {out / 'rl.jsonl'}")
+    print(f"next: SFT of your model on traces (data_prep.py cot), then t1.py --stage rl --data {out / 'rl.jsonl'}")
 
 # --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
 
 class Unfinished(Stop):
     """A model did not answer after all retries; the same command asks again for what is still open. Exit code 1."""
-
     def __str__(self):
         return super().__str__() + "; run the same command again to resume"
 
@@ -984,13 +927,10 @@ class Refused(Exception):
 
 class Model:
     """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be called by threads.
-
-    Misuse within ten seconds if no server answers, rather than minutes of retries, problem by problem.
-    """
+    Misuse within ten seconds if no server answers, rather than minutes of retries, problem by problem."""
 
     def __init__(self, name: str, args):
         import openai
-
         self.name, self.args, self.openai, self.concurrency = name, args, openai, args.concurrency
         self.client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
                                     timeout=args.timeout, max_retries=args.retries)
@@ -1020,9 +960,8 @@ class Model:
                 if e.status_code in (401, 403, 404):
                     raise Misuse(f"--base-url {self.args.base_url}: {fault} for model {self.name!r}; check the "
                                  "address, the model's name and OPENAI_API_KEY")
-                if e.status_code < 500 and e.status_code not in (408, 409, 429):
-                    raise Refused(f"refused by the server with {fault}")
-                raise Unfinished(f"{self.name}: {fault}")
+                retried = e.status_code >= 500 or e.status_code in (408, 409, 429)
+                raise Unfinished(f"{self.name}: {fault}") if retried else Refused(f"refused by the server with {fault}")
             except (openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:  # lost, or no completion
                 faults += 1
                 if isinstance(e, openai.APIConnectionError) or faults > self.args.retries:
@@ -1030,35 +969,42 @@ class Model:
         return texts[:n]
 
 def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
-    """Finished rows of an earlier run with the same settings; a line that a kill cut is removed.
-
-    kinds: the type of each field. Other settings, or a file that is no journal, are Misuse; the file is not changed.
-    """
-    lines = list(json_lines(path)) if os.path.lexists(path) else []
-    cut = len(lines.pop()[1]) if lines and not lines[-1][1].endswith(b"\n") else 0
-    rows = [parse(*line) for line in lines]
+    """Finished rows of an earlier run with the same settings; a line that a kill cut is removed. kinds: the type of
+    each field. Other settings, or a file that is no journal, are Misuse; the file is not changed."""
+    rows = read_log(path)
+    begun = path.read_bytes()[:12] if path.exists() and not rows else b""
     old = rows[0].get("settings") if rows else settings
-    ours = bool(rows) or not cut or path.read_bytes().startswith(b'{"settings":'[:cut])
-    if not (ours and isinstance(old, dict)):
+    if not (isinstance(old, dict) and b'{"settings":'.startswith(begun)):
         raise Misuse(f"{path}: not a journal of this command; take another --out, or remove the file")
     if old != settings:
         changed = ", ".join(sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k)))
         raise Misuse(f"{path}: written with another {changed}; take another --out, or delete the file to start again")
-    for (where, _), row in zip(lines[1:], rows[1:]):
+    for number, row in enumerate(rows[1:], 2):
         if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
-            raise Misuse(f"{row_at(where)}: field {wrong[0]!r} is missing or of another type; remove the line")
-    if cut:
-        os.truncate(path, path.stat().st_size - cut)
-    if not rows:
-        append(path, {"settings": settings})
+            raise Misuse(f"{path}, row {number}: field {wrong[0]!r} is missing or of another type; remove the line")
+    append_rows(path, [] if rows else [{"settings": settings}])
     return rows[1:]
 
-def append(path: Path, row: dict):
-    """Appends a row and returns when it is on the disk: it survives kill -9."""
-    with open(path, "ab") as f:
-        f.write(json_line(row).encode())
-        f.flush()
-        os.fsync(f.fileno())
+def finish(problems: list[dict], work: Callable, done: dict, journal: Path, threads: int) -> Iterator[dict]:
+    """work(problem) -> outcome of each problem whose id is not in `done`, by threads, as they come. An outcome is
+    yielded and put into `done` when it is on the disk: it survives kill -9. Unfinished, when the others are done."""
+    unfinished, todo = [], [problem for problem in problems if problem["id"] not in done]
+    with ThreadPoolExecutor(threads) as pool:
+        tasks = [pool.submit(work, problem) for problem in todo]
+        try:
+            for task in as_completed(tasks):
+                try:
+                    outcome = task.result()
+                except Unfinished as e:
+                    unfinished.append(e.args[0])
+                    continue
+                append_rows(journal, [outcome], sync=True)
+                done[outcome["id"]] = outcome
+                yield outcome
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if unfinished:
+        raise Unfinished(f"{len(unfinished)} of {len(todo)} problems are still open ({unfinished[0]})")
 
 # --- cot: cold-start traces (paper, section 1) ------------------------------------------------------------------------
 # The paper's recipe: attempts of several models, a critique of each, merged into one train of thought.
@@ -1136,7 +1082,7 @@ def rewrite_prompt(row: dict, path: list[tuple[str, bool]], critiques: list[str]
 
 def plain(text: str) -> str:
     """A text without LaTeX markup, with single spaces."""
-    return re.sub(r"\s+", " ", _MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text)).strip()
+    return " ".join(_MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text).split())
 
 def named(text: str, answer: str) -> list[int]:
     """Positions at which a text, as `plain` writes it, names an answer."""
@@ -1144,13 +1090,13 @@ def named(text: str, answer: str) -> list[int]:
     return [m.start() for m in re.finditer(rf"(?<![\d.\w]){target}(?![\w]|\.\d)", text)] if target else []
 
 def recognised(text: str, failed: list[str], gold: str) -> bool:
-    """Does a thought name a failed answer, then a word that takes it back, and after that the right answer?
-
-    NOT IN PAPER: a rule in place of a reader. It asks for the wrong value itself, so a mere "wait" does not count.
-    """
+    """Does a thought name a failed answer, then a word that takes it back, and after that the right answer? NOT IN
+    PAPER: a rule in place of a reader. It asks for the wrong value itself, so a mere "wait" does not count."""
     last = max(named(text, gold), default=-1)
     notices = [_NOTICE.search(text, at) for answer in failed for at in named(text, answer)[:1]]
     return any(notice and notice.start() < last for notice in notices)
+
+_GARBLED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ue000-\uf8ff\ufffd]|\S{200}")
 
 def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) -> str | None:
     """Why a rewritten response is not a trace, or None."""
@@ -1164,8 +1110,7 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
     words = response.split()
     if max(Counter(zip(*(words[i:] for i in range(12)))).values(), default=0) > 3:
         return "repetitive"
-    strange = [len(re.findall(foreign(), text)) for text in (response, row["problem"])]
-    if strange[0] > strange[1] or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffd]|\S{200,}", response):
+    if foreign(response, row["problem"]) or _GARBLED.search(response):
         return "garbled"
     text = plain(thought[1])
     failed = [verify.extract_answer(attempt) for attempt, ok in path if not ok]
@@ -1179,17 +1124,20 @@ def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model,
     def ask(model: Model, prompt: str, n: int) -> list[str]:
         return [text.rsplit("</think>", 1)[-1].strip() for text in model.ask(prompt, n)]  # not its own thought
 
-    attempts = []
-    for t, teacher in enumerate(teachers):  # each makes its share of the attempts, the first ones one more
-        if share := len(range(t, args.attempts, len(teachers))):
-            attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
-    path, why = choose_attempts(row, attempts, args)
-    if not why:
-        critiques = [ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path]
-        response = rewriter.ask(rewrite_prompt(row, path, critiques), 1)[0].strip()
-        why = trace_fault(row, response, path, args)
-    trace = None if why else {"id": row["id"], "problem": row["problem"], "response": response,
-                              "answer": row["answer"], "source": row["source"]}
+    attempts, path = [], []
+    try:
+        for t, teacher in enumerate(teachers):  # each makes its share of the attempts, the first ones one more
+            if share := len(range(t, args.attempts, len(teachers))):
+                attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
+        path, why = choose_attempts(row, attempts, args)
+        if not why:
+            critiques = [ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path]
+            response = rewriter.ask(rewrite_prompt(row, path, critiques), 1)[0].strip()
+            why = trace_fault(row, response, path, args)
+    except Refused as e:
+        why = str(e)
+    trace = None if why else dict(id=row["id"], problem=row["problem"], response=response, answer=row["answer"],
+                                  source=row["source"])
     return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
 
 def read_problems(name: str) -> list[dict]:
@@ -1203,8 +1151,6 @@ def read_problems(name: str) -> list[dict]:
         if row["id"] in rows:
             raise Misuse(f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each problem its own")
         rows[row["id"]] = {k: row[k] for k in ("id", "problem", "answer", "source")}
-    if not rows:
-        raise Misuse(f"{name}: no rows")
     return list(rows.values())
 
 def cot(args, out: Path) -> int:
@@ -1216,61 +1162,40 @@ def cot(args, out: Path) -> int:
     problems = read_problems(args.problems)
     args.critic, args.rewriter = args.critic or args.teacher[0], args.rewriter or args.teacher[0]
     models = {name: Model(name, args) for name in dict.fromkeys([*args.teacher, args.critic, args.rewriter])}
-    roles = [models[name] for name in args.teacher], models[args.critic], models[args.rewriter]
+    make = partial(make_trace, teachers=[models[name] for name in args.teacher], critic=models[args.critic],
+                   rewriter=models[args.rewriter], args=args)
     names = "teacher critic rewriter attempts reflect_share max_failed temperature max_tokens max_chars seed".split()
     prompts = "".join((ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT)).encode()
     settings = {name: getattr(args, name) for name in names} | {"prompts": hashlib.sha256(prompts).hexdigest()[:16]}
     journal, kinds = out / "journal.jsonl", {"id": str, "trace": (dict, type(None)), "why": str, "failed": int}
     done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
-    unfinished, bar = [], tqdm(total=len(problems), initial=len(done), unit=" problems", desc="traces")
-    with ThreadPoolExecutor(args.concurrency) as pool, bar:
-        tasks = {pool.submit(make_trace, row, *roles, args): row for row in problems if row["id"] not in done}
-        try:
-            for task in as_completed(tasks):
-                try:
-                    outcome = task.result()
-                except Refused as e:
-                    outcome = {"id": tasks[task]["id"], "trace": None, "why": str(e), "failed": 0}
-                except Unfinished as e:
-                    unfinished.append(e)
-                    continue
-                append(journal, outcome)
-                done[outcome["id"]] = outcome
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    if unfinished:
-        raise Unfinished(f"{len(unfinished)} of {len(problems)} problems are still open ({unfinished[0].args[0]})")
+    made = finish(problems, make, done, journal, args.concurrency)
+    for _ in tqdm(made, "traces", len(problems), initial=len(done), unit=" problems"):
+        pass
     kept = [done[row["id"]] for row in problems if done[row["id"]]["trace"]]
     reflecting = sum(row["failed"] > 0 for row in kept)
     counts = dict(Counter(sorted(row["why"] for row in done.values())).most_common())
-    report = {"settings": settings, "problems": len(done), "outcomes": counts, "with a failed attempt": reflecting}
-    write(out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_json(out / "report.json", {"settings": settings, "problems": len(done), "outcomes": counts,
+                                     "with a failed attempt": reflecting})
     print("\n".join(f"{n:8,}  {why}" for why, n in counts.items()))
     return write_traces(out, [row["trace"] for row in kept], f"{reflecting:,} with a failed attempt that is recognised")
 
 def write_traces(out: Path, traces: list[dict], remark: str) -> int:
     write(out / "sft.jsonl", map(json_line, traces))
     print(f"{len(traces):,} traces in {out / 'sft.jsonl'}, {remark}")
-    print(f"next: python t1.py --stage sft --data {out / 'sft.jsonl'}")
+    print(f"next: python t1.py --stage sft --model YOUR_MODEL --data {out / 'sft.jsonl'}")
     return 0
 
 def read_authors(name: str, out: Path) -> int:
-    """The authors' sft.jsonl -> trace rows: a list of messages, or a prompt and a response, under any usual name.
-
-    Its columns are not documented: a row that fits neither is Misuse, which lists the columns found.
-    """
+    """The authors' sft.jsonl -> trace rows: a chat, or a prompt and a response under any usual name. Its columns are
+    not documented: a row that fits neither is Misuse, which lists the columns found."""
     traces, without_box = [], 0
     for where, raw in raw_rows(name):
         row = parse(where, raw)
-        turns = row.get("messages") or row.get("conversations")
-        prompt, response = (next((row[k] for k in names if k in row), None) for names in (
-            ("prompt", "problem", "question", "instruction", "text"), ("response", "solution", "output", "answer")))
-        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-            said = [t.get("content", t.get("value")) for t in turns if t.get("role", t.get("from")) != "system"]
-            prompt, response = [*said, None, None][:2]
-        if not (isinstance(prompt, str) and isinstance(response, str)):
-            found = ", ".join(sorted(row))
+        found, row = ", ".join(sorted(row)), row | chat(row)
+        prompt = field(row, "problem prompt question instruction text", where)
+        response = field(row, "response solution output answer", where)
+        if prompt is None or response is None:
             raise Misuse(f"{row_at(where)}: neither 'messages' nor 'prompt' and 'response'; found {found}")
         if not (answer := verify.extract_answer(response)):
             without_box += 1
@@ -1307,18 +1232,14 @@ def benchmark_rows(source: str, name: str) -> list[dict]:
             answer = str(int(answer))  # "025"
         if not isinstance(given.get("unique_id", given.get("id")), str):
             row["id"] = f"{source}-{given.get('id', given.get('row', len(rows)))}"
-        given = {"level": row["level"], "solution": row["solution"].strip()}
-        rows.append({"id": row["id"], "problem": repair(row["problem"]), "answer": bare(answer), "source": source}
-                    | {name: value for name, value in given.items() if value not in (None, "")})
-    if not rows:
-        raise Misuse(f"{name}: no rows")
+        row |= dict(problem=repair(row["problem"]), answer=bare(answer), source=source)
+        rows.append(problem_row(row | dict(solution=row["solution"].strip())))
     return rows
 
 def gpqa_rows(path: str, seed: int) -> list[dict]:
     """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns as JSONL or parquet), options shuffled by
     seed. Its authors ask that no example be published: nothing of it is in this repository."""
-    wrong = [f"Incorrect Answer {i}" for i in (1, 2, 3)]
-    columns = ["Correct Answer", *wrong, "Question"]
+    columns = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)), "Question"]
     if path.endswith(".csv"):
         try:
             lines = (line.decode() for file in local_files(path) for _, line in byte_lines(file))
@@ -1329,13 +1250,10 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
         given = [(where, parse(where, raw)) for where, raw in raw_rows(path, {*columns, "Record ID"})]
     rows = []
     for where, row in given:
-        for column in columns:
-            if not isinstance(row.get(column), str) or not row[column].strip():
-                raise Misuse(f"{row_at(where)}: field {column!r} is missing, empty or not text")
-        options = [row[column].strip() for column in columns[:4]]
+        *options, question = (require(row, columns, where)[column].strip() for column in columns)
         order = random.Random(f"{seed} {row['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
-        problem = f"{row['Question'].strip()}\n\n{listed}\n\nAnswer with the letter of the right option in \\boxed{{}}."
+        problem = f"{question}\n\n{listed}\n\nAnswer with the letter of the right option in \\boxed{{}}."
         rows.append({"id": f"gpqa-{row.get('Record ID') or len(rows)}", "problem": problem,
                      "answer": "ABCD"[order.index(0)], "source": "gpqa"})
     return rows
@@ -1351,8 +1269,7 @@ def benchmarks(args, out: Path) -> int:
         entry = {"from": name, "rows": len(rows), "unreadable": unreadable}
         if source == "omni":  # drawn from golds that a rule can grade: on the others no response would be right
             fit = [r for r in rows if r["answer"] not in bad]
-            drawn = random.Random(args.seed).sample(range(len(fit)), min(OMNI, len(fit)))
-            rows = [fit[i] for i in sorted(drawn)]
+            rows = [fit[i] for i in sorted(random.Random(args.seed).sample(range(len(fit)), min(OMNI, len(fit))))]
             entry |= {"drawn": len(rows), "ids": [r["id"] for r in rows]}
         path = out / f"{'omni500' if source == 'omni' else source}.jsonl"
         contents[path], report["benchmarks"][source] = rows, entry
@@ -1360,7 +1277,7 @@ def benchmarks(args, out: Path) -> int:
         print(f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not readable{listed}")
     for path, rows in contents.items():  # only after all have been read: a misuse leaves none of them
         write(path, map(json_line, rows))
-    write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "report.json", report)
     return 0
 
 # --- Embedded problems: number theory in plain words whose answer must be found by trial and checked ------------------
@@ -1372,7 +1289,6 @@ def benchmarks(args, out: Path) -> int:
 @dataclass(frozen=True)
 class Puzzle:
     """One embedded problem."""
-
     level: int  # 1 to 3
     words: str
     answer: int
@@ -1397,51 +1313,45 @@ def remainders() -> Iterator[Puzzle]:
             candidates = range(answer % step or step, answer + 1, step)
             yield Puzzle(level, words, answer, candidates, range(1, size + 1), checks)
 
+def congruence(level: int, words: str, verb: str, a: int, c: int, m: int, r: int) -> Puzzle:
+    """The smallest n >= 1 for which a n + c leaves remainder r when divided by m."""
+    def checks(n):
+        return [(f"{n} {verb} {a * n + c} mod {m}", (a * n + c) % m, r)]
+
+    answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
+    return Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
+
 def multiples() -> Iterator[Puzzle]:
     """Smallest n for which a n + c leaves a given remainder (a linear congruence)."""
     for m in range(4, 10):
         for a, c, r in product(range(2, m), range(1, m), range(m)):
-            def checks(n, a=a, c=c, m=m, r=r):
-                return [(f"{n} gives {a * n + c} mod {m}", (a * n + c) % m, r)]
-
             if math.gcd(a, m) == 1:
-                answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
                 words = (f"Find the smallest positive integer n such that {a} n + {c} leaves remainder {r} "
                          f"when divided by {m}.")
-                level = 1 if m <= 5 else 2 if m <= 7 else 3
-                yield Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
+                yield congruence(1 if m <= 5 else 2 if m <= 7 else 3, words, "gives", a, c, m, r)
 
 def coins() -> Iterator[Puzzle]:
     """Fewest pens in an exact sum of two prices (a linear Diophantine equation)."""
     for a, b, total in product(range(2, 6), range(3, 8), range(15, 50)):
-        def checks(n, a=a, b=b, total=total):
-            return [(f"{n} leaves {total - a * n} mod {b}", (total - a * n) % b, 0)]
-
         if math.gcd(a, b) == 1 and total > a * b:
-            answer = next(n for n in range(1, b + 1) if (total - a * n) % b == 0)
             words = (f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} coins are "
                      "spent. What is the smallest possible number of pens?")
-            yield Puzzle(min(3, b - 2), words, answer, range(1, answer + 1), range(1, b + 1), checks)
+            yield congruence(min(3, b - 2), words, "leaves", -a, total, b, 0)
 
 FAMILIES = {remainders: 2, multiples: 1, coins: 1}  # family -> its share of the test set and of the traces
 HABITS = {"jump": 0.5, "wander": 0.25, "orderly": 0.25}  # teacher's habit -> its share of the traces
 
 def verdicts(checks: list[tuple[str, int, int]]) -> str:
     """Elementary checks in words, up to the first that fails: `13 mod 5 = 3 yes, 13 mod 4 = 1 not 2`."""
-    words = []
-    for left, value, need in checks:
-        words.append(f"{left} = {value} " + ("yes" if value == need else f"not {need}"))
-        if value != need:
-            break
-    return ", ".join(words)
+    first = next((i for i, (_, value, need) in enumerate(checks) if value != need), len(checks))
+    return ", ".join(f"{left} = {value} " + ("yes" if value == need else f"not {need}")
+                     for left, value, need in checks[: first + 1])
 
 def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
     """The candidates that a teacher tries, the answer last: none (jump: the answer comes out of the blue and is only
     verified), any in any order (wander), or the methodical ones (orderly)."""
-    if habit == "jump":
-        return []
-    if habit == "orderly":
-        return list(puzzle.candidates)
+    if habit != "wander":
+        return list(puzzle.candidates) if habit == "orderly" else []
     drawn = rng.sample(puzzle.guesses, len(puzzle.guesses))
     return drawn[: drawn.index(puzzle.answer) + 1]
 
@@ -1471,9 +1381,7 @@ def embedded_problems(split: str) -> list[dict]:
 
 def embedded_traces(count: int = 25600, longest: int = 16, correct_only: bool = False) -> list[dict]:
     """Cold-start traces over the training problems, at most `longest` tries each; `source` names the teacher's habit.
-
-    correct_only: the failed tries are left out, so that every trace is its right attempt and its check, a jump.
-    """
+    correct_only: the failed tries are left out, so that every trace is its right attempt and its check, a jump."""
     habits = {"jump": 1.0} if correct_only else HABITS
     rng, traces, families = random.Random(0), [], defaultdict(list)
     for row, puzzle in _embedded()[0]:
@@ -1496,8 +1404,7 @@ def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
     need = {m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)}  # modulus -> remainder
     linear = re.search(r"such that (\d+) n \+ (\d+) leaves", problem)
     spent = re.search(r"^Pens cost (\d+) coins and books cost (\d+) coins\..* exactly (\d+) coins", problem)
-    if spent:
-        need = {spent[2]: "0"}
+    need = {spent[2]: "0"} if spent else need
     found = []
     for n, verb, x, m, value, verdict, other in _CHECK.findall(response):
         if m not in need:
@@ -1525,19 +1432,14 @@ def habit_of(response: str) -> str:
 def habit_shares(records: list[dict]) -> dict[str, list[float]]:
     """Embedded problems: habit -> [share of the responses, share right among them]."""
     count = Counter((habit_of(r["response"]), r["right"]) for r in records)
-    shares = {}
-    for habit in HABITS:
-        n = count[habit, True] + count[habit, False]
-        if n:
-            shares[habit] = [n / len(records), count[habit, True] / n]
-    return shares
+    sizes = {habit: count[habit, True] + count[habit, False] for habit in HABITS}
+    return {habit: [n / len(records), count[habit, True] / n] for habit, n in sizes.items() if n}
 
 def embedded_tokenizer():
     """The tokenizer of the embedded model: Qwen2's class over single bytes, so any text can be written, with whole
     tokens for 0 to 199 and for the text between numbers in the traces: `12 mod 5 = 2 not 3, wait` is 8 tokens."""
     import tokenizers  # not for those who only prepare data
     import transformers
-
     symbols = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = transformers.Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[])
     texts = [row[part] + "\n" for row in embedded_traces() for part in ("problem", "response")]
@@ -1548,37 +1450,29 @@ def embedded_tokenizer():
 
 def embedded(args, out: Path) -> int:
     """Writes the embedded problems, their test set and their traces as files."""
-    contents = {"train": embedded_problems("train"), "test": embedded_problems("test"), "traces": embedded_traces()}
-    for name, rows in contents.items():
+    for name in ("train", "test", "traces"):
+        rows = embedded_traces() if name == "traces" else embedded_problems(name)
         write(out / f"{name}.jsonl", map(json_line, rows))
         print(f"{out / name}.jsonl: {len(rows)} rows")
     return 0
 
 # --- Measures of a response, shared with t1.py ------------------------------------------------------------------------
 
-REFLECTION = re.compile(
-    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check|double-check"
-    r"|let me (?:check|verify|try))\b", re.I,
-)  # fmt: skip
+REFLECTION = re.compile(r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check"
+                        r"|double-check|let me (?:check|verify|try))\b", re.I)
 
 def behaviour(problem: str, response: str, right: bool) -> dict:
     """What RL may teach, measured on one response: reflection words (section 3) and, in embedded problems, checks.
 
     honoured: the final answer was checked, and every check of it said yes: it contradicts no check of its own.
-    first_right, corrected: a right answer that was the first candidate tried, or that replaced another one.
-    """
+    first_right, corrected: a right answer that was the first candidate tried, or that replaced another one."""
     found, answer = read_checks(problem, response), verify.extract_answer(response)
     verdicts = [yes for candidate, yes, _ in found if candidate == answer]
     first = bool(found) and found[0][0] == answer
     return dict(
-        answer=answer,
-        reflections=len(REFLECTION.findall(response)),
-        checks=len(found),
-        honest=sum(honest for _, _, honest in found),
-        honoured=bool(verdicts) and all(verdicts),
-        first_right=right and first,
-        corrected=right and bool(found) and not first,
-    )
+        answer=answer, reflections=len(REFLECTION.findall(response)), checks=len(found),
+        honest=sum(honest for _, _, honest in found), honoured=bool(verdicts) and all(verdicts),
+        first_right=right and first, corrected=right and bool(found) and not first)
 
 def means(records: list[dict]) -> dict:
     """Means over judged responses, as they are logged (docs/metrics.md). None: there is nothing to take a mean of."""
@@ -1603,8 +1497,15 @@ def repeats(ids: list[int], n: int) -> int:
     return most
 
 MATHS_SCRIPTS = set("LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
-                    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())  # fmt: skip
+                    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())
 BROKEN = ("Cc", "Cn", "Co", "Cs")  # Unicode categories: control, unassigned, private use, half surrogate pairs
+
+def foreign(text: str, prompt: str = "") -> list[str]:
+    """Of each letter of a script that is used neither in mathematics nor in the prompt, the script."""
+    if text.isascii():
+        return []
+    scripts, known = ([unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt))
+    return [name for name in scripts if name not in MATHS_SCRIPTS and name not in known]
 
 def garbled(text: str, prompt: str = "") -> bool:
     """Mixed languages or random characters: at least 5 letters, and 5 % of all, are of a script used neither in
@@ -1613,11 +1514,8 @@ def garbled(text: str, prompt: str = "") -> bool:
     broken = [c for c in text if (c < " " and c not in "\n\t\r") or (c > "~" and unicodedata.category(c) in BROKEN)]
     if len(broken) + text.count("\ufffd") > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
         return True
-    if text.isascii():
-        return False
-    scripts, known = ([unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt))
-    foreign = sum(name not in MATHS_SCRIPTS and name not in known for name in scripts)
-    return foreign >= 5 and foreign > 0.05 * len(scripts)
+    strange = len(foreign(text, prompt))
+    return strange >= 5 and strange > 0.05 * sum(map(str.isalpha, text))
 
 def seed_for(seed: int, *what) -> int:
     """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted one would have."""
@@ -1637,13 +1535,12 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
 
 def positive(text: str) -> int:
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise ValueError  # which argparse words
     return int(text)
 
 def add_model_options(parser, max_tokens: int):
     add = parser.add_argument_group("the server of the models").add_argument
-    add("--base-url", metavar="URL", default="http://localhost:8000/v1", help="an OpenAI-compatible server: "
-        "vllm serve, transformers serve (default %(default)s; key in OPENAI_API_KEY)")
+    add("--base-url", metavar="URL", default="http://localhost:8000/v1", help="default %(default)s; OPENAI_API_KEY")
     add("--temperature", type=float, default=1.0, help="of every sample (default %(default)s)")
     add("--max-tokens", type=positive, default=max_tokens, help="limit of one reply, tokens (default %(default)s)")
     add("--concurrency", type=positive, default=32, help="problems under way at once (default %(default)s)")
@@ -1664,12 +1561,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     p, add = command(curate, "data", "MATH and NuminaMath -> clean RL problems")
     add("--math", nargs="+", metavar="DATA", help="MATH (without --math and --numina: both, from the hub)")
-    add("--numina", nargs="+", metavar="DATA", help="NuminaMath-CoT or -1.5, the authors' rl-data.jsonl, or any file "
-        "with problem and answer or solution")
+    add("--numina", nargs="+", metavar="DATA", help="NuminaMath, or any rows with problem and answer or solution")
     add("--decontaminate", nargs="+", default=[], metavar="DATA", help="benchmarks whose problems are rejected")
     add("--target", type=positive, default=30000, help="problems to draw, or all there are (paper and default: 30,000)")
     add("--mix", choices=("proportional", "equal"), default="proportional", help="share of each source in the draw")
-    add("--scripts", nargs="+", choices=["latin", *SCRIPTS], default=[], help="scripts to keep besides Latin")
+    add("--scripts", nargs="+", default=[], help="to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ...")
     add("--processes", type=positive, default=os.cpu_count(), help="default: all cores; the result is always the same")
     add("--seed", type=int, default=0, help="of the draw")
     add("--pass-rate", metavar="MODEL", help="drop problems that this model of the server solves never or always")
@@ -1693,7 +1589,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     for source, name in BENCHMARKS.items():
         add(f"--{source}", metavar="DATA", help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
     add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-
     command(embedded, "data", "the embedded problems, their test set and their traces, as files")
     return parser.parse_args(argv)
 
@@ -1701,12 +1596,10 @@ def main(argv=None) -> int:
     """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on stderr."""
     args = parse_args(argv)
     try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        said = Misuse(f"--out {args.out}: not a folder that can be made ({e.strerror})")
-        print(f"data_prep.py: error: {said}", file=sys.stderr)
-        return said.code
-    try:
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise Misuse(f"--out {args.out}: not a folder that can be made ({e.strerror})")
         return args.run(args, Path(args.out))
     except (Stop, OSError) as e:  # OSError: a full disk, a folder that nobody may write to
         print(f"data_prep.py: error: {e if isinstance(e, Stop) else Stop(e)}", file=sys.stderr)

@@ -25,6 +25,7 @@ Under torchrun every rank runs this file: each knows the whole batch, works on i
 sums over ranks are those of one process."""
 
 import argparse
+import atexit
 import bisect
 import contextlib
 import copy
@@ -57,6 +58,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -81,9 +83,8 @@ class Config:
 
     stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
     preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
-        "", "values for a kind of model, see PRESETS; empty: pretrained for --model on data of your own, else tiny"
+        "", "values for a kind of model, see PRESETS; empty: pretrained for --model on own data, else tiny"
     )
-    config: str = knob("", "config.json of a run, whose values are taken over; options given beside it win")
     name: str = knob("", "name of the run's folder; empty: the preset's name")
     out: str = knob("runs", "folder that holds all runs")
     seed: int = knob(0, "seed of data order, sampling and the tiny model's weights")
@@ -161,15 +162,14 @@ class Config:
     tiny_width: int = knob(128, "hidden width of the embedded model")
 
 PAPER = dict(
-    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0,
-    keep=2, keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, k=64,
-    temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, rl_save_every=50,
-    budgets="1024,2048,4096,8192", answer_tokens=64,
+    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0, keep=2, k=64,
+    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=50,
+    temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
     max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2,
-    weight_decay=0.1, sft_lr=1e-5, rl_lr=1e-6, rl_steps=200, temperature=1.0, ema_decay=0.99, repeat_ngram=20,
-    repeat_count=20, rl_save_every=20, budgets="128,256,512,1024", answer_tokens=64,
+    weight_decay=0.1, sft_lr=1e-5, rl_lr=1e-6, rl_steps=200, ema_decay=0.99, repeat_ngram=20, repeat_count=20,
+    rl_save_every=20, budgets="128,256,512,1024", answer_tokens=64,
 )  # fmt: skip
 PRESETS = {
     "tiny": {},
@@ -179,7 +179,7 @@ PRESETS = {
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
 }
 
-STAGE_FIELDS = {  # fields that one stage alone reads: the others refuse them, and they may differ when it resumes
+STAGE_FIELDS = {  # fields that one stage alone reads: the others refuse them, and do not compare them on resume
     "sft": "sft_lr sft_epochs sft_steps sft_batch traces sft_save_every",
     "rl": "rl_lr rl_steps prompts k temperature min_p kl_coef kl_center anchor ema_decay entropy_coef loss_norm tis_cap"
           " entropy_floor kl_ceiling rl_save_every offload_anchor",
@@ -192,19 +192,18 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
         rloo_advantages([[1, 0, 0]]) = [[1, -1/2, -1/2]]
 
-    A baseline without the sample itself keeps the policy gradient unbiased. There is no division by the group's
-    standard deviation, as in GRPO: it would give most weight to prompts that are nearly always or nearly never solved,
-    and the estimate would no longer be the gradient of the expected reward."""
+    A baseline without the sample itself keeps the policy gradient unbiased. GRPO divides by the group's standard
+    deviation, T1 does not: that would give most weight to prompts that are nearly always or nearly never solved, and
+    the estimate would no longer be the gradient of the expected reward."""
     K = rewards.shape[1]
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (K - 1)
 
 def center_kl(kl: torch.Tensor) -> torch.Tensor:
     """(P, K) -> (P, K): d_i - mean_K d, the on-policy KL normalisation (section 2).
-
     Why the KL is part of the reward: E[d grad log pi] is the gradient of KL(pi || pi_ref), while the gradient of the
     sampled d itself, E[grad log pi], is zero. Why it is centred: KL is positive on average, and a negative mean of the
     advantages would push every sample of the prompt down, whatever its reward."""
-    return kl - kl.mean(1, keepdim=True)
+    return kl - kl.mean(1, keepdim=True)  # (K-1)/K of leave-one-out: another scale, no bias
 
 def advantages_of(rewards: torch.Tensor, kl: torch.Tensor, kl_coef: float, kl_center: bool = True) -> torch.Tensor:
     """A = LOO(r') - beta (d - mean_K d), all (P, K) (section 2)."""
@@ -219,7 +218,6 @@ def log_softmax_min_p(z: torch.Tensor, min_p: float) -> torch.Tensor:
 
 def policy_loss_reference(hidden, lm_head, targets, advantages, weights, entropy_coef=0.0, temperature=1.0, min_p=0.0):
     """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N.
-
     hidden (n, D), lm_head (V, D), targets, advantages and weights (n,) -> scalar. H is differentiated at the prefixes
     that were sampled; how the policy reaches more uncertain prefixes is left out, as in the paper's loss.
     To be read: it holds several (n, V) tensors, 12 GB at n = 4,096 and V = 151,936. `policy_loss` is what trains."""
@@ -231,7 +229,6 @@ def policy_loss_reference(hidden, lm_head, targets, advantages, weights, entropy
 def policy_loss(hidden, lm_head, targets, advantages, weights, entropy_coef: float = 0.0, temperature: float = 1.0,
                 min_p: float = 0.0, sampler_logprobs=None, tis_cap: float = 0.0, chunk: int = 0):  # fmt: skip
     """`policy_loss_reference`, chunk by chunk of positions -> loss; log-probs and entropies (n,), without gradient.
-
     With w_t = 1/N, N the generated tokens of the whole batch, any split of a batch into calls adds up to the same
     gradient. A = 1 and alpha = 0 is SFT. Log-probs and entropy are float32 whatever the type of hidden and lm_head.
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not quite from pi; with its
@@ -258,7 +255,6 @@ class _PolicyLoss(torch.autograd.Function):
 
 def token_logprobs_and_entropy(hidden, lm_head, targets, temperature: float = 1.0, min_p: float = 0.0, chunk: int = 0):
     """(n, D), (V, D), (n,) -> log-prob of each target and entropy of each distribution, (n,) and (n,), float32.
-
     The distribution is the sampled one: softmax(hidden lm_head^T / temperature), renormalised on the min-p support
     (the support itself is held constant in the gradient). Gradients of both outputs reach hidden and lm_head."""
     return _TokenStats.apply(hidden, lm_head, targets, temperature, min_p, chunk)
@@ -291,9 +287,10 @@ def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sa
         if tis_cap and sampler_logprobs is not None:
             coefficient = coefficient * (logprob[s] - sampler_logprobs[s]).exp().clamp(max=tis_cap)
         g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, b[s], temperature)  # (c, V), in the memory of z
+        del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
         grad_hidden[s] = g.to(h.dtype) @ lm_head
         grad_head.addmm_(g.T, h.to(grad_head.dtype))
-        del z, p, g  # before those of the next chunk are made
+        del z, g  # before those of the next chunk are made
     return grad_hidden, grad_head, logprob, entropy
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
@@ -315,7 +312,6 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
 
 def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
     """d(a log p_y + b H)/d logits, written over z. (c, V)
-
     With p = softmax(logits / T) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / T:
         d log p_y / dlogit_v = (1[v=y] - p_v) / T
         dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / T
@@ -370,16 +366,19 @@ def opens_thought(prompt: list[int], tokenizer) -> bool:
 def text_of(rollout, tokenizer) -> str:
     """The response as the policy wrote it, without its end token. Special tokens stay (<think> may be one), and a
     thought that the prompt has opened is open: a box inside it is no answer."""
-    ids = rollout.ids[:-1] if rollout.finished else rollout.ids
+    ended = rollout.finished and rollout.ids[-1] in tokenizer.all_special_ids
+    ids = rollout.ids[:-1] if ended else rollout.ids
     return "<think>" * opens_thought(rollout.prompt, tokenizer) + tokenizer.decode(ids)
 
 python_file = functools.cache(runpy.run_path)  # path -> its names
-
 def own_reward(spec: str, response: str, row: dict) -> float:
     """The value of --reward FILE.py:FUNCTION."""
     file, _, name = spec.rpartition(":")
     try:
-        return float(python_file(file)[name](response, row))
+        value = float(python_file(file)[name](response, row))
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is no reward")
+        return value
     except Exception as e:
         raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {row.get('where') or row.get('id')}")
 
@@ -388,7 +387,7 @@ def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[
     rollouts belong to one problem. `ungraded`: the grader gave up on this response, which counts as wrong."""
     asked = [p for p in problems for _ in range(len(rollouts) // len(problems))]
     texts = [text_of(r, tokenizer) for r in rollouts]
-    grades, records = verify.grade(texts, [p["answer"] for p in asked]), []
+    grades, records = verify.grade(texts, [p["answer"] for p in asked], problems=[p["problem"] for p in asked]), []
     for i, (r, p, text) in enumerate(zip(rollouts, asked, texts)):
         right = bool(grades[i])
         pattern = unexpected_pattern(text, r.ids, r.finished, cfg.repeat_ngram, cfg.repeat_count, p["problem"])
@@ -401,7 +400,6 @@ def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[
 
 # -------------------------------------------------------------------------- 3. Forward and update, shared by SFT and RL
 Row = tuple[list[int], list[int]]  # prompt ids, response ids
-
 @dataclass
 class Packed:
     """Rows end to end, without padding: n tokens, of which N predict a response token. Made by `pack`."""
@@ -432,7 +430,6 @@ def pack(rows: list[Row], device) -> Packed:
 
 class Policy(torch.nn.Module):
     """A Hugging Face causal LM as this file uses it: packed rows in, hidden states out, the head's weight beside them.
-
     FSDP wraps it as it is (`shard`); its forward leaves embedding, last norm and head gathered for the loss."""
     def __init__(self, lm, tokenizer, cfg: Config, device=None):
         super().__init__()
@@ -630,10 +627,16 @@ def roll_out(engine, problems, prompts, k: int, seeds, cfg: Config, temperature:
     """-> k rollouts of each problem, and a record of each, in the order of the problems, on every rank. Problems are
     dealt to the engines by prompt length; each rank judges the responses of its own engine."""
     mine = deal([len(p) for p in prompts], world() // cfg.vllm_tp)[rank() // cfg.vllm_tp]
-    rollouts = engine.generate([prompts[i] for i in mine], k, [seeds[i] for i in mine], cfg.max_new, temperature, min_p)
-    if rank() % cfg.vllm_tp:  # the first rank of an engine speaks for it
-        mine = []
-    records = judge(rollouts, [problems[i] for i in mine], engine.tokenizer, cfg) if mine else []
+    asked, error = ([prompts[i] for i in mine], k, [seeds[i] for i in mine]), None
+    try:
+        rollouts, records = engine.generate(*asked, cfg.max_new, temperature, min_p), []
+        if rank() % cfg.vllm_tp:  # the first rank of an engine speaks for it
+            mine = []
+        if mine:
+            records = judge(rollouts, [problems[i] for i in mine], engine.tokenizer, cfg)
+    except Stop as e:
+        error = e
+    all_ranks_agree(error)
     parts = sorted(gather(list(zip(mine, grouped(rollouts, k), grouped(records, k)))), key=lambda part: part[0])
     return [r for _, group, _ in parts for r in group], [r for _, _, group in parts for r in group]
 
@@ -668,6 +671,7 @@ def run_sft(cfg: Config):
         raise Misuse(f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {shortest})")
     folder.create(source, traces)
     policy = shard(whole, tokenizer, cfg, cfg.offload_optimizer)
+    del whole
     steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
     print0(f"{len(kept)} traces ({len(rows) - len(kept)} longer than --max-new left out), {steps} steps; the policy "
            f"starts from {source or 'random weights'}")  # fmt: skip
@@ -689,7 +693,6 @@ def run_sft(cfg: Config):
 # ---------------------------------------------------------------------------------------------- 6. Stage rl (section 2)
 def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engine, optimizer, cfg: Config, clock):
     """One step of T1 -> its row of metrics.jsonl, and a record of each response.
-
     problems and prompts (token ids) are the whole training set; each rank works on its rows of the batch (`mine`)."""
     P, K = cfg.prompts, cfg.k
 
@@ -716,10 +719,9 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
     # 5. One update, on exactly these samples: -(1/N) sum_t [A log pi + alpha H].
     N, B = sum(len(y) for _, y in rows), len(rows)
     weights = torch.tensor([1 / N if cfg.loss_norm == "tokens" else 1 / (B * len(y)) for _, y in rows])  # (B,)
-    sums, gaps = accumulate_gradient(
-        policy, [rows[i] for i in mine], advantages[mine], weights[mine], cfg, cfg.entropy_coef, cfg.temperature,
-        cfg.min_p, sampled=[rollouts[i].logprobs for i in mine],
-    )  # fmt: skip
+    my_rows, sampled = [rows[i] for i in mine], [rollouts[i].logprobs for i in mine]
+    loss_of = cfg.entropy_coef, cfg.temperature, cfg.min_p, sampled
+    sums, gaps = accumulate_gradient(policy, my_rows, advantages[mine], weights[mine], cfg, *loss_of)
     clock.lap("gradient")
     lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
@@ -739,9 +741,8 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
 
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
-
-    NOT IN PAPER: the sampler's log-probs stand for the policy's, which saves a forward pass. In float32 they agree to
-    1e-6 per token; in bfloat16 they do not (`logprob_gap`), and d carries that noise."""
+    NOT IN PAPER: the sampler's log-probs stand for the policy's. In float32 they agree to 1e-6 per token; in bfloat16
+    they do not (`logprob_gap`), and d carries that noise."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -803,7 +804,6 @@ def report_step(bar, row: dict, clock, cfg: Config):
 # ---------------------------------- 7. Stage eval: pass@1 (section 4), and accuracy against thinking budget (section 3)
 def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
     """Mean over problems of the mean over each problem's samples, and its standard error (None for one problem).
-
     The error is over PROBLEMS: the samples of one problem are not independent."""
     per_problem = np.array([np.mean(v) for v in values], dtype=float)
     n = len(per_problem)
@@ -828,8 +828,9 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     rows = read_rows(cfg.data, cfg.stage)
     if cfg.test:
         return rows, read_rows(cfg.test, "eval")
-    held = {row["problem"]: row for row in rows if row.get("answer") and seed_for(0, row["problem"]) % 50 == 0}
-    rest = [row for row in rows if row["problem"] not in held]
+    out = {row["problem"] for row in rows if seed_for(0, row["problem"]) % 50 == 0}  # traces without answers, too
+    held = {row["problem"]: row for row in rows if row["problem"] in out and row.get("answer")}
+    rest = [row for row in rows if row["problem"] not in out]
     print0(f"{cfg.data}: {len(held)} problems held out for evaluation (--test FILE for others), {len(rest)} rows left")
     return rest or rows, list(held.values()) if rest else []
 
@@ -850,7 +851,6 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
 
 def evaluate(engine, problems: list[dict], prompts: list[list[int]], samples: int, cfg: Config, path=None, about=None):
     """-> rollouts and their records, `samples` consecutive ones per problem.
-
     With `path` every response is appended there, with `about` and its "key", in chunks of `rollout_rows`. What is there
     is not generated again, and seeds are stateless: a killed evaluation that is resumed ends with the same bits."""
     on_disk = from_rank0(read_log(path) if path and rank() == 0 else [])  # every rank decides from what rank 0 sees
@@ -889,7 +889,6 @@ def is_late(rollout: Rollout, length: int | None, budget: int) -> bool:
 
 def cut_thoughts(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None) -> list[Rollout]:
     """The responses had their thoughts been cut after `budget` tokens (section 3); `lengths`: their `thought_length`s.
-
     A thought that ended within the budget keeps its own answer. Another is cut and closed with `answer_prefix`, and
     `engine` (the policy, or another model) writes the answer. NOT IN PAPER: the prefix; a greedy and short answer."""
     prefix = tokenizer(cfg.answer_prefix.replace("\\n", "\n"), add_special_tokens=False).input_ids
@@ -909,7 +908,8 @@ def cut_and_answer(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg:
 
 def measure(policy, engine, answerer, problems, samples: int, prompts, about: dict, folder: Path, cfg: Config) -> dict:
     """The entry of one checkpoint and test set in results.json (docs/metrics.md defines each field)."""
-    tokenizer, golds = engine.tokenizer, [p["answer"] for p in problems for _ in range(samples)]
+    tokenizer = engine.tokenizer
+    golds, asked = ([p[name] for p in problems for _ in range(samples)] for name in ("answer", "problem"))
     about = dict(key=fingerprint(policy, problems, prompts, samples, cfg), **about)
     rollouts, records = evaluate(engine, problems, prompts, samples, cfg, folder / "responses.jsonl", about)
     right = grouped([r["right"] for r in records], samples)
@@ -926,13 +926,13 @@ def measure(policy, engine, answerer, problems, samples: int, prompts, about: di
     lengths = [thought_length(r.ids, tokenizer) for r in rollouts]
     for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
         cut = cut_thoughts(answerer, tokenizer, rollouts, budget, cfg, lengths)
-        graded = grouped(verify.grade([text_of(r, tokenizer) for r in cut], golds), samples)
+        graded = grouped(verify.grade([text_of(r, tokenizer) for r in cut], golds, problems=asked), samples)
         point = [budget, *mean_and_error(graded), float(np.mean([len(r.ids) for r in cut]))]
         result.setdefault("scaling", []).append(point)
     return result
 
 def fingerprint(policy, problems, prompts, samples: int, cfg: Config) -> str:
-    """Identifies responses by everything they depend on: problems, settings, a sample of every weight tensor."""
+    """Identifies responses by what they depend on: problems, settings, a sample of every weight tensor."""
     settings = [getattr(cfg, f) for f in ("seed", "max_new", "eval_temperature", "rollout_rows", "dtype")]
     about = settings, samples, prompts, [p["answer"] for p in problems]
     digest = hashlib.blake2b(repr(about).encode(), digest_size=8)
@@ -942,7 +942,7 @@ def fingerprint(policy, problems, prompts, samples: int, cfg: Config) -> str:
 
 def run_eval(cfg: Config):
     base = Path(cfg.out) / (cfg.name or cfg.preset)
-    own = [str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")]
+    own = from_rank0([str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")])
     folders = [latest(c) for c in (cfg.checkpoint or cfg.model).split(",") if c] or own
     if not folders:
         raise Misuse(f"no checkpoint in {base}: run --stage sft and --stage rl first, or give --checkpoint or --model")
@@ -951,7 +951,7 @@ def run_eval(cfg: Config):
     names = [" ".join([*Path(p).parts[-2:-1], Path(p).name.removeprefix("checkpoint-")]) for p in folders]
     names = names if len(set(names)) == len(names) else folders
     tests, folder, results, engine, lock = test_sets(cfg), base / "eval", [], None, None
-    other, other_tokenizer = load_policy(cfg.answer_model, cfg) if cfg.answer_model else (None, None)
+    other, other_tokenizer = load_policy(latest(cfg.answer_model), cfg) if cfg.answer_model else (None, None)
     for path, name in zip(folders, names):
         whole = policy = None  # one checkpoint in memory at a time
         if isinstance(engine, TorchEngine) and world() == 1:
@@ -960,13 +960,17 @@ def run_eval(cfg: Config):
         policy = shard(whole, tokenizer, cfg)
         if other and other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise Misuse(f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}; ids are passed on")
-        if engine is None:
+        first, pushed = engine is None, False
+        if first:
             engine = make_engine(path, policy, tokenizer, cfg)
-            answerer = make_engine(cfg.answer_model, other, tokenizer, cfg) if other else engine
+            answerer = make_engine(latest(cfg.answer_model), other, tokenizer, cfg) if other else engine
         else:
-            engine.load(policy)
+            engine.tokenizer, pushed = tokenizer, engine.load(policy)
         encoded = [encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests]  # nothing is written yet
-        lock = lock or on_rank0(locked_folder, folder)
+        if first:
+            lock = on_rank0(locked_folder, folder)
+        if pushed:
+            check_push(engine, policy, encoded[0][1][0], cfg)
         for (test, _, samples), (problems, prompts) in zip(tests, encoded):
             about = dict(name=name, checkpoint=path, test=test)
             result = measure(policy, engine, answerer, problems, samples, prompts, about, folder, cfg)
@@ -976,8 +980,9 @@ def run_eval(cfg: Config):
                    f"{result['length']:.0f} tokens, over-long {result['overlong']:.1%}{within}")  # fmt: skip
     if rank() == 0:
         before = read_json(folder / "results.json")["checkpoints"] if (folder / "results.json").exists() else []
-        new = {r["key"] for r in results}
-        write_json(folder / "results.json", dict(checkpoints=[r for r in before if r["key"] not in new] + results))
+        new = {(r["checkpoint"], r["test"]) for r in results}
+        before = [r for r in before if (r["checkpoint"], r["test"]) not in new]
+        write_json(folder / "results.json", dict(checkpoints=before + results))
         draw_results(folder)
     print0(f"results and pictures in {folder}")
 
@@ -992,18 +997,17 @@ def finish_stage(folder, steps: int, engine, tests, test_prompts, cfg: Config, n
         if rank() == 0:
             some = records[:: max(1, len(records) // 8)]
             append_rows(folder.path / "samples.jsonl", [dict(step=steps - 1, kind="held-out", **r) for r in some])
-    usual = dataclasses.asdict(Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset)))
-    mine = dataclasses.asdict(dataclasses.replace(cfg, name=folder.path.parent.name))
-    own = (*" ".join(STAGE_FIELDS.values()).split(), "stage", "model", "resume_from", "config")  # of this stage alone
-    flags = {k: v for k, v in mine.items() if k not in own and v != usual[k]}
-    flags = "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in flags.items())
+    usual = dataclasses.asdict(Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset)))  # need no flag
+    data = cfg.data if folder.has_answers or not cfg.data else "PROBLEMS.jsonl"
+    mine = dataclasses.asdict(dataclasses.replace(cfg, name=folder.path.parent.name, data=data))
+    own = (*" ".join(STAGE_FIELDS.values()).split(), "stage", "model", "resume_from")  # of this stage alone
+    flags = [(k.replace("_", "-"), shlex.quote(str(v))) for k, v in mine.items() if k not in own and v != usual[k]]
     ranks = f" --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" * (world() > 1)
-    print0(f"next: torchrun{ranks} t1.py --stage {next_stage}{flags}")
+    print0(f"next: torchrun{ranks} t1.py --stage {next_stage}", *(f"--{name} {value}" for name, value in flags))
 
 # ---------------------------------------------------------------------------------------- machinery: the vLLM engine
 class VLLMEngine:
     """vLLM inside the trainer's processes: under torchrun every `vllm_tp` ranks share one engine.
-
     New weights come tensor by tensor; on a GPU the engine hands its memory back while the update runs. A call's random
     numbers depend on its first seed alone, so samples change with the number of engines."""
     def __init__(self, folder: str, policy, tokenizer, cfg: Config):
@@ -1091,8 +1095,7 @@ class VLLMEngine:
 def make_engine(folder: str, policy, tokenizer, cfg: Config):
     """Choose an engine and load the policy; `folder` holds weights of the model, from which vLLM starts."""
     auto = cfg.engine == "auto" and device_of(cfg).type == "cuda" and importlib.util.find_spec("vllm") is not None
-    use_vllm = cfg.engine == "vllm" or auto
-    engine = VLLMEngine(folder, policy, tokenizer, cfg) if use_vllm else TorchEngine(tokenizer, cfg)
+    engine = VLLMEngine(folder, policy, tokenizer, cfg) if cfg.engine == "vllm" or auto else TorchEngine(tokenizer, cfg)
     engine.load(policy)
     return engine
 
@@ -1110,7 +1113,6 @@ def check_push(engine, policy, prompt: list[int], cfg: Config):
 # ---------------------------------------------------------------------------------------- machinery: model and sharding
 def attention(module, q, k, v, attention_mask, scaling=None, pack: Packed | None = None, **unused):
     """The attention of every forward in this file, registered with transformers as "t1"; no mask is ever built.
-
     With `pack`, q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh): each row attends to itself, on a GPU in bfloat16 by flash
     attention for packed rows, elsewhere laid out as (B, T) and packed again. Without: q (B, Hq, 1, Dh) against a cache
     (decoding), or one block from position 0 (prefill). Key-value heads are never repeated."""
@@ -1128,7 +1130,6 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack: Packed | None
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
     out = out.transpose(1, 2)  # (B, T, Hq, Dh)
     return (out if pack is None else out.flatten(0, 1).index_select(0, pack.to_packed)[None]), None
-
 transformers.AttentionInterface.register("t1", attention)
 
 class Cache:
@@ -1246,14 +1247,12 @@ def load_whole(source: str, cfg: Config):
     return policy, from_rank0(tokenizer)
 
 def empty_lm(config, generation_config):
-    """A model of this configuration, its weights to be filled in."""
     lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="t1")
     lm.generation_config = generation_config
     return lm
 
 def shard(whole: Policy | None, tokenizer, cfg: Config, offload: bool = False) -> Policy:
-    """FSDP2: rank 0's policy cut into shards over all ranks; on one rank the policy is returned unchanged.
-
+    """FSDP2: rank 0's policy cut into shards over all ranks; on one rank it stays whole.
     Each layer is a unit, gathered while it runs; embedding, last norm and head are the root unit, gathered until the
     backward pass is over. Shards are float32, born on the meta device (only rank 0 ever holds the whole model), and
     gathered and run in cfg.dtype; gradients are summed in float32."""
@@ -1303,16 +1302,14 @@ def make_optimizer(policy, cfg: Config):
 def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict], list[list[int]]]:
     """-> rows and their prompt ids. A prompt is never cut: those longer than max_prompt are counted and left out."""
     encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
-    kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= cfg.max_prompt]
-    if len(kept) < len(rows):
-        first = next(i for i, ids in enumerate(encoded) if not 0 < len(ids) <= cfg.max_prompt)
-        where = rows[first].get("where") or f"problem {rows[first].get('id')}"
-        what = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt} "
-        what += f"tokens, the first has {len(encoded[first])} ({where})"
-        if not kept:
-            raise Misuse(f"{what}; nothing is left")
-        print0(f"{what}: left out")
-    return [rows[i] for i in kept], [encoded[i] for i in kept]
+    fits = [0 < len(ids) <= cfg.max_prompt for ids in encoded]
+    if not all(fits):
+        first = rows[fits.index(False)]
+        what = f"{fits.count(False)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt}"
+        if not any(fits):
+            raise Misuse(f"{what}, the first is {first.get('where') or first.get('id')}; nothing is left")
+        print0(f"{what} tokens, the first is {first.get('where') or first.get('id')}: left out")
+    return [row for row, fit in zip(rows, fits) if fit], [ids for ids, fit in zip(encoded, fits) if fit]
 
 def is_whole(folder: Path) -> bool:
     """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
@@ -1359,8 +1356,8 @@ class RunFolder:
     """The folder of one stage: config.json; metrics.jsonl (one row per step, the same bits for the same seed);
     timings.jsonl; samples.jsonl; checkpoint-N; curves.png. The same command resumes from its last whole checkpoint."""
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
-    # fields that may differ on resume, besides those of other stages: they change no more than the order of sums
-    free = set("config out name timeout keep keep_every keep_rollouts tensorboard entropy_floor kl_ceiling micro_tokens"
+    # fields that may differ on resume, besides those of other stages: only sums round differently, or vLLM deals anew
+    free = set("out name timeout keep keep_every keep_rollouts tensorboard entropy_floor kl_ceiling micro_tokens"
                " checkpointing offload_anchor offload_optimizer rollout_rows vllm_tp vllm_memory"
                " probe_tolerance".split())  # fmt: skip
 
@@ -1369,7 +1366,7 @@ class RunFolder:
         self.cfg = cfg
         self.path = (run.with_name(f"{run.name}-from-{cfg.resume_from}") if cfg.resume_from else run) / cfg.stage
         self.branch = run / cfg.stage / f"checkpoint-{cfg.resume_from}"  # where a branch starts
-        if cfg.resume_from and not is_whole(self.branch):
+        if cfg.resume_from and not is_whole(self.branch) and not checkpoints(self.path):
             there = ", ".join(str(step_of(p)) for p in checkpoints(self.branch.parent)) or "none"
             raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint; there are: {there}")
         others = " ".join(names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage).split()
@@ -1391,7 +1388,7 @@ class RunFolder:
 
     def create(self, source: str, rows: list[dict]):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data."""
-        self.lock = on_rank0(locked_folder, self.path)
+        self.lock, self.has_answers = on_rank0(locked_folder, self.path), all(row.get("answer") for row in rows)
         code = b"".join(Path(m.__file__).read_bytes() for m in (sys.modules[__name__], data_prep, verify))
         data = repr([(row["problem"], row.get("response"), row.get("answer")) for row in rows]).encode()
         about = dict(config=self.values, world_size=world(), python=sys.version.split()[0], torch=torch.__version__)
@@ -1522,8 +1519,8 @@ def trainer_state(policy, optimizer, anchor=None) -> dict[str, torch.Tensor]:
     return state | {"anchor." + name: p.detach() for name, p in (anchor.lm.named_parameters() if anchor else ())}
 
 # ----------------------------------------------------------------------------------- machinery: ranks, seeds, signals
-# A rank that fails says so on all ranks (`all_ranks_agree`), and all end with its line; one that dies breaks the next
-# collective of the others, which say that they lost contact (`main`); one that hangs is given up after cfg.timeout.
+# Where ranks agree (`all_ranks_agree`), a Stop of one ends all with its line. A rank that ends otherwise breaks the
+# next collective of the others: they say that they lost contact (`main`). One that hangs is given up after cfg.timeout.
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -1625,34 +1622,37 @@ class Interrupt:
 # ------------------------------------------------------------------------ machinery: pictures, from a run's files alone
 PANELS = {  # stage -> panels of curves.png: label with unit, and columns of metrics.jsonl
     "sft": {"loss (nats per token)": "loss", "entropy (nats per token)": "entropy", "gradient norm": "grad_norm"},
-    "rl": {
-        "reward, share right": "reward accuracy", "response length (tokens)": "length",
-        "share of responses": "overlong repetition garbled", "entropy (nats per token)": "entropy",
-        "KL to the anchor (nats per response)": "kl", "share of groups with equal rewards": "flat_groups",
-        "share of checks, of responses": "honest honoured", "right: share of responses": "first_right corrected",
-        "reflection words (per 100 tokens)": "reflections",
-    },
+    "rl": {"reward, share right": "reward accuracy", "response length (tokens)": "length", "share of responses":
+           "overlong repetition garbled", "entropy (nats per token)": "entropy", "KL to the anchor (nats per response)":
+           "kl", "share of groups with equal rewards": "flat_groups", "share of checks, responses": "honest honoured",
+           "right: share of responses": "first_right corrected", "reflection words (per 100 tokens)": "reflections"},
 }  # fmt: skip
+WORDS = dict(accuracy="right", overlong="over-long", first_right="at the first try", corrected="after another try")
 
-def draw_steps(folder: Path):
-    """curves.png from metrics.jsonl: faint lines are steps, strong ones a moving mean over 5 % of the run."""
-    rows = read_log(folder / "metrics.jsonl")
-    if rank() > 0 or not rows:
+def draw_steps(folder: Path, suffix: str = ".png"):
+    """curves.png from metrics.jsonl: steps are faint, a centred mean over 5 % is strong; empty columns get no panel."""
+    rows = read_log(folder / "metrics.jsonl") if rank() == 0 else []
+    if not rows:
         return
-    panels, window, x = PANELS[folder.name], max(1, len(rows) // 20), np.array([row["step"] + 1 for row in rows])
-    figure = Figure(figsize=(12.6, len(panels)))
-    for axis, (label, names) in zip(figure.subplots(len(panels) // 3, 3).flat, panels.items()):
-        for name, style in zip(names.split(), ("-", "--", ":")):
+    panels = [(label, names.split()) for label, names in PANELS[folder.name].items()]
+    panels = [(label, names) for label, names in panels if any(row.get(names[0]) is not None for row in rows)]
+    height, window, x = math.ceil(len(panels) / 3), max(1, len(rows) // 20), np.array([row["step"] + 1 for row in rows])
+    figure = Figure(figsize=(12.6, 3 * height))
+    for i, (label, names) in enumerate(panels):
+        axis = figure.add_subplot(height, 3, i + 1, xlabel="step", ylabel=label)
+        for name, style in zip(names, ("-", "--", ":")):
             y = np.array([math.nan if row.get(name) is None else row[name] for row in rows], dtype=float)
             line = axis.plot(x, y, lw=0.6, alpha=0.35)[0]
             mean = np.convolve(y, np.ones(window) / window, "valid")
-            axis.plot(x[window - 1 :], mean, style, color=line.get_color(), label=name)
-        axis.set(xlabel="step", ylabel=label)
-        if " " in names:
+            style = dict(ls=style, color=line.get_color(), label=WORDS.get(name, name))
+            axis.plot(x[window // 2 :][: len(mean)], mean, **style)
+        if axis.dataLim.y0 == axis.dataLim.y1 == 0:
+            axis.set_ylim(0, 1)
+        if len(names) > 1:
             axis.legend(fontsize=8)
-    save_figure(figure, folder / "curves.png", f"stage {folder.name} of run {folder.parent.name}")
+    save_figure(figure, folder / f"curves{suffix}", f"stage {folder.name} of run {folder.parent.name}")
 
-def draw_results(folder: Path):
+def draw_results(folder: Path, suffix: str = ".png"):
     """inference_scaling.png of each test set: accuracy against thinking budget, a curve per checkpoint (section 3)."""
     by_test = {}
     for entry in read_json(folder / "results.json")["checkpoints"]:
@@ -1663,15 +1663,15 @@ def draw_results(folder: Path):
         for i, entry in enumerate(entries):
             budgets, value, error, _ = np.array(entry["scaling"], dtype=float).T
             style = dict(marker="osD^vPX*"[i % 8], ls=("-", "--", "-.", ":")[i % 4], capsize=2)
-            grey = str(0.65 - 0.65 * (i + 1) / len(entries))  # the last checkpoint is black
-            axis.errorbar(budgets, 100 * value, 100 * error, label=entry["name"], color=grey, **style)
+            colour = colormaps["viridis_r"]((i + 1) / len(entries))  # darker with each checkpoint, in print, too
+            axis.errorbar(budgets, 100 * value, 100 * error, label=entry["name"], color=colour, **style)
         axis.set(xscale="log", xlabel="thinking budget (tokens)", ylabel="pass@1 (%)")
-        axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets])
+        axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets], rotation=45)
         axis.minorticks_off()
         axis.legend(fontsize=8, title="checkpoint")
         title = f"{test}: {entry['problems']} problems x {entry['samples']} samples at T = {entry['temperature']}"
-        suffix = re.sub(r"\W+", "-", f"-{Path(test).stem}") * (len(by_test) > 1)
-        save_figure(axis.figure, folder / f"inference_scaling{suffix}.png", title + "; bars: standard error")
+        which = re.sub(r"\W+", "-", f"-{Path(test).stem}") * (len(by_test) > 1)
+        save_figure(axis.figure, folder / f"inference_scaling{which}{suffix}", title + "; bars: standard error")
 
 def save_figure(figure: Figure, path: Path, title: str):
     for axis in figure.axes:
@@ -1700,22 +1700,20 @@ def parse_args(argv: list[str] | None = None) -> Config:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(Config, prog="t1.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     first = parser.parse_args(argv)
-    given = dict(read_json(Path(first.config))["config"], stage=first.stage) if first.config else {}
-    sft = Path(first.out) / first.name / "sft" / "config.json"  # of the run that goes into its next stage
-    if not first.preset and first.name and sft.exists():
-        first.preset = read_json(sft)["config"].get("preset", "tiny")
+    for path in (Path(first.out) / first.name / stage / "config.json" for stage in ("sft", "rl")):
+        if not first.preset and first.name and path.exists():  # a run that goes into its next stage keeps its preset
+            first.preset = (read_json(path).get("config") or {}).get("preset", "")
     own = first.model and (first.data or first.test or first.benchmarks)
-    preset = first.preset or given.get("preset") or ("pretrained" if own else "tiny")
+    preset = first.preset if first.preset in PRESETS else "pretrained" if own else "tiny"
     values = dict(PRESETS[preset])
     if first.stage != "sft":
         values.pop("model", None)  # a preset's model is where SFT starts; the other stages take the run's checkpoints
-    parser.set_defaults(**values | given)
+    parser.set_defaults(**values)
     cfg = Config(**vars(parser.parse_args(argv)) | dict(preset=preset))
     check_config(cfg)
     return cfg
 
 def check_config(cfg: Config):
-    """Raise Misuse for values that make no sense."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
 
     def need(holds, name, what):
@@ -1789,5 +1787,14 @@ def complain(message: str, code: int) -> int:
     print(f"\nt1.py, rank {rank()}: {message}" if world() > 1 else f"t1.py: {message}", file=sys.stderr)
     return code
 
+def leave(code: int):
+    """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a tensor to release asks
+    for the interpreter's lock there, and Python ends such a thread in a way that aborts the process (exit -6)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

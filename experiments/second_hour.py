@@ -25,9 +25,9 @@ import transformers
 
 HERE = Path(__file__).resolve().parent.parent
 SHORT = dict(  # makes the stages of a random model short; README names these flags
-    sft="--sft-steps 30 --max-prompt 384 --max-new 256",
+    sft="--sft-steps 30 --max-new 256",
     rl="--rl-steps 4 --prompts 4 --k 4 --max-new 48 --rl-save-every 2",
-    eval="--eval-samples 1 --budgets 16,32",
+    eval="--eval-samples 1",
 )
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
