@@ -118,7 +118,7 @@ def quick_runs(monkeypatch):
     """Few traces, and no pictures of the stages."""
     short = data_prep.embedded_traces(400, 1)
     monkeypatch.setattr(data_prep, "embedded_traces", lambda correct_only=False: short)
-    monkeypatch.setattr(t1, "draw_steps", lambda folder: None)
+    monkeypatch.setattr(t1, "draw_steps", lambda *args: None)
 
 
 def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
