@@ -14,17 +14,15 @@ class Parser(argparse.ArgumentParser):
     """The options of one experiment; whatever it does not know is an option of t1.py."""
 
     def __init__(self, name: str, doc: str):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            prog=f"python -m experiments.{name}", description=doc, formatter_class=form, allow_abbrev=False
-        )
+        form, prog = argparse.RawDescriptionHelpFormatter, f"python -m experiments.{name}"
+        super().__init__(prog=prog, description=doc, formatter_class=form, allow_abbrev=False)
 
     def error(self, message):
         raise t1.Misuse(message)
 
 
 def whole_numbers(text: str) -> list[int]:
-    """ "8,16" -> [8, 16]: the type of an option."""
+    """Type of an option: 8,16 -> [8, 16]."""
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, separated by commas")
     return [int(part) for part in text.split(",")]

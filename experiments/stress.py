@@ -94,7 +94,9 @@ def rl_args(guess: Path, out: Path, name: str) -> list[str]:
         "--test",
         guess / "ten.jsonl",
     ]
-    settings = f"--preset tiny --max-new 24 --prompts 3 --k 6 --rl-steps {STEPS} --rl-lr 1e-3 --rl-save-every 3 --keep 2"
+    settings = (
+        f"--preset tiny --max-new 24 --prompts 3 --k 6 --rl-steps {STEPS} --rl-lr 1e-3 --rl-save-every 3 --keep 2"
+    )
     return ["--stage", "rl", *map(str, inputs), *settings.split(), "--out", str(out), "--name", name]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.utils._pytree import tree_iter
 
 import data_prep
+import experiments
 import t1
 import verify
 from experiments import bench, ledger, plan, spending, stress
@@ -545,6 +546,15 @@ def test_help_tells_every_option(name, capsys):
         PROGRAMS[name].main(["--help"])
     out = capsys.readouterr().out
     assert done.value.code == 0 and f"python -m experiments.{name}" in out and "default" in out
+
+
+def test_options_go_to_the_stages_that_read_them():
+    options = "--seed 1 --kl-center --k=4 --no-kl-center --sft_steps 3 --max-new 24 --budgets 8,24".split()
+    common = "--seed 1 --max-new 24".split()
+    assert experiments.stage_options("sft", options) == [*common[:2], "--sft_steps", "3", *common[2:], "--stage", "sft"]
+    assert experiments.stage_options("eval", options) == [*common, "--budgets", "8,24", "--stage", "eval"]
+    of_rl = t1.parse_args(experiments.stage_options("rl", options))
+    assert (of_rl.k, of_rl.kl_center, of_rl.sft_steps, of_rl.max_new) == (4, False, 0, 24)
 
 
 @pytest.mark.parametrize(
