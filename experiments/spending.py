@@ -94,7 +94,7 @@ def reopened(ids: list[int], finished: bool, wait: list[int], tokenizer) -> list
 
 
 def force_budget(engine, rollouts: list[t1.Rollout], budget: int, wait_words: str, cfg: t1.Config) -> list[t1.Rollout]:
-    """The same thoughts, each forced to `budget` tokens: `wait_words` stand in place of every `</think>`. Ids only,
+    """The same thoughts, each forced to `budget` tokens: `wait_words` replace every `</think>`. Ids only,
     nothing is encoded again. Cut at a smaller budget they are the thoughts forced to that one: one set of generations
     serves all budgets."""
     tokenizer = engine.tokenizer
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("spending", __doc__)
     add = parser.add_argument
     add("--samples", type=int, default=8, help="responses per problem of the majority (default: %(default)s)")
-    words = "what stands in place of </think>, \\n for a new line (default: %(default)r)"
+    words = "what replaces </think>, \\n for a new line (default: %(default)r)"
     add("--wait-words", default=", wait\\n", help=words)
     return experiments.run(parser, spending_command, argv)
 
