@@ -1980,14 +1980,12 @@ def test_verify_grade_survives_killed_and_stopped_workers():
     done, harmed = threading.Event(), []
 
     def harm():
-        for k in range(6):
-            time.sleep(0.05)
-            if done.is_set():
-                return
-            busy = [worker for worker in verify._pool.workers if worker.index is not None]
+        while len(harmed) < 6 and not done.wait(0.05):
+            busy = [worker.process.pid for worker in verify._pool.workers if worker.index is not None]
             with contextlib.suppress(OSError, IndexError):
-                os.kill(busy[-1].process.pid, signal.SIGKILL if k < 3 else signal.SIGSTOP)
-                harmed.append(k)
+                os.kill(busy[-1], signal.SIGKILL if len(harmed) < 3 else signal.SIGSTOP)
+                harmed.append(busy[-1])
+
     thread = threading.Thread(target=harm)
     thread.start()
     start, size = time.monotonic(), 3000

@@ -20,6 +20,7 @@ import gzip
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -34,7 +35,7 @@ import unicodedata
 import zlib
 from collections import Counter, OrderedDict
 from fractions import Fraction
-from functools import lru_cache, reduce, wraps
+from functools import lru_cache, partial, reduce, wraps
 from typing import Callable, Iterator, NamedTuple
 
 import mpmath
@@ -92,15 +93,11 @@ def extract_answer(response: str) -> str | None:
     NOT IN PAPER: the authors let an LLM find the answer in prose. A rule is the better reward: it costs microseconds,
     gives the same verdict every time, and cannot be talked to by the policy that is optimised against it.
     """
-    end = response.rfind("</think>")
-    if response.rfind("<think>") > end:
-        return None
-    body = response[end + len("</think>"):] if end >= 0 else response
-    first = min((i for i in (body.find("\\boxed"), body.find("\\fbox")) if i >= 0), default=-1)
-    if first < 0:
+    _, _, body = response.rpartition("</think>")
+    if "<think>" in body:
         return None
     found, opened = None, []                        # opened: start of the content for a box, None for a plain brace
-    for match in _BOX.finditer(body, first):
+    for match in _BOX.finditer(body):
         token = match.group()
         if match.group(1):
             opened.append(match.end())
@@ -215,7 +212,7 @@ class Token(NamedTuple):
 
 _TOKEN = r"""
   (?P<space>\s+) | \\text\s*\{(?P<body>[^{}]*)\}
-| \\(?P<env>begin|end)\s*\{(?P<name>[a-zA-Z]+)\*?\}(?P<cols>\{[lcr|\s]*\})?
+| \\(?P<env>begin|end)\s*\{(?P<name>array(?=\}\{)|[a-zA-Z]+)\*?\}((?<=array\})\{[lcr|\s]*\})?
 | (?P<rep>\d*\.\d*(?:\\(?:overline|bar)\s*\{\d+\}|\\(?:overline|bar)\s*\d|\\dot\s*\{?\d\}?(?:\d*\\dot\s*\{?\d\}?)?
           |\(\d+\)|(?<=\d)\.\.\.))
 | (?P<num>SEPARATED\d[0-9A-F]*[A-F][0-9A-F]*(?=_\{?1[1-9])|\d+(?:\.\d+)?|\.\d+)
@@ -257,8 +254,6 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
             tokens += tokenise(match.group("body").strip(), separated, before)
         elif match.group("env"):
             tokens.append(Token(match.group("env"), match.group("name"), spaced))
-            if match.group("cols") and match.group("name") != "array":
-                raise Unreadable("columns")
         elif match.group("rep"):
             tokens.append(Token("num", str(repeating_decimal(value)), spaced))
         elif kind == "num":
@@ -288,12 +283,10 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
         return [Token("op", _CONNECTORS[low], spaced)]
     if run in _FUNCTIONS and not (low in UNITS and after_number):
         return [Token("cmd", run, spaced)]
-    if run in ("pi", "theta", "alpha", "beta", "sqrt", "infty"):
-        return [Token("cmd", run, spaced)]
+    if run in ("pi", "theta", "alpha", "beta", "sqrt", "infty") or low in ("infinity", "inf"):
+        return [Token("cmd", "infty" if low[:3] == "inf" else run, spaced)]
     if low in ("nan", "zoo"):
         raise Unreadable("not a number")
-    if low in ("infinity", "inf"):
-        return [Token("cmd", "infty", spaced)]
     if run[:2] in ("平方", "立方") and len(run) > 2:
         return [Token("word", run[:2], spaced), Token("word", run[2:], False)]
     if len(run) == 1 and run.isascii():
@@ -480,8 +473,8 @@ class Parser:
         return groups[0][0] if len(groups[0]) == 1 else ("list", tuple(groups[0]), joiner)
 
     def relation(self) -> Node:
-        sides, operators = [], []
-        sides.append(("sym", "?") if self.is_op(*_RELATIONS) else self.ratio())      # "> 5": the unknown is not written
+        operators = []
+        sides = [("sym", "?") if self.is_op(*_RELATIONS) else self.ratio()]          # "> 5": the unknown is not written
         while self.is_op(*_RELATIONS):
             operators.append(self.take().text)
             sides.append(self.ratio())
@@ -644,21 +637,18 @@ class Parser:
     def exponent(self) -> Node:
         """A group, or a signed power: x^-1, x^10, and 2^3^2 from the right."""
         if self.is_op("{"):
-            return self.group()
+            return self.atom()
         if self.is_op("-") or self.peek().kind == "num":
             return self.signed_power()
         return self.postfix(self.atom())
 
     def postfix(self, node: Node) -> Node:
-        while True:
-            if self.take("!"):
+        while sign := self.take("!", "%", "°"):
+            if sign.text == "!":
                 node = ("fn", "fac2" if self.take("!") else "factorial", (node,))
-            elif self.take("%"):
-                node = ("pct", node)
-            elif self.take("°"):
-                node = ("deg", node)
             else:
-                return node
+                node = ("pct" if sign.text == "%" else "deg", node)
+        return node
 
     # atoms
 
@@ -670,21 +660,13 @@ class Parser:
             return readers[token.kind](token.text)
         if token.kind == "word" and token.text.isascii() and token.text.isupper():   # segments that look like words: NO
             return ("mul", tuple(("sym", letter) for letter in token.text))
-        if token.kind == "op":
-            if token.text in "([":
-                return self.bracket(token.text)
-            if token.text == "{":
-                self.at -= 1
-                return self.group()
-            if token.text == "\\{":
-                return self.braces()
-            if token.text in "|⌊⌈":
-                return self.fence(token.text)
-            if token.text == "...":
-                return ("sym", "...")
-            if token.text in "$€£¥":
-                self.currency = token.text
-                return self.signed_power()
+        readers = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "\\{": self.braces, "|": self.fence, "⌊": self.fence,
+                   "⌈": self.fence, "...": lambda dots: ("sym", dots)}
+        if token.kind == "op" and token.text in readers:
+            return readers[token.text](token.text)
+        if token.kind == "op" and token.text in "$€£¥":
+            self.currency = token.text
+            return self.signed_power()
         raise Unreadable(f"{token.text!r} in a formula")
 
     def numeral(self, text: str) -> Node:
@@ -739,13 +721,6 @@ class Parser:
         is_call = name[0] in _CALLS or len(arguments) > 1
         return ("call", name, arguments) if is_call else ("mul", (("sym", name), inside))
 
-    def group(self) -> Node:
-        """`{...}` of LaTeX: one item, or a plain list ({1,2} is often meant as the set)."""
-        self.need("{")
-        node = self.enclosed()
-        self.need("}")
-        return node
-
     def enclosed(self, in_set: bool = False) -> Node:
         """What stands between brackets: bars and colons outside do not matter inside."""
         outer = self.bars, self.in_set
@@ -756,8 +731,6 @@ class Parser:
 
     def argument(self) -> Node:
         """The argument of \\frac, \\binom or \\log_: a group, or one digit of a longer number as TeX reads it."""
-        if self.is_op("{"):
-            return self.group()
         token = self.peek()
         if token.kind == "num" and len(token.text) > 1 and token.text.isdigit():
             self.tokens[self.at] = token._replace(text=token.text[1:])
@@ -765,12 +738,15 @@ class Parser:
         return negative(self.atom()) if self.take("-") else self.atom()
 
     def bracket(self, opening: str) -> Node:
-        """After '(' or '[': a group, or a tuple, point or interval with its brackets as written."""
-        node = self.enclosed()
-        closing = self.need(")", "]").text
-        return ("tuple", opening, closing, node[1]) if node[0] == "list" else node
+        """After '(' or '[': a group, or a tuple, point or interval with its brackets as written.
 
-    def braces(self) -> Node:
+        After '{' of LaTeX: one item, or a plain list ({1,2} is often meant as the set).
+        """
+        node = self.enclosed()
+        closing = self.need(*("}" if opening == "{" else ")]")).text
+        return ("tuple", opening, closing, node[1]) if node[0] == "list" and opening != "{" else node
+
+    def braces(self, _opening: str) -> Node:
         """After `\\{`: a set by its elements, or by the conditions after | or :."""
         if self.take("\\}"):
             return ("set", ())
@@ -829,7 +805,7 @@ class Parser:
             if self.take("["):
                 degree = self.expression()
                 self.need("]")
-            inside = self.group() if self.is_op("{") else self.atom()
+            inside = self.atom()
             exponent = number(1 / degree[1]) if degree[0] == "num" and degree[1] else reciprocal(degree)
             return ("pow", inside, exponent)
         if name == "binom":
@@ -838,7 +814,7 @@ class Parser:
             return self.function(_FUNCTIONS[name])
         if name in ("sum", "prod"):                         # read, but not evaluated
             self.need("_")
-            low = self.group()
+            low = self.atom()
             self.need("^")
             return (name, low, self.exponent(), self.term())
         if name in ("emptyset", "varnothing"):
@@ -916,13 +892,11 @@ def exact(value: Fraction) -> Fraction:
     spend((bits(value) / 2000) ** 2)
     return value
 
-def plus(a, b, mp=_MP):
+def combined(operation, a, b, mp=_MP):
     both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return exact(a + b) if both_exact else to_mp(a, mp) + to_mp(b, mp)
+    return exact(operation(a, b)) if both_exact else operation(to_mp(a, mp), to_mp(b, mp))
 
-def times(a, b, mp=_MP):
-    both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return exact(a * b) if both_exact else to_mp(a, mp) * to_mp(b, mp)
+plus, times = partial(combined, operator.add), partial(combined, operator.mul)
 
 def raised(a, b, mp):
     """a to the b. Odd roots of negative numbers are real, as schools write them: (-8)^{1/3} = -2."""
@@ -967,8 +941,8 @@ def evaluate(node: Node, s: Scope):
     if kind == "sym" and node[1] in ("π", "e", "i"):
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[node[1]] * 1
     if kind in ("add", "mul"):
-        combine = plus if kind == "add" else times
-        value = reduce(lambda a, b: combine(a, b, mp), [evaluate(item, s) for item in node[1]])
+        combine = partial(plus if kind == "add" else times, mp=mp)
+        value = reduce(combine, [evaluate(item, s) for item in node[1]])
     elif kind == "pow":
         value = raised(evaluate(node[1], s), evaluate(node[2], s), mp)
     elif kind == "fn":
@@ -1024,9 +998,7 @@ def apply(name: str, arguments: list, s: Scope):
             return mp.binomial(*(to_mp(a, mp) for a in arguments))
     if name == "log" and len(arguments) == 2 and arguments[1] not in (0, 1):
         return apply("ln", [x], s) / apply("ln", [arguments[1]], s)
-    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom"):
-        raise Undefined(f"{name} of these arguments")
-    if name in ("sgn", "floor", "ceil") and not real:
+    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom") + ("sgn", "floor", "ceil") * (not real):
         raise Undefined(f"{name} of these arguments")
     if name == "abs":
         return abs(x)
@@ -1324,9 +1296,10 @@ def same(a: Node, b: Node) -> bool:
     if "builder" in kinds:
         return kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
     if is_region(a) or is_region(b):
-        left, right = region(a), region(b)
-        if left and right:
-            return same_region(left, right)
+        with contextlib.suppress(Undefined, TooBig):
+            left, right = region(a), region(b)
+            if left and right:
+                return same_region(left, right)
     if is_collection(a) or is_collection(b):
         return same_collection(a, b)
     if "rel" in kinds:
@@ -1475,8 +1448,9 @@ def same_collection(a: Node, b: Node) -> bool:
             and all(map(same, pair[3], values))
     xs, ys = ([node if node[0] == "set" else simplified(node) for node in elements(part)] for part in (a, b))
     (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
-    if "or" in (a[-1], b[-1]) and a[-1] != b[-1] and (len(names) > 1 or any(value[0] in ("sym", "text") for value in values)):
-        return False                                        # A and B, A or B
+    joins_names = len(names) > 1 or any(value[0] in ("sym", "text") for value in values)
+    if "or" in (a[-1], b[-1]) and a[-1] != b[-1] and joins_names:                    # A and B, A or B
+        return False
     if min(len(names), len(other_names)) > 1:
         return matched(xs, ys)
     if names and other_names and names != other_names:
@@ -1572,13 +1546,7 @@ def is_region(node: Node) -> bool:
     return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
 
 def region(node: Node) -> Region | None:
-    """The set of reals that a tree describes, None if it describes none that these rules know."""
-    try:
-        return region_of(node)
-    except (Undefined, TooBig):
-        return None
-
-def region_of(node: Node) -> Region | None:
+    """The set of reals that a tree describes, None (or Undefined, TooBig) if it is none that these rules know."""
     kind = node[0]
     if node == ("sym", "ℝ"):
         return Region(None, [], lambda x: True)
@@ -1590,14 +1558,14 @@ def region_of(node: Node) -> Region | None:
     if kind == "add" and len(node[1]) == 2 and node[1][1][0] == "mul" and node[1][1][1][0] == number(-1):   # R - {0}
         kind, node = "setminus", ("setminus", node[1][0], node[1][1][1][1])
     if kind in ("cup", "cap", "setminus"):
-        left, right = region_of(node[1]), region_of(node[2])
+        left, right = region(node[1]), region(node[2])
         if not left or not right:
             return None
         join = {"cup": lambda x: left.holds(x) or right.holds(x), "cap": lambda x: left.holds(x) and right.holds(x),
                 "setminus": lambda x: left.holds(x) and not right.holds(x)}[kind]
         return Region(left.name or right.name, left.marks + right.marks, join)
     if kind in ("where", "list"):
-        parts = [region_of(condition) for condition in node[1]]
+        parts = [region(condition) for condition in node[1]]
         if not all(parts) or len({part.name for part in parts}) != 1:
             return None
         marks = [mark for part in parts for mark in part.marks]
@@ -1619,7 +1587,7 @@ def condition(node: Node) -> Region | None:
     """x in A, a < x <= b, x != a, and the same for |x|."""
     operators, sides = node[1], node[2]
     if operators == ("in",):
-        inside = region_of(sides[1])
+        inside = region(sides[1])
         return inside and inside._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
     is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
