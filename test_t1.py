@@ -1981,10 +1981,10 @@ def test_verify_grade_survives_killed_and_stopped_workers():
 
     def harm():
         while len(harmed) < 6 and not done.wait(0.05):
-            busy = [worker.process.pid for worker in verify._pool.workers if worker.index is not None]
-            with contextlib.suppress(OSError, IndexError):
-                os.kill(busy[-1], signal.SIGKILL if len(harmed) < 3 else signal.SIGSTOP)
-                harmed.append(busy[-1])
+            busy = {worker.process.pid for worker in verify._pool.workers if worker.index is not None}
+            for pid in list(busy - set(harmed))[:1]:
+                os.kill(pid, signal.SIGKILL if len(harmed) < 3 else signal.SIGSTOP)
+                harmed.append(pid)
 
     thread = threading.Thread(target=harm)
     thread.start()

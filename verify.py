@@ -47,7 +47,6 @@ MAX_BITS = 200_000         # of an exact numerator or denominator, about 60,000 
 MAX_DIGITS = 4000          # of an irrational value
 MAX_DIGITS_AT_POINTS = 700 # where there are unknowns, since there are other points
 MAX_FACTORIAL = 3000       # largest argument that is computed exactly
-MAX_ITEMS = 400            # of a list
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
 MAX_WORK = 60_000          # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000       # pairs that `grade` remembers
@@ -368,8 +367,6 @@ _NUMERALS = {word: i for i, word in enumerate(
 
 def singular(word: str) -> str:
     word = word.lower()
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
 _COUNTED = {singular(word) for word in _THINGS}
@@ -431,13 +428,12 @@ class Parser:
 
     def take(self, *texts: str) -> Token | None:
         """The next token if it is one of these operators; any token if none is named."""
-        token = self.tokens[self.at]
-        if token.kind == "eof" or texts and not (token.kind == "op" and token.text in texts):
-            if texts:
-                return None
+        if texts and not self.is_op(*texts):
+            return None
+        if self.peek().kind == "eof":
             raise Unreadable("it breaks off")
         self.at += 1
-        return token
+        return self.tokens[self.at - 1]
 
     def need(self, *texts: str) -> Token:
         token = self.take(*texts)
@@ -466,8 +462,6 @@ class Parser:
             joiner = separators[-1] if separators[-1] in ("and", "or") else joiner
             if ";" in separators:
                 groups.append([])
-        if sum(map(len, groups)) > MAX_ITEMS:
-            raise Unreadable("too many items")
         if len(groups) > 1:
             groups = [[group[0] if len(group) == 1 else ("tuple", "(", ")", tuple(group)) for group in groups]]
         return groups[0][0] if len(groups[0]) == 1 else ("list", tuple(groups[0]), joiner)
@@ -843,8 +837,6 @@ class Parser:
         if self.is_op("(", "[", "{", "\\{"):
             inside = self.atom()
             arguments = inside[3] if inside[0] == "tuple" else inside[1] if inside[0] in ("list", "set") else (inside,)
-            if power is None and self.take("^"):
-                power = self.exponent()
         else:
             negated = bool(self.take("-"))
             factors = [self.power()]
@@ -1019,15 +1011,10 @@ def apply(name: str, arguments: list, s: Scope):
         if x == 0:
             raise Undefined("log 0")
         return mp.log(to_mp(x, mp)) / (mp.log(10) if name == "lg" or name == "log" and s.log10 else 1)
-    if name in ("exp", "sinh", "cosh", "tanh"):
-        if abs(x) > 10 ** 9:
-            raise TooBig(name)
-        if s.largest is not None:                           # far out, tanh is 1 but for a gap of exp(-2x)
-            s.largest[0] = max(s.largest[0], int(3 * abs(x)))
+    if name in ("exp", "sinh", "cosh", "tanh") and s.largest is not None:            # tanh is 1 but for exp(-2x)
+        s.largest[0] = max(s.largest[0], int(3 * abs(x)))
     if name in ("factorial", "fac2"):
         spend(mp.dps ** 1.5 * 5)
-        if name == "fac2" or not real or abs(x) > 10 ** 6:
-            raise TooBig(name)
     try:
         return getattr(mp, name)(to_mp(x, mp))
     except (ZeroDivisionError, ValueError) as error:        # a pole
@@ -1073,17 +1060,9 @@ def mapped(part, change):
 @lru_cache(maxsize=1 << 14)
 def walk(node: Node) -> tuple[Node, ...]:
     """The node and all nodes below it."""
-    found: list[Node] = []
-
-    def visit(part):
-        if part and part[0] in _KINDS:
-            found.append(part)
-            part = part[1:]
-        for item in part:
-            if isinstance(item, tuple):
-                visit(item)
-    visit(node)
-    return tuple(found)
+    children: list[Node] = []
+    mapped(node, children.append)
+    return (node, *itertools.chain.from_iterable(map(walk, children)))
 
 def ordered(node: Node) -> Node:
     """The tree with flat, sorted sums, products and sets."""
@@ -1140,14 +1119,11 @@ def is_defined(tree: Node) -> bool:
         return True                                         # R - {0}
     names, rng = sorted(unknowns(tree)), random.Random(1)
     for env in itertools.chain(ordinary_points(names, set(), rng), ordinary_points(names, set(names), rng)):
-        try:
-            for variant in variants(tree):
-                evaluate(variant, Scope(env))
+        with contextlib.suppress(Undefined):
+            with contextlib.suppress(TooBig):
+                for variant in variants(tree):
+                    evaluate(variant, Scope(env))
             return True
-        except TooBig:
-            return True
-        except Undefined:
-            continue
     return False
 
 # Points at which expressions are compared. They are drawn with the pair of expressions as the seed: the same for every
@@ -1291,8 +1267,6 @@ def same(a: Node, b: Node) -> bool:
     kinds = {a[0], b[0]}
     if a == b:
         return True
-    if kinds & {"text", "based"}:
-        return False
     if "builder" in kinds:
         return kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
     if is_region(a) or is_region(b):
@@ -1500,14 +1474,11 @@ def same_relation(a: Node, b: Node) -> bool:
     if len(a[1]) != len(b[1]):                               # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
         a, b = (("rel", ("=", "="), (node[2][0], *filter(is_label, node[2][1:-1]), node[2][-1])) for node in (a, b))
         return len(a[2]) == len(b[2]) == 2 and all(map(same, a[2], b[2]))
-    if a[1] == b[1] and all(map(same, a[2], b[2])):
-        return True
-    if not set(a[1] + b[1]) <= set(_FLIP):
-        return False
-    flipped = tuple(_FLIP[op] for op in reversed(b[1]))
-    if a[1] == flipped and all(map(same, a[2], reversed(b[2]))):
-        return True
-    return len(a[1]) == 1 and a[1] in (b[1], flipped) and proportional(a, b)
+    flipped = tuple(map(_FLIP.get, reversed(b[1])))
+    for operators, sides in ((b[1], b[2]), (flipped, b[2][::-1])):
+        if a[1] == operators and all(map(same, a[2], sides)):
+            return True
+    return len(a[1]) == 1 and a[1] in (b[1], flipped) and a[1][0] in _FLIP and proportional(a, b)
 
 def proportional(a: Node, b: Node) -> bool:
     """Is (left - right) of one a constant multiple of the other's, with the sign that the direction asks for?"""
@@ -1612,15 +1583,13 @@ def endpoint(node: Node):
     """A real number as Fraction or mpf, or a float infinity. TooBig if 100 digits may not tell it from another."""
     if node in (("sym", "∞"), negative(("sym", "∞"))):
         return math.inf if node[0] == "sym" else -math.inf
-    if unknowns(node):
-        raise Undefined("an endpoint with an unknown")
-    scope = Scope({}, largest=[0])
+    scope = Scope({}, real=True, largest=[0])
     value = evaluate(node[1] if node[0] in ("unit", "deg") else node, scope)
-    if not is_real(value):
-        raise Undefined("an endpoint that is not real")
-    if not isinstance(value, Fraction) and written(node) + scope.largest[0] > 60:
+    if isinstance(value, Fraction):
+        return value
+    if written(node) + scope.largest[0] > 60:
         raise TooBig("digits")
-    return value if isinstance(value, Fraction) else _MP.re(value)
+    return _MP.re(value)
 
 def before(a, b) -> bool:
     """a < b; what is equal within the precision is not before."""
@@ -1720,8 +1689,6 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     compute: a number, a name, a list of them.
     """
     trees, golds = ([canonical(tree) for tree in read(text)] for text in (answer, gold))
-    if squeeze(answer) == squeeze(gold):
-        return False
     if not re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer):       # to write 0.\overline{3} as a fraction is a task
         values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
         if set(trees) & set(golds) or any({part[0] for part in walk(value)} <= _AS_THEY_ARE for value in values):
