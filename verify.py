@@ -35,7 +35,7 @@ import unicodedata
 import zlib
 from collections import Counter, OrderedDict
 from fractions import Fraction
-from functools import lru_cache, partial, reduce, wraps
+from functools import lru_cache, partial, reduce
 from typing import Callable, Iterator, NamedTuple
 
 import mpmath
@@ -333,7 +333,8 @@ gallon 1/4 quart; gallon 1/8 pint; dollar 1 $ dollar usd buck; dollar 1/100 cent
 poundsterling 1 £; pence 1 pence; yuan 1 yuan 元 rmb; yen 1 ¥ yen; rupee 1 rupee rs; ruble 1 ruble; newton 1 N newton;
 joule 1 J joule; watt 1 W watt; volt 1 V volt; ohm 1 ohm; hertz 1 Hz hertz; mole 1 mol mole; kelvin 1 K;
 degreeC 1 degreeC; degreeF 1 degreeF; radian 1 rad radian; unit 1 unit; acre 1 acre; hectare 1 hectare; am 1 am;
-pm 1 pm"""
+pm 1 pm; watt 1000 kilowatt; m·second^-1 5/18 kmh kph; inch·second^-1 88/5 mph; ° 1 degree deg 度;
+% 1 percent pct percentage"""
 # Things that answers count. Any other word after a number may change it (5 thousandths, 5 halves): it is no unit.
 _THINGS = """
     apple arrangement ball banana basket bead bill bird block board book bottle bouquet box boxes boy brick bus buses
@@ -349,18 +350,14 @@ _THINGS = """
     vertices visitor vote voter wagon wall way weighing wheel win window woman women word worker
     个 人 种 名 只 条 本 次 分 岁 块""".split()
 _FILLERS = set("of the in total different distinct possible such old long each".split())
-UNITS: dict[str, tuple[str, Fraction]] = {"kilowatt": ("watt", Fraction(1000)), "kmh": ("m second^-1", Fraction(5, 18))}
+UNITS: dict[str, tuple[str, Fraction]] = {}
 for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
     _base, _factor, *_names = _row.split()
     for _name in _names:
-        UNITS[_name] = (_base, Fraction(_factor))
+        UNITS[_name] = (_base.replace("·", " "), Fraction(_factor))
         if len(_name) > 2:
             UNITS[_name + "s"] = UNITS[_name]
-UNITS |= {"mph": ("inch second^-1", Fraction(88, 5)), "kph": UNITS["kmh"]}
-UNITS |= {name: ("°", Fraction(1)) for name in ("degree", "degrees", "deg", "度")}
-UNITS |= {name: ("%", Fraction(1)) for name in ("percent", "pct", "percentage", "percents")}
-_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9,
-                "trillion": 10 ** 12, "dozen": 12}
+_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 _NUMERALS = {word: i for i, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split())}
@@ -399,13 +396,12 @@ def reciprocal(node: Node) -> Node:
 
 def limited(method):
     """Every cycle of the recursion below passes through one of these methods."""
-    @wraps(method)
-    def inside(self, *args):
+    def inside(self):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable("nested too deep")
         spend(5)
-        node = method(self, *args)
+        node = method(self)
         self.depth -= 1
         return node
     return inside
@@ -474,8 +470,8 @@ class Parser:
             sides.append(self.ratio())
         if len(operators) == 1 and operators[0] in "=~" and sides[0] == ("sym", "?"):
             return sides[1]
-        if set(operators) == {"≡"}:                          # f(x) ≡ 0
-            operators = ["="] * len(operators)
+        if operators == ["≡"]:                               # f(x) ≡ 0
+            operators = ["="]
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
 
     def ratio(self) -> Node:
@@ -654,8 +650,8 @@ class Parser:
             return readers[token.kind](token.text)
         if token.kind == "word" and token.text.isascii() and token.text.isupper():   # segments that look like words: NO
             return ("mul", tuple(("sym", letter) for letter in token.text))
-        readers = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "\\{": self.braces, "|": self.fence, "⌊": self.fence,
-                   "⌈": self.fence, "...": lambda dots: ("sym", dots)}
+        readers = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "\\{": self.braces, "|": self.fence,
+                   "⌊": self.fence, "⌈": self.fence, "...": lambda dots: ("sym", dots)}
         if token.kind == "op" and token.text in readers:
             return readers[token.text](token.text)
         if token.kind == "op" and token.text in "$€£¥":
@@ -1319,16 +1315,16 @@ def is_label(node: Node) -> bool:
     """Is this the name of something asked for: x, a_1, f(x), AB, \\angle ABC, \\cos A, |AB|, (p, q), AB/CD, V_1:V_2?"""
     kind = node[0]
     if kind == "sym":
-        return node[1] not in ("π", "e", "i", "∞")
+        return bool(unknowns(node))
     if kind == "call":
         return all(argument[0] == "num" or is_label(argument) for argument in node[2])
     if kind in ("tuple", "ratio"):                          # (y, x) = (1, 2) is not the point (1, 2)
         letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
         return all(map(is_label, node[-1])) and letters == sorted(letters)
-    if kind == "fn" and node[1] == "abs":
-        return node[2][0][0] == "mul" and is_label(node[2][0])
     if kind == "fn":
-        return node[1] in _ANGLES and node[2][0][0] == "sym" and (node[2][0][1][0].isupper() or " " in node[2][0][1])
+        inner = node[2][0]
+        names_angle = node[1] in _ANGLES and inner[0] == "sym" and (inner[1][0].isupper() or " " in inner[1])
+        return names_angle or node[1] == "abs" and inner[0] == "mul" and is_label(inner)
     if kind == "pow":
         return node[2] == number(-1) and is_label(node[1])
     if kind == "mul":                                       # points are capital letters; the m of m\angle ABC is none
@@ -1487,17 +1483,15 @@ def proportional(a: Node, b: Node) -> bool:
     if not names or unknowns(f) != unknowns(g) or has(f, *_NO_VALUE) or has(g, *_NO_VALUE):
         return False
     for env in ordinary_points(names, _WHOLE_NAMES, pair_seed(f, g)):
-        try:
+        with contextlib.suppress(Undefined, TooBig):
             x, y = evaluate(f, Scope(env)), evaluate(g, Scope(env))
-        except (Undefined, TooBig):
-            continue
-        if abs(x) < 1e-30 or abs(y) < 1e-30:
-            continue
-        same_sign = is_real(x) and is_real(y) and to_mp(x).real * to_mp(y).real > 0
-        if a[1][0] not in ("=", "!=") and same_sign != (a[1] == b[1]):
-            return False
-        point = {name: ("num", value) for name, value in env.items()}
-        return same_value(("mul", (f, substituted(g, point))), ("mul", (g, substituted(f, point))))
+            if abs(x) < 1e-30 or abs(y) < 1e-30:
+                continue
+            same_sign = is_real(x) and is_real(y) and to_mp(x).real * to_mp(y).real > 0
+            if a[1][0] not in ("=", "!=") and same_sign != (a[1] == b[1]):
+                return False
+            point = {name: ("num", value) for name, value in env.items()}
+            return same_value(("mul", (f, substituted(g, point))), ("mul", (g, substituted(f, point))))
     return False
 
 # Sets of real numbers: intervals, unions, conditions on one unknown. Two of them are equal if they agree at every mark
@@ -1984,7 +1978,6 @@ def load_rows(path: str) -> list[dict]:
                     if not all(isinstance(row.get(field), str) for field in ("pred", "gold")):
                         raise ValueError("fields 'pred' and 'gold' must be there and text")
                     rows.append(row | {"category": printable(str(row.get("category", "-")))})
-        place = path
         if not rows:
             raise ValueError("no rows")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
@@ -1999,30 +1992,26 @@ def answer_of(row: dict) -> str | None:
     is_response = row["form"] == "response" if "form" in row else "\\boxed" in row["pred"] or "\\fbox" in row["pred"]
     return extract_answer(row["pred"]) if is_response else row["pred"]
 
-def report(rows: list[dict], verdicts: list[bool], title: str, details: bool = True) -> None:
-    """The share of right verdicts, by category, and the rows that differ from their label."""
-    labelled = [(row, verdict) for row, verdict in zip(rows, verdicts) if "equal" in row]
-    if not labelled:
-        print(f"{title}: {sum(verdicts)} of {len(rows)} equal")
-        return
-    wrong = [(row, verdict) for row, verdict in labelled if verdict != bool(row["equal"])]
-    false_right = sum(verdict for _, verdict in wrong)
-    print(f"{title}: {100 * (1 - len(wrong) / len(labelled)):.2f} % of {len(labelled)} rows right, "
-          f"{false_right} false right, {len(wrong) - false_right} false wrong")
-    if details:
-        total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
-        for category in sorted(total):
-            print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
-        for row, verdict in wrong:
-            print(f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}")
-
 def run_rows(path: str, timeout: float) -> None:
+    """Print the share of right verdicts, by category, the rows that differ from their label, and the speed."""
     rows = load_rows(path)
     pool()                                                  # the workers start before the clock does
     start = time.perf_counter()
     grades = grade_answers([answer_of(row) for row in rows], [row["gold"] for row in rows], timeout)
     seconds = time.perf_counter() - start
-    report(rows, grades, path)
+    labelled = [(row, verdict) for row, verdict in zip(rows, grades) if "equal" in row]
+    wrong = [(row, verdict) for row, verdict in labelled if verdict != bool(row["equal"])]
+    false_right = sum(verdict for _, verdict in wrong)
+    if labelled:
+        print(f"{path}: {100 * (1 - len(wrong) / len(labelled)):.2f} % of {len(labelled)} rows right, "
+              f"{false_right} false right, {len(wrong) - false_right} false wrong")
+    else:
+        print(f"{path}: {sum(grades)} of {len(rows)} equal")
+    total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
+    for category in sorted(total):
+        print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
+    for row, verdict in wrong:
+        print(f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}")
     print(f"  {len(rows) / seconds:,.0f} rows/s" + "".join(f", {name} {count}" for name, count in grades.stats.items()))
 
 def main(arguments: list[str] | None = None) -> int:
