@@ -210,12 +210,12 @@ class Token(NamedTuple):
     spaced: bool    # a blank comes before it
 
 _TOKEN = r"""
-  (?P<space>\s+) | \\text\s*\{(?P<body>[^{}]*)\}
+(?P<space>\s*)(?: \\text\s*\{(?P<body>[^{}]*)\}
 | \\(?P<env>begin|end)\s*\{(?P<name>array(?=\}\{)|[a-zA-Z]+)\*?\}((?<=array\})\{[lcr|\s]*\})?
 | (?P<rep>\d*\.\d*(?:\\(?:overline|bar)\s*\{\d+\}|\\(?:overline|bar)\s*\d|\\dot\s*\{?\d\}?(?:\d*\\dot\s*\{?\d\}?)?
           |\(\d+\)|(?<=\d)\.\.\.))
 | (?P<num>SEPARATED\d[0-9A-F]*[A-F][0-9A-F]*(?=_\{?1[1-9])|\d+(?:\.\d+)?|\.\d+)
-| \\(?P<cmd>[a-zA-Z]+|.) | (?P<word>[A-Za-z]+|[^\W\d_A-Za-z]+) | (?P<op><=|>=|!=|==|:=|\*\*|\.\.\.|.)"""
+| \\(?P<cmd>[a-zA-Z]+|.) | (?P<word>[A-Za-z]+|[^\W\d_A-Za-z]+) | (?P<op><=|>=|!=|==|:=|\*\*|\.\.\.|\S))"""
 _SEPARATED = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?:\.\d+)?|"                                 # 1,200 is one number
 _LEXERS = {separated: re.compile(_TOKEN.replace("SEPARATED", _SEPARATED if separated else ""), re.X | re.S)
            for separated in (True, False)}
@@ -242,12 +242,8 @@ _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split
 def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[Token]:
     """Tokens of a cleaned answer. `inside`: the token before the \\text{...} whose words these are."""
     tokens: list[Token] = []
-    spaced = False
     for match in _LEXERS[separated].finditer(text):
-        kind, value = match.lastgroup, match.group()
-        if kind == "space":
-            spaced = True
-            continue
+        kind, value, spaced = match.lastgroup, match.group().lstrip(), bool(match.group("space"))
         if match.group("body") is not None:
             before = tokens[-1] if tokens else Token("begin", "", False)
             tokens += tokenise(match.group("body").strip(), separated, before)
@@ -267,7 +263,6 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
             tokens += word_tokens(value, spaced, inside is not None, tokens[-1] if tokens else inside)
         elif value != "." or not inside:                    # a full stop in a text ends an abbreviation
             tokens.append(Token("op", {"**": "^", "==": "=", ":=": "="}.get(value, value), spaced))
-        spaced = False
     return tokens
 
 def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> list[Token]:
@@ -335,20 +330,6 @@ joule 1 J joule; watt 1 W watt; volt 1 V volt; ohm 1 ohm; hertz 1 Hz hertz; mole
 degreeC 1 degreeC; degreeF 1 degreeF; radian 1 rad radian; unit 1 unit; acre 1 acre; hectare 1 hectare; am 1 am;
 pm 1 pm; watt 1000 kilowatt; m·second^-1 5/18 kmh kph; inch·second^-1 88/5 mph; ° 1 degree deg 度;
 % 1 percent pct percentage"""
-# Things that answers count. Any other word after a number may change it (5 thousandths, 5 halves): it is no unit.
-_THINGS = """
-    apple arrangement ball banana basket bead bill bird block board book bottle bouquet box boxes boy brick bus buses
-    cake camel candies candy car card cat chair child children choice circle city cities class classes code coin color
-    combination cookie cow customer cyclist digit dog donkey door dot edge egg element employee equation face fish
-    flag flower friend frog function game girl goal graph group guest handshake hexagon horse house integer
-    intersection item jar key kid knight lap leaf leaves letter line lion marble match matches member men minivan
-    mouse move number nut object orange ordering outcome page painting panda parallelogram path peach peaches pear pen
-    pencil pentagon people permutation person piece pig pizza plant plate player point polygon polynomial possibility
-    possibilities problem quadrilateral queen question rabbit rectangle region ring rod room rope rose row school seat
-    segment sequence shape sheep shelf shelves shirt side slice sock soldier solution step stick sticker story stories
-    student subset symbol table teacher team term ticket tile toy train tree triangle trip truck tuple value vertex
-    vertices visitor vote voter wagon wall way weighing wheel win window woman women word worker
-    个 人 种 名 只 条 本 次 分 岁 块""".split()
 _FILLERS = set("of the in total different distinct possible such old long each".split())
 UNITS: dict[str, tuple[str, Fraction]] = {}
 for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
@@ -364,9 +345,24 @@ _NUMERALS = {word: i for i, word in enumerate(
 
 def singular(word: str) -> str:
     word = word.lower()
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
-_COUNTED = {singular(word) for word in _THINGS}
+# Things that answers count. Any other word after a number may change it (5 thousandths, 5 halves): it is no unit.
+_COUNTED = set(map(singular, """
+    apple arrangement ball banana basket bead bill bird block board book bottle bouquet box boxes boy brick bus buses
+    cake camel candies candy car card cat chair child children choice circle city cities class classes code coin color
+    combination cookie cow customer cyclist digit dog donkey door dot edge egg element employee equation face fish
+    flag flower friend frog function game girl goal graph group guest handshake hexagon horse house integer
+    intersection item jar key kid knight lap leaf leaves letter line lion marble match matches member men minivan
+    mouse move number nut object orange ordering outcome page painting panda parallelogram path peach peaches pear pen
+    pencil pentagon people permutation person piece pig pizza plant plate player point polygon polynomial possibility
+    possibilities problem quadrilateral queen question rabbit rectangle region ring rod room rope rose row school seat
+    segment sequence shape sheep shelf shelves shirt side slice sock soldier solution step stick sticker story stories
+    student subset symbol table teacher team term ticket tile toy train tree triangle trip truck tuple value vertex
+    vertices visitor vote voter wagon wall way weighing wheel win window woman women word worker
+    个 人 种 名 只 条 本 次 分 岁 块""".split()))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parser: the grammar of answers. A node is a tuple (kind, ...); every kind is made in exactly one place below.
@@ -1815,14 +1811,8 @@ class Worker:
 
     def ask(self, index: int, question: tuple, timeout: float) -> None:
         self.index, self.deadline = index, time.monotonic() + timeout
-        with contextlib.suppress(BrokenPipeError):          # it was killed while idle: `answer` tells
+        with contextlib.suppress(BrokenPipeError):          # it was killed while idle: its output ends
             self.process.stdin.write(json.dumps([*question, timeout]).encode() + b"\n")
-
-    def answer(self, has_output: bool) -> bytes | None:
-        """The letter that the worker wrote, _DIED, _LATE, or None while it is at work."""
-        if has_output:
-            return self.process.stdout.read(1)              # b"" at the end of its output
-        return _LATE if time.monotonic() >= self.deadline else None
 
     def stop(self) -> None:
         self.process.kill()
@@ -1863,9 +1853,9 @@ class Pool:
             busy = [worker for worker in self.workers if worker.index is not None]
             heard = active(busy, min(worker.deadline for worker in busy) - time.monotonic())
             for worker in busy:
-                letter = worker.answer(worker in heard)
-                if letter is None:
+                if worker not in heard and time.monotonic() < worker.deadline:
                     continue
+                letter = worker.process.stdout.read(1) if worker in heard else _LATE     # _DIED: its output ended
                 index, worker.index = worker.index, None
                 if letter in (_DIED, _LATE):
                     self.replace(worker)
