@@ -20,6 +20,7 @@ import gzip
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -34,7 +35,7 @@ import unicodedata
 import zlib
 from collections import Counter, OrderedDict
 from fractions import Fraction
-from functools import lru_cache, reduce, wraps
+from functools import lru_cache, partial, reduce
 from typing import Callable, Iterator, NamedTuple
 
 import mpmath
@@ -46,7 +47,6 @@ MAX_BITS = 200_000         # of an exact numerator or denominator, about 60,000 
 MAX_DIGITS = 4000          # of an irrational value
 MAX_DIGITS_AT_POINTS = 700 # where there are unknowns, since there are other points
 MAX_FACTORIAL = 3000       # largest argument that is computed exactly
-MAX_ITEMS = 400            # of a list
 MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
 MAX_WORK = 60_000          # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000       # pairs that `grade` remembers
@@ -92,15 +92,11 @@ def extract_answer(response: str) -> str | None:
     NOT IN PAPER: the authors let an LLM find the answer in prose. A rule is the better reward: it costs microseconds,
     gives the same verdict every time, and cannot be talked to by the policy that is optimised against it.
     """
-    end = response.rfind("</think>")
-    if response.rfind("<think>") > end:
-        return None
-    body = response[end + len("</think>"):] if end >= 0 else response
-    first = min((i for i in (body.find("\\boxed"), body.find("\\fbox")) if i >= 0), default=-1)
-    if first < 0:
+    _, _, body = response.rpartition("</think>")
+    if "<think>" in body:
         return None
     found, opened = None, []                        # opened: start of the content for a box, None for a plain brace
-    for match in _BOX.finditer(body, first):
+    for match in _BOX.finditer(body):
         token = match.group()
         if match.group(1):
             opened.append(match.end())
@@ -214,12 +210,12 @@ class Token(NamedTuple):
     spaced: bool    # a blank comes before it
 
 _TOKEN = r"""
-  (?P<space>\s+) | \\text\s*\{(?P<body>[^{}]*)\}
-| \\(?P<env>begin|end)\s*\{(?P<name>[a-zA-Z]+)\*?\}(?P<cols>\{[lcr|\s]*\})?
+(?P<space>\s*)(?: \\text\s*\{(?P<body>[^{}]*)\}
+| \\(?P<env>begin|end)\s*\{(?P<name>array(?=\}\{)|[a-zA-Z]+)\*?\}((?<=array\})\{[lcr|\s]*\})?
 | (?P<rep>\d*\.\d*(?:\\(?:overline|bar)\s*\{\d+\}|\\(?:overline|bar)\s*\d|\\dot\s*\{?\d\}?(?:\d*\\dot\s*\{?\d\}?)?
           |\(\d+\)|(?<=\d)\.\.\.))
 | (?P<num>SEPARATED\d[0-9A-F]*[A-F][0-9A-F]*(?=_\{?1[1-9])|\d+(?:\.\d+)?|\.\d+)
-| \\(?P<cmd>[a-zA-Z]+|.) | (?P<word>[A-Za-z]+|[^\W\d_A-Za-z]+) | (?P<op><=|>=|!=|==|:=|\*\*|\.\.\.|.)"""
+| \\(?P<cmd>[a-zA-Z]+|.) | (?P<word>[A-Za-z]+|[^\W\d_A-Za-z]+) | (?P<op><=|>=|!=|==|:=|\*\*|\.\.\.|\S))"""
 _SEPARATED = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?:\.\d+)?|"                                 # 1,200 is one number
 _LEXERS = {separated: re.compile(_TOKEN.replace("SEPARATED", _SEPARATED if separated else ""), re.X | re.S)
            for separated in (True, False)}
@@ -246,19 +242,13 @@ _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split
 def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[Token]:
     """Tokens of a cleaned answer. `inside`: the token before the \\text{...} whose words these are."""
     tokens: list[Token] = []
-    spaced = False
     for match in _LEXERS[separated].finditer(text):
-        kind, value = match.lastgroup, match.group()
-        if kind == "space":
-            spaced = True
-            continue
+        kind, value, spaced = match.lastgroup, match.group().lstrip(), bool(match.group("space"))
         if match.group("body") is not None:
             before = tokens[-1] if tokens else Token("begin", "", False)
             tokens += tokenise(match.group("body").strip(), separated, before)
         elif match.group("env"):
             tokens.append(Token(match.group("env"), match.group("name"), spaced))
-            if match.group("cols") and match.group("name") != "array":
-                raise Unreadable("columns")
         elif match.group("rep"):
             tokens.append(Token("num", str(repeating_decimal(value)), spaced))
         elif kind == "num":
@@ -273,7 +263,6 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
             tokens += word_tokens(value, spaced, inside is not None, tokens[-1] if tokens else inside)
         elif value != "." or not inside:                    # a full stop in a text ends an abbreviation
             tokens.append(Token("op", {"**": "^", "==": "=", ":=": "="}.get(value, value), spaced))
-        spaced = False
     return tokens
 
 def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> list[Token]:
@@ -288,12 +277,10 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
         return [Token("op", _CONNECTORS[low], spaced)]
     if run in _FUNCTIONS and not (low in UNITS and after_number):
         return [Token("cmd", run, spaced)]
-    if run in ("pi", "theta", "alpha", "beta", "sqrt", "infty"):
-        return [Token("cmd", run, spaced)]
+    if run in ("pi", "theta", "alpha", "beta", "sqrt", "infty") or low in ("infinity", "inf"):
+        return [Token("cmd", "infty" if low[:3] == "inf" else run, spaced)]
     if low in ("nan", "zoo"):
         raise Unreadable("not a number")
-    if low in ("infinity", "inf"):
-        return [Token("cmd", "infty", spaced)]
     if run[:2] in ("平方", "立方") and len(run) > 2:
         return [Token("word", run[:2], spaced), Token("word", run[2:], False)]
     if len(run) == 1 and run.isascii():
@@ -341,9 +328,29 @@ gallon 1/4 quart; gallon 1/8 pint; dollar 1 $ dollar usd buck; dollar 1/100 cent
 poundsterling 1 £; pence 1 pence; yuan 1 yuan 元 rmb; yen 1 ¥ yen; rupee 1 rupee rs; ruble 1 ruble; newton 1 N newton;
 joule 1 J joule; watt 1 W watt; volt 1 V volt; ohm 1 ohm; hertz 1 Hz hertz; mole 1 mol mole; kelvin 1 K;
 degreeC 1 degreeC; degreeF 1 degreeF; radian 1 rad radian; unit 1 unit; acre 1 acre; hectare 1 hectare; am 1 am;
-pm 1 pm"""
+pm 1 pm; watt 1000 kilowatt; m·second^-1 5/18 kmh kph; inch·second^-1 88/5 mph; ° 1 degree deg 度;
+% 1 percent pct percentage"""
+_FILLERS = set("of the in total different distinct possible such old long each".split())
+UNITS: dict[str, tuple[str, Fraction]] = {}
+for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
+    _base, _factor, *_names = _row.split()
+    for _name in _names:
+        UNITS[_name] = (_base.replace("·", " "), Fraction(_factor))
+        if len(_name) > 2:
+            UNITS[_name + "s"] = UNITS[_name]
+_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
+_NUMERALS = {word: i for i, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split())}
+
+def singular(word: str) -> str:
+    word = word.lower()
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
+
 # Things that answers count. Any other word after a number may change it (5 thousandths, 5 halves): it is no unit.
-_THINGS = """
+_COUNTED = set(map(singular, """
     apple arrangement ball banana basket bead bill bird block board book bottle bouquet box boxes boy brick bus buses
     cake camel candies candy car card cat chair child children choice circle city cities class classes code coin color
     combination cookie cow customer cyclist digit dog donkey door dot edge egg element employee equation face fish
@@ -355,31 +362,7 @@ _THINGS = """
     segment sequence shape sheep shelf shelves shirt side slice sock soldier solution step stick sticker story stories
     student subset symbol table teacher team term ticket tile toy train tree triangle trip truck tuple value vertex
     vertices visitor vote voter wagon wall way weighing wheel win window woman women word worker
-    个 人 种 名 只 条 本 次 分 岁 块""".split()
-_FILLERS = set("of the in total different distinct possible such old long each".split())
-UNITS: dict[str, tuple[str, Fraction]] = {"kilowatt": ("watt", Fraction(1000)), "kmh": ("m second^-1", Fraction(5, 18))}
-for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
-    _base, _factor, *_names = _row.split()
-    for _name in _names:
-        UNITS[_name] = (_base, Fraction(_factor))
-        if len(_name) > 2:
-            UNITS[_name + "s"] = UNITS[_name]
-UNITS |= {"mph": ("inch second^-1", Fraction(88, 5)), "kph": UNITS["kmh"]}
-UNITS |= {name: ("°", Fraction(1)) for name in ("degree", "degrees", "deg", "度")}
-UNITS |= {name: ("%", Fraction(1)) for name in ("percent", "pct", "percentage", "percents")}
-_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9,
-                "trillion": 10 ** 12, "dozen": 12}
-_POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
-_NUMERALS = {word: i for i, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split())}
-
-def singular(word: str) -> str:
-    word = word.lower()
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
-    return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
-
-_COUNTED = {singular(word) for word in _THINGS}
+    个 人 种 名 只 条 本 次 分 岁 块""".split()))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parser: the grammar of answers. A node is a tuple (kind, ...); every kind is made in exactly one place below.
@@ -409,13 +392,12 @@ def reciprocal(node: Node) -> Node:
 
 def limited(method):
     """Every cycle of the recursion below passes through one of these methods."""
-    @wraps(method)
-    def inside(self, *args):
+    def inside(self):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable("nested too deep")
         spend(5)
-        node = method(self, *args)
+        node = method(self)
         self.depth -= 1
         return node
     return inside
@@ -438,13 +420,12 @@ class Parser:
 
     def take(self, *texts: str) -> Token | None:
         """The next token if it is one of these operators; any token if none is named."""
-        token = self.tokens[self.at]
-        if token.kind == "eof" or texts and not (token.kind == "op" and token.text in texts):
-            if texts:
-                return None
+        if texts and not self.is_op(*texts):
+            return None
+        if self.peek().kind == "eof":
             raise Unreadable("it breaks off")
         self.at += 1
-        return token
+        return self.tokens[self.at - 1]
 
     def need(self, *texts: str) -> Token:
         token = self.take(*texts)
@@ -473,22 +454,20 @@ class Parser:
             joiner = separators[-1] if separators[-1] in ("and", "or") else joiner
             if ";" in separators:
                 groups.append([])
-        if sum(map(len, groups)) > MAX_ITEMS:
-            raise Unreadable("too many items")
         if len(groups) > 1:
             groups = [[group[0] if len(group) == 1 else ("tuple", "(", ")", tuple(group)) for group in groups]]
         return groups[0][0] if len(groups[0]) == 1 else ("list", tuple(groups[0]), joiner)
 
     def relation(self) -> Node:
-        sides, operators = [], []
-        sides.append(("sym", "?") if self.is_op(*_RELATIONS) else self.ratio())      # "> 5": the unknown is not written
+        operators = []
+        sides = [("sym", "?") if self.is_op(*_RELATIONS) else self.ratio()]          # "> 5": the unknown is not written
         while self.is_op(*_RELATIONS):
             operators.append(self.take().text)
             sides.append(self.ratio())
         if len(operators) == 1 and operators[0] in "=~" and sides[0] == ("sym", "?"):
             return sides[1]
-        if set(operators) == {"≡"}:                          # f(x) ≡ 0
-            operators = ["="] * len(operators)
+        if operators == ["≡"]:                               # f(x) ≡ 0
+            operators = ["="]
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
 
     def ratio(self) -> Node:
@@ -644,21 +623,18 @@ class Parser:
     def exponent(self) -> Node:
         """A group, or a signed power: x^-1, x^10, and 2^3^2 from the right."""
         if self.is_op("{"):
-            return self.group()
+            return self.atom()
         if self.is_op("-") or self.peek().kind == "num":
             return self.signed_power()
         return self.postfix(self.atom())
 
     def postfix(self, node: Node) -> Node:
-        while True:
-            if self.take("!"):
+        while sign := self.take("!", "%", "°"):
+            if sign.text == "!":
                 node = ("fn", "fac2" if self.take("!") else "factorial", (node,))
-            elif self.take("%"):
-                node = ("pct", node)
-            elif self.take("°"):
-                node = ("deg", node)
             else:
-                return node
+                node = ("pct" if sign.text == "%" else "deg", node)
+        return node
 
     # atoms
 
@@ -670,21 +646,13 @@ class Parser:
             return readers[token.kind](token.text)
         if token.kind == "word" and token.text.isascii() and token.text.isupper():   # segments that look like words: NO
             return ("mul", tuple(("sym", letter) for letter in token.text))
-        if token.kind == "op":
-            if token.text in "([":
-                return self.bracket(token.text)
-            if token.text == "{":
-                self.at -= 1
-                return self.group()
-            if token.text == "\\{":
-                return self.braces()
-            if token.text in "|⌊⌈":
-                return self.fence(token.text)
-            if token.text == "...":
-                return ("sym", "...")
-            if token.text in "$€£¥":
-                self.currency = token.text
-                return self.signed_power()
+        readers = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "\\{": self.braces, "|": self.fence,
+                   "⌊": self.fence, "⌈": self.fence, "...": lambda dots: ("sym", dots)}
+        if token.kind == "op" and token.text in readers:
+            return readers[token.text](token.text)
+        if token.kind == "op" and token.text in "$€£¥":
+            self.currency = token.text
+            return self.signed_power()
         raise Unreadable(f"{token.text!r} in a formula")
 
     def numeral(self, text: str) -> Node:
@@ -739,13 +707,6 @@ class Parser:
         is_call = name[0] in _CALLS or len(arguments) > 1
         return ("call", name, arguments) if is_call else ("mul", (("sym", name), inside))
 
-    def group(self) -> Node:
-        """`{...}` of LaTeX: one item, or a plain list ({1,2} is often meant as the set)."""
-        self.need("{")
-        node = self.enclosed()
-        self.need("}")
-        return node
-
     def enclosed(self, in_set: bool = False) -> Node:
         """What stands between brackets: bars and colons outside do not matter inside."""
         outer = self.bars, self.in_set
@@ -756,8 +717,6 @@ class Parser:
 
     def argument(self) -> Node:
         """The argument of \\frac, \\binom or \\log_: a group, or one digit of a longer number as TeX reads it."""
-        if self.is_op("{"):
-            return self.group()
         token = self.peek()
         if token.kind == "num" and len(token.text) > 1 and token.text.isdigit():
             self.tokens[self.at] = token._replace(text=token.text[1:])
@@ -765,12 +724,15 @@ class Parser:
         return negative(self.atom()) if self.take("-") else self.atom()
 
     def bracket(self, opening: str) -> Node:
-        """After '(' or '[': a group, or a tuple, point or interval with its brackets as written."""
-        node = self.enclosed()
-        closing = self.need(")", "]").text
-        return ("tuple", opening, closing, node[1]) if node[0] == "list" else node
+        """After '(' or '[': a group, or a tuple, point or interval with its brackets as written.
 
-    def braces(self) -> Node:
+        After '{' of LaTeX: one item, or a plain list ({1,2} is often meant as the set).
+        """
+        node = self.enclosed()
+        closing = self.need(*("}" if opening == "{" else ")]")).text
+        return ("tuple", opening, closing, node[1]) if node[0] == "list" and opening != "{" else node
+
+    def braces(self, _opening: str) -> Node:
         """After `\\{`: a set by its elements, or by the conditions after | or :."""
         if self.take("\\}"):
             return ("set", ())
@@ -829,7 +791,7 @@ class Parser:
             if self.take("["):
                 degree = self.expression()
                 self.need("]")
-            inside = self.group() if self.is_op("{") else self.atom()
+            inside = self.atom()
             exponent = number(1 / degree[1]) if degree[0] == "num" and degree[1] else reciprocal(degree)
             return ("pow", inside, exponent)
         if name == "binom":
@@ -838,7 +800,7 @@ class Parser:
             return self.function(_FUNCTIONS[name])
         if name in ("sum", "prod"):                         # read, but not evaluated
             self.need("_")
-            low = self.group()
+            low = self.atom()
             self.need("^")
             return (name, low, self.exponent(), self.term())
         if name in ("emptyset", "varnothing"):
@@ -867,8 +829,6 @@ class Parser:
         if self.is_op("(", "[", "{", "\\{"):
             inside = self.atom()
             arguments = inside[3] if inside[0] == "tuple" else inside[1] if inside[0] in ("list", "set") else (inside,)
-            if power is None and self.take("^"):
-                power = self.exponent()
         else:
             negated = bool(self.take("-"))
             factors = [self.power()]
@@ -916,13 +876,11 @@ def exact(value: Fraction) -> Fraction:
     spend((bits(value) / 2000) ** 2)
     return value
 
-def plus(a, b, mp=_MP):
+def combined(operation, a, b, mp=_MP):
     both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return exact(a + b) if both_exact else to_mp(a, mp) + to_mp(b, mp)
+    return exact(operation(a, b)) if both_exact else operation(to_mp(a, mp), to_mp(b, mp))
 
-def times(a, b, mp=_MP):
-    both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return exact(a * b) if both_exact else to_mp(a, mp) * to_mp(b, mp)
+plus, times = partial(combined, operator.add), partial(combined, operator.mul)
 
 def raised(a, b, mp):
     """a to the b. Odd roots of negative numbers are real, as schools write them: (-8)^{1/3} = -2."""
@@ -967,8 +925,8 @@ def evaluate(node: Node, s: Scope):
     if kind == "sym" and node[1] in ("π", "e", "i"):
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[node[1]] * 1
     if kind in ("add", "mul"):
-        combine = plus if kind == "add" else times
-        value = reduce(lambda a, b: combine(a, b, mp), [evaluate(item, s) for item in node[1]])
+        combine = partial(plus if kind == "add" else times, mp=mp)
+        value = reduce(combine, [evaluate(item, s) for item in node[1]])
     elif kind == "pow":
         value = raised(evaluate(node[1], s), evaluate(node[2], s), mp)
     elif kind == "fn":
@@ -1024,9 +982,7 @@ def apply(name: str, arguments: list, s: Scope):
             return mp.binomial(*(to_mp(a, mp) for a in arguments))
     if name == "log" and len(arguments) == 2 and arguments[1] not in (0, 1):
         return apply("ln", [x], s) / apply("ln", [arguments[1]], s)
-    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom"):
-        raise Undefined(f"{name} of these arguments")
-    if name in ("sgn", "floor", "ceil") and not real:
+    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom") + ("sgn", "floor", "ceil") * (not real):
         raise Undefined(f"{name} of these arguments")
     if name == "abs":
         return abs(x)
@@ -1047,15 +1003,10 @@ def apply(name: str, arguments: list, s: Scope):
         if x == 0:
             raise Undefined("log 0")
         return mp.log(to_mp(x, mp)) / (mp.log(10) if name == "lg" or name == "log" and s.log10 else 1)
-    if name in ("exp", "sinh", "cosh", "tanh"):
-        if abs(x) > 10 ** 9:
-            raise TooBig(name)
-        if s.largest is not None:                           # far out, tanh is 1 but for a gap of exp(-2x)
-            s.largest[0] = max(s.largest[0], int(3 * abs(x)))
+    if name in ("exp", "sinh", "cosh", "tanh") and s.largest is not None:            # tanh is 1 but for exp(-2x)
+        s.largest[0] = max(s.largest[0], int(3 * abs(x)))
     if name in ("factorial", "fac2"):
         spend(mp.dps ** 1.5 * 5)
-        if name == "fac2" or not real or abs(x) > 10 ** 6:
-            raise TooBig(name)
     try:
         return getattr(mp, name)(to_mp(x, mp))
     except (ZeroDivisionError, ValueError) as error:        # a pole
@@ -1101,17 +1052,9 @@ def mapped(part, change):
 @lru_cache(maxsize=1 << 14)
 def walk(node: Node) -> tuple[Node, ...]:
     """The node and all nodes below it."""
-    found: list[Node] = []
-
-    def visit(part):
-        if part and part[0] in _KINDS:
-            found.append(part)
-            part = part[1:]
-        for item in part:
-            if isinstance(item, tuple):
-                visit(item)
-    visit(node)
-    return tuple(found)
+    children: list[Node] = []
+    mapped(node, children.append)
+    return (node, *itertools.chain.from_iterable(map(walk, children)))
 
 def ordered(node: Node) -> Node:
     """The tree with flat, sorted sums, products and sets."""
@@ -1168,14 +1111,11 @@ def is_defined(tree: Node) -> bool:
         return True                                         # R - {0}
     names, rng = sorted(unknowns(tree)), random.Random(1)
     for env in itertools.chain(ordinary_points(names, set(), rng), ordinary_points(names, set(names), rng)):
-        try:
-            for variant in variants(tree):
-                evaluate(variant, Scope(env))
+        with contextlib.suppress(Undefined):
+            with contextlib.suppress(TooBig):
+                for variant in variants(tree):
+                    evaluate(variant, Scope(env))
             return True
-        except TooBig:
-            return True
-        except Undefined:
-            continue
     return False
 
 # Points at which expressions are compared. They are drawn with the pair of expressions as the seed: the same for every
@@ -1319,14 +1259,13 @@ def same(a: Node, b: Node) -> bool:
     kinds = {a[0], b[0]}
     if a == b:
         return True
-    if kinds & {"text", "based"}:
-        return False
     if "builder" in kinds:
         return kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
     if is_region(a) or is_region(b):
-        left, right = region(a), region(b)
-        if left and right:
-            return same_region(left, right)
+        with contextlib.suppress(Undefined, TooBig):
+            left, right = region(a), region(b)
+            if left and right:
+                return same_region(left, right)
     if is_collection(a) or is_collection(b):
         return same_collection(a, b)
     if "rel" in kinds:
@@ -1372,16 +1311,16 @@ def is_label(node: Node) -> bool:
     """Is this the name of something asked for: x, a_1, f(x), AB, \\angle ABC, \\cos A, |AB|, (p, q), AB/CD, V_1:V_2?"""
     kind = node[0]
     if kind == "sym":
-        return node[1] not in ("π", "e", "i", "∞")
+        return bool(unknowns(node))
     if kind == "call":
         return all(argument[0] == "num" or is_label(argument) for argument in node[2])
     if kind in ("tuple", "ratio"):                          # (y, x) = (1, 2) is not the point (1, 2)
         letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
         return all(map(is_label, node[-1])) and letters == sorted(letters)
-    if kind == "fn" and node[1] == "abs":
-        return node[2][0][0] == "mul" and is_label(node[2][0])
     if kind == "fn":
-        return node[1] in _ANGLES and node[2][0][0] == "sym" and (node[2][0][1][0].isupper() or " " in node[2][0][1])
+        inner = node[2][0]
+        names_angle = node[1] in _ANGLES and inner[0] == "sym" and (inner[1][0].isupper() or " " in inner[1])
+        return names_angle or node[1] == "abs" and inner[0] == "mul" and is_label(inner)
     if kind == "pow":
         return node[2] == number(-1) and is_label(node[1])
     if kind == "mul":                                       # points are capital letters; the m of m\angle ABC is none
@@ -1475,8 +1414,9 @@ def same_collection(a: Node, b: Node) -> bool:
             and all(map(same, pair[3], values))
     xs, ys = ([node if node[0] == "set" else simplified(node) for node in elements(part)] for part in (a, b))
     (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
-    if "or" in (a[-1], b[-1]) and a[-1] != b[-1] and (len(names) > 1 or any(value[0] in ("sym", "text") for value in values)):
-        return False                                        # A and B, A or B
+    joins_names = len(names) > 1 or any(value[0] in ("sym", "text") for value in values)
+    if "or" in (a[-1], b[-1]) and a[-1] != b[-1] and joins_names:                    # A and B, A or B
+        return False
     if min(len(names), len(other_names)) > 1:
         return matched(xs, ys)
     if names and other_names and names != other_names:
@@ -1526,14 +1466,11 @@ def same_relation(a: Node, b: Node) -> bool:
     if len(a[1]) != len(b[1]):                               # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
         a, b = (("rel", ("=", "="), (node[2][0], *filter(is_label, node[2][1:-1]), node[2][-1])) for node in (a, b))
         return len(a[2]) == len(b[2]) == 2 and all(map(same, a[2], b[2]))
-    if a[1] == b[1] and all(map(same, a[2], b[2])):
-        return True
-    if not set(a[1] + b[1]) <= set(_FLIP):
-        return False
-    flipped = tuple(_FLIP[op] for op in reversed(b[1]))
-    if a[1] == flipped and all(map(same, a[2], reversed(b[2]))):
-        return True
-    return len(a[1]) == 1 and a[1] in (b[1], flipped) and proportional(a, b)
+    flipped = tuple(map(_FLIP.get, reversed(b[1])))
+    for operators, sides in ((b[1], b[2]), (flipped, b[2][::-1])):
+        if a[1] == operators and all(map(same, a[2], sides)):
+            return True
+    return len(a[1]) == 1 and a[1] in (b[1], flipped) and a[1][0] in _FLIP and proportional(a, b)
 
 def proportional(a: Node, b: Node) -> bool:
     """Is (left - right) of one a constant multiple of the other's, with the sign that the direction asks for?"""
@@ -1542,17 +1479,15 @@ def proportional(a: Node, b: Node) -> bool:
     if not names or unknowns(f) != unknowns(g) or has(f, *_NO_VALUE) or has(g, *_NO_VALUE):
         return False
     for env in ordinary_points(names, _WHOLE_NAMES, pair_seed(f, g)):
-        try:
+        with contextlib.suppress(Undefined, TooBig):
             x, y = evaluate(f, Scope(env)), evaluate(g, Scope(env))
-        except (Undefined, TooBig):
-            continue
-        if abs(x) < 1e-30 or abs(y) < 1e-30:
-            continue
-        same_sign = is_real(x) and is_real(y) and to_mp(x).real * to_mp(y).real > 0
-        if a[1][0] not in ("=", "!=") and same_sign != (a[1] == b[1]):
-            return False
-        point = {name: ("num", value) for name, value in env.items()}
-        return same_value(("mul", (f, substituted(g, point))), ("mul", (g, substituted(f, point))))
+            if abs(x) < 1e-30 or abs(y) < 1e-30:
+                continue
+            same_sign = is_real(x) and is_real(y) and to_mp(x).real * to_mp(y).real > 0
+            if a[1][0] not in ("=", "!=") and same_sign != (a[1] == b[1]):
+                return False
+            point = {name: ("num", value) for name, value in env.items()}
+            return same_value(("mul", (f, substituted(g, point))), ("mul", (g, substituted(f, point))))
     return False
 
 # Sets of real numbers: intervals, unions, conditions on one unknown. Two of them are equal if they agree at every mark
@@ -1572,13 +1507,7 @@ def is_region(node: Node) -> bool:
     return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
 
 def region(node: Node) -> Region | None:
-    """The set of reals that a tree describes, None if it describes none that these rules know."""
-    try:
-        return region_of(node)
-    except (Undefined, TooBig):
-        return None
-
-def region_of(node: Node) -> Region | None:
+    """The set of reals that a tree describes, None (or Undefined, TooBig) if it is none that these rules know."""
     kind = node[0]
     if node == ("sym", "ℝ"):
         return Region(None, [], lambda x: True)
@@ -1590,14 +1519,14 @@ def region_of(node: Node) -> Region | None:
     if kind == "add" and len(node[1]) == 2 and node[1][1][0] == "mul" and node[1][1][1][0] == number(-1):   # R - {0}
         kind, node = "setminus", ("setminus", node[1][0], node[1][1][1][1])
     if kind in ("cup", "cap", "setminus"):
-        left, right = region_of(node[1]), region_of(node[2])
+        left, right = region(node[1]), region(node[2])
         if not left or not right:
             return None
         join = {"cup": lambda x: left.holds(x) or right.holds(x), "cap": lambda x: left.holds(x) and right.holds(x),
                 "setminus": lambda x: left.holds(x) and not right.holds(x)}[kind]
         return Region(left.name or right.name, left.marks + right.marks, join)
     if kind in ("where", "list"):
-        parts = [region_of(condition) for condition in node[1]]
+        parts = [region(condition) for condition in node[1]]
         if not all(parts) or len({part.name for part in parts}) != 1:
             return None
         marks = [mark for part in parts for mark in part.marks]
@@ -1619,7 +1548,7 @@ def condition(node: Node) -> Region | None:
     """x in A, a < x <= b, x != a, and the same for |x|."""
     operators, sides = node[1], node[2]
     if operators == ("in",):
-        inside = region_of(sides[1])
+        inside = region(sides[1])
         return inside and inside._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
     is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
@@ -1644,15 +1573,13 @@ def endpoint(node: Node):
     """A real number as Fraction or mpf, or a float infinity. TooBig if 100 digits may not tell it from another."""
     if node in (("sym", "∞"), negative(("sym", "∞"))):
         return math.inf if node[0] == "sym" else -math.inf
-    if unknowns(node):
-        raise Undefined("an endpoint with an unknown")
-    scope = Scope({}, largest=[0])
+    scope = Scope({}, real=True, largest=[0])
     value = evaluate(node[1] if node[0] in ("unit", "deg") else node, scope)
-    if not is_real(value):
-        raise Undefined("an endpoint that is not real")
-    if not isinstance(value, Fraction) and written(node) + scope.largest[0] > 60:
+    if isinstance(value, Fraction):
+        return value
+    if written(node) + scope.largest[0] > 60:
         raise TooBig("digits")
-    return value if isinstance(value, Fraction) else _MP.re(value)
+    return _MP.re(value)
 
 def before(a, b) -> bool:
     """a < b; what is equal within the precision is not before."""
@@ -1752,8 +1679,6 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     compute: a number, a name, a list of them.
     """
     trees, golds = ([canonical(tree) for tree in read(text)] for text in (answer, gold))
-    if squeeze(answer) == squeeze(gold):
-        return False
     if not re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer):       # to write 0.\overline{3} as a fraction is a task
         values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
         if set(trees) & set(golds) or any({part[0] for part in walk(value)} <= _AS_THEY_ARE for value in values):
@@ -1886,14 +1811,8 @@ class Worker:
 
     def ask(self, index: int, question: tuple, timeout: float) -> None:
         self.index, self.deadline = index, time.monotonic() + timeout
-        with contextlib.suppress(BrokenPipeError):          # it was killed while idle: `answer` tells
+        with contextlib.suppress(BrokenPipeError):          # it was killed while idle: its output ends
             self.process.stdin.write(json.dumps([*question, timeout]).encode() + b"\n")
-
-    def answer(self, has_output: bool) -> bytes | None:
-        """The letter that the worker wrote, _DIED, _LATE, or None while it is at work."""
-        if has_output:
-            return self.process.stdout.read(1)              # b"" at the end of its output
-        return _LATE if time.monotonic() >= self.deadline else None
 
     def stop(self) -> None:
         self.process.kill()
@@ -1934,9 +1853,9 @@ class Pool:
             busy = [worker for worker in self.workers if worker.index is not None]
             heard = active(busy, min(worker.deadline for worker in busy) - time.monotonic())
             for worker in busy:
-                letter = worker.answer(worker in heard)
-                if letter is None:
+                if worker not in heard and time.monotonic() < worker.deadline:
                     continue
+                letter = worker.process.stdout.read(1) if worker in heard else _LATE     # _DIED: its output ended
                 index, worker.index = worker.index, None
                 if letter in (_DIED, _LATE):
                     self.replace(worker)
@@ -2049,7 +1968,6 @@ def load_rows(path: str) -> list[dict]:
                     if not all(isinstance(row.get(field), str) for field in ("pred", "gold")):
                         raise ValueError("fields 'pred' and 'gold' must be there and text")
                     rows.append(row | {"category": printable(str(row.get("category", "-")))})
-        place = path
         if not rows:
             raise ValueError("no rows")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
@@ -2064,30 +1982,26 @@ def answer_of(row: dict) -> str | None:
     is_response = row["form"] == "response" if "form" in row else "\\boxed" in row["pred"] or "\\fbox" in row["pred"]
     return extract_answer(row["pred"]) if is_response else row["pred"]
 
-def report(rows: list[dict], verdicts: list[bool], title: str, details: bool = True) -> None:
-    """The share of right verdicts, by category, and the rows that differ from their label."""
-    labelled = [(row, verdict) for row, verdict in zip(rows, verdicts) if "equal" in row]
-    if not labelled:
-        print(f"{title}: {sum(verdicts)} of {len(rows)} equal")
-        return
-    wrong = [(row, verdict) for row, verdict in labelled if verdict != bool(row["equal"])]
-    false_right = sum(verdict for _, verdict in wrong)
-    print(f"{title}: {100 * (1 - len(wrong) / len(labelled)):.2f} % of {len(labelled)} rows right, "
-          f"{false_right} false right, {len(wrong) - false_right} false wrong")
-    if details:
-        total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
-        for category in sorted(total):
-            print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
-        for row, verdict in wrong:
-            print(f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}")
-
 def run_rows(path: str, timeout: float) -> None:
+    """Print the share of right verdicts, by category, the rows that differ from their label, and the speed."""
     rows = load_rows(path)
     pool()                                                  # the workers start before the clock does
     start = time.perf_counter()
     grades = grade_answers([answer_of(row) for row in rows], [row["gold"] for row in rows], timeout)
     seconds = time.perf_counter() - start
-    report(rows, grades, path)
+    labelled = [(row, verdict) for row, verdict in zip(rows, grades) if "equal" in row]
+    wrong = [(row, verdict) for row, verdict in labelled if verdict != bool(row["equal"])]
+    false_right = sum(verdict for _, verdict in wrong)
+    if labelled:
+        print(f"{path}: {100 * (1 - len(wrong) / len(labelled)):.2f} % of {len(labelled)} rows right, "
+              f"{false_right} false right, {len(wrong) - false_right} false wrong")
+    else:
+        print(f"{path}: {sum(grades)} of {len(rows)} equal")
+    total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
+    for category in sorted(total):
+        print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
+    for row, verdict in wrong:
+        print(f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}")
     print(f"  {len(rows) / seconds:,.0f} rows/s" + "".join(f", {name} {count}" for name, count in grades.stats.items()))
 
 def main(arguments: list[str] | None = None) -> int:
