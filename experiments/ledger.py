@@ -155,7 +155,7 @@ def run_ledger(base: Path, seeds: list[int], variants: list[str], options: list[
 def run_variant(base: Path, variant: str, seed: int, options: list[str]) -> bool:
     """RL from the SFT checkpoint of its seed's base run (or its own, where the traces differ), then evaluation.
 
-    A run that cannot continue (a loss that is not finite, for instance) is a result: stopped.json says why; remove it to
+    A run that cannot continue (a loss that is not finite, say) is a result: stopped.json says why; remove it to
     try again. Finished runs are not run again. -> False if a signal asked for an end.
     """
     name, changes = f"{variant}-seed{seed}", VARIANTS[variant].changes
@@ -219,7 +219,7 @@ def drop_trainer_states(run: Path):
 def read_runs(base: Path) -> list[dict]:
     """The finished runs under `base`, one dict each, from results.json, rl/metrics.jsonl and rl/config.json.
 
-    Keys: variant, seed, stopped (it could not continue), collapsed; of those that did not stop also pass_at_1 (held out),
+    Keys: variant, seed, stopped (it could not go on), collapsed; of those that did not stop also pass_at_1 (held out),
     start (that of the SFT checkpoint it began from, or None), length (tokens), overlong (share), entropy (nats, last
     five steps), fell, problems, samples.
     """
