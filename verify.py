@@ -506,15 +506,13 @@ class Parser:
             base, factor = UNITS.get(currency, (currency, Fraction(1)))
         if base in ("°", "%"):
             return ("deg" if base == "°" else "pct", node)
-        if base:
-            if self.peek().kind == "num":                   # 2 hours 30 minutes
-                rest = self.quantity()
-                if rest[0] != "unit" or rest[2] != base or rest[3] >= factor:
-                    raise Unreadable("two quantities")
-                node = ("add", (("mul", (number(factor), node)), ("mul", (number(rest[3]), rest[1]))))
-                return ("unit", node, base, Fraction(1))
-            return ("unit", node, base, factor)
-        return node
+        if base and self.peek().kind == "num":              # 2 hours 30 minutes
+            rest = self.quantity()
+            if rest[0] != "unit" or rest[2] != base or rest[3] >= factor:
+                raise Unreadable("two quantities")
+            node = ("add", (("mul", (number(factor), node)), ("mul", (number(rest[3]), rest[1]))))
+            factor = Fraction(1)
+        return ("unit", node, base, factor) if base else node
 
     def unit(self) -> tuple[str, Fraction, int]:
         """The words after a number: ('m^2', 1/10000, 1) for square centimetres, ('yuan', 1, 1000) for thousand yuan.
@@ -2029,7 +2027,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         equal = is_equal(*args.answers)
         print(equal)
-        return 0 if equal else 1
+        return int(not equal)
     return 0
 
 if __name__ == "__main__":
