@@ -1790,7 +1790,7 @@ def complain(message: str, code: int) -> int:
 def leave(code: int):
     """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a tensor to release asks
     for the interpreter's lock there, and Python ends such a thread in a way that aborts the process (exit -6)."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "vllm" not in sys.modules:  # which has shared memory to remove
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(code)

@@ -822,7 +822,7 @@ RL_COLUMNS = """step accuracy honest reward length checks overlong repetition ga
 @pytest.mark.slow
 def test_the_model_learns(guess):
     first = guess / "tiny/sft/checkpoint-250"
-    rows = rows_of(train(guess, 150, "--name", "learned", "--model", first).parent / "learned/rl")
+    rows = rows_of(train(guess, 150, "--name", "learned", "--preset", "tiny", "--model", first).parent / "learned/rl")
     assert np.mean([r["accuracy"] for r in rows[:3]]) < 0.2 and np.mean([r["accuracy"] for r in rows[-5:]]) > 0.8
 
 def test_a_run_writes_its_logs_pictures_and_samples(trained):
@@ -1183,7 +1183,7 @@ def save_samples(folder, engine, out):
     whole, tokenizer = t1.load_whole(folder, cfg)
     engine = t1.make_engine(folder, t1.shard(whole, tokenizer, cfg), tokenizer, cfg)
     problems = [dict(id="0", problem="Name a number.", answer="1")] * 4
-    prompts, drawn = t1.encode_prompts(problems, tokenizer, cfg), []
+    prompts, drawn = t1.encode_prompts(problems, tokenizer, cfg)[1], []
     for step in (0, 1, 0):
         seeds = [t1.seed_for(0, "rollout", step, i) for i in range(4)]
         drawn.append([r.ids for r in t1.roll_out(engine, problems, prompts, 3, seeds, cfg, 1.0)[0]])
