@@ -23,7 +23,8 @@ import t1
 import verify
 from experiments import bench, ledger, plan, spending, stress
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("T1_SHARED", HERE.parent / "shared"))
 SMALL = ["--tiny-layers", "1", "--tiny-width", "64"]
 
 
@@ -581,3 +582,13 @@ def test_misuse_is_one_line(name, args, says, tmp_path, capsys):
     assert PROGRAMS[name].main(args.replace("OUT", str(tmp_path / "out")).split()) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err and not (tmp_path / "out").exists()
+
+# --- second_hour ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "data/math500.jsonl.gz").exists(), reason="no real MATH rows beside this checkout")
+def test_a_users_own_model_and_data_go_through_by_readmes_commands(tmp_path):
+    rows, test = SHARED / "data/math_train.jsonl.gz", SHARED / "data/math500.jsonl.gz"
+    command = [sys.executable, "-m", "experiments.second_hour", "--rows", rows, "--test", test, "--out", tmp_path]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and "every step did what its user means" in done.stdout, done.stdout + done.stderr
