@@ -1864,12 +1864,12 @@ def test_verify_time_is_bounded(unit):
         seconds = []
         for size in (250, 500, 1000, 2000):
             text = ((unit + other) * size)[:size]
-            start = time.process_time()
+            start = time.thread_time()
             for gold in ("5", "x+\\sqrt2", text[:-1]):
                 verify.is_equal(text, gold)
-            seconds.append((time.process_time() - start) / 3)
-        assert max(seconds) < 0.6, (unit + other, seconds)  # 0.3 s on a quiet machine
-        assert all(b < 4 * a + 0.2 for a, b in itertools.pairwise(seconds)), (unit + other, seconds)
+            seconds.append((time.thread_time() - start) / 3)
+        assert max(seconds) < 1.2, (unit + other, seconds)  # 0.3 s on a quiet machine, several times that on a busy one
+        assert all(b < 4 * a + 0.6 for a, b in itertools.pairwise(seconds)), (unit + other, seconds)
 
 VERIFY_PIECES = st.lists(st.sampled_from(
     r"\frac \sqrt { } ( ) [ ] ^ _ ! 9 99 999999 \pi e i \infty | , ; : = < \le - + * / \pm \cup \in \text{ \text{or} x "
