@@ -259,7 +259,7 @@ def too_long(row: dict) -> bool:
 def problem_row(row: dict) -> dict:
     """A row of `to_problem` as it is written: without the fields that are empty."""
     names = ("id", "problem", "answer", "source", "level", "solution")
-    return {name: row[name] for name in names if name == "answer" or row[name] not in (None, "")}
+    return {name: row[name] for name in names if name in ("id", "answer") or row[name] not in (None, "")}
 
 def checked_problem(where, raw, default_source: str) -> dict:
     """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate` drops it from a pool."""
