@@ -9,28 +9,17 @@ import random
 import shutil
 import subprocess
 import sys
-import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._pytree import tree_iter
 
 import data_prep
 import experiments
 import t1
 import verify
 from experiments import bench, ledger, plan, spending, stress
-
-HERE = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("T1_SHARED", HERE.parent / "shared"))
-SMALL = ["--tiny-layers", "1", "--tiny-width", "64"]
-
-
-def config(*args, stage="rl"):
-    return t1.parse_args(["--stage", stage, *map(str, args)])
-
+from test_t1 import HERE, SHARED, SMALL, LiveBytes, config
 
 def program(name, *args):
     """python -m experiments.NAME as a user calls it -> (exit code, stdout, stderr)."""
@@ -213,35 +202,6 @@ def test_every_variant_is_a_valid_run():
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan
-
-
-class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Bytes of all tensors that live, counted by storage, and the most that lived at once."""
-
-    def __init__(self, *tensors):
-        super().__init__()
-        self.now = self.peak = 0
-        self.sizes = {}
-        for t in tensors:
-            self.add(t)
-
-    def add(self, t):
-        storage = t.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            weakref.finalize(storage, self.drop, storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-
-    def drop(self, key):
-        self.now -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_iter(out):
-            if isinstance(t, torch.Tensor):
-                self.add(t)
-        return out
 
 
 def plan_config(*args):
