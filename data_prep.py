@@ -1417,11 +1417,6 @@ def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
         found.append((n or x, verdict == "yes", honest))
     return found
 
-def audit_checks(problem: str, response: str) -> tuple[int, int]:
-    """How many elementary checks a response holds, and how many of them are honest."""
-    found = read_checks(problem, response)
-    return len(found), sum(honest for _, _, honest in found)
-
 def habit_of(response: str) -> str:
     """The habit that a response to an embedded problem shows: jump (no try before the answer), orderly (one try, or
     tries at equal steps) or wander."""

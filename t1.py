@@ -388,8 +388,7 @@ def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[
     asked = [p for p in problems for _ in range(len(rollouts) // len(problems))]
     texts = [text_of(r, tokenizer) for r in rollouts]
     grades, records = verify.grade(texts, [p["answer"] for p in asked], problems=[p["problem"] for p in asked]), []
-    for i, (r, p, text) in enumerate(zip(rollouts, asked, texts)):
-        right = bool(grades[i])
+    for i, (r, p, text, right) in enumerate(zip(rollouts, asked, texts, grades)):
         pattern = unexpected_pattern(text, r.ids, r.finished, cfg.repeat_ngram, cfg.repeat_count, p["problem"])
         value = own_reward(cfg.reward, text, p) if cfg.reward else right
         reward = penalised_reward(value, pattern, cfg.penalties)
@@ -950,27 +949,25 @@ def run_eval(cfg: Config):
         data_prep.check_model_folder(path)
     names = [" ".join([*Path(p).parts[-2:-1], Path(p).name.removeprefix("checkpoint-")]) for p in folders]
     names = names if len(set(names)) == len(names) else folders
-    tests, folder, results, engine, lock = test_sets(cfg), base / "eval", [], None, None
+    tests, folder, results, engine = test_sets(cfg), base / "eval", [], None
     other, other_tokenizer = load_policy(latest(cfg.answer_model), cfg) if cfg.answer_model else (None, None)
     for path, name in zip(folders, names):
         whole = policy = None  # one checkpoint in memory at a time
         if isinstance(engine, TorchEngine) and world() == 1:
             engine.policy = None
         whole, tokenizer = load_whole(path, cfg)
+        encoded = [encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests]  # misuse shows before writing
         policy = shard(whole, tokenizer, cfg)
         if other and other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise Misuse(f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}; ids are passed on")
-        first, pushed = engine is None, False
-        if first:
+        if engine is None:
+            lock = on_rank0(locked_folder, folder)  # held until the stage ends
             engine = make_engine(path, policy, tokenizer, cfg)
             answerer = make_engine(latest(cfg.answer_model), other, tokenizer, cfg) if other else engine
         else:
-            engine.tokenizer, pushed = tokenizer, engine.load(policy)
-        encoded = [encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests]  # nothing is written yet
-        if first:
-            lock = on_rank0(locked_folder, folder)
-        if pushed:
-            check_push(engine, policy, encoded[0][1][0], cfg)
+            engine.tokenizer = tokenizer
+            if engine.load(policy):
+                check_push(engine, policy, encoded[0][1][0], cfg)
         for (test, _, samples), (problems, prompts) in zip(tests, encoded):
             about = dict(name=name, checkpoint=path, test=test)
             result = measure(policy, engine, answerer, problems, samples, prompts, about, folder, cfg)
@@ -1721,10 +1718,10 @@ def check_config(cfg: Config):
             raise Misuse(f"--{name.replace('_', '-')} {getattr(cfg, name)!r}: {what}")
 
     need(cfg.stage in STAGES, "stage", f"choose from {', '.join(STAGES)}")
+    usual = Config(**PRESETS[cfg.preset])
     for stage, names in STAGE_FIELDS.items():
-        for name in names.split() if cfg.stage != stage else ():
-            usual = getattr(Config(**PRESETS[cfg.preset]), name)
-            need(getattr(cfg, name) == usual, name, f"only --stage {stage} reads it, not --stage {cfg.stage}")
+        for name in names.split() * (cfg.stage != stage):
+            need(getattr(cfg, name) == getattr(usual, name), name, f"only --stage {stage} reads it")
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")
@@ -1758,10 +1755,7 @@ def main(argv: list[str] | None = None) -> int:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
-        transformers.utils.logging.set_verbosity_error()  # remarks of libraries stay off the console; failures raise
-        transformers.utils.logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that there is only one process
-        logging.disable(logging.WARNING)
+        quiet()
         if cfg.preset != "tiny":
             print0(f"preset {cfg.preset}: {', '.join(f'{k} {v}' for k, v in PRESETS[cfg.preset].items())}")
         STAGES[cfg.stage](cfg)
@@ -1781,6 +1775,13 @@ def main(argv: list[str] | None = None) -> int:
             sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+def quiet():
+    """Remarks of libraries stay off the console; failures raise."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that there is only one process
+    logging.disable(logging.WARNING)
 
 def complain(message: str, code: int) -> int:
     """One line on stderr; with several ranks a line of its own, whatever the progress bar of rank 0 is doing."""

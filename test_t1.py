@@ -737,15 +737,16 @@ def test_traces_are_right_honest_and_apart_from_the_test_set():
     for trace in traces:
         response = trace["response"]
         assert trace["problem"] not in tests and response.startswith("<think>\n") and response.count("</think>") == 1
-        total, honest = data_prep.audit_checks(trace["problem"], response)
-        assert total == honest >= 1
+        checks = data_prep.read_checks(trace["problem"], response)
+        assert checks and all(honest for _, _, honest in checks)
 
 @pytest.mark.parametrize("check, honest", [
     ("13 mod 5 = 3 yes", 1), ("12 mod 5 = 2 not 3", 1), ("13 mod 5 = 2 not 3", 0), ("12 mod 5 = 2 yes", 0),
     ("13 mod 5 = 3 not 3", 0), ("12 mod 5 = 2 not 4", 0),
 ])  # fmt: skip
 def test_the_audit_sees_wrong_arithmetic_and_wrong_verdicts(check, honest):
-    assert data_prep.audit_checks(PROBLEM, f"<think>\n{check}\n") == (1, honest)
+    found = data_prep.read_checks(PROBLEM, f"<think>\n{check}\n")
+    assert [is_honest for _, _, is_honest in found] == [bool(honest)]
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))

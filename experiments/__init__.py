@@ -1,19 +1,16 @@
 """Programs that measure the method: `python -m experiments.NAME --help`. They import t1; t1 imports none of them."""
 
 import argparse
-import logging
 import os
-import warnings
-
-import transformers
 
 import t1
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of one experiment; whatever it does not know is an option of t1.py."""
+    """The options of one experiment. What it does not know is an option of t1.py, or with t1_options=False a misuse."""
 
-    def __init__(self, name: str, doc: str):
+    def __init__(self, name: str, doc: str, t1_options: bool = True):
+        self.t1_options = t1_options
         form, prog = argparse.RawDescriptionHelpFormatter, f"python -m experiments.{name}"
         super().__init__(prog=prog, description=doc, formatter_class=form, allow_abbrev=False)
 
@@ -42,14 +39,13 @@ def stage_options(stage: str, options: list[str]) -> list[str]:
 def run(parser: Parser, work, argv: list[str] | None) -> int:
     """Call work(own, options) with the experiment's options and the list of t1.py's -> exit code. A misuse or a failure
     is one line; remarks of libraries stay off the console."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that there is only one process
-    logging.disable(logging.WARNING)
+    t1.quiet()
     try:
         own, options = parser.parse_known_args(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise t1.Misuse(f"one process, not torchrun: {parser.prog}")
+        if options and not parser.t1_options:
+            raise t1.Misuse(f"unrecognized arguments: {' '.join(options)}")
         return work(own, options) or 0
     except t1.Stop as e:
         return t1.complain(str(e), e.code)

@@ -1,9 +1,9 @@
 """Draw every picture of a run again, from its folder alone.   python -m experiments.plot runs/NAME [--pdf]"""
 
-import argparse
 import sys
 from pathlib import Path
 
+import experiments
 import t1
 
 def draw_run(folder: Path, suffix: str = ".png") -> list[Path]:
@@ -18,17 +18,15 @@ def draw_run(folder: Path, suffix: str = ".png") -> list[Path]:
         raise t1.Misuse(f"{folder}: no run there; give the folder of one, runs/NAME")
     return pictures
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="experiments.plot", description=__doc__)
+def work(own, options: list[str]):
+    for folder in own.folder:
+        print(*draw_run(folder, ".pdf" if own.pdf else ".png"), sep="\n")
+
+def main(argv: list[str] | None = None) -> int:
+    parser = experiments.Parser("plot", __doc__, t1_options=False)
     parser.add_argument("folder", nargs="+", type=Path, help="runs/NAME, one or more")
     parser.add_argument("--pdf", action="store_true", help="PDF in place of PNG, for papers")
-    args = parser.parse_args(argv)
-    try:
-        for folder in args.folder:
-            print(*draw_run(folder, ".pdf" if args.pdf else ".png"), sep="\n")
-    except t1.Stop as e:
-        return t1.complain(str(e), e.code)
-    return 0
+    return experiments.run(parser, work, argv)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,8 +8,7 @@ README's or the one that the step before has printed; flags beside them only mak
 where a step fails or does something else than its user means.
 """
 
-import argparse
-import gzip
+import itertools
 import json
 import os
 import re
@@ -23,6 +22,10 @@ from pathlib import Path
 import tokenizers
 import transformers
 
+import data_prep
+import experiments
+import t1
+
 HERE = Path(__file__).resolve().parent.parent
 SHORT = dict(  # makes the stages of a random model short; README names these flags
     sft="--sft-steps 30 --max-new 256",
@@ -33,11 +36,6 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-
-def read_lines(path: Path, most: int) -> list[dict]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as f:
-        return [json.loads(line) for _, line in zip(range(most), f)]
 
 def make_model(kind: str, texts: list[str], folder: Path):
     """A random model of about 2 million parameters with a BPE tokenizer of its own, as a user's folder."""
@@ -62,9 +60,6 @@ def make_model(kind: str, texts: list[str], folder: Path):
     make_lm(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-def fail(text: str):
-    sys.exit(f"second_hour: {text}")
-
 def run(command: str, kill_after=None) -> str:
     """Run one command of README -> its output. kill_after: a file; the process is killed when it has three lines."""
     print(f"$ {command}", flush=True)
@@ -85,18 +80,18 @@ def run(command: str, kill_after=None) -> str:
     log.seek(0)
     text = log.read()
     if process.returncode or "Traceback" in text:
-        fail(f"exit code {process.returncode} of: {command}\n{text[-3000:]}")
+        print(text[-3000:])
+        raise t1.Stop(f"exit code {process.returncode} of: {command}")
     return text
 
 def next_command(text: str) -> str:
     found = re.findall(r"^next: (.+)$", text, re.M)
-    if not found:
-        fail(f"no next: line in\n{text[-2000:]}")
+    expect(found, f"no next: line in {text[-2000:]}")
     return found[-1]
 
-def expect(condition: bool, what: str):
+def expect(condition, what: str):
     if not condition:
-        fail(what)
+        raise t1.Stop(what)
 
 def second_hour(kind: str, test: str, rows: list[dict]):
     """Everything that a user of one model does; the working directory is the user's."""
@@ -112,7 +107,7 @@ def second_hour(kind: str, test: str, rows: list[dict]):
     run(rl, kill_after=log)
     text = run(rl)
     expect("resuming from" in text, "the killed run was not resumed")
-    steps = [row["step"] for row in read_lines(log, 100)]
+    steps = [row["step"] for row in data_prep.read_log(log)]
     expect(steps == [0, 1, 2, 3], f"steps of the resumed run: {steps}")
     config = json.loads((log.parent / "config.json").read_text())
     expect(config["started_from"].startswith(f"runs/{kind}/sft/"), f"RL started from {config['started_from']}")
@@ -123,17 +118,14 @@ def second_hour(kind: str, test: str, rows: list[dict]):
     run(f"{next_command(branch)} {SHORT['eval']}")
     expect(Path(f"runs/{kind}-from-2/eval/results.json").exists(), "the branch was not evaluated under its own name")
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", required=True, help="MATH rows with problem and solution (JSON lines, .gz or not)")
-    parser.add_argument("--test", required=True, help="problems to evaluate on; the first 40 are taken")
-    parser.add_argument("--out", required=True, help="an empty folder to work in")
-    args = parser.parse_args(argv)
-    rows, tests = read_lines(Path(args.rows), 600), read_lines(Path(args.test), 40)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    os.chdir(args.out)
-    for name, part in (("math.jsonl", rows), ("test.jsonl", tests)):
-        Path(name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+def walk(own, options: list[str]):
+    sources = {"math.jsonl": (own.rows, 600), "test.jsonl": (own.test, 40)}
+    parts = {name: list(itertools.islice(data_prep.raw_rows(path), most)) for name, (path, most) in sources.items()}
+    rows = [data_prep.parse(where, raw) for where, raw in parts["math.jsonl"]]
+    Path(own.out).mkdir(parents=True, exist_ok=True)
+    os.chdir(own.out)
+    for name, part in parts.items():
+        data_prep.write(Path(name), (data_prep.json_line(data_prep.parse(where, raw)) for where, raw in part))
     run("python data_prep.py curate --math math.jsonl --decontaminate test.jsonl --out data")
     for kind in ("qwen2", "llama"):
         second_hour(kind, "test.jsonl", rows)
@@ -143,5 +135,12 @@ def main(argv=None):
     run(f"{next_command(text)} {SHORT['eval']}")
     print("second_hour: every step did what its user means")
 
+def main(argv: list[str] | None = None) -> int:
+    parser = experiments.Parser("second_hour", __doc__, t1_options=False)
+    parser.add_argument("--rows", required=True, help="MATH rows with problem and solution (JSON lines, .gz or not)")
+    parser.add_argument("--test", required=True, help="problems to evaluate on; the first 40 are taken")
+    parser.add_argument("--out", required=True, help="an empty folder to work in")
+    return experiments.run(parser, walk, argv)
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -716,7 +716,7 @@ def fuzz_command(count: int, seed: int, first: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = experiments.Parser("stress", __doc__)
+    parser = experiments.Parser("stress", __doc__, t1_options=False)
     add = parser.add_argument
     add("what", choices=("kills", "fuzz"))
     add("count", type=int, help="number of kills, or of damaged files")
@@ -732,8 +732,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def stress_command(own, options: list[str]) -> int:
-    if options:
-        raise t1.Misuse(f"unrecognized arguments: {' '.join(options)}")
     if own.count < 1 or own.ranks < 1:
         raise t1.Misuse("COUNT and --ranks must be above 0")
     if own.what == "kills":
