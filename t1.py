@@ -115,7 +115,7 @@ class Config:
     warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
     # checkpoints
     keep: int = knob(10, "number of last checkpoints that are kept")
-    keep_every: int = knob(0, "also keep checkpoints whose step is a multiple of this; 0: none")
+    keep_every: int = knob(0, "also keep those whose step is a multiple of this, without the trainer's state; 0: none")
     # stage sft
     sft_lr: float = knob(1.5e-3, "peak learning rate of SFT", "1e-5")
     sft_epochs: int = knob(3, "passes over the traces", "3")
@@ -164,7 +164,7 @@ class Config:
 
 PAPER = dict(
     max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2, k=64,
-    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=50,
+    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=10,
     temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
@@ -1452,9 +1452,10 @@ class RunFolder:
         self.cfg = cfg
         self.path = (run.with_name(f"{run.name}-from-{cfg.resume_from}") if cfg.resume_from else run) / cfg.stage
         self.branch = run / cfg.stage / f"checkpoint-{cfg.resume_from}"  # where a branch starts
-        if cfg.resume_from and not is_whole(self.branch) and not checkpoints(self.path):
-            there = ", ".join(str(step_of(p)) for p in checkpoints(self.branch.parent)) or "none"
-            raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint; there are: {there}")
+        starts = [p for p in checkpoints(self.branch.parent) if (p / "trainer").exists()] if cfg.resume_from else []
+        if cfg.resume_from and self.branch not in starts and not checkpoints(self.path):
+            raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint with the trainer's state; "
+                         f"there are: {', '.join(str(step_of(p)) for p in starts) or 'none'}")  # fmt: skip
         others = " ".join(names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage).split()
         self.values = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free.union(others)}
         if not os.path.lexists(self.path / "config.json"):
@@ -1577,6 +1578,10 @@ class RunFolder:
         for old in checkpoints(self.path)[: -self.cfg.keep]:
             if not self.cfg.keep_every or step_of(old) % self.cfg.keep_every:
                 shutil.rmtree(old.rename(self.path / f"partial-{step_of(old)}"))
+            elif (old / "trainer").exists():  # nine tenths of a checkpoint of RL
+                sizes = read_json(old / "complete.json").items()
+                write_json(old / "complete.json", {k: size for k, size in sizes if not k.startswith("trainer/")})
+                shutil.rmtree(old / "trainer")
 
     def resume(self, policy, optimizer, anchor=None) -> int:
         """Load the trainer's state of the newest whole checkpoint and cut the logs back to it; -> next step."""

@@ -1065,6 +1065,15 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     code, _, err = main(*args, "--resume-from", 5)
     assert code == 2 and "there are: 3, 6, 9" in err
 
+def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_path):
+    args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 1)
+    assert main(*args, "--keep-every", 6)[0] == 0
+    kept = t1.checkpoints(tmp_path / "tiny/rl")
+    assert [(t1.step_of(p), (p / "trainer").exists()) for p in kept] == [(6, False), (9, True)]
+    t1.load_policy(str(kept[0]), config())
+    code, _, err = main(*args, "--resume-from", 6)
+    assert code == 2 and "there are: 9" in err
+
 def test_groups_of_equal_rewards_are_an_ordinary_step(guess, tmp_path):
     """All rewards are equal: entropy and KL still train the policy, the row and the console say so."""
     rows = [dict(id=str(i), problem=f"Name the number {i}.", answer="77") for i in range(4)]
@@ -1252,6 +1261,43 @@ def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
     torchrun(HERE / "t1.py", *args, "--probe-tolerance", "1e-4", "--penalties", "false", "--out", tmp_path)
     rows = rows_of(tmp_path / "tiny/rl")
     assert len(rows) == 3 and all(r["logprob_gap_p99"] < 1e-4 for r in rows)
+
+def small_model_of(preset, folder):
+    """Random weights, two layers and width 64 of the architecture that a preset's model has."""
+    tokenizer = data_prep.embedded_tokenizer()
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes |= dict(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=False)
+    sizes |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    if preset == "glm4-9b":
+        lm = transformers.GlmForCausalLM(transformers.GlmConfig(head_dim=16, **sizes))
+    else:
+        lm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    return save_model(folder, lm, tokenizer)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["glm4-9b", "qwen2.5-14b", "qwen2.5-32b"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_preset_starts(preset, ranks, guess, tmp_path):
+    """SFT, RL and evaluation of two checkpoints, with either engine, at the preset's own values where they fit."""
+    def stage(name, *more):
+        args = ["--preset", preset, *ten_problems(guess), "--max-prompt", 64, "--max-new", 24, "--out", tmp_path, *more]
+        if ranks == 2:
+            return torchrun(HERE / "t1.py", "--stage", name, *args)
+        code, out, err = run("--stage", name, *args)
+        assert code == 0, out + err
+
+    model = small_model_of(preset, tmp_path / "model")
+    short = ["--prompts", 2, "--k", 4, "--rl-steps", 2]
+    stage("sft", "--model", model, "--data", guess / "rows.jsonl", "--sft-steps", 2, "--sft-batch", 4)
+    for engine in ("torch", "vllm") if VLLM else ("torch",):
+        stage("rl", *short, "--engine", engine)
+        stage("eval", "--engine", engine, "--eval-samples", 2, "--budgets", "8")
+        entries = json.loads((tmp_path / preset / "eval/results.json").read_text())["checkpoints"]
+        assert [e["name"] for e in entries] == ["sft 2", "rl 2"]
+        assert all(row["logprob_gap"] < 0.05 for row in rows_of(tmp_path / preset / "rl"))
+        for folder in ("rl", "eval"):
+            shutil.rmtree(tmp_path / preset / folder)
 
 @pytest.mark.slow
 def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
@@ -1464,7 +1510,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --vllm-memory 1", "--vllm-memory 1.0: must be below 1"),
     ("--stage rl --prompt-template Hello", "must contain {problem}"),
     ("--stage rl --tiny-width 12", "must be a multiple of 8"),
-    ("--stage rl --resume-from 7", "no whole checkpoint; there are: none"), ("--stage rl", "--stage sft first"),
+    ("--stage rl --resume-from 7", "trainer's state; there are: none"), ("--stage rl", "--stage sft first"),
     ("--stage eval", "--stage sft"), ("--stage eval --budgets 1,x", "--budgets '1,x': must be whole numbers"),
     ("--stage eval --checkpoint nowhere", "nowhere"),
     ("--stage eval --model model --benchmarks math500", "python data_prep.py benchmarks --out benchmarks"),
