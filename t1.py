@@ -266,7 +266,7 @@ class _TokenStats(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, temperature, min_p, chunk):
         ctx.save_for_backward(hidden, lm_head, targets)
         ctx.options = temperature, min_p, chunk
-        stats = []
+        stats, lm_head = [], wide(lm_head)
         for s in _chunks(hidden, lm_head, chunk):
             stats.append(_chunk_stats(hidden[s].to(lm_head.dtype), lm_head, targets[s], temperature, min_p)[-2:])
         return torch.cat([logprob for logprob, _ in stats]), torch.cat([entropy for _, entropy in stats])
@@ -279,7 +279,7 @@ class _TokenStats(torch.autograd.Function):
 
 def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs=None, tis_cap=0.0):
     """Gradients of sum(a log p + b H), chunk by chunk -> (n, D), (V, D) in float32 at least; and log p and H, (n,)."""
-    grad_hidden = torch.empty_like(hidden)
+    grad_hidden, lm_head = torch.empty_like(hidden), wide(lm_head)
     grad_head = torch.zeros_like(lm_head, dtype=torch.promote_types(lm_head.dtype, torch.float32))
     logprob, entropy = torch.empty(2, len(targets), dtype=grad_head.dtype, device=hidden.device)
     for s in _chunks(hidden, lm_head, chunk):
@@ -294,16 +294,19 @@ def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sa
         if g.is_cuda and g.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
             torch.addmm(grad_head, g.T, h, out_dtype=torch.float32, out=grad_head)
         else:
-            grad_head.addmm_(g.T.to(grad_head.dtype), h.to(grad_head.dtype))
+            grad_head.addmm_(g.T, h)
         del z, g  # before those of the next chunk are made
     return grad_hidden, grad_head, logprob, entropy
 
 def logits_of(hidden, lm_head):
-    """(c, D), (V, D) -> (c, V), in float32 at least: summed and kept so even where both are bfloat16."""
+    """(c, D), (V, D) -> (c, V). Two bfloat16 operands on a GPU are summed, and kept, in float32."""
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, lm_head.T, out_dtype=torch.float32)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.to(dtype) @ lm_head.T.to(dtype)
+    return hidden @ lm_head.T
+
+def wide(lm_head):
+    """The head as `logits_of` wants it: a bfloat16 one, where there is no such product, as float32."""
+    return lm_head if lm_head.is_cuda else lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
     """One chunk: (c, D) -> z (c, V), logits / temperature shifted so that each row's maximum is 0; p = exp(z), 0 off
@@ -611,7 +614,7 @@ class TorchEngine:
             tokens[i : i + n, : len(p)] = torch.tensor(p, device=device)
         logprobs = torch.zeros(B, longest, device=device)
         end = lengths + max_new  # (B,) one past the last token
-        end_tokens, head = torch.tensor(policy.end_ids, device=device), policy.head
+        end_tokens, head = torch.tensor(policy.end_ids, device=device), wide(policy.head)
         cache = Cache(policy.lm.config.num_hidden_layers)
         hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache).repeat_interleave(counts, 0)  # (B, D)
         cache.extend(counts, longest)
