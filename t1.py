@@ -710,7 +710,7 @@ def run_sft(cfg: Config):
             clock.lap("train")
             folder.log(row, clock)
             bar.set_postfix_str(f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {clock.speed(row)}", False)
-            if folder.after_step(step, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer):
+            if folder.after_step(step + 1, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer):
                 return
     finish_stage(folder, steps, policy, make_engine(folder.source(), policy, tokenizer, cfg), *tests, cfg, "rl")
 
@@ -718,7 +718,7 @@ def run_sft(cfg: Config):
 def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Config, clock, interrupt):
     """One step of T1 -> its row of metrics.jsonl, and a record of each response.
     problems and prompts (token ids) are the whole training set; each rank works on its rows of the batch (`mine`).
-    Raises Interrupted, with nothing changed, if a signal came before the gradient."""
+    Nones, with nothing changed, if a signal came before the gradient: the same step can be taken again."""
     P, K = cfg.prompts, cfg.k
 
     # 1. Oversample: with the policy's weights K responses to each of P prompts, at a temperature above 1.
@@ -733,7 +733,8 @@ def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Con
     rows = [(r.prompt, r.ids) for r in rollouts]  # B = P * K
     mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]  # indices of the rows that this rank works on
     clock.lap("rollout")
-    interrupt.check()
+    if interrupt.received():
+        return None, None
 
     # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern; `roll_out` had them judged.
     rewards = torch.tensor([r["reward"] for r in records]).view(P, K)  # (P, K)
@@ -741,7 +742,8 @@ def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Con
     # 3. KL of each response to the anchor.
     kl = kl_to_anchor(anchor, rollouts, mine, cfg).view(P, K)  # d_i, (P, K)
     clock.lap("anchor")
-    interrupt.check()
+    if interrupt.received():
+        return None, None
 
     # 4. Advantage: leave-one-out reward minus centred KL.
     advantages = advantages_of(rewards, kl, cfg.kl_coef, cfg.kl_center).flatten()  # (P, K) -> (B,)
@@ -809,14 +811,12 @@ def run_rl(cfg: Config):
         bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
         for step in bar:
             clock = Clock()
-            try:
-                what = step, problems, prompts, policy, anchor, engine, optimizer
-                row, records = rl_step(*what, cfg, clock, interrupt)
-            except Interrupted:  # its rollouts are thrown away: drawn again, they are the same
-                return folder.stop(step, cfg.rl_steps, interrupt, *state)
-            folder.log(row, clock, records)
-            report_step(bar, row, clock, cfg)
-            if folder.after_step(step, cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state):
+            trainer = policy, anchor, engine, optimizer
+            row, records = rl_step(step, problems, prompts, *trainer, cfg, clock, interrupt)
+            if row:
+                folder.log(row, clock, records)
+                report_step(bar, row, clock, cfg)
+            if folder.after_step(step + bool(row), cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state):
                 return
     finish_stage(folder, cfg.rl_steps, policy, engine, *tests, cfg, "eval")
 
@@ -1519,22 +1519,17 @@ class RunFolder:
         for name in row if self.cfg.tensorboard else ():
             self.board.add_scalar(name, math.nan if row[name] is None else row[name], step)
 
-    def after_step(self, step: int, steps: int, draw_every: int, save_every: int, interrupt, *what) -> bool:
+    def after_step(self, done: int, steps: int, draw_every: int, save_every: int, interrupt, *what) -> bool:
         """Draw and save (`what`: the arguments of `save`) when it is time, at the end, and on a signal. -> stop now?"""
-        last = step + 1 == steps
-        if last or (step + 1) % draw_every == 0:
+        last, signalled = done == steps, interrupt.received()
+        if last or signalled or done % draw_every == 0:
             draw_steps(self.path)
-        if last or (step + 1) % save_every == 0:
-            self.save(step + 1, *what)
-        return not last and bool(interrupt.received()) and self.stop(step + 1, steps, interrupt, *what)
-
-    def stop(self, done: int, steps: int, interrupt, *what) -> bool:
-        """A signal came after so many steps: save, unless that is done -> True."""
-        draw_steps(self.path)
-        if done and not is_whole(self.path / f"checkpoint-{done}"):
+        save = last or signalled or done % save_every == 0
+        if save and not from_rank0(is_whole(self.path / f"checkpoint-{done}")):
             self.save(done, *what)
-        print0(f"{interrupt.received()}: saved after step {done} of {steps}; the same command resumes there")
-        return True
+        if signalled and not last:
+            print0(f"{signalled}: saved after step {done} of {steps}; the same command resumes there")
+        return bool(signalled) and not last
 
     def save(self, step: int, policy, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
@@ -1704,9 +1699,6 @@ class Clock:
         shares = ", ".join(f"{name} {s / sum(wall.values()):.0%}" for name, s in wall.items())
         return f"{row['tokens'] / sum(wall.values()):,.0f} tokens/s ({shares})"
 
-class Interrupted(Exception):
-    """A signal came in the middle of a step of RL that has changed nothing yet."""
-
 class Interrupt:
     """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the current step, in
     RL after its current phase. A second one within 10 s is ignored (launchers often send two); one after 10 s kills."""
@@ -1731,10 +1723,6 @@ class Interrupt:
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
         return max(gather([self.name]))
-
-    def check(self):
-        if self.received():
-            raise Interrupted
 
 # ------------------------------------------------------------------------ machinery: pictures, from a run's files alone
 PANELS = {  # stage -> panels of curves.png: label with unit, and columns of metrics.jsonl
