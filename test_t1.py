@@ -85,13 +85,14 @@ def run(*args, cwd=HERE, preexec_fn=None, **env):
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():
-    """A run in this process must leave its signal handlers and the logging of libraries as they were."""
+    """A run in this process must leave its signal handlers, the logging of libraries, and the precision of all other
+    products (TF32 in RoPE would shift positions) as they were."""
     signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     handlers, verbosity = [signal.getsignal(s) for s in signals], transformers.utils.logging.get_verbosity()
     yield
     logging.disable(logging.NOTSET)
     transformers.utils.logging.set_verbosity(verbosity)
-    assert [signal.getsignal(s) for s in signals] == handlers
+    assert [signal.getsignal(s) for s in signals] == handlers and torch.get_float32_matmul_precision() == "highest"
 
 def save_model(folder, lm, tokenizer):
     lm.save_pretrained(folder)
