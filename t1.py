@@ -163,9 +163,10 @@ class Config:
     tiny_width: int = knob(128, "hidden width of the embedded model")
 
 PAPER = dict(
-    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2, k=64,
-    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=10,
-    temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192", answer_tokens=64,
+    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True, compile=True, offload=True,
+    tis_cap=2.0, keep=2, keep_every=550, k=64, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875,
+    rl_save_every=10, temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20,
+    budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
     max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2,
@@ -1848,6 +1849,8 @@ def check_config(cfg: Config):
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
     installed = importlib.util.find_spec
     need(cfg.engine != "vllm" or installed("vllm"), "engine", "not installed here: pip install vllm==0.32.0")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
     need(not cfg.tensorboard or installed("tensorboard"), "tensorboard", "not installed here; pip install tensorboard")
     need(not cfg.vllm_tp or cfg.engine != "torch", "vllm_tp", "only with --engine vllm")
     need(ranks % (cfg.vllm_tp or 1) == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
