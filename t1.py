@@ -61,7 +61,7 @@ import transformers
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
@@ -106,8 +106,9 @@ class Config:
     device: Literal["", "cpu", "cuda"] = knob("", "empty: cuda where there is one")
     micro_tokens: int = knob(4096, "tokens of one micro-batch (prompts and responses)")
     checkpointing: bool = knob(False, "keep only each layer's input for the backward pass: memory for time")
-    offload_anchor: bool = knob(False, "keep the anchor's shards in CPU memory (several ranks, GPU)")
-    offload_optimizer: bool = knob(False, "keep policy shards, gradients and AdamW in CPU memory (several ranks, GPU)")
+    compile: bool = knob(False, "torch.compile each layer of the trainer")
+    offload_anchor: bool = knob(False, "keep the anchor in CPU memory while it is not used")
+    offload_optimizer: bool = knob(False, "so AdamW's state; in rl with vllm on a GPU that is always so")
     timeout: int = knob(30, "minutes after which a rank gives up waiting for the others")
     grad_clip: float = knob(1.0, "largest gradient norm", "not stated")
     weight_decay: float = knob(0.0, "AdamW's weight decay", "0.1 in the authors' later code")
@@ -144,8 +145,8 @@ class Config:
     # rollout engine
     engine: Literal["auto", "torch", "vllm"] = knob("auto", "auto: vllm where it is installed and there is a GPU")
     rollout_rows: int = knob(1024, "torch engine: rows generated at once")
-    vllm_tp: int = knob(1, "vllm engine: ranks that share one engine (tensor parallel)")
-    vllm_memory: float = knob(0.5, "vllm engine: share of the GPU's memory for its weights and cache")
+    vllm_tp: int = knob(0, "vllm engine: ranks that share one engine (tensor parallel); 0: see engine_ranks")
+    vllm_memory: float = knob(0.0, "vllm engine: share of the GPU for its weights and cache; 0: see engine_share")
     tis_cap: float = knob(0.0, "weigh each token by min(pi_trainer / pi_engine, this): for bfloat16 engines; 0: off")
     probe_tolerance: float = knob(0.0, "largest log-prob gap of engine and trainer after a push, nats; 0: by dtype")
     # stage eval
@@ -162,7 +163,7 @@ class Config:
     tiny_width: int = knob(128, "hidden width of the embedded model")
 
 PAPER = dict(
-    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=32768, checkpointing=True, tis_cap=2.0, keep=2, k=64,
+    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2, k=64,
     keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=50,
     temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
@@ -288,15 +289,25 @@ def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sa
             coefficient = coefficient * (logprob[s] - sampler_logprobs[s]).exp().clamp(max=tis_cap)
         g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, b[s], temperature)  # (c, V), in the memory of z
         del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
-        grad_hidden[s] = g.to(h.dtype) @ lm_head
-        grad_head.addmm_(g.T, h.to(grad_head.dtype))
+        g = g.to(h.dtype)
+        grad_hidden[s] = g @ lm_head
+        if g.is_cuda and g.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
+            torch.addmm(grad_head, g.T, h, out_dtype=torch.float32, out=grad_head)
+        else:
+            grad_head.addmm_(g.T.to(grad_head.dtype), h.to(grad_head.dtype))
         del z, g  # before those of the next chunk are made
     return grad_hidden, grad_head, logprob, entropy
+
+def logits_of(hidden, lm_head):
+    """(c, D), (V, D) -> (c, V), in float32 at least: summed and kept so even where both are bfloat16."""
+    if hidden.dtype != torch.bfloat16:
+        return hidden @ lm_head.T
+    return torch.mm(hidden, lm_head.T, out_dtype=torch.float32) if hidden.is_cuda else hidden.float() @ lm_head.T.float()
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
     """One chunk: (c, D) -> z (c, V), logits / temperature shifted so that each row's maximum is 0; p = exp(z), 0 off
     the min-p support; lse (the log of p's sum), log-prob of the target and entropy, (c,) each."""
-    z = (hidden @ lm_head.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    z = logits_of(hidden, lm_head)
     if temperature != 1:
         z /= temperature
     z -= z.amax(-1, keepdim=True)
@@ -307,8 +318,8 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
     total = p.sum(-1)
     lse = total.log()
     logprob = z.gather(1, targets[:, None])[:, 0] - lse
-    entropy = lse - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0] / total  # -sum p log p, without a third (c, V) buffer
-    return z, p, lse, logprob, entropy
+    pz = (p * z).sum(-1) if z.is_cuda else torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]  # CPU: no third (c, V) buffer
+    return z, p, lse, logprob, lse - pz / total  # entropy: -sum p log p
 
 def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
     """d(a log p_y + b H)/d logits, written over z. (c, V)
@@ -323,7 +334,7 @@ def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
     return z.scatter_add_(1, targets[:, None], (a / temperature)[:, None].to(z.dtype))
 
 def head_chunk(vocabulary: int, device) -> int:
-    """Positions of the head per chunk: one float32 buffer (c, V) takes 128 MiB, on a GPU 1 GiB; two of them exist."""
+    """Positions of the head per chunk: one float32 buffer (c, V) takes 128 MiB, on a GPU 1 GiB; two or three exist."""
     return max(1, 2 ** (30 if torch.device(device).type == "cuda" else 27) // (4 * vocabulary))
 
 def _chunks(hidden, lm_head, chunk: int) -> list[slice]:
@@ -334,7 +345,7 @@ def _chunks(hidden, lm_head, chunk: int) -> list[slice]:
 def ema_update_(anchor, policy, decay: float):
     """anchor <- decay anchor + (1 - decay) policy, in place, each rank its own shards (section 2, dynamic anchor)."""
     for a, p in zip(anchor.parameters(), policy.parameters(), strict=True):
-        local(a).lerp_(local(p).to(a.device, a.dtype), 1 - decay)
+        local(a).lerp_(local(p).to(a.dtype), 1 - decay)
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up, then a cosine from the peak (0.55 + 0.45) down to a tenth of it (0.55 - 0.45).
@@ -383,12 +394,11 @@ def own_reward(spec: str, response: str, row: dict) -> float:
         raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {row.get('where') or row.get('id')}")
 
 def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[dict]:
-    """A record per rollout: response, reward, right or not, pattern, and its behaviour (data_prep.py). K consecutive
-    rollouts belong to one problem. `ungraded`: the grader gave up on this response, which counts as wrong."""
-    asked = [p for p in problems for _ in range(len(rollouts) // len(problems))]
-    texts = [text_of(r, tokenizer) for r in rollouts]
-    grades, records = verify.grade(texts, [p["answer"] for p in asked], problems=[p["problem"] for p in asked]), []
-    for i, (r, p, text, right) in enumerate(zip(rollouts, asked, texts, grades)):
+    """A record per rollout, one of each of the problems: response, reward, right or not, pattern, and its behaviour
+    (data_prep.py). `ungraded`: the grader gave up on this response, which counts as wrong."""
+    texts, records = [text_of(r, tokenizer) for r in rollouts], []
+    grades = verify.grade(texts, [p["answer"] for p in problems], problems=[p["problem"] for p in problems])
+    for i, (r, p, text, right) in enumerate(zip(rollouts, problems, texts, grades)):
         pattern = unexpected_pattern(text, r.ids, r.finished, cfg.repeat_ngram, cfg.repeat_count, p["problem"])
         value = own_reward(cfg.reward, text, p) if cfg.reward else right
         reward = penalised_reward(value, pattern, cfg.penalties)
@@ -435,14 +445,17 @@ class Policy(torch.nn.Module):
         self.lm = lm.eval()  # no dropout: the trained distribution is the sampled one
         self.device = device or device_of(cfg)
         self.bfloat16 = cfg.dtype == "bfloat16"
+        self.parked = Parked()
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, lm.get_input_embeddings().num_embeddings)
         ends = lm.generation_config.eos_token_id
         self.end_ids = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
 
     @property
     def head(self) -> torch.Tensor:
-        """(V, D) without the rows that pad the vocabulary: ids beyond the tokenizer are neither sampled nor trained."""
-        return self.lm.get_output_embeddings().weight[: self.vocabulary]
+        """(V, D) without the rows that pad the vocabulary: ids beyond the tokenizer are neither sampled nor trained.
+        On a GPU in cfg.dtype, for the tensor cores; logits are float32 all the same."""
+        weight = self.lm.get_output_embeddings().weight[: self.vocabulary]
+        return weight.bfloat16() if self.bfloat16 and weight.is_cuda else weight
 
     def forward(self, batch: Packed) -> torch.Tensor:
         """-> (N, D), the hidden states that predict the response tokens."""
@@ -469,7 +482,7 @@ def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int],
 
 def accumulate_gradient(policy, rows, advantages, weights, cfg, alpha=0.0, temperature=1.0, min_p=0.0, sampled=None):
     """Add the gradient of the objective on this rank's rows to .grad. advantages, weights: one per row; `sampled`: the
-    engine's log-probs of each row. -> sums over the tokens of loss, -log p and entropy, (3,); |log p - sampled|, (N,).
+    engine's log-probs of each row. -> sums over the tokens of loss, -log p and entropy, (3,); log p - sampled, (N,).
     Raises Stop on all ranks if one of the sums is not finite."""
     sums, gaps, error = torch.zeros(3, dtype=torch.float64), [torch.zeros(0)], None
     ranks = world() if isinstance(policy, FSDPModule) else 1  # FSDP takes the mean over ranks; the objective is a sum
@@ -489,7 +502,7 @@ def accumulate_gradient(policy, rows, advantages, weights, cfg, alpha=0.0, tempe
             error = Stop(f"rank {rank()}: loss, log-prob or entropy of rows {group[:8]} is not finite: {part.tolist()}")
         sums += part
         if sampled:
-            gaps.append((logprob - mu).abs().cpu())
+            gaps.append((logprob - mu).cpu())
     all_ranks_agree(error)
     return sums, torch.cat(gaps)
 
@@ -514,12 +527,13 @@ def update(policy, optimizer, lr: float, cfg: Config) -> float:
         raise Stop(f"rank {rank()}: the gradient's norm is {norm}: stopped before the weights changed; lower the rate")
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    with optimizer.parked:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 # ---------------------------------------------------------------------------------------------------------- 4. Rollouts
-# An engine has load(policy) -> were weights copied?, generate(prompts, k, seeds, ...) -> rollouts, and sleep().
+# An engine has load(policy) -> were weights copied?, generate(prompts, samples, seeds, ...) -> rollouts, and sleep().
 # `make_engine` chooses between two: TorchEngine, for any device, and VLLMEngine, for GPUs (in the machinery).
 
 @dataclass
@@ -545,6 +559,8 @@ class TorchEngine:
     """Sampling in plain torch, on any device. Nothing is padded: the shared prompt length is prefilled in one pass, the
     rest of longer prompts is fed token by token while shorter ones already answer. Rows that ended leave the batch.
     Each sample has random numbers of its own, so it depends neither on its batch nor on the number of ranks."""
+    ranks = 1  # that share this engine
+
     def __init__(self, tokenizer, cfg: Config):
         self.tokenizer, self.cfg, self.policy = tokenizer, cfg, None
 
@@ -563,40 +579,46 @@ class TorchEngine:
     def sleep(self):
         pass
 
-    def generate(self, prompts, k: int, seeds, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
-        """k samples of each prompt (token ids), prompt by prompt, from one seed per prompt; temperature 0 is greedy."""
-        per_batch = max(1, self.cfg.rollout_rows // k)
+    def generate(self, prompts, samples, seeds, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
+        """Samples of each prompt (token ids), prompt by prompt. `samples`: per prompt the numbers, 0..K-1, of those that
+        are asked for; with the prompt's seed they make the random numbers. Temperature 0 is greedy."""
+        per_batch = max(1, self.cfg.rollout_rows // max(map(len, samples), default=1))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
         result = [[]] * len(prompts)
         for start in range(0, len(order), per_batch):
             part = order[start : start + per_batch]
-            batch = [prompts[i] for i in part], k, [seeds[i] for i in part]
-            for i, group in zip(part, grouped(self._generate(*batch, max_new, temperature, min_p), k)):
-                result[i] = group
+            batch = ([x[i] for i in part] for x in (prompts, samples, seeds))
+            rollouts = iter(self._generate(*batch, max_new, temperature, min_p))
+            for i in part:
+                result[i] = [next(rollouts) for _ in samples[i]]
         return [r for group in result for r in group]
 
     @torch.no_grad()
-    def _generate(self, prompts, k, seeds, max_new, temperature, min_p):
+    @torch.compiler.set_stance("force_eager")  # --compile is for the trainer's shapes
+    def _generate(self, prompts, samples, seeds, max_new, temperature, min_p):
         """One batch of B rows. A row, 0..B-1, is a sample for good; a slot, 0..b-1, is its place among the b that still
         run, in the cache and in every tensor marked (b,). Position t counts from the start of the prompt."""
         policy, device = self.policy, self.policy.device
-        uniform = np.concatenate([np.random.default_rng(seed).random((k, max_new)) for seed in seeds])
-        uniform = torch.from_numpy(uniform).to(device)  # (B, max_new), one number per token
-        lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(k)  # (B,) of the prompts
+        draws = [np.random.default_rng(seed).random((max(js) + 1, max_new))[js] for seed, js in zip(seeds, samples)]
+        uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (B, max_new), one number per token
+        counts = torch.tensor([len(js) for js in samples], device=device)  # samples per prompt
+        lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(counts)  # (B,) of the prompts
         prefix, longest, B = int(lengths.min()), int(lengths.max()) + max_new, len(lengths)
         tokens = torch.zeros(B, longest, dtype=torch.long, device=device)
-        for i, p in enumerate(prompts):
-            tokens[i * k : (i + 1) * k, : len(p)] = torch.tensor(p, device=device)
+        first = counts.cumsum(0) - counts  # row of each prompt's first sample
+        for i, n, p in zip(first.tolist(), counts.tolist(), prompts):
+            tokens[i : i + n, : len(p)] = torch.tensor(p, device=device)
         logprobs = torch.zeros(B, longest, device=device)
         end = lengths + max_new  # (B,) one past the last token
-        end_tokens = torch.tensor(policy.end_ids, device=device)
+        end_tokens, head = torch.tensor(policy.end_ids, device=device), policy.head
         cache = Cache(policy.lm.config.num_hidden_layers)
-        hidden = self._last_hidden(tokens[::k, :prefix], range(prefix), cache).repeat_interleave(k, 0)  # (B, D)
-        cache.extend(k, longest)
+        hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache).repeat_interleave(counts, 0)  # (B, D)
+        cache.extend(counts, longest)
         row_of = torch.arange(B, device=device)  # (b,) slot -> row
         for t in range(prefix, longest):
             place = t - lengths[row_of]  # (b,) place in the response; below 0: still inside the prompt
-            token, logprob = sample(hidden @ policy.head.T, temperature, min_p, uniform[row_of, place.clamp(min=0)])
+            logits = logits_of(hidden.to(head.dtype), head)
+            token, logprob = sample(logits, temperature, min_p, uniform[row_of, place.clamp(min=0)])
             token = torch.where(place < 0, tokens[row_of, t], token)
             tokens[row_of, t], logprobs[row_of, t] = token, logprob
             stopped = (place >= 0) & torch.isin(token, end_tokens)
@@ -623,21 +645,21 @@ class TorchEngine:
         return self.policy.backbone(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)[:, -1]
 
 def roll_out(engine, problems, prompts, k: int, seeds, cfg: Config, temperature: float, min_p: float = 0.0):
-    """-> k rollouts of each problem, and a record of each, in the order of the problems, on every rank. Problems are
-    dealt to the engines by prompt length; each rank judges the responses of its own engine."""
-    mine = deal([len(p) for p in prompts], world() // cfg.vllm_tp)[rank() // cfg.vllm_tp]
-    asked, error = ([prompts[i] for i in mine], k, [seeds[i] for i in mine]), None
+    """-> k rollouts of each problem, and a record of each, in the order of the problems, on every rank. Each engine
+    takes its share of the samples of every problem: the work is even. The ranks of an engine share the judging."""
+    engines, (number, place) = world() // engine.ranks, divmod(rank(), engine.ranks)
+    samples = [[j for j in range(k) if (i + j) % engines == number] for i in range(len(prompts))]
+    asked = [i for i, js in enumerate(samples) if js]
+    cells = [(i, j) for i in asked for j in samples[i]][place :: engine.ranks]  # that this rank judges
+    batch, error = ([x[i] for i in asked] for x in (prompts, samples, seeds)), None
     try:
-        rollouts, records = engine.generate(*asked, cfg.max_new, temperature, min_p), []
-        if rank() % cfg.vllm_tp:  # the first rank of an engine speaks for it
-            mine = []
-        if mine:
-            records = judge(rollouts, [problems[i] for i in mine], engine.tokenizer, cfg)
+        rollouts = engine.generate(*batch, cfg.max_new, temperature, min_p)[place :: engine.ranks]
+        records = judge(rollouts, [problems[i] for i, _ in cells], engine.tokenizer, cfg)
     except Stop as e:
         error = e
     all_ranks_agree(error)
-    parts = sorted(gather(list(zip(mine, grouped(rollouts, k), grouped(records, k)))), key=lambda part: part[0])
-    return [r for _, group, _ in parts for r in group], [r for _, _, group in parts for r in group]
+    parts = sorted(gather(list(zip(cells, rollouts, records))), key=lambda part: part[0])
+    return [rollout for _, rollout, _ in parts], [record for _, _, record in parts]
 
 # --------------------------------------------------------------------------------- 5. Stage sft: cold start (section 1)
 def sft_step(step: int, steps: int, rows: list[Row], policy, optimizer, cfg: Config) -> dict:
@@ -669,7 +691,7 @@ def run_sft(cfg: Config):
         shortest = min(len(y) for _, y in rows)
         raise Misuse(f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {shortest})")
     folder.create(source, traces)
-    policy = shard(whole, tokenizer, cfg, cfg.offload_optimizer)
+    policy = shard(whole, tokenizer, cfg)
     del whole
     steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
     print0(f"{len(kept)} traces ({len(rows) - len(kept)} longer than --max-new left out), {steps} steps; the policy "
@@ -686,16 +708,19 @@ def run_sft(cfg: Config):
             bar.set_postfix_str(f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {clock.speed(row)}", False)
             if folder.after_step(step, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer):
                 return
-    engine = make_engine(folder.source(), policy, tokenizer, cfg)
-    finish_stage(folder, steps, engine, *tests, cfg, "rl")
+    finish_stage(folder, steps, policy, make_engine(folder.source(), policy, tokenizer, cfg), *tests, cfg, "rl")
 
 # ---------------------------------------------------------------------------------------------- 6. Stage rl (section 2)
-def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engine, optimizer, cfg: Config, clock):
+def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Config, clock, interrupt):
     """One step of T1 -> its row of metrics.jsonl, and a record of each response.
-    problems and prompts (token ids) are the whole training set; each rank works on its rows of the batch (`mine`)."""
+    problems and prompts (token ids) are the whole training set; each rank works on its rows of the batch (`mine`).
+    Raises Interrupted, with nothing changed, if a signal came before the gradient."""
     P, K = cfg.prompts, cfg.k
 
-    # 1. Oversample: K responses to each of P prompts, at a temperature above 1.
+    # 1. Oversample: with the policy's weights K responses to each of P prompts, at a temperature above 1.
+    if engine.load(policy):
+        check_push(engine, policy, prompts[0], cfg)
+    clock.lap("push")
     batch = batch_indices(len(problems), P, step, cfg.seed)
     batch_problems, batch_prompts = [problems[i] for i in batch], [prompts[i] for i in batch]
     seeds = [seed_for(cfg.seed, "rollout", step, place) for place in range(P)]
@@ -704,6 +729,7 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
     rows = [(r.prompt, r.ids) for r in rollouts]  # B = P * K
     mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]  # indices of the rows that this rank works on
     clock.lap("rollout")
+    interrupt.check()
 
     # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern; `roll_out` had them judged.
     rewards = torch.tensor([r["reward"] for r in records]).view(P, K)  # (P, K)
@@ -711,6 +737,7 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
     # 3. KL of each response to the anchor.
     kl = kl_to_anchor(anchor, rollouts, mine, cfg).view(P, K)  # d_i, (P, K)
     clock.lap("anchor")
+    interrupt.check()
 
     # 4. Advantage: leave-one-out reward minus centred KL.
     advantages = advantages_of(rewards, kl, cfg.kl_coef, cfg.kl_center).flatten()  # (P, K) -> (B,)
@@ -725,27 +752,30 @@ def rl_step(step: int, problems: list[dict], prompts: list, policy, anchor, engi
     lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
 
-    # 6. The anchor follows the policy, and the engine gets the new weights.
+    # 6. The anchor follows the policy.
     if cfg.anchor == "ema":
-        ema_update_(anchor, policy, cfg.ema_decay)
-    if engine.load(policy):
-        check_push(engine, policy, prompts[0], cfg)
+        with anchor.parked:
+            ema_update_(anchor, policy, cfg.ema_decay)
     clock.lap("update")
 
-    _, nll, entropy, gap = all_sum(torch.cat([sums, gaps.sum().double()[None]])).tolist()
-    row = dict(step=step, **data_prep.means(records), kl=kl.mean().item(), entropy=entropy / N, nll=nll / N)
-    row |= dict(logprob_gap=gap / N, logprob_gap_p99=max(gather([np.quantile(gaps.numpy(), 0.99).item()])))
+    noise = torch.stack([gaps.double().sum(), gaps.double().abs().sum()])  # of the engine: log pi - its log-prob
+    _, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
+    kl_mean = kl.mean().item() + (bias / B if anchor else 0)  # of the trainer's log-probs
+    row = dict(step=step, **data_prep.means(records), kl=kl_mean, entropy=entropy / N, nll=nll / N)
+    row |= dict(logprob_gap=gap / N, logprob_gap_p99=max(gather([np.quantile(gaps.abs().numpy(), 0.99).item()])))
     row["flat_groups"] = np.mean([(r == r[0]).all().item() for r in rewards]).item()  # rewards teach nothing there
     return row | dict(grad_norm=norm, lr=lr, tokens=N), records
 
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
-    NOT IN PAPER: the sampler's log-probs stand for the policy's. In float32 they agree to 1e-6 per token; in bfloat16
-    they do not (`logprob_gap`), and d carries that noise."""
+    NOT IN PAPER: the sampler's log-probs stand for the policy's, which come with the gradient, after A is needed. In
+    float32 they agree to 1e-6 per token; in bfloat16 they do not (`logprob_gap`): noise in A, none in metrics.jsonl."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
-        for i, logprobs in zip(mine, response_logprobs(anchor, rows, cfg, cfg.temperature, cfg.min_p)):
+        with anchor.parked:
+            reference = response_logprobs(anchor, rows, cfg, cfg.temperature, cfg.min_p)
+        for i, logprobs in zip(mine, reference):
             kl[i] = sum(rollouts[i].logprobs) - logprobs.double().sum()
     return all_sum(kl).float()
 
@@ -763,23 +793,27 @@ def run_rl(cfg: Config):
     anchor = None
     if cfg.anchor != "none":
         own = copy.deepcopy(whole) if world() == 1 else whole  # `shard` makes a copy on several ranks
-        anchor = shard(own, tokenizer, cfg, cfg.offload_anchor).requires_grad_(False)
-    policy = shard(whole, tokenizer, cfg, cfg.offload_optimizer)
+        anchor = shard(own, tokenizer, cfg).requires_grad_(False)
+        if cfg.offload_anchor:
+            anchor.parked = Parked(anchor.parameters())
+    policy = shard(whole, tokenizer, cfg)
     del whole
     optimizer = make_optimizer(policy, cfg)
     start = folder.resume(policy, optimizer, anchor)  # on resume: all three as they were, in float32
-    engine = make_engine(source, policy, tokenizer, cfg)
+    engine, state = make_engine(source, policy, tokenizer, cfg), (policy, tokenizer, optimizer, anchor)
     with Interrupt() as interrupt:
         bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
         for step in bar:
             clock = Clock()
-            row, records = rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg, clock)
+            try:
+                row, records = rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg, clock, interrupt)
+            except Interrupted:  # its rollouts are thrown away: drawn again, they are the same
+                return folder.stop(step, cfg.rl_steps, interrupt, *state)
             folder.log(row, clock, records)
             report_step(bar, row, clock, cfg)
-            state = policy, tokenizer, optimizer, anchor
             if folder.after_step(step, cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state):
                 return
-    finish_stage(folder, cfg.rl_steps, engine, *tests, cfg, "eval")
+    finish_stage(folder, cfg.rl_steps, policy, engine, *tests, cfg, "eval")
 
 def report_step(bar, row: dict, clock, cfg: Config):
     """The console line of a step, and a warning where something looks wrong."""
@@ -894,7 +928,7 @@ def cut_thoughts(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: C
     lengths = lengths or [thought_length(r.ids, tokenizer) for r in rollouts]
     late = [i for i, (r, n) in enumerate(zip(rollouts, lengths)) if is_late(r, n, budget)]
     prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in late]
-    answers = engine.generate(prompts, 1, [0] * len(prompts), cfg.answer_tokens, temperature=0.0)
+    answers = engine.generate(prompts, [[0]] * len(prompts), [0] * len(prompts), cfg.answer_tokens, temperature=0.0)
     result = list(rollouts)
     for i, answer in zip(late, answers):
         ids = rollouts[i].ids[:budget] + prefix + answer.ids
@@ -962,12 +996,13 @@ def run_eval(cfg: Config):
             raise Misuse(f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}; ids are passed on")
         if engine is None:
             lock = on_rank0(locked_folder, folder)  # held until the stage ends
-            engine = make_engine(path, policy, tokenizer, cfg)
-            answerer = make_engine(latest(cfg.answer_model), other, tokenizer, cfg) if other else engine
-        else:
-            engine.tokenizer = tokenizer
-            if engine.load(policy):
-                check_push(engine, policy, encoded[0][1][0], cfg)
+            engine = answerer = make_engine(path, policy, tokenizer, cfg)
+            if other:
+                answerer = make_engine(latest(cfg.answer_model), other, tokenizer, cfg)
+                answerer.load(other)
+        engine.tokenizer = tokenizer
+        if engine.load(policy):
+            check_push(engine, policy, encoded[0][1][0], cfg)
         for (test, _, samples), (problems, prompts) in zip(tests, encoded):
             about = dict(name=name, checkpoint=path, test=test)
             result = measure(policy, engine, answerer, problems, samples, prompts, about, folder, cfg)
@@ -983,10 +1018,11 @@ def run_eval(cfg: Config):
         draw_results(folder)
     print0(f"results and pictures in {folder}")
 
-def finish_stage(folder, steps: int, engine, tests, test_prompts, cfg: Config, next_stage: str):
+def finish_stage(folder, steps: int, policy, engine, tests, test_prompts, cfg: Config, next_stage: str):
     """Evaluate on the held-out problems; say what was reached, where it is and what the next command is."""
     print0(f"checkpoint, metrics and curves.png are in {folder.path}")
     if tests:
+        engine.load(policy)
         _, records = evaluate(engine, tests, test_prompts, 1, cfg)
         value, error = mean_and_error([[r["right"]] for r in records])
         about = f"{len(tests)} problems of {cfg.test or cfg.data or 'the embedded test set'}, one sample each"
@@ -1006,7 +1042,7 @@ def finish_stage(folder, steps: int, engine, tests, test_prompts, cfg: Config, n
 class VLLMEngine:
     """vLLM inside the trainer's processes: under torchrun every `vllm_tp` ranks share one engine.
     New weights come tensor by tensor; on a GPU the engine hands its memory back while the update runs. A call's random
-    numbers depend on its first seed alone, so samples change with the number of engines."""
+    numbers depend on its first sample alone, so samples change with the number of engines."""
     def __init__(self, folder: str, policy, tokenizer, cfg: Config):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights need no copy to reach it
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2: other logits processors, and numpy seeds that no call sets
@@ -1018,15 +1054,8 @@ class VLLMEngine:
 
         class KnownIds(LogitsProcessor):
             """Ids beyond the tokenizer, which pad the vocabulary of many models, are never sampled."""
-
-            def __init__(self, *unused):
-                pass
-
-            def is_argmax_invariant(self):
-                return False
-
-            def update_state(self, batch_update):
-                pass
+            __init__ = update_state = lambda *unused: None  # it has no state
+            is_argmax_invariant = lambda self: False
 
             def apply(self, logits, known=policy.vocabulary):
                 logits[:, known:] = -math.inf
@@ -1034,20 +1063,33 @@ class VLLMEngine:
 
         self.tokenizer, self.cfg, self.asleep, gpu = tokenizer, cfg, False, device_of(cfg).type == "cuda"
         self.end_ids, self.sampling_params, self.dtype = policy.end_ids, vllm.SamplingParams, getattr(torch, cfg.dtype)
-        self.sleeps = gpu and cfg.stage == "rl"
+        self.sleeps = sleeps(cfg)
+        lm = policy.lm
+        layer, backbone = sum(p.numel() for p in lm.base_model.layers[0].parameters()), type(lm.base_model)
+        parameters = sum(p.numel() for p in lm.parameters())
         longest = max(cfg.max_new, *(int(b) for b in cfg.budgets.split(",") if b and cfg.stage == "eval"), 0)
         room = cfg.max_prompt + longest + cfg.answer_tokens + 64  # 64: the text that closes a cut thought
-        share = cfg.vllm_memory / (2 if cfg.answer_model and cfg.stage == "eval" else 1)  # then there are two engines
-        memory = dict(gpu_memory_utilization=share, enable_sleep_mode=self.sleeps)
+        self.ranks, memory = cfg.vllm_tp or 1, dict(kv_cache_memory_bytes=1 << 29)
+        if gpu:
+            torch.cuda.empty_cache()
+            free, card = torch.cuda.mem_get_info()
+            self.ranks = cfg.vllm_tp or engine_ranks(2 * parameters, card, world())
+            gathered = parameters if world() == 1 else parameters - layer * (len(lm.base_model.layers) - 2)
+            share = cfg.vllm_memory or min(gather([engine_share(card, card - free, 2 * gathered)]))
+            share /= 2 if cfg.answer_model and cfg.stage == "eval" else 1  # then there are two engines
+            memory = dict(gpu_memory_utilization=share, enable_sleep_mode=self.sleeps)
+        init = backbone.__init__
         with self.failing("could not be started"):
             self.llm = vllm.LLM(
-                folder, dtype=cfg.dtype, seed=cfg.seed, tensor_parallel_size=cfg.vllm_tp,
-                max_model_len=min(room, getattr(policy.lm.config, "max_position_embeddings", room)),
+                folder, dtype=cfg.dtype, seed=cfg.seed, tensor_parallel_size=self.ranks, **memory,
+                max_model_len=min(room, getattr(lm.config, "max_position_embeddings", room)),
                 distributed_executor_backend="external_launcher" if world() > 1 else None,
                 logprobs_mode="processed_logprobs",  # of the sampled distribution: after temperature and min-p
                 logits_processors=[KnownIds], generation_config="vllm", enforce_eager=not gpu, disable_log_stats=True,
-                **(memory if gpu else dict(kv_cache_memory_bytes=1 << 29)),
+                hf_overrides=dict(head_dtype="float32"),  # as the trainer's logits
             )  # fmt: skip
+        # for a model without a class of its own (Glm) vLLM decorates the very class that the trainer builds and calls
+        backbone.__init__, backbone.do_not_compile = init, True
 
     @contextlib.contextmanager
     def failing(self, what: str):
@@ -1074,14 +1116,15 @@ class VLLMEngine:
                 self.llm.sleep(level=2)
             self.asleep = True
 
-    def generate(self, prompts, k: int, seeds, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
+    def generate(self, prompts, samples, seeds, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
         """As TorchEngine.generate; the ranks that share the engine must call it together, with the same prompts."""
         rollouts, answers = [], []
+        options = dict(temperature=temperature, min_p=min_p, max_tokens=max_new, stop_token_ids=self.end_ids)
+        options |= dict(logprobs=0, flat_logprobs=True, detokenize=False)
         with self.failing("failed"):
-            options = dict(n=k, temperature=temperature, min_p=min_p, max_tokens=max_new, stop_token_ids=self.end_ids)
-            params = self.sampling_params(**options, logprobs=0, flat_logprobs=True, detokenize=False)
             if prompts:
-                torch.manual_seed(seeds[0])
+                torch.manual_seed(seeds[0] + samples[0][0])
+                params = [self.sampling_params(n=len(js), **options) for js in samples]
                 answers = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         for a in answers:
             for o in sorted(a.outputs, key=lambda o: o.index):
@@ -1089,17 +1132,33 @@ class VLLMEngine:
                 rollouts.append(Rollout(list(a.prompt_token_ids), ids, logprobs, o.finish_reason == "stop"))
         return rollouts
 
-def make_engine(folder: str, policy, tokenizer, cfg: Config):
-    """Choose an engine and load the policy; `folder` holds weights of the model, from which vLLM starts."""
+def uses_vllm(cfg: Config) -> bool:
     auto = cfg.engine == "auto" and device_of(cfg).type == "cuda" and importlib.util.find_spec("vllm") is not None
-    engine = VLLMEngine(folder, policy, tokenizer, cfg) if cfg.engine == "vllm" or auto else TorchEngine(tokenizer, cfg)
-    engine.load(policy)
-    return engine
+    return cfg.engine == "vllm" or auto
+
+def sleeps(cfg: Config) -> bool:
+    """Does the engine hand its memory to the update, and get the memory of AdamW's state during rollouts?"""
+    return cfg.stage == "rl" and uses_vllm(cfg) and device_of(cfg).type == "cuda"
+
+def engine_ranks(weights: int, card: int, ranks: int) -> int:
+    """NOT IN PAPER: an engine is shared by the fewest ranks (1, 2, 4 or 8) with which its weights take at most a quarter
+    of each card, so that most of it is cache; bytes of the weights in bfloat16, and of one card."""
+    fitting = [n for n in (1, 2, 4, 8) if ranks % n == 0]
+    return next((n for n in fitting if weights / n <= card / 4), fitting[-1])
+
+def engine_share(card: int, held: int, gathered: int) -> float:
+    """Share of a card for the engine: what the trainer does not hold, less the layers that `check_push` gathers while
+    the engine is awake, less 4 GiB for activations, CUDA and NCCL (bytes)."""
+    return max(0.01, (card - held - gathered - 2**32) / card)
+
+def make_engine(folder: str, policy, tokenizer, cfg: Config):
+    """Choose an engine, which gets the policy's weights by `load`; vLLM starts from those of `folder`."""
+    return VLLMEngine(folder, policy, tokenizer, cfg) if uses_vllm(cfg) else TorchEngine(tokenizer, cfg)
 
 def check_push(engine, policy, prompt: list[int], cfg: Config):
     """After a push, engine and trainer must give the same log-probs to one greedy answer. A push that fails silently
     would leave the rollouts to an old policy for the rest of the run."""
-    (probe,) = engine.generate([prompt], 1, [0], 16, temperature=0.0)
+    (probe,) = engine.generate([prompt], [[0]], [0], 16, temperature=0.0)
     (ours,) = response_logprobs(policy, [(probe.prompt, probe.ids)], cfg)
     gap = (torch.tensor(probe.logprobs) - ours).abs().mean().item()
     tolerance = cfg.probe_tolerance or dict(float32=1e-3, bfloat16=0.1)[cfg.dtype]
@@ -1147,11 +1206,11 @@ class Cache:
     def get_seq_length(self, layer: int = 0) -> int:
         return self.n[layer]
 
-    def extend(self, k: int, longest: int):
-        """Repeat each prompt's prefix for its k samples and make room for `longest` positions."""
+    def extend(self, counts, longest: int):
+        """Repeat each prompt's prefix for its samples and make room for `longest` positions."""
         for layer, x in enumerate(self.kv):
-            self.kv[layer] = x.new_empty(2, x.shape[1] * k, x.shape[2], longest, x.shape[4])
-            self.kv[layer][:, :, :, : x.shape[3]] = x.repeat_interleave(k, 1)
+            self.kv[layer] = x.new_empty(2, int(counts.sum()), x.shape[2], longest, x.shape[4])
+            self.kv[layer][:, :, :, : x.shape[3]] = x.repeat_interleave(counts, 1)
 
     def keep(self, left: int, free, moved):
         """Keep the first `left` slots, after the slots `moved` took the places `free`."""
@@ -1248,33 +1307,53 @@ def empty_lm(config, generation_config):
     lm.generation_config = generation_config
     return lm
 
-def shard(whole: Policy | None, tokenizer, cfg: Config, offload: bool = False) -> Policy:
+def shard(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
     """FSDP2: rank 0's policy cut into shards over all ranks; on one rank it stays whole.
     Each layer is a unit, gathered while it runs; embedding, last norm and head are the root unit, gathered until the
     backward pass is over. Shards are float32, born on the meta device (only rank 0 ever holds the whole model), and
     gathered and run in cfg.dtype; gradients are summed in float32."""
-    policy, gpu = whole, device_of(cfg).type == "cuda"
+    policy = whole
     if world() > 1:
         configs = from_rank0((whole.lm.config, whole.lm.generation_config) if rank() == 0 else None)
         with torch.device("meta"):
             policy = Policy(empty_lm(*configs), tokenizer, cfg)
         options = dict(mesh=dist.init_device_mesh(device_of(cfg).type, (world(),)))
-        options["offload_policy"] = CPUOffloadPolicy() if offload and gpu else OffloadPolicy()
         if cfg.dtype == "bfloat16":
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in policy.lm.base_model.layers:
             fully_shard(layer, **options)
         fully_shard(policy, **options, reshard_after_forward=False)
-        policy.to_empty(device="cpu" if offload and gpu else device_of(cfg))
+        policy.to_empty(device=device_of(cfg))
         buffers = from_rank0(rank() == 0 and {name: b.cpu() for name, b in whole.named_buffers()})
         for name, b in policy.named_buffers():
             b.copy_(buffers[name])
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(policy, whole.state_dict() if rank() == 0 else {}, options=options)
-    if cfg.checkpointing:
-        for layer in policy.lm.base_model.layers:
+    for layer in policy.lm.base_model.layers:
+        if cfg.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if cfg.checkpointing:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return policy
+
+class Parked:
+    """Tensors that lie in CPU memory except where they are used, `with parked: ...`; with a GPU in pinned memory."""
+    def __init__(self, tensors=()):
+        self.storages = [s for x in tensors if (s := local(x).untyped_storage()).nbytes()]
+        self.saved = [torch.UntypedStorage(s.nbytes()) for s in self.storages]
+        if torch.cuda.is_available():
+            self.saved = [saved.pin_memory() for saved in self.saved]
+        self.__exit__()
+
+    def __enter__(self):
+        for storage, saved in zip(self.storages, self.saved):
+            storage.resize_(saved.nbytes())
+            storage.copy_(saved, non_blocking=True)
+
+    def __exit__(self, *unused):
+        for storage, saved in zip(self.storages, self.saved):
+            saved.copy_(storage)
+            storage.resize_(0)
 
 def local(x: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a tensor, or the tensor itself where it is not sharded."""
@@ -1287,12 +1366,15 @@ def full_weights(policy, dtype=None):
         yield name, w.full_tensor() if isinstance(w, DTensor) else w
 
 def make_optimizer(policy, cfg: Config):
-    """AdamW (NOT IN PAPER: betas, one weight decay for all), with a state that a checkpoint can be read into."""
+    """AdamW (NOT IN PAPER: betas, one weight decay for all), with a state that a checkpoint can be read into; `parked`
+    where asked, and where an engine wants the memory."""
     options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(policy.parameters(), **options)
     for p in policy.parameters():
         step = torch.zeros((), device=local(p).device)
         optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    moments = [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+    optimizer.parked = Parked(moments if cfg.offload_optimizer or sleeps(cfg) else ())
     return optimizer
 
 # --------------------------------------------------------------------------- machinery: data, run folders, checkpoints
@@ -1341,8 +1423,11 @@ def locked_folder(path: Path):
     """Make a folder that no other process works in -> its lock, held until it is closed."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "w")
+        lock = open(path / "lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        print(os.getpid(), time.time_ns(), file=lock, flush=True)  # `create` checks that every rank can read it
+        os.fsync(lock)
     except BlockingIOError:
         raise Misuse(f"{path}: another process works in this folder; wait for it, or choose another --name")
     except OSError as e:
@@ -1386,6 +1471,10 @@ class RunFolder:
     def create(self, source: str, rows: list[dict]):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data."""
         self.lock, self.has_answers = on_rank0(locked_folder, self.path), all(row.get("answer") for row in rows)
+        lock = self.path / "lock"
+        same = from_rank0(rank() == 0 and lock.read_text()) == (lock.exists() and lock.read_text())
+        all_ranks_agree(None if same else Misuse(f"{self.path}: rank {rank()} does not see what rank 0 writes there; "
+                                                 "--out must lie on a file system that all nodes share"))  # fmt: skip
         code = b"".join(Path(m.__file__).read_bytes() for m in (sys.modules[__name__], data_prep, verify))
         data = repr([(row["problem"], row.get("response"), row.get("answer")) for row in rows]).encode()
         about = dict(config=self.values, world_size=world(), python=sys.version.split()[0], torch=torch.__version__)
@@ -1422,14 +1511,20 @@ class RunFolder:
 
     def after_step(self, step: int, steps: int, draw_every: int, save_every: int, interrupt, *what) -> bool:
         """Draw and save (`what`: the arguments of `save`) when it is time, at the end, and on a signal. -> stop now?"""
-        last, signalled = step + 1 == steps, interrupt.received()
-        if last or signalled or (step + 1) % draw_every == 0:
+        last = step + 1 == steps
+        if last or (step + 1) % draw_every == 0:
             draw_steps(self.path)
-        if last or signalled or (step + 1) % save_every == 0:
+        if last or (step + 1) % save_every == 0:
             self.save(step + 1, *what)
-        if signalled and not last:
-            print0(f"{signalled}: saved after step {step + 1} of {steps}; the same command resumes there")
-        return bool(signalled) and not last
+        return not last and bool(interrupt.received()) and self.stop(step + 1, steps, interrupt, *what)
+
+    def stop(self, done: int, steps: int, interrupt, *what) -> bool:
+        """A signal came after so many steps: save, unless that is done -> True."""
+        draw_steps(self.path)
+        if done and not is_whole(self.path / f"checkpoint-{done}"):
+            self.save(done, *what)
+        print0(f"{interrupt.received()}: saved after step {done} of {steps}; the same command resumes there")
+        return True
 
     def save(self, step: int, policy, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
@@ -1446,10 +1541,10 @@ class RunFolder:
                 tokenizer.save_pretrained(beside)
             del weights
             all_ranks_agree()
-            state = trainer_state(policy, optimizer, anchor)
-            files = {name: 1 + i // 32 for i, name in enumerate(state)}  # a file is gathered in memory, then written
-            storage = dcp.HuggingFaceStorageWriter(str(beside / "trainer"), files, save_distributed=True)  # no pickle
-            dcp.save(state, storage_writer=storage)
+            with trainer_state(policy, optimizer, anchor) as state:
+                files = {name: 1 + i // 32 for i, name in enumerate(state)}  # a file is gathered in memory, then written
+                path = str(beside / "trainer")
+                dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(path, files, save_distributed=True))
             all_ranks_agree()
             if rank() == 0:
                 self.seal(beside, self.path / f"checkpoint-{step}")
@@ -1490,8 +1585,8 @@ class RunFolder:
         if found:
             try:
                 sizes = read_json(source / "trainer" / "logs.json")
-                state = trainer_state(policy, optimizer, anchor)
-                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(source / "trainer")))
+                with trainer_state(policy, optimizer, anchor) as state:
+                    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(source / "trainer")))
             except (Exception, dcp.CheckpointException) as e:
                 error = Misuse(f"{source}: damaged ({reason_of(e, -1)}); remove it to resume from the one before")
             all_ranks_agree(error)
@@ -1506,14 +1601,17 @@ class RunFolder:
         all_ranks_agree()
         return step_of(source) if found else 0
 
-def trainer_state(policy, optimizer, anchor=None) -> dict[str, torch.Tensor]:
+@contextlib.contextmanager
+def trainer_state(policy, optimizer, anchor=None):
     """Tensors needed to resume, by flat names, as shards where the model is sharded: weights in float32, AdamW's state,
     the anchor. No random state: every draw has a seed of its own, made from the run's seed, the step and the place."""
     state = {}
     for name, p in policy.lm.named_parameters():
         state["policy." + name] = p.detach()
         state |= {f"{kind}.{name}": x for kind, x in optimizer.state[p].items()}
-    return state | {"anchor." + name: p.detach() for name, p in (anchor.lm.named_parameters() if anchor else ())}
+    state |= {"anchor." + name: p.detach() for name, p in (anchor.lm.named_parameters() if anchor else ())}
+    with optimizer.parked, (anchor or policy).parked:
+        yield state
 
 # ----------------------------------------------------------------------------------- machinery: ranks, seeds, signals
 # Where ranks agree (`all_ranks_agree`), a Stop of one ends all with its line. A rank that ends otherwise breaks the
@@ -1592,11 +1690,15 @@ class Clock:
         shares = ", ".join(f"{name} {s / sum(wall.values()):.0%}" for name, s in wall.items())
         return f"{row['tokens'] / sum(wall.values()):,.0f} tokens/s ({shares})"
 
+class Interrupted(Exception):
+    """A signal came in the middle of a step of RL that has changed nothing yet."""
+
 class Interrupt:
-    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the current step. A
-    second signal within 10 s is ignored (launchers often send two); one after 10 s kills the process."""
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end: after the current step, in
+    RL after its current phase. A second signal within 10 s is ignored (launchers often send two); one after 10 s kills."""
+    name, at = "", math.inf
+
     def __enter__(self):
-        self.name, self.at = "", math.inf
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         return self
 
@@ -1610,11 +1712,15 @@ class Interrupt:
             os.kill(os.getpid(), number)
         if not self.name:
             self.name, self.at = signal.Signals(number).name, time.monotonic()
-            os.write(2, b"\nstopping: a checkpoint is saved after this step\n")
+            os.write(2, b"\nstopping: a checkpoint is saved first\n")
 
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
         return max(gather([self.name]))
+
+    def check(self):
+        if self.received():
+            raise Interrupted
 
 # ------------------------------------------------------------------------ machinery: pictures, from a run's files alone
 PANELS = {  # stage -> panels of curves.png: label with unit, and columns of metrics.jsonl
@@ -1681,7 +1787,7 @@ def save_figure(figure: Figure, path: Path, title: str):
 
 # ---------------------------------------------------------------------------------------------- machinery: command line
 STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
-MAY_BE_ZERO = set("probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
+MAY_BE_ZERO = set("vllm_tp vllm_memory probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
                   " ema_decay entropy_coef weight_decay eval_temperature eval_samples".split())  # fmt: skip
 RESUMES = "the same command resumes from the last checkpoint"
 
@@ -1741,8 +1847,8 @@ def check_config(cfg: Config):
     installed = importlib.util.find_spec
     need(cfg.engine != "vllm" or installed("vllm"), "engine", "not installed here: pip install vllm==0.32.0")
     need(not cfg.tensorboard or installed("tensorboard"), "tensorboard", "not installed here; pip install tensorboard")
-    need(cfg.vllm_tp == 1 or cfg.engine == "vllm", "vllm_tp", "only with --engine vllm")
-    need(ranks % cfg.vllm_tp == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
+    need(not cfg.vllm_tp or cfg.engine != "torch", "vllm_tp", "only with --engine vllm")
+    need(ranks % (cfg.vllm_tp or 1) == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
     need(cfg.prompts * cfg.k >= ranks, "prompts", f"each of the {ranks} ranks needs at least one response")
     need(cfg.sft_batch >= ranks, "sft_batch", f"each of the {ranks} ranks needs at least one trace")
@@ -1751,6 +1857,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = parse_args(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+                torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -523,7 +523,7 @@ def greedy(policy, prompt, n):
 def test_greedy_engine_equals_generate(talkative, engine):
     engine.load(talkative.policy)
     prompts = random_prompts(talkative.tokenizer, 24, seed=7)
-    rollouts = engine.generate(prompts, 1, [0] * 24, max_new=30, temperature=0.0)
+    rollouts = engine.generate(prompts, [[0]] * 24, [0] * 24, max_new=30, temperature=0.0)
     assert len({len(r.ids) for r in rollouts}) > 4
     for prompt, rollout in zip(prompts, rollouts):
         assert rollout.prompt == prompt and rollout.ids == greedy(talkative.policy, prompt, 30)
@@ -533,7 +533,7 @@ def test_greedy_engine_equals_generate(talkative, engine):
 def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p):
     engine.load(talkative.policy)
     prompts = random_prompts(talkative.tokenizer, 6, seed=8)
-    rollouts = engine.generate(prompts, 4, [1] * 6, 25, temperature, min_p)
+    rollouts = engine.generate(prompts, [range(4)] * 6, [1] * 6, 25, temperature, min_p)
     assert [r.prompt for r in rollouts] == [p for p in prompts for _ in range(4)]
     rows = [(r.prompt, r.ids) for r in rollouts]
     for r, trainer in zip(rollouts, t1.response_logprobs(talkative.policy, rows, talkative.cfg, temperature, min_p)):
@@ -544,7 +544,7 @@ def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_
     """The first tokens of 3,000 samples against the distribution, computed plainly; nothing outside min-p's support."""
     engine.load(talkative.policy)
     (prompt,) = random_prompts(talkative.tokenizer, 1, seed=9)
-    first = [r.ids[0] for n in range(3) for r in engine.generate([prompt], 1000, [n], 1, temperature, min_p)]
+    first = [r.ids[0] for n in range(3) for r in engine.generate([prompt], [range(1000)], [n], 1, temperature, min_p)]
     logits = talkative.policy.lm(torch.tensor([prompt])).logits[0, -1, : talkative.policy.vocabulary].detach()
     p = plain_distribution(torch.ones(1, 1), logits[:, None], temperature, min_p)[0]
     count = torch.bincount(torch.tensor(first), minlength=len(p)).double()
@@ -566,30 +566,30 @@ def test_rollouts_depend_on_their_seeds_alone(talkative, engine):
     prompts, drawn = [[5, 6, 7], [8, 9]] * 3, []
     for step in (0, 0, 1):
         seeds = [t1.seed_for(0, "rollout", step, i) for i in range(6)]
-        drawn.append([r.ids for r in engine.generate(prompts, 4, seeds, max_new=8)])
+        drawn.append([r.ids for r in engine.generate(prompts, [range(4)] * len(prompts), seeds, max_new=8)])
     assert drawn[0] == drawn[1] != drawn[2]
     assert len({str(drawn[0][i : i + 4]) for i in range(0, 24, 4)}) == 6  # equal prompts, different samples
 
 def test_a_sample_does_not_depend_on_its_batch(talkative):
     """So that another number of ranks, or another --rollout-rows, draws the same responses."""
     prompts = random_prompts(talkative.tokenizer, 10, seed=10)
-    together = torch_engine(talkative).generate(prompts, 3, list(range(10)), 20, 1.2)
+    together = torch_engine(talkative).generate(prompts, [range(3)] * 10, list(range(10)), 20, 1.2)
     apart, small = [], torch_engine(talkative, rollout_rows=2)
     for seed, prompt in enumerate(prompts):
-        apart += small.generate([prompt], 3, [seed], 20, 1.2)
+        apart += small.generate([prompt], [range(3)], [seed], 20, 1.2)
     assert [r.ids for r in together] == [r.ids for r in apart]
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
     engine.load(talkative.policy)
     known = talkative.policy.vocabulary
     assert talkative.policy.lm(torch.tensor([[3, 4]])).logits[0, -1].argmax() >= known  # the model would
-    assert max(i for r in engine.generate([[3, 4]], 64, [0], max_new=20) for i in r.ids) < known
+    assert max(i for r in engine.generate([[3, 4]], [range(64)], [0], max_new=20) for i in r.ids) < known
 
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(talkative, engine, monkeypatch):
     policy, cfg = talkative.policy, talkative.cfg
     engine.load(policy)
     prompts = random_prompts(talkative.tokenizer, 8, seed=11)
-    before = [r.ids for r in engine.generate(prompts, 1, [0] * 8, 20, 0.0)]
+    before = [r.ids for r in engine.generate(prompts, [[0]] * 8, [0] * 8, 20, 0.0)]
     moved = copy.deepcopy(policy)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -597,7 +597,7 @@ def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(talkative,
             p.add_(0.1 * p.std() * torch.randn_like(p))
     engine.load(moved)
     t1.check_push(engine, moved, prompts[0], cfg)
-    after = [r.ids for r in engine.generate(prompts, 1, [0] * 8, 20, 0.0)]
+    after = [r.ids for r in engine.generate(prompts, [[0]] * 8, [0] * 8, 20, 0.0)]
     assert after == [greedy(moved, p, 20) for p in prompts] != before
     if isinstance(engine, t1.VLLMEngine):  # a push that does nothing and reports nothing
         monkeypatch.setattr(engine.llm, "collective_rpc", lambda *args, **kwargs: None)
@@ -614,7 +614,7 @@ def test_a_lost_engine_is_one_line(talkative, engine, monkeypatch):
 
     monkeypatch.setattr(engine.llm, "generate", lost)
     with pytest.raises(t1.Stop, match=r"the vLLM engine failed \(EngineCore died\); the same command resumes"):
-        engine.generate([[3, 4]], 1, [0], 4)
+        engine.generate([[3, 4]], [[0]], [0], 4)
 
 # ------------------------------------------------------------------------------------------------------------- rewards
 
@@ -669,7 +669,7 @@ def test_a_penalty_replaces_the_reward_of_a_right_answer_and_can_be_switched_off
     rollouts = [t1.Rollout([1], ids, [], done) for ids, done in ((right, True), (right, False), (wrong, True))]
     for penalties, expected in ((True, [1.0, -1.0, 0.0]), (False, [1.0, 1.0, 0.0])):
         cfg = dataclasses.replace(tiny.cfg, penalties=penalties)
-        assert [r["reward"] for r in t1.judge(rollouts, [problem], tiny.tokenizer, cfg)] == expected
+        assert [r["reward"] for r in t1.judge(rollouts, [problem] * 3, tiny.tokenizer, cfg)] == expected
 
 PROBLEM = ("Find the smallest positive integer n that leaves remainder 3 when divided by 5 "
            "and remainder 1 when divided by 7.")  # fmt: skip
@@ -851,7 +851,8 @@ def test_a_checkpoint_is_an_ordinary_folder(trained):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
     engine = t1.make_engine(str(folder), policy, tokenizer, cfg)
-    (rollout,) = engine.generate([ids], 1, [0], 24, temperature=0.0)
+    engine.load(policy)
+    (rollout,) = engine.generate([ids], [[0]], [0], 24, temperature=0.0)
     answer = plain.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[0, len(ids) :].tolist()
     assert answer == rollout.ids
 
@@ -883,7 +884,7 @@ def test_cut_and_answer(talkative):
     for budget in (3, len(endless), n - 1):
         texts = t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)
         prompt = question + ended[:budget] + prefix
-        (answer,) = engine.generate([prompt], 1, [0], cfg.answer_tokens, temperature=0.0)
+        (answer,) = engine.generate([prompt], [[0]], [0], cfg.answer_tokens, temperature=0.0)
         ids = ended[:budget] + prefix + answer.ids
         dropped = answer.finished and ids[-1] in tokenizer.all_special_ids  # only the tokenizer's own end is no text
         assert texts[0] == tokenizer.decode(ids[: len(ids) - dropped]) != own
@@ -919,9 +920,9 @@ def test_a_killed_evaluation_resumes_to_the_same_bits(guess, tmp_path, monkeypat
     (killed / "responses.jsonl").write_bytes(text[: len(text) // 2])  # the first chunk of 30, a part of the next
     asked, generate = [], t1.TorchEngine.generate
 
-    def counted(self, prompts, k, *args, **kwargs):
-        asked.append(k * len(prompts))
-        return generate(self, prompts, k, *args, **kwargs)
+    def counted(self, prompts, samples, *args, **kwargs):
+        asked.append(sum(map(len, samples)))
+        return generate(self, prompts, samples, *args, **kwargs)
 
     monkeypatch.setattr(t1.TorchEngine, "generate", counted)
     evaluate_again(guess, tmp_path / "killed", "--eval-samples", 2)
@@ -1182,7 +1183,9 @@ def save_samples(folder, engine, out):
     dist.init_process_group("gloo")
     cfg = config("--engine", engine, "--max-new", 24)
     whole, tokenizer = t1.load_whole(folder, cfg)
-    engine = t1.make_engine(folder, t1.shard(whole, tokenizer, cfg), tokenizer, cfg)
+    policy = t1.shard(whole, tokenizer, cfg)
+    engine = t1.make_engine(folder, policy, tokenizer, cfg)
+    engine.load(policy)
     problems = [dict(id="0", problem="Name a number.", answer="1")] * 4
     prompts, drawn = t1.encode_prompts(problems, tokenizer, cfg)[1], []
     for step in (0, 1, 0):
@@ -1197,7 +1200,7 @@ def save_samples(folder, engine, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=needs_vllm)])
 def test_two_ranks_sample_differently(talkative, tmp_path, engine):
-    """Two of the four equal problems on each rank: no group of samples equals another; the same step draws the same."""
+    """Six of the samples of four equal problems on each rank: no group equals another; the same step draws the same."""
     torchrun(__file__, "save_samples", talkative.folder, engine, tmp_path / "out.pt")
     first, other, again = torch.load(tmp_path / "out.pt", weights_only=True)
     assert first == again and len(first) == 12
@@ -1233,21 +1236,25 @@ def wait_for_rows(folder, n, process, seconds=240):
         assert process.poll() is None and time.time() < deadline, "the run ended or hung before it was disturbed"
         time.sleep(0.01)
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_the_run_which_resumes_to_the_same_bits(guess, tmp_path, monkeypatch, asked):
-    rl_step = t1.rl_step
+@pytest.mark.parametrize("asked, phase, done", [
+    (signal.SIGTERM, "roll_out", 2), (signal.SIGINT, "kl_to_anchor", 2), (signal.SIGUSR1, "update", 3),
+])  # fmt: skip
+def test_a_signal_saves_and_ends_the_run_which_resumes_to_the_same_bits(guess, tmp_path, monkeypatch, asked, phase, done):
+    """In the third step: before the update the step is thrown away, after it the step is finished."""
+    function, calls = getattr(t1, phase), []
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 6, "--rl-save-every", 100)
 
-    def disturbed(step, *rest):
-        if step == 2:
+    def disturbed(*rest):
+        calls.append(0)
+        if len(calls) == 3:
             os.kill(os.getpid(), asked)
-        return rl_step(step, *rest)
+        return function(*rest)
 
-    monkeypatch.setattr(t1, "rl_step", disturbed)
+    monkeypatch.setattr(t1, phase, disturbed)
     code, out, err = main(*args)
-    assert code == 0 and f"{asked.name}: saved after step 3 of 6; the same command resumes there" in out, err
+    assert code == 0 and f"{asked.name}: saved after step {done} of 6; the same command resumes there" in out, err
     folder = tmp_path / "tiny/rl"
-    assert [p.name for p in t1.checkpoints(folder)] == ["checkpoint-3"] and len(rows_of(folder)) == 3
+    assert [p.name for p in t1.checkpoints(folder)] == [f"checkpoint-{done}"] and len(rows_of(folder)) == done
     assert main(*args)[0] == 0
     monkeypatch.undo()
     assert main(*args, "--name", "whole")[0] == 0 and outcome(folder, 6) == outcome(tmp_path / "whole/rl", 6)

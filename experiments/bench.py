@@ -117,7 +117,8 @@ def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job
 def our_rl_step(job: Job, step: int) -> Timing:
     clock = t1.Clock()
     row, _ = t1.rl_step(
-        step, job.problems, job.prompts, job.policy, job.anchor, job.engine, job.optimizer, job.cfg, clock
+        step, job.problems, job.prompts, job.policy, job.anchor, job.engine, job.optimizer, job.cfg, clock,
+        t1.Interrupt(),
     )
     return Timing(row["tokens"], clock.seconds)
 

@@ -106,7 +106,7 @@ def force_budget(engine, rollouts: list[t1.Rollout], budget: int, wait_words: st
         room = budget - min(len(thoughts[i]) for i in short)
         seeds = [t1.seed_for(cfg.seed, "forced", turn, i) for i in short]
         prompts = [rollouts[i].prompt + thoughts[i] for i in short]
-        for i, new in zip(short, engine.generate(prompts, 1, seeds, room, cfg.eval_temperature)):
+        for i, new in zip(short, engine.generate(prompts, [[0]] * len(prompts), seeds, room, cfg.eval_temperature)):
             thoughts[i] = reopened(thoughts[i] + new.ids, new.finished, wait, tokenizer)
     return [t1.Rollout(r.prompt, thought[:budget], [], False) for r, thought in zip(rollouts, thoughts)]
 
@@ -210,7 +210,10 @@ def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
     policy, tokenizer = t1.load_policy(last["checkpoint"], cfg)
     engine = answerer = t1.make_engine(last["checkpoint"], policy, tokenizer, cfg)
     if cfg.answer_model:
-        answerer = t1.make_engine(cfg.answer_model, *t1.load_policy(cfg.answer_model, cfg), cfg)
+        other, _ = t1.load_policy(cfg.answer_model, cfg)
+        answerer = t1.make_engine(cfg.answer_model, other, tokenizer, cfg)
+        answerer.load(other)
+    engine.load(policy)
     tests = [spend(policy, engine, answerer, base, entry, samples, wait_words, cfg) for entry in entries.values()]
     about = dict(checkpoint=last["checkpoint"], name=last["name"], seed=cfg.seed, temperature=cfg.eval_temperature)
     about |= dict(wait_words=wait_words, samples=samples, tests=tests)

@@ -590,7 +590,7 @@ def load_and_generate(folder: str):
     policy, tokenizer = t1.load_policy(folder, cfg)
     engine = t1.TorchEngine(tokenizer, cfg)
     engine.load(policy)
-    engine.generate([t1.prompt_ids("What is 1 + 1?", tokenizer, cfg)], 2, [0], 3)
+    engine.generate([t1.prompt_ids("What is 1 + 1?", tokenizer, cfg)], [range(2)], [0], 3)
 
 
 def run_folder_case(rng: random.Random, folder: Path, base: dict):

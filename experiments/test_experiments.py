@@ -394,7 +394,7 @@ def test_budget_forcing_works_on_ids(talkative):
     class Ends:  # an engine whose every answer is the end of the thought
         tokenizer = engine.tokenizer
 
-        def generate(self, prompts, k, seeds, room, temperature, min_p=0.0):
+        def generate(self, prompts, samples, seeds, room, temperature, min_p=0.0):
             return [t1.Rollout(p, ended[len(thought) :], [], True) for p in prompts]
 
     assert force(Ends(), rollouts[:1])[0].ids == (thought + wait * 60)[:60]
