@@ -20,7 +20,7 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,7 @@ class Timing:
 
     tokens: int
     seconds: dict[str, tuple[float, float]]
+    row: dict = field(default_factory=dict)  # of metrics.jsonl
 
     def rate(self, clock: int, phase: str = "") -> float:
         """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the whole step."""
@@ -120,7 +121,7 @@ def our_rl_step(job: Job, step: int) -> Timing:
         step, job.problems, job.prompts, job.policy, job.anchor, job.engine, job.optimizer, job.cfg, clock,
         t1.Interrupt(),
     )
-    return Timing(row["tokens"], clock.seconds)
+    return Timing(row["tokens"], clock.seconds, row)
 
 
 def our_sft_step(job: Job, step: int) -> Timing:
