@@ -25,7 +25,7 @@ import experiments
 import t1
 from experiments import bench, costs, plan
 
-GENERATE = ((2, 16, 24), (8, 16, 24), (2, 16, 72), (8, 16, 72))  # prompts, samples of each, longest response
+GENERATE = ((4, 16, 4), (12, 16, 4), (4, 16, 1.33), (12, 16, 1.33))  # prompts, samples of each, --max-new / longest
 
 
 def cpu_seconds(work, *args) -> tuple[float, object]:
@@ -47,9 +47,9 @@ def fit_positive(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 def decode_costs(job: bench.Job, prefill: float) -> tuple[costs.Decode, float]:
     """Costs of the job's engine, from generations of several sizes; and seconds to judge a token."""
     features, seconds, judging = [], [], []
-    for P, K, longest in GENERATE:
+    for P, K, part in GENERATE:
         prompts = [job.prompts[-1 - i] for i in range(P)]
-        request = prompts, [list(range(K))] * P, list(range(P)), longest, job.cfg.temperature
+        request = prompts, [list(range(K))] * P, list(range(P)), int(job.cfg.max_new / part), job.cfg.temperature
         took, rollouts = cpu_seconds(job.engine.generate, *request)
         lengths = np.array([len(r.ids) for r in rollouts])
         cached = (lengths * np.repeat([len(p) for p in prompts], K) + lengths * (lengths - 1) / 2).sum()
