@@ -171,14 +171,16 @@ def simulate(lengths, prompts, prompt: int, cache: float, requests: int, costs: 
 def update_flop(shape: Shape, lengths, prompt: int, cfg: t1.Config) -> tuple[float, float]:
     """FLOP of the anchor's log-probs and of the gradient, for responses of these lengths after `prompt` tokens each.
 
-    The gradient is three forward passes, four with checkpointing; attention, which flash attention computes again in
-    its backward, 3.5 or 4.5; the head's logits are never computed again.
+    The gradient is three forward passes; attention, which flash attention computes again in its backward, 3.5. With
+    checkpointing one more of each, but for the last product of a layer, whose result no backward needs; the head's
+    logits are never computed again.
     """
     rows, again = lengths + prompt, 1 if cfg.checkpointing else 0
+    last = 2 * shape.layers * shape.intermediate * shape.hidden * rows.sum()
     layers = 2 * shape.layers * parameter_counts(shape)[0] * rows.sum()
     attention = 2 * shape.layers * shape.heads * shape.head_width * (rows.astype(float) ** 2).sum()  # causal: half
     head = 2 * shape.vocabulary * shape.hidden * lengths.sum()
-    return layers + attention + head, (3 + again) * layers + (3.5 + again) * attention + 3 * head
+    return layers + attention + head, (3 + again) * layers - again * last + (3.5 + again) * attention + 3 * head
 
 
 def step_seconds(shape, gpus: int, lengths, prompt: int, memory: dict, cfg, machine: Machine, costs=None) -> dict:
