@@ -88,10 +88,12 @@ def cache_bytes(shape: Shape) -> int:
 def response_lengths(P: int, K: int, mean: float, cut: float, longest: int, between: float = 0.5) -> np.ndarray:
     """(P, K) lognormal lengths, cut at `longest`: of this mean, a share `cut` of them cut (both in metrics.jsonl).
 
-    Assumed: half of the logarithms' variance lies between prompts, the other half between the samples of a prompt.
+    Assumed: half of the logarithms' variance lies between prompts, the other half between the samples of a prompt. Both
+    normal variables take their quantiles in random order, so that another seed changes little.
     """
     rng = np.random.default_rng(0)
-    z = between**0.5 * rng.standard_normal((P, 1)) + (1 - between) ** 0.5 * rng.standard_normal((P, K))
+    z_prompt, z_sample = (np.array([NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)]) for n in (P, K))
+    z = between**0.5 * rng.permutation(z_prompt)[:, None] + (1 - between) ** 0.5 * rng.permuted([z_sample] * P, axis=1)
     edge, low, high = NormalDist().inv_cdf(1 - cut), 0.01, 5.0  # the spread lies between low and high
     for _ in range(40):
         spread = (low + high) / 2
