@@ -3,7 +3,7 @@
     export OMP_NUM_THREADS=1
     python -m experiments.bench                   with TRL in the environment: pip install trl==1.16.0
     python -m experiments.bench --max-new 512     rows of different lengths
-    python -m experiments.bench --gpu             what one GPU does, in minutes: no download, no TRL; vLLM if it is there
+    python -m experiments.bench --gpu             what one GPU does, in minutes; no download, vLLM if it is there
 
 The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch, float32, random
 weights. Up to 128 new tokens the model has one end token, so nearly all responses have the full length; above, one

@@ -192,9 +192,10 @@ def measure_stages(sizes: Sizes, engine: str) -> dict:
     row, said = {}, io.StringIO()
     with tempfile.TemporaryDirectory() as out:
         for stage, steps in zip(("sft", "rl"), sizes.steps):
-            options = f"--stage {stage} --preset tiny --out {out} --dtype bfloat16 --device {sizes.device} --engine {engine}"
+            options = ["--stage", stage, "--preset", "tiny", "--out", out, f"--{stage}-steps", str(steps)]
+            options += ["--dtype", "bfloat16", "--device", sizes.device, "--engine", engine]
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                if t1.main([*options.split(), f"--{stage}-steps", str(steps)]):
+                if t1.main(options):
                     raise t1.Stop(f"stage {stage}: {said.getvalue().strip().splitlines()[-1]}")
             logs = data_prep.read_log(Path(out) / "tiny" / stage / "timings.jsonl")[steps // 2 :]
             seconds = sum(x[phase] for x in logs for phase in ("train", *PHASES) if phase in x)

@@ -181,15 +181,16 @@ def run_plan(own, configs: list[t1.Config], machine: Machine):
     for name, shape, cfg in [(*shape_for(cfg), cfg) for cfg in configs]:
         for lines, rows in zip((memory, seconds), rows_of(shape, own, cfg, machine)):
             lines += [f"{name[:14]:14}{row}" for row in rows]
-    on = [name for name in ("checkpointing", "compile", "offload_optimizer", "offload_anchor") if getattr(first, name)]
-    t1.print0(", ".join([first.dtype, *on, f"anchor {first.anchor}", f"micro-batches of {first.micro_tokens:,} tokens"]))
-    t1.print0(f"GiB per GPU, computed; `cache` in tokens of an engine of `tp` GPUs. The update fits where "
-              f"{machine.usable:.0%} of {machine.card / 2**30:.0f} GiB is enough, the rest is for CUDA and NCCL.")  # fmt: skip
+    switches = ("checkpointing", "compile", "offload_optimizer", "offload_anchor")
+    on = [name for name in switches if getattr(first, name)]
+    t1.print0(", ".join([first.dtype, *on, f"anchor {first.anchor}", f"micro-batches of {first.micro_tokens:,}"]))
+    t1.print0("GiB per GPU, computed; `cache` in tokens of an engine of `tp` GPUs. The update fits where")
+    t1.print0(f"{machine.usable:.0%} of {machine.card / 2**30:.0f} GiB is enough: the rest is for CUDA and NCCL.")
     t1.print0(f"{'model':14} GPUs" + "".join(f"{name:>12}" for name in MEMORY) + "  tp  share      cache  fits")
     t1.print0("\n".join(memory))
     lengths = lengths_for(own, first)
-    t1.print0(f"\nSeconds a step, computed: {first.prompts} x {first.k} responses of {lengths.mean():,.0f} tokens in the "
-              f"mean, {np.mean(lengths == first.max_new):.1%} reach {first.max_new:,}")  # fmt: skip
+    batch = f"{first.prompts} x {first.k} responses of {lengths.mean():,.0f} tokens in the mean"
+    t1.print0(f"\nSeconds a step, computed: {batch}, {np.mean(lengths == first.max_new):.1%} reach {first.max_new:,}")
     t1.print0(f"{'model':14} GPUs" + "".join(f"{p:>10}" for p in PHASES) + f"{'step':>9}{'steps':>8}  GPU-hours   days")
     t1.print0("\n".join(seconds))
 

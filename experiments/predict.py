@@ -4,11 +4,11 @@
     python -m experiments.predict --job bench                   the job of experiments.bench
     python -m experiments.predict --job tiny --engine vllm      the preset tiny, and vLLM (options are t1.py's)
 
-Constants are measured on this machine just before each step, with other rows and other lengths than the step has: FLOP/s
-of log-probs and gradient, seconds of a decode step (a + b rows + c cached tokens) and of judging, bytes/s of AdamW and
+Constants are measured on this machine just before each step, on other rows and lengths than the step has: FLOP/s of
+log-probs and gradient, seconds of a decode step (a + b rows + c cached tokens) and of judging, bytes/s of AdamW and
 anchor, seconds of a push. Of the measured steps the prediction knows what metrics.jsonl has: mean length, and the share
-of responses that reach --max-new. All in CPU seconds, medians over the steps. Weights are random; above 128 new tokens one
-token in 64 ends a response, below nearly all have the full length.
+of responses that reach --max-new. All in CPU seconds, medians over the steps. Weights are random; above 128 new tokens
+one token in 64 ends a response, below nearly all have the full length.
 """
 
 import dataclasses
@@ -64,8 +64,8 @@ def decode_costs(job: bench.Job, prefill: float) -> tuple[costs.Decode, float]:
 def measure(job: bench.Job, shape: costs.Shape) -> tuple[costs.Machine, costs.Decode]:
     """The constants of this machine for the job's model."""
     cfg, length = job.cfg, job.cfg.max_new // 2
-    rows = [([1] * 8, [2 + (7 * i + j) % 200 for j in range(length)]) for i in range(2 * cfg.micro_tokens // (length + 8))]
-    ones = torch.ones(len(rows))
+    n = 2 * cfg.micro_tokens // (length + 8)
+    rows, ones = [([1] * 8, [2 + (7 * i + j) % 200 for j in range(length)]) for i in range(n)], torch.ones(n)
     forward, _ = cpu_seconds(t1.response_logprobs, job.anchor, rows, cfg, cfg.temperature)
     sampled = [[-1.0] * length] * len(rows)
     options = cfg.entropy_coef, cfg.temperature, 0.0, sampled
@@ -78,7 +78,9 @@ def measure(job: bench.Job, shape: costs.Shape) -> tuple[costs.Machine, costs.De
     push, pushed = cpu_seconds(job.engine.load, job.policy)
     if pushed:
         push += cpu_seconds(t1.check_push, job.engine, job.policy, job.prompts[0], cfg)[0]
-    parameters = sum(p.numel() for p in job.policy.parameters())
+    parameters, requests = sum(p.numel() for p in job.policy.parameters()), cfg.rollout_rows
+    if isinstance(job.engine, t1.VLLMEngine):
+        requests = job.engine.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
     machine = costs.Machine(
         flops=speed,
         efficiency=1,
@@ -89,7 +91,7 @@ def measure(job: bench.Job, shape: costs.Shape) -> tuple[costs.Machine, costs.De
         tensor=push / (12 * shape.layers + 3),
         judge=judge,
         gather=0,
-        requests=job.cfg.rollout_rows,
+        requests=requests,
     )
     return machine, engine
 
@@ -102,7 +104,6 @@ def median_of(values: list):
 
 def run_predict(name: str, steps: int, options: list[str]) -> dict[str, tuple[float, float]]:
     """-> (measured, predicted) CPU seconds of each phase, printed as a table."""
-    tiny = ["--preset", "tiny"]
     preset = [f"--{key.replace('_', '-')}={value}" for key, value in bench.BENCH.items()] if name == "bench" else []
     options = ["--preset", "tiny", *preset, *options]
     cfg, sft_cfg = (t1.parse_args(experiments.stage_options(stage, options)) for stage in ("rl", "sft"))
@@ -127,9 +128,10 @@ def run_predict(name: str, steps: int, options: list[str]) -> dict[str, tuple[fl
     phases = {phase: (measured[phase], predicted[phase]) for phase in predicted} | {"step": (0.0, 0.0)}
     phases["step"] = tuple(map(sum, zip(*phases.values())))
     t1.print0(bench.about_machine())
-    t1.print0(f"{name}, {type(job.engine).__name__}: {mean:.0f} tokens a response, {cut:.0%} reach {cfg.max_new}, {steps} steps")
-    t1.print0(f"{machine.flops / 1e9:.1f} GFLOP/s; a decode step {1e3 * engine.step:.2f} ms + {1e6 * engine.row:.1f} us a row "
-              f"+ {1e9 * engine.cached:.1f} ns a cached token")  # fmt: skip
+    of_step = f"{mean:.0f} tokens a response, {cut:.0%} reach {cfg.max_new}"
+    t1.print0(f"{name}, {type(job.engine).__name__}: {of_step}, {steps} steps; {machine.flops / 1e9:.1f} GFLOP/s")
+    a_row = f"{1e6 * engine.row:.1f} us a row + {1e9 * engine.cached:.1f} ns a cached token"
+    t1.print0(f"a decode step {1e3 * engine.step:.2f} ms + {a_row}")
     t1.print0(f"{'phase':10} {'measured':>9} {'predicted':>9} {'ratio':>6}   (CPU seconds)")
     for phase, (real, guess) in phases.items():
         ratio = f"{guess / real:6.2f}" if real else "     -"

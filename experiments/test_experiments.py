@@ -317,8 +317,8 @@ def test_a_step_of_the_14b_model_on_eight_gpus_and_the_32b_model_on_sixteen():
 
 
 def test_simulation_gives_the_numbers_of_another_one():
-    """Seconds of a rollout of the 14B model with engines on two GPUs each, as another scheduler simulation had them: the
-    mean of engines that get whole prompts, the slowest where samples are dealt, and that with 0.8 of the card."""
+    """Seconds of a rollout of the 14B model with engines on two GPUs each, as another scheduler simulation had them:
+    the mean of engines that get whole prompts, the slowest where samples are dealt, and that with 0.8 of the card."""
     lengths, shape = costs.response_lengths(32, 64, 3200, 0.05, 8192), plan.SHAPES["Qwen/Qwen2.5-14B"]
     engine = costs.decode_costs(shape, 2, H100)
 
@@ -383,8 +383,8 @@ def test_lengths_have_the_mean_and_the_share_that_is_cut():
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_flop_of_the_update_are_those_of_torchs_counter(checkpointing):
-    """Of the products; attention, which torch does not count on a CPU, by a loop over positions, and the head's gradient,
-    an addmm_ that it does not count either, by hand."""
+    """Of the products. What it does not count on a CPU is added: attention by a loop over positions, and the head's
+    gradient, an addmm_, by hand."""
     cfg = plan_config("--tiny-layers", 3, "--checkpointing", checkpointing)
     policy, tokenizer = t1.tiny_policy(cfg)
     policy, shape, lengths = t1.shard(policy, tokenizer, cfg), plan.shape_of(policy.lm.config), np.full(4, 120)
@@ -515,7 +515,8 @@ def test_what_one_gpu_does_is_measured_by_functions_that_run_here(tmp_path, monk
     items["card"] = (lambda sizes: 1 / 0,)
     assert gpu.run_gpu(SMALL_SIZES, "a machine", str(tmp_path / "numbers.json")) == 1
     rows = json.loads((tmp_path / "numbers.json").read_text())["results"]
-    assert rows["card"] == dict(failed="ZeroDivisionError: division by zero") and "ms" in rows["head, 32 positions, D 64, V 2,048"]
+    assert rows["card"] == dict(failed="ZeroDivisionError: division by zero")
+    assert "ms" in rows["head, 32 positions, D 64, V 2,048"]
 
 
 def test_packed_rows_that_see_each_other_are_further_from_float32_than_the_library(monkeypatch):
