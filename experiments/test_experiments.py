@@ -533,6 +533,16 @@ def test_packed_rows_that_see_each_other_are_further_from_float32_than_the_libra
     assert compared["log-prob gap, ours"] > 5 * compared["log-prob gap, library"]
 
 
+def test_an_older_varlen_attn_gets_as_many_key_value_heads_as_queries():
+    def older(q, k, v, *lengths, scale):
+        assert q.shape == k.shape == v.shape and (lengths, scale) == ((1, 2), 0.5)
+        return k
+
+    q, k = torch.zeros(3, 4, 2), torch.arange(12.0).view(3, 2, 2)
+    repeated = gpu.with_repeated_heads(older)(q, k, k, 1, 2, scale=0.5, enable_gqa=True)
+    assert all(torch.equal(repeated[:, head], k[:, head // 2]) for head in range(4))  # a group's heads side by side
+
+
 @pytest.mark.slow
 def test_gpu_bench_from_end_to_end_on_a_cpu(tmp_path):
     assert gpu.run_gpu(SMALL_SIZES, "a machine", str(tmp_path / "numbers.json")) == 0
