@@ -41,6 +41,7 @@ import logging
 import math
 import os
 import re
+import resource
 import runpy
 import shlex
 import shutil
@@ -107,15 +108,14 @@ class Config:
     micro_tokens: int = knob(4096, "tokens of one micro-batch (prompts and responses)")
     checkpointing: bool = knob(False, "keep only each layer's input for the backward pass: memory for time")
     compile: bool = knob(False, "torch.compile each layer of the trainer")
-    offload_anchor: bool = knob(False, "keep the anchor in CPU memory while it is not used")
-    offload_optimizer: bool = knob(False, "so AdamW's state; in rl with vllm on a GPU that is always so")
+    offload: bool = knob(False, "anchor and AdamW's state lie in CPU memory between uses; AdamW's always beside vllm")
     timeout: int = knob(30, "minutes after which a rank gives up waiting for the others")
     grad_clip: float = knob(1.0, "largest gradient norm", "not stated")
     weight_decay: float = knob(0.0, "AdamW's weight decay", "0.1 in the authors' later code")
     warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
     # checkpoints
     keep: int = knob(10, "number of last checkpoints that are kept")
-    keep_every: int = knob(0, "also keep checkpoints whose step is a multiple of this; 0: none")
+    keep_every: int = knob(0, "also keep those whose step is a multiple of this, without the trainer's state; 0: none")
     # stage sft
     sft_lr: float = knob(1.5e-3, "peak learning rate of SFT", "1e-5")
     sft_epochs: int = knob(3, "passes over the traces", "3")
@@ -164,7 +164,7 @@ class Config:
 
 PAPER = dict(
     max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2, k=64,
-    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=50,
+    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=10,
     temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
@@ -183,7 +183,7 @@ PRESETS = {
 STAGE_FIELDS = {  # fields that one stage alone reads: the others refuse them, and do not compare them on resume
     "sft": "sft_lr sft_epochs sft_steps sft_batch traces sft_save_every",
     "rl": "rl_lr rl_steps prompts k temperature min_p kl_coef kl_center anchor ema_decay entropy_coef loss_norm tis_cap"
-          " entropy_floor kl_ceiling rl_save_every offload_anchor",
+          " entropy_floor kl_ceiling rl_save_every",
     "eval": "checkpoint eval_samples benchmarks benchmark_dir budgets answer_prefix answer_model answer_tokens",
 }  # fmt: skip
 
@@ -266,7 +266,7 @@ class _TokenStats(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, temperature, min_p, chunk):
         ctx.save_for_backward(hidden, lm_head, targets)
         ctx.options = temperature, min_p, chunk
-        stats = []
+        stats, lm_head = [], wide(lm_head)
         for s in _chunks(hidden, lm_head, chunk):
             stats.append(_chunk_stats(hidden[s].to(lm_head.dtype), lm_head, targets[s], temperature, min_p)[-2:])
         return torch.cat([logprob for logprob, _ in stats]), torch.cat([entropy for _, entropy in stats])
@@ -279,7 +279,7 @@ class _TokenStats(torch.autograd.Function):
 
 def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs=None, tis_cap=0.0):
     """Gradients of sum(a log p + b H), chunk by chunk -> (n, D), (V, D) in float32 at least; and log p and H, (n,)."""
-    grad_hidden = torch.empty_like(hidden)
+    grad_hidden, lm_head = torch.empty_like(hidden), wide(lm_head)
     grad_head = torch.zeros_like(lm_head, dtype=torch.promote_types(lm_head.dtype, torch.float32))
     logprob, entropy = torch.empty(2, len(targets), dtype=grad_head.dtype, device=hidden.device)
     for s in _chunks(hidden, lm_head, chunk):
@@ -294,15 +294,19 @@ def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sa
         if g.is_cuda and g.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
             torch.addmm(grad_head, g.T, h, out_dtype=torch.float32, out=grad_head)
         else:
-            grad_head.addmm_(g.T.to(grad_head.dtype), h.to(grad_head.dtype))
+            grad_head.addmm_(g.T, h)
         del z, g  # before those of the next chunk are made
     return grad_hidden, grad_head, logprob, entropy
 
 def logits_of(hidden, lm_head):
-    """(c, D), (V, D) -> (c, V), in float32 at least: summed and kept so even where both are bfloat16."""
-    if hidden.dtype != torch.bfloat16:
-        return hidden @ lm_head.T
-    return torch.mm(hidden, lm_head.T, out_dtype=torch.float32) if hidden.is_cuda else hidden.float() @ lm_head.T.float()
+    """(c, D), (V, D) -> (c, V). Two bfloat16 operands on a GPU are summed, and kept, in float32."""
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, lm_head.T, out_dtype=torch.float32)
+    return hidden @ lm_head.T
+
+def wide(lm_head):
+    """The head as `logits_of` wants it: a bfloat16 one, where there is no such product, as float32."""
+    return lm_head if lm_head.is_cuda else lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
     """One chunk: (c, D) -> z (c, V), logits / temperature shifted so that each row's maximum is 0; p = exp(z), 0 off
@@ -580,8 +584,8 @@ class TorchEngine:
         pass
 
     def generate(self, prompts, samples, seeds, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
-        """Samples of each prompt (token ids), prompt by prompt. `samples`: per prompt the numbers, 0..K-1, of those that
-        are asked for; with the prompt's seed they make the random numbers. Temperature 0 is greedy."""
+        """Samples of each prompt (token ids), prompt by prompt. `samples`: per prompt the numbers, 0..K-1, of those to
+        draw; number and prompt's seed decide the random numbers. Temperature 0 is greedy."""
         per_batch = max(1, self.cfg.rollout_rows // max(map(len, samples), default=1))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
         result = [[]] * len(prompts)
@@ -602,7 +606,7 @@ class TorchEngine:
         draws = [np.random.default_rng(seed).random((max(js) + 1, max_new))[js] for seed, js in zip(seeds, samples)]
         uniform = torch.from_numpy(np.concatenate(draws)).to(device)  # (B, max_new), one number per token
         counts = torch.tensor([len(js) for js in samples], device=device)  # samples per prompt
-        lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(counts)  # (B,) of the prompts
+        lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(counts)  # (B,) of prompts
         prefix, longest, B = int(lengths.min()), int(lengths.max()) + max_new, len(lengths)
         tokens = torch.zeros(B, longest, dtype=torch.long, device=device)
         first = counts.cumsum(0) - counts  # row of each prompt's first sample
@@ -610,7 +614,7 @@ class TorchEngine:
             tokens[i : i + n, : len(p)] = torch.tensor(p, device=device)
         logprobs = torch.zeros(B, longest, device=device)
         end = lengths + max_new  # (B,) one past the last token
-        end_tokens, head = torch.tensor(policy.end_ids, device=device), policy.head
+        end_tokens, head = torch.tensor(policy.end_ids, device=device), wide(policy.head)
         cache = Cache(policy.lm.config.num_hidden_layers)
         hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache).repeat_interleave(counts, 0)  # (B, D)
         cache.extend(counts, longest)
@@ -706,7 +710,7 @@ def run_sft(cfg: Config):
             clock.lap("train")
             folder.log(row, clock)
             bar.set_postfix_str(f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {clock.speed(row)}", False)
-            if folder.after_step(step, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer):
+            if folder.after_step(step + 1, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer):
                 return
     finish_stage(folder, steps, policy, make_engine(folder.source(), policy, tokenizer, cfg), *tests, cfg, "rl")
 
@@ -714,7 +718,7 @@ def run_sft(cfg: Config):
 def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Config, clock, interrupt):
     """One step of T1 -> its row of metrics.jsonl, and a record of each response.
     problems and prompts (token ids) are the whole training set; each rank works on its rows of the batch (`mine`).
-    Raises Interrupted, with nothing changed, if a signal came before the gradient."""
+    Nones, with nothing changed, if a signal came before the gradient: the same step can be taken again."""
     P, K = cfg.prompts, cfg.k
 
     # 1. Oversample: with the policy's weights K responses to each of P prompts, at a temperature above 1.
@@ -729,7 +733,8 @@ def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Con
     rows = [(r.prompt, r.ids) for r in rollouts]  # B = P * K
     mine = deal([len(x) + len(y) for x, y in rows], world())[rank()]  # indices of the rows that this rank works on
     clock.lap("rollout")
-    interrupt.check()
+    if interrupt.received():
+        return None, None
 
     # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern; `roll_out` had them judged.
     rewards = torch.tensor([r["reward"] for r in records]).view(P, K)  # (P, K)
@@ -737,7 +742,8 @@ def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Con
     # 3. KL of each response to the anchor.
     kl = kl_to_anchor(anchor, rollouts, mine, cfg).view(P, K)  # d_i, (P, K)
     clock.lap("anchor")
-    interrupt.check()
+    if interrupt.received():
+        return None, None
 
     # 4. Advantage: leave-one-out reward minus centred KL.
     advantages = advantages_of(rewards, kl, cfg.kl_coef, cfg.kl_center).flatten()  # (P, K) -> (B,)
@@ -794,7 +800,7 @@ def run_rl(cfg: Config):
     if cfg.anchor != "none":
         own = copy.deepcopy(whole) if world() == 1 else whole  # `shard` makes a copy on several ranks
         anchor = shard(own, tokenizer, cfg).requires_grad_(False)
-        if cfg.offload_anchor:
+        if cfg.offload:
             anchor.parked = Parked(anchor.parameters())
     policy = shard(whole, tokenizer, cfg)
     del whole
@@ -805,13 +811,12 @@ def run_rl(cfg: Config):
         bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
         for step in bar:
             clock = Clock()
-            try:
-                row, records = rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg, clock, interrupt)
-            except Interrupted:  # its rollouts are thrown away: drawn again, they are the same
-                return folder.stop(step, cfg.rl_steps, interrupt, *state)
-            folder.log(row, clock, records)
-            report_step(bar, row, clock, cfg)
-            if folder.after_step(step, cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state):
+            trainer = policy, anchor, engine, optimizer
+            row, records = rl_step(step, problems, prompts, *trainer, cfg, clock, interrupt)
+            if row:
+                folder.log(row, clock, records)
+                report_step(bar, row, clock, cfg)
+            if folder.after_step(step + bool(row), cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state):
                 return
     finish_stage(folder, cfg.rl_steps, policy, engine, *tests, cfg, "eval")
 
@@ -893,13 +898,13 @@ def evaluate(engine, problems: list[dict], prompts: list[list[int]], samples: in
     size, done = max(1, cfg.rollout_rows // samples) * world() if path else len(order), {}
     for start in tqdm(range(0, len(order), size), "eval", disable=rank() > 0 or not path):
         part = order[start : start + size]
-        asked, cells = [problems[i] for i in part], [(i, j) for i in part for j in range(samples)]
+        cells = [(i, j) for i in part for j in range(samples)]
         if all(cell in kept for cell in cells):
             rollouts = [Rollout(prompts[i], kept[i, j]["ids"], [], kept[i, j]["finished"]) for i, j in cells]
-            records = judge(rollouts, asked, engine.tokenizer, cfg)
+            records = judge(rollouts, [problems[i] for i, _ in cells], engine.tokenizer, cfg)
         else:
-            part_prompts, part_seeds = [prompts[i] for i in part], [seeds[i] for i in part]
-            rollouts, records = roll_out(engine, asked, part_prompts, samples, part_seeds, cfg, cfg.eval_temperature)
+            batch, part_seeds = [[x[i] for i in part] for x in (problems, prompts)], [seeds[i] for i in part]
+            rollouts, records = roll_out(engine, *batch, samples, part_seeds, cfg, cfg.eval_temperature)
         done |= zip(cells, zip(rollouts, records))
         if path and rank() == 0:
             rows = [dict(number=i, sample=j, finished=r.finished) | record | dict(ids=r.ids)
@@ -1063,33 +1068,21 @@ class VLLMEngine:
 
         self.tokenizer, self.cfg, self.asleep, gpu = tokenizer, cfg, False, device_of(cfg).type == "cuda"
         self.end_ids, self.sampling_params, self.dtype = policy.end_ids, vllm.SamplingParams, getattr(torch, cfg.dtype)
-        self.sleeps = sleeps(cfg)
-        lm = policy.lm
-        layer, backbone = sum(p.numel() for p in lm.base_model.layers[0].parameters()), type(lm.base_model)
-        parameters = sum(p.numel() for p in lm.parameters())
+        self.sleeps, config, backbone = sleeps(cfg), policy.lm.config, type(policy.lm.base_model)
+        self.ranks, memory = engine_layout(policy, cfg)
         longest = max(cfg.max_new, *(int(b) for b in cfg.budgets.split(",") if b and cfg.stage == "eval"), 0)
         room = cfg.max_prompt + longest + cfg.answer_tokens + 64  # 64: the text that closes a cut thought
-        self.ranks, memory = cfg.vllm_tp or 1, dict(kv_cache_memory_bytes=1 << 29)
-        if gpu:
-            torch.cuda.empty_cache()
-            free, card = torch.cuda.mem_get_info()
-            self.ranks = cfg.vllm_tp or engine_ranks(2 * parameters, card, world())
-            gathered = parameters if world() == 1 else parameters - layer * (len(lm.base_model.layers) - 2)
-            share = cfg.vllm_memory or min(gather([engine_share(card, card - free, 2 * gathered)]))
-            share /= 2 if cfg.answer_model and cfg.stage == "eval" else 1  # then there are two engines
-            memory = dict(gpu_memory_utilization=share, enable_sleep_mode=self.sleeps)
         init = backbone.__init__
         with self.failing("could not be started"):
             self.llm = vllm.LLM(
                 folder, dtype=cfg.dtype, seed=cfg.seed, tensor_parallel_size=self.ranks, **memory,
-                max_model_len=min(room, getattr(lm.config, "max_position_embeddings", room)),
+                max_model_len=min(room, getattr(config, "max_position_embeddings", room)),
                 distributed_executor_backend="external_launcher" if world() > 1 else None,
                 logprobs_mode="processed_logprobs",  # of the sampled distribution: after temperature and min-p
                 logits_processors=[KnownIds], generation_config="vllm", enforce_eager=not gpu, disable_log_stats=True,
                 hf_overrides=dict(head_dtype="float32"),  # as the trainer's logits
             )  # fmt: skip
-        # for a model without a class of its own (Glm) vLLM decorates the very class that the trainer builds and calls
-        backbone.__init__, backbone.do_not_compile = init, True
+        backbone.__init__, backbone.do_not_compile = init, True  # vLLM decorates the trainer's own class of some (Glm)
 
     @contextlib.contextmanager
     def failing(self, what: str):
@@ -1141,15 +1134,29 @@ def sleeps(cfg: Config) -> bool:
     return cfg.stage == "rl" and uses_vllm(cfg) and device_of(cfg).type == "cuda"
 
 def engine_ranks(weights: int, card: int, ranks: int) -> int:
-    """NOT IN PAPER: an engine is shared by the fewest ranks (1, 2, 4 or 8) with which its weights take at most a quarter
-    of each card, so that most of it is cache; bytes of the weights in bfloat16, and of one card."""
+    """NOT IN PAPER: the fewest ranks (1, 2, 4 or 8) that must share an engine for its weights in bfloat16 to take at
+    most a quarter of each card, so that most of it is cache. In bytes."""
     fitting = [n for n in (1, 2, 4, 8) if ranks % n == 0]
     return next((n for n in fitting if weights / n <= card / 4), fitting[-1])
 
 def engine_share(card: int, held: int, gathered: int) -> float:
-    """Share of a card for the engine: what the trainer does not hold, less the layers that `check_push` gathers while
-    the engine is awake, less 4 GiB for activations, CUDA and NCCL (bytes)."""
+    """Share of a card for the engine: what the trainer does not hold then, less the weights that `check_push` gathers
+    while the engine is awake, less 4 GiB for activations, CUDA and NCCL. In bytes."""
     return max(0.01, (card - held - gathered - 2**32) / card)
+
+def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
+    """-> ranks that share a vLLM engine, and vLLM's options for its memory."""
+    if device_of(cfg).type == "cpu":
+        return cfg.vllm_tp or 1, dict(kv_cache_memory_bytes=1 << 29)
+    torch.cuda.empty_cache()
+    free, card = torch.cuda.mem_get_info()
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in policy.lm.base_model.layers]
+    parameters = sum(p.numel() for p in policy.parameters())
+    gathered = parameters - sum(layers[2:]) * (world() > 1)  # the root and two layers; on one rank autocast's copies
+    share = cfg.vllm_memory or min(gather([engine_share(card, card - free, 2 * gathered)]))
+    engines = 2 if cfg.answer_model and cfg.stage == "eval" else 1
+    memory = dict(gpu_memory_utilization=share / engines, enable_sleep_mode=sleeps(cfg))
+    return cfg.vllm_tp or engine_ranks(2 * parameters, card, world()), memory
 
 def make_engine(folder: str, policy, tokenizer, cfg: Config):
     """Choose an engine, which gets the policy's weights by `load`; vLLM starts from those of `folder`."""
@@ -1374,7 +1381,7 @@ def make_optimizer(policy, cfg: Config):
         step = torch.zeros((), device=local(p).device)
         optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     moments = [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
-    optimizer.parked = Parked(moments if cfg.offload_optimizer or sleeps(cfg) else ())
+    optimizer.parked = Parked(moments if cfg.offload or sleeps(cfg) else ())
     return optimizer
 
 # --------------------------------------------------------------------------- machinery: data, run folders, checkpoints
@@ -1440,7 +1447,7 @@ class RunFolder:
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
     # fields that may differ on resume, besides those of other stages: only sums round differently, or vLLM deals anew
     free = set("out name timeout keep keep_every keep_rollouts tensorboard entropy_floor kl_ceiling micro_tokens"
-               " checkpointing offload_anchor offload_optimizer rollout_rows vllm_tp vllm_memory"
+               " checkpointing compile offload rollout_rows vllm_tp vllm_memory"
                " probe_tolerance".split())  # fmt: skip
 
     def __init__(self, cfg: Config):
@@ -1448,9 +1455,10 @@ class RunFolder:
         self.cfg = cfg
         self.path = (run.with_name(f"{run.name}-from-{cfg.resume_from}") if cfg.resume_from else run) / cfg.stage
         self.branch = run / cfg.stage / f"checkpoint-{cfg.resume_from}"  # where a branch starts
-        if cfg.resume_from and not is_whole(self.branch) and not checkpoints(self.path):
-            there = ", ".join(str(step_of(p)) for p in checkpoints(self.branch.parent)) or "none"
-            raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint; there are: {there}")
+        starts = [p for p in checkpoints(self.branch.parent) if (p / "trainer").exists()] if cfg.resume_from else []
+        if cfg.resume_from and self.branch not in starts and not checkpoints(self.path):
+            raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint with the trainer's state; "
+                         f"there are: {', '.join(str(step_of(p)) for p in starts) or 'none'}")  # fmt: skip
         others = " ".join(names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage).split()
         self.values = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free.union(others)}
         if not os.path.lexists(self.path / "config.json"):
@@ -1498,7 +1506,9 @@ class RunFolder:
             return
         step, seconds = row["step"], {name: wall for name, (_, wall) in clock.seconds.items()}
         append_rows(self.path / "metrics.jsonl", [row])
-        append_rows(self.path / "timings.jsonl", [dict(step=step, **seconds, tokens=row["tokens"])])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = dict(peak_resident_kib=peak, peak_gpu_bytes=torch.cuda.max_memory_allocated())
+        append_rows(self.path / "timings.jsonl", [dict(step=step, **seconds, tokens=row["tokens"], **memory)])
         if records and step % 10 == 0:
             by_reward, longest = sorted(records, key=lambda r: r["reward"]), max(records, key=lambda r: r["length"])
             samples = dict(best=by_reward[-1], worst=by_reward[0], longest=longest)
@@ -1509,22 +1519,17 @@ class RunFolder:
         for name in row if self.cfg.tensorboard else ():
             self.board.add_scalar(name, math.nan if row[name] is None else row[name], step)
 
-    def after_step(self, step: int, steps: int, draw_every: int, save_every: int, interrupt, *what) -> bool:
+    def after_step(self, done: int, steps: int, draw_every: int, save_every: int, interrupt, *what) -> bool:
         """Draw and save (`what`: the arguments of `save`) when it is time, at the end, and on a signal. -> stop now?"""
-        last = step + 1 == steps
-        if last or (step + 1) % draw_every == 0:
+        last, signalled = done == steps, interrupt.received()
+        if last or signalled or done % draw_every == 0:
             draw_steps(self.path)
-        if last or (step + 1) % save_every == 0:
-            self.save(step + 1, *what)
-        return not last and bool(interrupt.received()) and self.stop(step + 1, steps, interrupt, *what)
-
-    def stop(self, done: int, steps: int, interrupt, *what) -> bool:
-        """A signal came after so many steps: save, unless that is done -> True."""
-        draw_steps(self.path)
-        if done and not is_whole(self.path / f"checkpoint-{done}"):
+        save = last or signalled or done % save_every == 0
+        if save and not from_rank0(is_whole(self.path / f"checkpoint-{done}")):
             self.save(done, *what)
-        print0(f"{interrupt.received()}: saved after step {done} of {steps}; the same command resumes there")
-        return True
+        if signalled and not last:
+            print0(f"{signalled}: saved after step {done} of {steps}; the same command resumes there")
+        return bool(signalled) and not last
 
     def save(self, step: int, policy, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
@@ -1542,7 +1547,7 @@ class RunFolder:
             del weights
             all_ranks_agree()
             with trainer_state(policy, optimizer, anchor) as state:
-                files = {name: 1 + i // 32 for i, name in enumerate(state)}  # a file is gathered in memory, then written
+                files = {name: 1 + i // 32 for i, name in enumerate(state)}  # a file is held in memory, then written
                 path = str(beside / "trainer")
                 dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(path, files, save_distributed=True))
             all_ranks_agree()
@@ -1571,6 +1576,10 @@ class RunFolder:
         for old in checkpoints(self.path)[: -self.cfg.keep]:
             if not self.cfg.keep_every or step_of(old) % self.cfg.keep_every:
                 shutil.rmtree(old.rename(self.path / f"partial-{step_of(old)}"))
+            elif (old / "trainer").exists():  # nine tenths of a checkpoint of RL
+                sizes = read_json(old / "complete.json").items()
+                write_json(old / "complete.json", {k: size for k, size in sizes if not k.startswith("trainer/")})
+                shutil.rmtree(old / "trainer")
 
     def resume(self, policy, optimizer, anchor=None) -> int:
         """Load the trainer's state of the newest whole checkpoint and cut the logs back to it; -> next step."""
@@ -1690,12 +1699,9 @@ class Clock:
         shares = ", ".join(f"{name} {s / sum(wall.values()):.0%}" for name, s in wall.items())
         return f"{row['tokens'] / sum(wall.values()):,.0f} tokens/s ({shares})"
 
-class Interrupted(Exception):
-    """A signal came in the middle of a step of RL that has changed nothing yet."""
-
 class Interrupt:
-    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end: after the current step, in
-    RL after its current phase. A second signal within 10 s is ignored (launchers often send two); one after 10 s kills."""
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the current step, in
+    RL after its current phase. A second one within 10 s is ignored (launchers often send two); one after 10 s kills."""
     name, at = "", math.inf
 
     def __enter__(self):
@@ -1717,10 +1723,6 @@ class Interrupt:
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
         return max(gather([self.name]))
-
-    def check(self):
-        if self.received():
-            raise Interrupted
 
 # ------------------------------------------------------------------------ machinery: pictures, from a run's files alone
 PANELS = {  # stage -> panels of curves.png: label with unit, and columns of metrics.jsonl
@@ -1787,8 +1789,8 @@ def save_figure(figure: Figure, path: Path, title: str):
 
 # ---------------------------------------------------------------------------------------------- machinery: command line
 STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
-MAY_BE_ZERO = set("vllm_tp vllm_memory probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
-                  " ema_decay entropy_coef weight_decay eval_temperature eval_samples".split())  # fmt: skip
+MAY_BE_ZERO = set("probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
+                  " ema_decay entropy_coef weight_decay eval_temperature eval_samples vllm_tp vllm_memory".split())
 RESUMES = "the same command resumes from the last checkpoint"
 
 class Parser(transformers.HfArgumentParser):
