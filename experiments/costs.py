@@ -60,6 +60,7 @@ class Machine:
     wake: float = 2.6  # seconds for an engine to fall asleep and wake: 0.8-2.6 (vLLM blog, 2025-10-26, level 2)
     tensor: float = 6e-3  # seconds a pushed tensor: 0.23 s for 38 on two gloo ranks, ours
     judge: float = 3e-6  # seconds to judge a token of a response: ours, 32 responses of 3,209 tokens
+    disk: float = 5e9  # bytes/s of the shared file system: assumed
     gather: float = 1.5e-7  # seconds to give a token with its log-prob to all ranks (pickle, gloo): ours
 
 
@@ -199,7 +200,7 @@ def step_seconds(shape, gpus: int, lengths, prompt: int, memory: dict, cfg, mach
     anchor, gradient = update_flop(shape, lengths, prompt, cfg)
     size = 2 if cfg.dtype == "bfloat16" else 4
     parking = 4 * parameters / gpus / machine.pcie  # seconds for a shard in float32, one way
-    moved, copies = 4 * bool(cfg.offload_anchor), cfg.anchor != "none"
+    moved, copies = 4 * bool(cfg.offload), cfg.anchor != "none"
 
     engines, engine = gpus // tp, np.add.outer(np.arange(P), np.arange(K)) % (gpus // tp)
     costs, rollout = costs or decode_costs(shape, tp, machine), 0.0

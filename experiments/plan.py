@@ -1,15 +1,15 @@
 """What a run of RL on GPUs costs, before it is started: memory, seconds a step by phase, GPU-hours and days.
 
     python -m experiments.plan                                    the presets' models on 8, 16, 32 and 64 GPUs
-    python -m experiments.plan --compile --offload-anchor         other options are t1.py's, on top of each preset
+    python -m experiments.plan --compile --offload                other options are t1.py's, on top of each preset
     python -m experiments.plan --model FOLDER --preset pretrained --gpus 1,2 --length 400
     python -m experiments.plan --lengths runs/NAME/rl             response lengths as a run had them
     python -m experiments.plan --machine h200 --set efficiency=0.35,network=1e11
 
 The layout is that of FSDP2 as t1.py shards a model, with vLLM beside it. Computed, not measured: no number here was
 read from a GPU. On one rank in float32 the memory agrees with the live tensors of a step, and its activations with what
-autograd saves (test_experiments.py); how the seconds are checked: experiments/costs.py. Checkpoints and evaluation come
-on top.
+autograd saves (test_experiments.py); how the seconds are checked: experiments/costs.py. `save` is what a checkpoint
+takes, dealt to the steps; the evaluation comes on top.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg: t1.Config, mach
     in_the_last_layer = plan["activations"] + waiting + plan["backward"]
     summing_the_root = (size + 4) * root if sharded else 2 * 4 * output_layer
     gradient = plan["gradients"] + plan["gathered"] + max(at_the_head, in_the_last_layer, summing_the_root)
-    parked = machine is not None or cfg.offload_optimizer
-    optimizer, anchor = (0 if parked else plan["optimizer"]), (0 if cfg.offload_anchor else plan["anchor"])
+    parked = machine is not None or cfg.offload
+    optimizer, anchor = (0 if parked else plan["optimizer"]), (0 if cfg.offload else plan["anchor"])
     adamw = plan["gradients"] + plan["optimizer"] + anchor
     plan["update"] = plan["weights"] + max(gradient + optimizer + anchor, adamw)
     if machine is None:
@@ -156,10 +156,10 @@ def rows_of(shape: Shape, own, cfg: t1.Config, machine: Machine) -> tuple[list[s
         if plan["cache"] < longest:
             continue
         phases = step_seconds(shape, gpus, lengths, own.prompt, plan, cfg, machine)
-        step = sum(phases.values())
-        hours = step * cfg.rl_steps / 3600
+        step, saving = sum(phases.values()), 18 * plan["parameters"] / machine.disk / cfg.rl_save_every
+        hours = (step + saving) * cfg.rl_steps / 3600
         cells = "".join(f"{phases[name]:10.1f}" for name in PHASES)
-        seconds.append(f"{gpus:5}{cells}{step:9.0f}{cfg.rl_steps:8}{gpus * hours:11,.0f}{hours / 24:7.1f}")
+        seconds.append(f"{gpus:5}{cells}{step:9.0f}{saving:8.1f}{cfg.rl_steps:8}{gpus * hours:11,.0f}{hours / 24:7.1f}")
     return memories, seconds
 
 
@@ -181,7 +181,7 @@ def run_plan(own, configs: list[t1.Config], machine: Machine):
     for name, shape, cfg in [(*shape_for(cfg), cfg) for cfg in configs]:
         for lines, rows in zip((memory, seconds), rows_of(shape, own, cfg, machine)):
             lines += [f"{name[:14]:14}{row}" for row in rows]
-    switches = ("checkpointing", "compile", "offload_optimizer", "offload_anchor")
+    switches = ("checkpointing", "compile", "offload")
     on = [name for name in switches if getattr(first, name)]
     t1.print0(", ".join([first.dtype, *on, f"anchor {first.anchor}", f"micro-batches of {first.micro_tokens:,}"]))
     t1.print0("GiB per GPU, computed; `cache` in tokens of an engine of `tp` GPUs. The update fits where")
@@ -191,7 +191,7 @@ def run_plan(own, configs: list[t1.Config], machine: Machine):
     lengths = lengths_for(own, first)
     batch = f"{first.prompts} x {first.k} responses of {lengths.mean():,.0f} tokens in the mean"
     t1.print0(f"\nSeconds a step, computed: {batch}, {np.mean(lengths == first.max_new):.1%} reach {first.max_new:,}")
-    t1.print0(f"{'model':14} GPUs" + "".join(f"{p:>10}" for p in PHASES) + f"{'step':>9}{'steps':>8}  GPU-hours   days")
+    t1.print0(f"{'model':14} GPUs" + "".join(f"{p:>10}" for p in PHASES) + f"{'step':>9}    save   steps  GPU-hours   days")
     t1.print0("\n".join(seconds))
 
 
