@@ -435,7 +435,7 @@ def test_plan_command(talkative, tmp_path, capsys):
     assert [line.split()[:2] for line in out if line.startswith("model")] == [
         [name, gpus] for _ in range(2) for name, gpus in (("model", "GPUs"), ("model", "1"), ("model", "2"))
     ]
-    rows = [dict(step=i, length=300.0 + i, overlong=0.1) for i in range(30)]
+    rows = [dict(step=i, length=900.0 if i < 10 else 320.0, overlong=0.1) for i in range(30)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.json").write_text(json.dumps(dict(config=dict(max_new=1024))))
     assert plan.main([*model, "--lengths", str(tmp_path)]) == 0
