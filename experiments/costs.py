@@ -58,7 +58,7 @@ class Machine:
     network: float = 2e11  # between nodes of 8 x 400 Gb/s: all-gather over 32 of them (NCCL issue 1218)
     pcie: float = 5e10  # bytes/s from and to pinned host memory: 52.8 GB/s (nvbandwidth issue 24)
     wake: float = 2.6  # seconds for an engine to fall asleep and wake: 0.8-2.6 (vLLM blog, 2025-10-26, level 2)
-    tensor: float = 6e-3  # seconds a pushed tensor: 0.23 s for 38 on two gloo ranks, ours
+    tensor: float = 5e-3  # seconds a pushed tensor: 0.23 s for the 51 of a model of 4 layers on two gloo ranks, ours
     judge: float = 3e-6  # seconds to judge a token of a response: ours, 32 responses of 3,209 tokens
     disk: float = 5e9  # bytes/s of the shared file system: assumed
     gather: float = 1.5e-7  # seconds to give a token with its log-prob to all ranks (pickle, gloo): ours
@@ -200,6 +200,7 @@ def step_seconds(shape, gpus: int, lengths, prompt: int, memory: dict, cfg, mach
     anchor, gradient = update_flop(shape, lengths, prompt, cfg)
     size = 2 if cfg.dtype == "bfloat16" else 4
     parking = 4 * parameters / gpus / machine.pcie  # seconds for a shard in float32, one way
+    touched = 44 * parameters / gpus  # bytes: AdamW reads 16 a parameter and writes 12, the norm 4, the anchor 12
     moved, copies = 4 * bool(cfg.offload), cfg.anchor != "none"
 
     engines, engine = gpus // tp, np.add.outer(np.arange(P), np.arange(K)) % (gpus // tp)
@@ -213,5 +214,5 @@ def step_seconds(shape, gpus: int, lengths, prompt: int, memory: dict, cfg, mach
         rollout=rollout + N / gpus * machine.judge + N * machine.gather,
         anchor=copies * max(anchor / speed, micro * size * traffic) + copies * moved / 4 * 2 * parking,
         gradient=max(gradient / speed, micro * (2 * size + 4) * traffic),
-        update=parameters / gpus * 44 / (machine.bandwidth * machine.reading) + (4 + moved / 2) * parking,
+        update=touched / (machine.bandwidth * machine.reading) + (4 + moved / 2) * parking,
     )
