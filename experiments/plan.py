@@ -191,7 +191,8 @@ def run_plan(own, configs: list[t1.Config], machine: Machine):
     lengths = lengths_for(own, first)
     batch = f"{first.prompts} x {first.k} responses of {lengths.mean():,.0f} tokens in the mean"
     t1.print0(f"\nSeconds a step, computed: {batch}, {np.mean(lengths == first.max_new):.1%} reach {first.max_new:,}")
-    t1.print0(f"{'model':14} GPUs" + "".join(f"{p:>10}" for p in PHASES) + f"{'step':>9}    save   steps  GPU-hours   days")
+    phases = "".join(f"{phase:>10}" for phase in PHASES)
+    t1.print0(f"{'model':14} GPUs{phases}     step    save   steps  GPU-hours   days")
     t1.print0("\n".join(seconds))
 
 

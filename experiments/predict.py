@@ -7,11 +7,10 @@
 Constants are measured on this machine just before each step, on other rows and lengths than the step has: FLOP/s of
 log-probs and gradient, seconds of a decode step (a + b rows + c cached tokens) and of judging, bytes/s of AdamW and
 anchor, seconds of a push. Of the measured steps the prediction knows what metrics.jsonl has: mean length, and the share
-of responses that reach --max-new. All in CPU seconds, medians over the steps. Weights are random; above 128 new tokens
-one token in 64 ends a response, below nearly all have the full length.
+of responses that reach --max-new. All in CPU seconds, the least of the steps: other work on a machine only adds.
+Weights are random; above 128 new tokens one token in 64 ends a response, below nearly all have the full length.
 """
 
-import dataclasses
 import math
 import sys
 import tempfile
@@ -44,62 +43,65 @@ def fit_positive(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
         used.pop(int(found.argmin()))
 
 
-def decode_costs(job: bench.Job, prefill: float) -> tuple[costs.Decode, float]:
-    """Costs of the job's engine, from generations of several sizes; and seconds to judge a token."""
-    features, seconds, judging = [], [], []
+def generate(job: bench.Job) -> list[tuple]:
+    """For each of GENERATE (decode steps, tokens, cached tokens read, tokens of prompts), CPU seconds, and seconds to
+    judge a token."""
+    points = []
     for P, K, part in GENERATE:
         prompts = [job.prompts[-1 - i] for i in range(P)]
         request = prompts, [list(range(K))] * P, list(range(P)), int(job.cfg.max_new / part), job.cfg.temperature
-        took, rollouts = cpu_seconds(job.engine.generate, *request)
+        seconds, rollouts = cpu_seconds(job.engine.generate, *request)
         lengths = np.array([len(r.ids) for r in rollouts])
         cached = (lengths * np.repeat([len(p) for p in prompts], K) + lengths * (lengths - 1) / 2).sum()
-        features.append((lengths.max(), lengths.sum(), cached))
-        seconds.append(took - prefill * sum(map(len, prompts)))
         asked = [job.problems[-1 - i] for i in range(P) for _ in range(K)]
-        judging.append(cpu_seconds(t1.judge, rollouts, asked, job.tokenizer, job.cfg)[0] / lengths.sum())
-    step, row, cached = fit_positive(np.array(features, float), np.array(seconds))
-    return costs.Decode(step=step, weights=0, product=0, row=row, cached=cached, prefill=prefill), np.median(judging)
+        judging, _ = cpu_seconds(t1.judge, rollouts, asked, job.tokenizer, job.cfg)
+        features = lengths.max(), lengths.sum(), cached, sum(map(len, prompts))
+        points.append((features, seconds, judging / lengths.sum()))
+    return points
 
 
-def measure(job: bench.Job, shape: costs.Shape) -> tuple[costs.Machine, costs.Decode]:
-    """The constants of this machine for the job's model."""
+def measure(job: bench.Job, shape: costs.Shape) -> tuple[dict[str, float], list[tuple]]:
+    """CPU seconds of a FLOP, of a byte of the update, of a pushed tensor; and the points of `generate`."""
     cfg, length = job.cfg, job.cfg.max_new // 2
     n = 2 * cfg.micro_tokens // (length + 8)
     rows, ones = [([1] * 8, [2 + (7 * i + j) % 200 for j in range(length)]) for i in range(n)], torch.ones(n)
     forward, _ = cpu_seconds(t1.response_logprobs, job.anchor, rows, cfg, cfg.temperature)
-    sampled = [[-1.0] * length] * len(rows)
-    options = cfg.entropy_coef, cfg.temperature, 0.0, sampled
-    gradient, _ = cpu_seconds(t1.accumulate_gradient, job.policy, rows, ones, ones / length / len(rows), cfg, *options)
-    flop = costs.update_flop(shape, np.full(len(rows), length), 8, cfg)
+    options = cfg.entropy_coef, cfg.temperature, 0.0, [[-1.0] * length] * n
+    gradient, _ = cpu_seconds(t1.accumulate_gradient, job.policy, rows, ones, ones / length / n, cfg, *options)
     update, _ = cpu_seconds(t1.update, job.policy, job.optimizer, 0.0, cfg)
     follow, _ = cpu_seconds(t1.ema_update_, job.anchor, job.policy, cfg.ema_decay)
-    speed = sum(flop) / (forward + gradient)
-    engine, judge = decode_costs(job, flop[0] / len(rows) / (length + 8) / speed)
     push, pushed = cpu_seconds(job.engine.load, job.policy)
     if pushed:
         push += cpu_seconds(t1.check_push, job.engine, job.policy, job.prompts[0], cfg)[0]
-    parameters, requests = sum(p.numel() for p in job.policy.parameters()), cfg.rollout_rows
+    parameters = sum(p.numel() for p in job.policy.parameters())
+    flop = (forward + gradient) / sum(costs.update_flop(shape, np.full(n, length), 8, cfg))
+    tensor = push / (12 * shape.layers + 3)
+    return dict(flop=flop, byte=(update + follow) / 44 / parameters, tensor=tensor), generate(job)
+
+
+def constants_of(job: bench.Job, shape: costs.Shape, rounds: list) -> tuple[costs.Machine, costs.Decode]:
+    """The constants of this machine for the job's model: of each time the least of the rounds."""
+    least = {name: min(times[name] for times, _ in rounds) for name in rounds[0][0]}
+    points = [min(same, key=lambda point: point[1] / point[0][1]) for same in zip(*(points for _, points in rounds))]
+    prefill = 2 * shape.layers * costs.parameter_counts(shape)[0] * least["flop"]
+    features, seconds = np.array([f for f, _, _ in points], float), np.array([s for _, s, _ in points])
+    step, row, cached = fit_positive(features[:, :3], seconds - prefill * features[:, 3])
+    requests, judge = job.cfg.rollout_rows, min(point[2] for _, points in rounds for point in points)
     if isinstance(job.engine, t1.VLLMEngine):
         requests = job.engine.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
     machine = costs.Machine(
-        flops=speed,
+        flops=1 / least["flop"],
         efficiency=1,
-        bandwidth=44 * parameters / (update + follow),
+        bandwidth=1 / least["byte"],
         reading=1,
         pcie=math.inf,
         wake=0,
-        tensor=push / (12 * shape.layers + 3),
+        tensor=least["tensor"],
         judge=judge,
         gather=0,
         requests=requests,
     )
-    return machine, engine
-
-
-def median_of(values: list):
-    """The dataclass of the medians of each field."""
-    fields = [field.name for field in dataclasses.fields(values[0])]
-    return type(values[0])(**{name: float(np.median([getattr(v, name) for v in values])) for name in fields})
+    return machine, costs.Decode(step=step, weights=0, product=0, row=row, cached=cached, prefill=prefill)
 
 
 def run_predict(name: str, steps: int, options: list[str]) -> dict[str, tuple[float, float]]:
@@ -113,18 +115,18 @@ def run_predict(name: str, steps: int, options: list[str]) -> dict[str, tuple[fl
             job.problems, job.prompts = t1.encode_prompts(data_prep.embedded_problems("train"), job.tokenizer, cfg)
         shape = plan.shape_of(job.policy.lm.config)
         job.engine.load(job.policy)
-        constants, timings = [], []
+        rounds, timings = [], []
         for step in range(steps + 1):
-            constants.append(measure(job, shape))
+            rounds.append(measure(job, shape))
             timings.append(bench.our_rl_step(job, step))
-        constants, timings = constants[1:], timings[1:]  # the first ones warm up
-    machine, engine = (median_of(list(values)) for values in zip(*constants))
+        rounds, timings = rounds[1:], timings[1:]  # the first ones warm up
+    machine, engine = constants_of(job, shape, rounds)
     mean, cut = (float(np.mean([t.row[key] for t in timings])) for key in ("length", "overlong"))
     lengths = costs.response_lengths(cfg.prompts, cfg.k, mean, min(max(cut, 1e-3), 0.999), cfg.max_new)
     prompt = round(np.mean([len(x) for x in job.prompts]))
     memory = dict(tp=1, parameters=sum(p.numel() for p in job.policy.parameters()), cache=1e15)
     predicted = costs.step_seconds(shape, 1, lengths, prompt, memory, cfg, machine, engine)
-    measured = {phase: float(np.median([t.seconds[phase][0] for t in timings])) for phase in predicted}
+    measured = {phase: min(t.seconds[phase][0] for t in timings) for phase in predicted}
     phases = {phase: (measured[phase], predicted[phase]) for phase in predicted} | {"step": (0.0, 0.0)}
     phases["step"] = tuple(map(sum, zip(*phases.values())))
     t1.print0(bench.about_machine())
