@@ -34,6 +34,7 @@ import datetime
 import difflib
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -163,9 +164,10 @@ class Config:
     tiny_width: int = knob(128, "hidden width of the embedded model")
 
 PAPER = dict(
-    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2, k=64,
-    keep_every=550, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=10,
-    temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192", answer_tokens=64,
+    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True, compile=True, offload=True,
+    tis_cap=2.0, keep=2, keep_every=550, k=64, weight_decay=0.1, sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875,
+    rl_save_every=10, temperature=1.2, ema_decay=0.992, repeat_ngram=20, repeat_count=20,
+    budgets="1024,2048,4096,8192", answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
     max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True, tis_cap=2.0, keep=2,
@@ -175,7 +177,7 @@ PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on
 PRESETS = {
     "tiny": {},
     "pretrained": PRETRAINED,
-    "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf"),
+    "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf", max_new=7168, budgets="1024,2048,4096,7168"),  # context 8,192
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
 }
@@ -245,14 +247,13 @@ class _PolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, a, b, *options):
         grad_hidden, grad_head, logprob, entropy = _head_gradient(hidden, lm_head, targets, -a, -b, *options)
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = lm_head.dtype
         ctx.mark_non_differentiable(logprob, entropy)
         return -(a * logprob + b * entropy).sum(), logprob, entropy
 
     @staticmethod
     def backward(ctx, g, *unused):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden.mul_(g), grad_head.mul_(g).to(ctx.head_dtype), *[None] * 8
+        return grad_hidden.mul_(g), grad_head.mul_(g), *[None] * 8  # autograd gives them the type of the inputs
 
 def token_logprobs_and_entropy(hidden, lm_head, targets, temperature: float = 1.0, min_p: float = 0.0, chunk: int = 0):
     """(n, D), (V, D), (n,) -> log-prob of each target and entropy of each distribution, (n,) and (n,), float32.
@@ -275,7 +276,7 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx, a, b):
         hidden, lm_head, targets = ctx.saved_tensors
         grad_hidden, grad_head, _, _ = _head_gradient(hidden, lm_head, targets, a, b, *ctx.options)
-        return grad_hidden, grad_head.to(lm_head.dtype), None, None, None, None
+        return grad_hidden, grad_head, None, None, None, None
 
 def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs=None, tis_cap=0.0):
     """Gradients of sum(a log p + b H), chunk by chunk -> (n, D), (V, D) in float32 at least; and log p and H, (n,)."""
@@ -598,7 +599,6 @@ class TorchEngine:
         return [r for group in result for r in group]
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # --compile is for the trainer's shapes
     def _generate(self, prompts, samples, seeds, max_new, temperature, min_p):
         """One batch of B rows. A row, 0..B-1, is a sample for good; a slot, 0..b-1, is its place among the b that still
         run, in the cache and in every tensor marked (b,). Position t counts from the start of the prompt."""
@@ -652,7 +652,7 @@ def roll_out(engine, problems, prompts, k: int, seeds, cfg: Config, temperature:
     """-> k rollouts of each problem, and a record of each, in the order of the problems, on every rank. Each engine
     takes its share of the samples of every problem: the work is even. The ranks of an engine share the judging."""
     engines, (number, place) = world() // engine.ranks, divmod(rank(), engine.ranks)
-    samples = [[j for j in range(k) if (i + j) % engines == number] for i in range(len(prompts))]
+    samples = [[j for j in range(k) if (i * k + j) % engines == number] for i in range(len(prompts))]
     asked = [i for i, js in enumerate(samples) if js]
     cells = [(i, j) for i in asked for j in samples[i]][place :: engine.ranks]  # that this rank judges
     batch, error = ([x[i] for i in asked] for x in (prompts, samples, seeds)), None
@@ -811,8 +811,8 @@ def run_rl(cfg: Config):
         bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
         for step in bar:
             clock = Clock()
-            trainer = policy, anchor, engine, optimizer
-            row, records = rl_step(step, problems, prompts, *trainer, cfg, clock, interrupt)
+            what = policy, anchor, engine, optimizer, cfg, clock, interrupt
+            row, records = rl_step(step, problems, prompts, *what)
             if row:
                 folder.log(row, clock, records)
                 report_step(bar, row, clock, cfg)
@@ -994,6 +994,8 @@ def run_eval(cfg: Config):
         whole = policy = None  # one checkpoint in memory at a time
         if isinstance(engine, TorchEngine) and world() == 1:
             engine.policy = None
+        gc.unfreeze()  # vLLM froze what was alive when it started,
+        gc.collect()  # and a policy refers to itself (FSDP's hooks, `checkpoint`)
         whole, tokenizer = load_whole(path, cfg)
         encoded = [encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests]  # misuse shows before writing
         policy = shard(whole, tokenizer, cfg)
@@ -1066,9 +1068,9 @@ class VLLMEngine:
                 logits[:, known:] = -math.inf
                 return logits
 
-        self.tokenizer, self.cfg, self.asleep, gpu = tokenizer, cfg, False, device_of(cfg).type == "cuda"
+        self.tokenizer, self.cfg, gpu = tokenizer, cfg, device_of(cfg).type == "cuda"
         self.end_ids, self.sampling_params, self.dtype = policy.end_ids, vllm.SamplingParams, getattr(torch, cfg.dtype)
-        self.sleeps, config, backbone = sleeps(cfg), policy.lm.config, type(policy.lm.base_model)
+        config, backbone = policy.lm.config, type(policy.lm.base_model)
         self.ranks, memory = engine_layout(policy, cfg)
         longest = max(cfg.max_new, *(int(b) for b in cfg.budgets.split(",") if b and cfg.stage == "eval"), 0)
         room = cfg.max_prompt + longest + cfg.answer_tokens + 64  # 64: the text that closes a cut thought
@@ -1093,21 +1095,17 @@ class VLLMEngine:
 
     def load(self, policy) -> bool:
         with self.failing("did not take the new weights"):
-            if self.asleep:
-                self.llm.wake_up(tags=["weights"])
+            self.llm.wake_up(tags=["weights"])  # does nothing to an engine that is awake
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=full_weights(policy, self.dtype)))
             self.llm.reset_prefix_cache()
-            if self.asleep:
-                self.llm.wake_up(tags=["kv_cache"])
-            self.asleep = False
+            self.llm.wake_up(tags=["kv_cache"])
         return True
 
     def sleep(self):
         """Give the GPU's memory to the update; the next `load` wakes the engine."""
-        if self.sleeps:
+        if sleeps(self.cfg):
             with self.failing("did not fall asleep"):
                 self.llm.sleep(level=2)
-            self.asleep = True
 
     def generate(self, prompts, samples, seeds, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
         """As TorchEngine.generate; the ranks that share the engine must call it together, with the same prompts."""
@@ -1134,8 +1132,8 @@ def sleeps(cfg: Config) -> bool:
     return cfg.stage == "rl" and uses_vllm(cfg) and device_of(cfg).type == "cuda"
 
 def engine_ranks(weights: int, card: int, ranks: int) -> int:
-    """NOT IN PAPER: the fewest ranks (1, 2, 4 or 8) that must share an engine for its weights in bfloat16 to take at
-    most a quarter of each card, so that most of it is cache. In bytes."""
+    """NOT IN PAPER: the fewest ranks (1, 2, 4 or 8; `ranks`: of a machine) that must share an engine for its weights in
+    bfloat16 to take at most a quarter of each card, so that most of it is cache. In bytes."""
     fitting = [n for n in (1, 2, 4, 8) if ranks % n == 0]
     return next((n for n in fitting if weights / n <= card / 4), fitting[-1])
 
@@ -1152,11 +1150,12 @@ def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     free, card = torch.cuda.mem_get_info()
     layers = [sum(p.numel() for p in layer.parameters()) for layer in policy.lm.base_model.layers]
     parameters = sum(p.numel() for p in policy.parameters())
-    gathered = parameters - sum(layers[2:]) * (world() > 1)  # the root and two layers; on one rank autocast's copies
-    share = cfg.vllm_memory or min(gather([engine_share(card, card - free, 2 * gathered)]))
+    # FSDP gathers the root and two layers, each in a buffer and its copy; on one rank autocast copies all
+    gathered = 4 * (parameters - sum(layers[2:])) if world() > 1 else 2 * parameters
+    share = cfg.vllm_memory or min(gather([engine_share(card, card - free, gathered)]))
     engines = 2 if cfg.answer_model and cfg.stage == "eval" else 1
     memory = dict(gpu_memory_utilization=share / engines, enable_sleep_mode=sleeps(cfg))
-    return cfg.vllm_tp or engine_ranks(2 * parameters, card, world()), memory
+    return cfg.vllm_tp or engine_ranks(2 * parameters, card, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), memory
 
 def make_engine(folder: str, policy, tokenizer, cfg: Config):
     """Choose an engine, which gets the policy's weights by `load`; vLLM starts from those of `folder`."""
@@ -1338,29 +1337,35 @@ def shard(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
         set_model_state_dict(policy, whole.state_dict() if rank() == 0 else {}, options=options)
     for layer in policy.lm.base_model.layers:
         if cfg.compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.forward = compiled(layer.forward)
         if cfg.checkpointing:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return policy
 
+def compiled(forward):
+    """A layer's forward, compiled for packed rows; decoding, whose shapes change with every token, stays as it is."""
+    fast = torch.compile(forward, dynamic=True)
+    return lambda *args, **options: (fast if options.get("pack") is not None else forward)(*args, **options)
+
 class Parked:
     """Tensors that lie in CPU memory except where they are used, `with parked: ...`; with a GPU in pinned memory."""
     def __init__(self, tensors=()):
-        self.storages = [s for x in tensors if (s := local(x).untyped_storage()).nbytes()]
-        self.saved = [torch.UntypedStorage(s.nbytes()) for s in self.storages]
-        if torch.cuda.is_available():
-            self.saved = [saved.pin_memory() for saved in self.saved]
+        storages = [s for x in tensors if (s := local(x).untyped_storage()).nbytes()]
+        self.bytes = [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages]
+        self.sizes = [len(x) for x in self.bytes]
+        pinned = torch.cuda.is_available()  # in one piece: pages are pinned in powers of two
+        self.saved = torch.empty(sum(self.sizes), dtype=torch.uint8, pin_memory=pinned).split(self.sizes)
         self.__exit__()
 
     def __enter__(self):
-        for storage, saved in zip(self.storages, self.saved):
-            storage.resize_(saved.nbytes())
-            storage.copy_(saved, non_blocking=True)
+        for x, size, saved in zip(self.bytes, self.sizes, self.saved):
+            x.untyped_storage().resize_(size)
+            x.copy_(saved, non_blocking=True)
 
     def __exit__(self, *unused):
-        for storage, saved in zip(self.storages, self.saved):
-            saved.copy_(storage)
-            storage.resize_(0)
+        for x, saved in zip(self.bytes, self.saved):
+            saved.copy_(x)
+            x.untyped_storage().resize_(0)
 
 def local(x: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a tensor, or the tensor itself where it is not sharded."""
@@ -1457,8 +1462,9 @@ class RunFolder:
         self.branch = run / cfg.stage / f"checkpoint-{cfg.resume_from}"  # where a branch starts
         starts = [p for p in checkpoints(self.branch.parent) if (p / "trainer").exists()] if cfg.resume_from else []
         if cfg.resume_from and self.branch not in starts and not checkpoints(self.path):
-            raise Misuse(f"--resume-from {cfg.resume_from}: {self.branch} is no whole checkpoint with the trainer's state; "
-                         f"there are: {', '.join(str(step_of(p)) for p in starts) or 'none'}")  # fmt: skip
+            there = ", ".join(str(step_of(p)) for p in starts) or "none"
+            what = f"{self.branch} is no whole checkpoint with the trainer's state; there are: {there}"
+            raise Misuse(f"--resume-from {cfg.resume_from}: {what}")
         others = " ".join(names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage).split()
         self.values = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free.union(others)}
         if not os.path.lexists(self.path / "config.json"):
@@ -1479,10 +1485,12 @@ class RunFolder:
     def create(self, source: str, rows: list[dict]):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data."""
         self.lock, self.has_answers = on_rank0(locked_folder, self.path), all(row.get("answer") for row in rows)
-        lock = self.path / "lock"
-        same = from_rank0(rank() == 0 and lock.read_text()) == (lock.exists() and lock.read_text())
-        all_ranks_agree(None if same else Misuse(f"{self.path}: rank {rank()} does not see what rank 0 writes there; "
-                                                 "--out must lie on a file system that all nodes share"))  # fmt: skip
+        lock, tries = self.path / "lock", 60  # a network file system may show a new folder late
+        written = from_rank0(rank() == 0 and lock.read_text())
+        while not (lock.exists() and lock.read_text() == written) and (tries := tries - 1):
+            time.sleep(1)
+        all_ranks_agree(None if tries else Misuse(f"{self.path}: rank {rank()} does not see what rank 0 writes there; "
+                                                  "--out must lie on a file system that all nodes share"))  # fmt: skip
         code = b"".join(Path(m.__file__).read_bytes() for m in (sys.modules[__name__], data_prep, verify))
         data = repr([(row["problem"], row.get("response"), row.get("answer")) for row in rows]).encode()
         about = dict(config=self.values, world_size=world(), python=sys.version.split()[0], torch=torch.__version__)
@@ -1506,8 +1514,8 @@ class RunFolder:
             return
         step, seconds = row["step"], {name: wall for name, (_, wall) in clock.seconds.items()}
         append_rows(self.path / "metrics.jsonl", [row])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = dict(peak_resident_kib=peak, peak_gpu_bytes=torch.cuda.max_memory_allocated())
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        memory = dict(resident=resident, gpu_peak=torch.cuda.max_memory_allocated())
         append_rows(self.path / "timings.jsonl", [dict(step=step, **seconds, tokens=row["tokens"], **memory)])
         if records and step % 10 == 0:
             by_reward, longest = sorted(records, key=lambda r: r["reward"]), max(records, key=lambda r: r["length"])
@@ -1521,15 +1529,15 @@ class RunFolder:
 
     def after_step(self, done: int, steps: int, draw_every: int, save_every: int, interrupt, *what) -> bool:
         """Draw and save (`what`: the arguments of `save`) when it is time, at the end, and on a signal. -> stop now?"""
-        last, signalled = done == steps, interrupt.received()
-        if last or signalled or done % draw_every == 0:
+        signalled = interrupt.received()
+        now = done == steps or signalled
+        if now or done % draw_every == 0:
             draw_steps(self.path)
-        save = last or signalled or done % save_every == 0
-        if save and not from_rank0(is_whole(self.path / f"checkpoint-{done}")):
+        if done and (now or done % save_every == 0) and not from_rank0(is_whole(self.path / f"checkpoint-{done}")):
             self.save(done, *what)
-        if signalled and not last:
-            print0(f"{signalled}: saved after step {done} of {steps}; the same command resumes there")
-        return bool(signalled) and not last
+        if signalled:
+            print0(f"{signalled}: stopped after step {done} of {steps}; the same command resumes there")
+        return bool(signalled)
 
     def save(self, step: int, policy, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
@@ -1619,7 +1627,7 @@ def trainer_state(policy, optimizer, anchor=None):
         state["policy." + name] = p.detach()
         state |= {f"{kind}.{name}": x for kind, x in optimizer.state[p].items()}
     state |= {"anchor." + name: p.detach() for name, p in (anchor.lm.named_parameters() if anchor else ())}
-    with optimizer.parked, (anchor or policy).parked:
+    with optimizer.parked, (anchor or policy).parked:  # a policy has nothing parked
         yield state
 
 # ----------------------------------------------------------------------------------- machinery: ranks, seeds, signals
@@ -1848,6 +1856,8 @@ def check_config(cfg: Config):
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
     installed = importlib.util.find_spec
     need(cfg.engine != "vllm" or installed("vllm"), "engine", "not installed here: pip install vllm==0.32.0")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
     need(not cfg.tensorboard or installed("tensorboard"), "tensorboard", "not installed here; pip install tensorboard")
     need(not cfg.vllm_tp or cfg.engine != "torch", "vllm_tp", "only with --engine vllm")
     need(ranks % (cfg.vllm_tp or 1) == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
@@ -1860,14 +1870,15 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse_args(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-                torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
         quiet()
         if cfg.preset != "tiny":
-            print0(f"preset {cfg.preset}: {', '.join(f'{k} {v}' for k, v in PRESETS[cfg.preset].items())}")
+            values = {k: v for k, v in PRESETS[cfg.preset].items() if k != "model" or cfg.stage == "sft"}
+            print0(f"preset {cfg.preset}: {', '.join(f'{k} {v}' for k, v in values.items())}")
         STAGES[cfg.stage](cfg)
         return 0
     except Stop as e:

@@ -124,7 +124,7 @@ def change(path, **fields):
 # -------------------------------------------------------------------------------------------------------- the project
 
 LAYERS = {"verify": set(), "data_prep": {"verify"}, "t1": {"data_prep", "verify"}}  # what each may import of ours
-LINES = {"t1.py": 1912, "verify.py": 2040, "data_prep.py": 1610, "test_t1.py": 2710, "README.md": 250, "docs/*.md": 150}
+LINES = {"t1.py": 1922, "verify.py": 2040, "data_prep.py": 1610, "test_t1.py": 2710, "README.md": 250, "docs/*.md": 150}
 
 def test_imports_run_downwards_only():
     ours = {*LAYERS, "experiments", "test_t1"}
@@ -870,7 +870,7 @@ def test_a_run_writes_its_logs_pictures_and_samples(trained):
         files = {"config.json", "metrics.jsonl", "timings.jsonl", "samples.jsonl"}
         assert files <= {p.name for p in folder.iterdir()} and all(list(row) == columns for row in rows_of(folder))
         timings = data_prep.read_log(folder / "timings.jsonl")
-        memory = ["peak_resident_kib", "peak_gpu_bytes"]
+        memory = ["resident", "gpu_peak"]
         assert all(list(row) == ["step", *phases[stage], "tokens", *memory] for row in timings)
     kinds = {row["kind"] for row in data_prep.read_log(trained / "rl/samples.jsonl")}
     assert kinds == {"best", "worst", "longest", "held-out"}
@@ -1283,7 +1283,8 @@ def small_model_of(preset, folder):
 def test_every_preset_starts(preset, ranks, guess, tmp_path):
     """SFT, RL and evaluation of two checkpoints, with either engine, at the preset's own values where they fit."""
     def stage(name, *more):
-        args = ["--preset", preset, *ten_problems(guess), "--max-prompt", 64, "--max-new", 24, "--out", tmp_path, *more]
+        args = ["--preset", preset, *ten_problems(guess), "--max-prompt", 64, "--max-new", 24, "--out", tmp_path]
+        args += ["--compile", name == "sft" and preset == "qwen2.5-14b", *more]  # compiling takes a minute
         if ranks == 2:
             return torchrun(HERE / "t1.py", "--stage", name, *args)
         code, out, err = run("--stage", name, *args)
@@ -1335,7 +1336,7 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(guess, tmp_path, mo
 
     monkeypatch.setattr(t1, phase, disturbed)
     code, out, err = main(*args)
-    assert code == 0 and f"{asked.name}: saved after step {done} of 6; the same command resumes there" in out, err
+    assert code == 0 and f"{asked.name}: stopped after step {done} of 6; the same command resumes there" in out, err
     folder = tmp_path / "tiny/rl"
     assert [p.name for p in t1.checkpoints(folder)] == [f"checkpoint-{done}"] and len(rows_of(folder)) == done
     assert main(*args)[0] == 0
@@ -1367,6 +1368,7 @@ def test_the_logged_kl_is_the_trainers_beside_a_noisy_engine(guess, tmp_path, mo
 def test_ranks_that_see_different_folders_are_told(guess, tmp_path, monkeypatch):
     folder = t1.RunFolder(config("--stage", "rl", "--out", tmp_path))
     monkeypatch.setattr(t1, "from_rank0", lambda value: "what another machine's rank 0 wrote")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(t1.Misuse, match="--out must lie on a file system that all nodes share"):
         folder.create("", [])
 
@@ -1396,7 +1398,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path):
     out, err = process.communicate(timeout=120)
     (saved,) = t1.checkpoints(folder)
     step = t1.step_of(saved)
-    assert process.returncode == 0 and f"SIGTERM: saved after step {step} of 20" in out, out + err
+    assert process.returncode == 0 and f"SIGTERM: stopped after step {step} of 20" in out, out + err
     assert len(rows_of(folder)) == step < 20
     code, _, err = run(*args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (250_000, 250_000)))
     (line,) = [x for x in err.splitlines() if x.startswith("t1.py: ")]
