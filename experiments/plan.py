@@ -1,7 +1,7 @@
 """What a run of RL on GPUs costs, before it is started: memory, seconds a step by phase, GPU-hours and days.
 
     python -m experiments.plan                                    the presets' models on 8, 16, 32 and 64 GPUs
-    python -m experiments.plan --compile --offload                other options are t1.py's, on top of each preset
+    python -m experiments.plan --offload false --rl-steps 500     other options are t1.py's, on top of each preset
     python -m experiments.plan --model FOLDER --preset pretrained --gpus 1,2 --length 400
     python -m experiments.plan --lengths runs/NAME/rl             response lengths as a run had them
     python -m experiments.plan --machine h200 --set efficiency=0.35,network=1e11
@@ -90,8 +90,8 @@ def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg: t1.Config, mach
         return plan
 
     held, card = plan["weights"] + anchor, machine.card
-    gathered = 2 * (parameters if not sharded else 2 * layer + root)  # by the check of a push
-    tp = cfg.vllm_tp or t1.engine_ranks(2 * parameters, card, gpus)
+    gathered = 4 * (2 * layer + root) if sharded else 2 * parameters  # by the check of a push, as t1.engine_layout
+    tp = cfg.vllm_tp or t1.engine_ranks(2 * parameters, card, min(gpus, machine.node))
     plan |= dict(tp=tp, share=cfg.vllm_memory or t1.engine_share(card, int(held), gathered))
     room = plan["share"] * card - 2 * parameters / tp - machine.own
     plan["cache"] = room * min(tp, shape.kv_heads) / cache_bytes(shape)
@@ -159,7 +159,7 @@ def rows_of(shape: Shape, own, cfg: t1.Config, machine: Machine) -> tuple[list[s
         step, saving = sum(phases.values()), 18 * plan["parameters"] / machine.disk / cfg.rl_save_every
         hours = (step + saving) * cfg.rl_steps / 3600
         cells = "".join(f"{phases[name]:10.1f}" for name in PHASES)
-        seconds.append(f"{gpus:5}{cells}{step:9.0f}{saving:8.1f}{cfg.rl_steps:8}{gpus * hours:11,.0f}{hours / 24:7.1f}")
+        seconds.append(f"{gpus:5}{lengths.mean():8,.0f}{cells}{step:9.0f}{saving:8.1f}{cfg.rl_steps:8}{gpus * hours:11,.0f}{hours / 24:7.1f}")
     return memories, seconds
 
 
@@ -188,11 +188,9 @@ def run_plan(own, configs: list[t1.Config], machine: Machine):
     t1.print0(f"{machine.usable:.0%} of {machine.card / 2**30:.0f} GiB is enough: the rest is for CUDA and NCCL.")
     t1.print0(f"{'model':14} GPUs" + "".join(f"{name:>12}" for name in MEMORY) + "  tp  share      cache  fits")
     t1.print0("\n".join(memory))
-    lengths = lengths_for(own, first)
-    batch = f"{first.prompts} x {first.k} responses of {lengths.mean():,.0f} tokens in the mean"
-    t1.print0(f"\nSeconds a step, computed: {batch}, {np.mean(lengths == first.max_new):.1%} reach {first.max_new:,}")
+    t1.print0(f"\nSeconds a step of {first.prompts} x {first.k} responses of so many `tokens` in the mean, computed.")
     phases = "".join(f"{phase:>10}" for phase in PHASES)
-    t1.print0(f"{'model':14} GPUs{phases}     step    save   steps  GPU-hours   days")
+    t1.print0(f"{'model':14} GPUs  tokens{phases}     step    save   steps  GPU-hours   days")
     t1.print0("\n".join(seconds))
 
 
