@@ -159,7 +159,8 @@ def rows_of(shape: Shape, own, cfg: t1.Config, machine: Machine) -> tuple[list[s
         step, saving = sum(phases.values()), 18 * plan["parameters"] / machine.disk / cfg.rl_save_every
         hours = (step + saving) * cfg.rl_steps / 3600
         cells = "".join(f"{phases[name]:10.1f}" for name in PHASES)
-        seconds.append(f"{gpus:5}{lengths.mean():8,.0f}{cells}{step:9.0f}{saving:8.1f}{cfg.rl_steps:8}{gpus * hours:11,.0f}{hours / 24:7.1f}")
+        whole = f"{saving:8.1f}{cfg.rl_steps:8}{gpus * hours:11,.0f}{hours / 24:7.1f}"
+        seconds.append(f"{gpus:5}{lengths.mean():8,.0f}{cells}{step:9.0f}{whole}")
     return memories, seconds
 
 
