@@ -3,11 +3,14 @@
     export OMP_NUM_THREADS=1
     python -m experiments.bench                   with TRL in the environment: pip install trl==1.16.0
     python -m experiments.bench --max-new 512     rows of different lengths
+    python -m experiments.bench --gpu             what one GPU does, in minutes; no download, vLLM if it is there
 
 The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch, float32, random
 weights. Up to 128 new tokens the model has one end token, so nearly all responses have the full length; above, one
 token in 64 is an end token: lengths differ, 64 on average. Both sides get the same folder, problems, K, lengths, type
 and threads; after each of TRL's steps one of ours is run, so that both see the same machine. Other options are t1.py's.
+--gpu: is flash attention right, does the gradient agree with float32, memory and time of the head, FLOP utilisation,
+generation, parked optimizer, SFT and RL from end to end; a table, and the same as JSON.
 """
 
 import copy
@@ -20,7 +23,7 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ import transformers
 import data_prep
 import experiments
 import t1
+from experiments import gpu
 
 BENCH = dict(  # the job, on top of the preset tiny
     max_new=128,
@@ -72,6 +76,7 @@ class Timing:
 
     tokens: int
     seconds: dict[str, tuple[float, float]]
+    row: dict = field(default_factory=dict)  # of metrics.jsonl
 
     def rate(self, clock: int, phase: str = "") -> float:
         """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the whole step."""
@@ -120,7 +125,7 @@ def our_rl_step(job: Job, step: int) -> Timing:
         step, job.problems, job.prompts, job.policy, job.anchor, job.engine, job.optimizer, job.cfg, clock,
         t1.Interrupt(),
     )
-    return Timing(row["tokens"], clock.seconds)
+    return Timing(row["tokens"], clock.seconds, row)
 
 
 def our_sft_step(job: Job, step: int) -> Timing:
@@ -342,13 +347,22 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
 
 def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("bench", __doc__)
-    parser.add_argument("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
+    add = parser.add_argument
+    add("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
+    add("--gpu", action="store_true", help="measure this machine's GPU instead (default: off)")
+    add("--json", default="bench-gpu.json", help="with --gpu: file for the numbers (default: %(default)s)")
     return experiments.run(parser, bench_command, argv)
 
 
 def bench_command(own, options: list[str]):
     if own.pairs < 1:
         raise t1.Misuse("--pairs must be above 0")
+    if own.gpu and options:
+        raise t1.Misuse(f"--gpu takes no options of t1.py: {' '.join(options)}")
+    if own.gpu and not torch.cuda.is_available():
+        raise t1.Misuse("--gpu: torch sees no GPU here")
+    if own.gpu:
+        return gpu.run_gpu(gpu.Sizes(), f"{torch.cuda.get_device_name()}; {about_machine()}", own.json)
     run_bench(own.pairs, *(job_config(stage, options) for stage in ("rl", "sft")))
 
 

@@ -1,0 +1,254 @@
+"""What one GPU does with this code: `python -m experiments.bench --gpu`, in minutes, with random weights, no download.
+
+Every function runs on a CPU, too, with smaller Sizes (test_experiments.py), so that nothing is new on a GPU but the
+device. An item that fails is a row of the table; the others go on.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import data_prep
+import t1
+from experiments.costs import Shape, update_flop
+from experiments.plan import PHASES
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What --gpu works on."""
+
+    device: str = "cuda"
+    product: int = 8192  # side of the matrices
+    copied: int = 2**30  # bytes
+    rows: int = 4  # of a micro-batch
+    row: int = 4096  # tokens
+    stack: Shape = Shape(1024, 4, 2816, 16, 4, 64, 4096, True)  # layers whose gradients are compared
+    head: tuple[int, int, int] = (4096, 896, 151_936)  # positions, D, V
+    models: tuple[tuple[str, Shape], ...] = (  # Qwen2.5's
+        ("0.5B", Shape(896, 24, 4864, 14, 2, 64, 151_936, True)),
+        ("1.5B", Shape(1536, 28, 8960, 12, 2, 128, 151_936, True)),
+    )
+    samples: int = 128  # rows that the torch engine generates
+    new: int = 128  # tokens of each
+    steps: tuple[int, int] = (100, 10)  # of SFT and RL of the preset tiny
+    peak: float = 989e12  # FLOP/s of which MFU is a share: H100 and H200, dense bfloat16
+
+
+def timed(sizes: Sizes, work, repeats: int = 3) -> tuple[float, float]:
+    """-> median wall seconds of work() after one call to warm up, and GiB that it took beside what was there (GPU)."""
+    gpu, seconds = sizes.device == "cuda", []
+    for _ in range(1 + repeats):
+        if gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated() if gpu else 0, time.perf_counter()
+        work()
+        if gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:])), (torch.cuda.max_memory_allocated() - before) / 2**30 if gpu else math.nan
+
+
+def gpu_config(sizes: Sizes, *options) -> t1.Config:
+    micro = ["--micro-tokens", str(sizes.rows * sizes.row), "--device", sizes.device]
+    return t1.parse_args(["--stage", "rl", "--preset", "tiny", "--engine", "torch", *micro, *map(str, options)])
+
+
+def random_policy(shape: Shape, sizes: Sizes, cfg: t1.Config) -> t1.Policy:
+    """A Qwen2 of this shape with random weights, all of its vocabulary in use."""
+    tokenizer = data_prep.embedded_tokenizer()
+    config = transformers.Qwen2Config(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied, max_position_embeddings=32768, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(sizes.device):
+        policy = t1.Policy(t1.empty_lm(config, transformers.GenerationConfig()), tokenizer, cfg)
+    policy.vocabulary, policy.end_ids = shape.vocabulary, [-1]  # nothing ends a response
+    return t1.shard(policy, tokenizer, cfg)
+
+
+def random_rows(sizes: Sizes, vocabulary: int, even: bool = True) -> list[tuple]:
+    """Rows of sizes.row tokens, or of a whole, a half, a third ... of that."""
+    ids = np.random.default_rng(0).integers(1, vocabulary, (sizes.rows, sizes.row)).tolist()
+    return [(x[:8], x[8 : len(x) if even else max(16, len(x) // (i + 1))]) for i, x in enumerate(ids)]
+
+
+def gradient_of(policy, rows, cfg: t1.Config):
+    ones = torch.ones(len(rows))
+    policy.zero_grad()
+    t1.accumulate_gradient(policy, rows, ones, ones / sum(len(y) for _, y in rows), cfg, 1e-3, 1.2)
+
+
+def measure_card(sizes: Sizes) -> dict:
+    """Matrix products in bfloat16, copies on the card, copies from pinned memory: constants of costs.Machine."""
+    n, where = sizes.product, sizes.device
+    a, bytes_ = torch.randn(n, n, device=where, dtype=torch.bfloat16), torch.empty(sizes.copied, dtype=torch.uint8)
+    b, host = bytes_.to(where), bytes_.pin_memory() if where == "cuda" else bytes_
+    product, copy_, pcie = (timed(sizes, work)[0] for work in (lambda: a @ a, b.clone, lambda: b.copy_(host)))
+    return {"TFLOP/s": 2e-12 * n**3 / product, "memory TB/s": 2e-12 * sizes.copied / copy_,
+            "host GB/s": 1e-9 * sizes.copied / pcie}  # fmt: skip
+
+
+def compare_with_float32(sizes: Sizes) -> dict:
+    """Log-probs and gradients of rows of different lengths, packed and in bfloat16, against the library's own forward
+    row by row: its bfloat16 and its float32. Ours should be about as far from float32 as the library's bfloat16."""
+    cfg = gpu_config(sizes, "--dtype", "bfloat16")
+    policy, rows = random_policy(sizes.stack, sizes, cfg), random_rows(sizes, sizes.stack.vocabulary, even=False)
+
+    def library(dtype):
+        policy.zero_grad()
+        policy.lm.set_attn_implementation("eager")
+        parts = []
+        for x, y in rows:
+            ids = torch.tensor([x + y], device=sizes.device)
+            with torch.autocast(sizes.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                hidden = policy.lm.base_model(ids).last_hidden_state[0, len(x) - 1 : -1]
+            logp = (hidden.float() @ policy.lm.get_output_embeddings().weight.T / 1.2).log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+            parts.append(logp.gather(1, ids[0, len(x) :, None])[:, 0])
+            (-(parts[-1] + 1e-3 * entropy).sum() / sum(len(y) for _, y in rows)).backward()
+        policy.lm.set_attn_implementation("t1")
+        return torch.cat(parts).detach().cpu(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    logp, gradient = library(torch.float32)
+    low_logp, low_gradient = library(torch.bfloat16)
+    ours = torch.cat(t1.response_logprobs(policy, rows, cfg, 1.2))
+    gradient_of(policy, rows, cfg)
+    our_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    gap = {"ours": (ours - logp).abs().mean().item(), "library": (low_logp - logp).abs().mean().item()}
+    norm = gradient.norm()
+    error = {"ours": (our_gradient - gradient).norm() / norm, "library": (low_gradient - gradient).norm() / norm}
+    return {f"log-prob gap, {k}": v for k, v in gap.items()} | {f"gradient, {k}": v.item() for k, v in error.items()}
+
+
+def measure_head(sizes: Sizes) -> dict:
+    """`policy_loss` forward and backward, and the reference that holds all logits."""
+    n, D, V = sizes.head
+    like = dict(dtype=torch.bfloat16, device=sizes.device)
+    hidden, head = (torch.empty(m, D, **like).normal_(0, D**-0.25).requires_grad_() for m in (n, V))
+    y, A, w = (x.to(sizes.device) for x in (torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n)))
+
+    def chunks():
+        t1.policy_loss(hidden, head, y, A, w, 1e-3, 1.2)[0].backward()
+
+    def whole():
+        t1.policy_loss_reference(hidden, head, y, A, w, 1e-3, 1.2).backward()
+
+    (ours, memory), (reference, more) = timed(sizes, chunks), timed(sizes, whole, 1)
+    return {"ms": 1e3 * ours, "GiB": memory, "reference ms": 1e3 * reference, "reference GiB": more}
+
+
+def measure_update(sizes: Sizes, name: str, compiled: bool) -> dict:
+    """Gradient and AdamW at the shape of one of sizes.models, rows of sizes.row tokens; AdamW's state parked or not."""
+    cfg = gpu_config(sizes, "--dtype", "bfloat16", "--checkpointing", *["--compile"] * compiled)
+    shape = dict(sizes.models)[name]
+    policy, rows = random_policy(shape, sizes, cfg), random_rows(sizes, shape.vocabulary)
+    seconds, memory = timed(sizes, lambda: gradient_of(policy, rows, cfg))
+    lengths, n = np.array([len(y) for _, y in rows]), sizes.rows * sizes.row
+    plain = update_flop(shape, lengths, 8, gpu_config(sizes))[1]  # of the model: without what is computed again
+    row = {"tokens/s": n / seconds, "MFU %": 100 * plain / seconds / sizes.peak, "GiB": memory}
+    if compiled:
+        return row
+    optimizer = t1.make_optimizer(policy, cfg)
+    update = timed(sizes, optimizer.step)[0]
+    state = [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    before = [x.clone() for x in state[:2]]
+    parked = t1.Parked(state)
+
+    def fetch_and_park():
+        with parked:
+            pass
+
+    parking = timed(sizes, fetch_and_park)[0]
+    with parked:
+        same = all(torch.equal(x, y) for x, y in zip(before, state))
+    return row | {"AdamW ms": 1e3 * update, "parked ms": 1e3 * parking, "parked bits": "same" if same else "OTHER"}
+
+
+def measure_rollout(sizes: Sizes, name: str) -> dict:
+    """The torch engine at one of sizes.models' shapes: all rows of full length."""
+    cfg, shape = gpu_config(sizes, "--dtype", "bfloat16"), dict(sizes.models)[name]
+    engine = t1.TorchEngine(data_prep.embedded_tokenizer(), cfg)
+    engine.load(random_policy(shape, sizes, cfg))
+    request = [list(range(1, 65))], [list(range(sizes.samples))], [0], sizes.new
+    seconds, memory = timed(sizes, lambda: engine.generate(*request, temperature=1.2), 1)
+    return {"tokens/s": sizes.samples * sizes.new / seconds, "ms a token": 1e3 * seconds / sizes.new, "GiB": memory}
+
+
+def measure_stages(sizes: Sizes, engine: str) -> dict:
+    """SFT and RL of the preset tiny through t1.main, in bfloat16: tokens per second of the later half of the steps.
+    `engine` is that of RL: one process has room for one vLLM engine."""
+    row, said = {}, io.StringIO()
+    with tempfile.TemporaryDirectory() as out:
+        for stage, steps, writer in zip(("sft", "rl"), sizes.steps, ("torch", engine)):
+            options = ["--stage", stage, "--preset", "tiny", "--out", out, f"--{stage}-steps", str(steps)]
+            options += ["--dtype", "bfloat16", "--device", sizes.device, "--engine", writer]
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                if t1.main(options):
+                    raise t1.Stop(f"stage {stage}: {said.getvalue().strip().splitlines()[-1]}")
+            logs = data_prep.read_log(Path(out) / "tiny" / stage / "timings.jsonl")[steps // 2 :]
+            seconds = sum(x[phase] for x in logs for phase in ("train", *PHASES) if phase in x)
+            row[f"{stage} tokens/s"] = sum(x["tokens"] for x in logs) / seconds
+        rows = data_prep.read_log(Path(out) / "tiny" / "rl" / "metrics.jsonl")
+    return row | {"engine gap, nats": max(x["logprob_gap"] for x in rows), "right": rows[-1]["accuracy"]}
+
+
+def with_repeated_heads(attend):
+    """torch 2.11's varlen_attn has no grouped queries: repeat the key-value heads for it."""
+
+    def varlen_attn(q, k, v, *lengths, enable_gqa: bool = False, **options):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return attend(q, k, v, *lengths, **options)
+
+    return varlen_attn
+
+
+def items_of(sizes: Sizes) -> dict:
+    """Name -> the measurement, in the order of the table."""
+    items = {
+        "card": (measure_card,),
+        "packed rows and gradient against float32": (compare_with_float32,),
+        "head, {} positions, D {}, V {:,}".format(*sizes.head): (measure_head,),
+    }
+    for name, _ in sizes.models:
+        items[f"update at {name}"] = measure_update, name, False
+        items[f"update at {name}, --compile"] = measure_update, name, True
+        items[f"torch engine at {name}"] = measure_rollout, name
+    items["tiny, torch engine"] = measure_stages, "torch"
+    if sizes.device == "cuda" and importlib.util.find_spec("vllm"):
+        items["tiny, vLLM"] = measure_stages, "vllm"  # last: it stays in the process
+    return items
+
+
+def run_gpu(sizes: Sizes, about: str, path: str) -> int:
+    """Measure every item, print the table and write it as JSON -> exit code, 1 if an item failed."""
+    results = {}
+    if "enable_gqa" not in inspect.signature(t1.varlen_attn).parameters:
+        t1.varlen_attn = with_repeated_heads(t1.varlen_attn)
+    t1.print0(about)
+    for name, (measure, *args) in items_of(sizes).items():
+        try:
+            results[name] = measure(sizes, *args)
+        except Exception as e:  # whatever a library of this machine raises: the other items are still worth having
+            results[name] = dict(failed=f"{type(e).__name__}: {t1.reason_of(e)}")
+        results[name] = {k: v for k, v in results[name].items() if v == v}  # no GiB on a CPU
+        cells = [f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[name].items()]
+        t1.print0(f"{name:44} {', '.join(cells)}")
+        if sizes.device == "cuda":
+            torch.cuda.empty_cache()
+    data_prep.write_json(Path(path), dict(about=about, results=results))
+    t1.print0(f"the same in {path}")
+    return int(any("failed" in row for row in results.values()))
