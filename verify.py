@@ -135,56 +135,64 @@ _FONTS = re.compile(
     r"\\(?:text(?:bf|it|rm|up|sf|tt|normal)?|emph|[mh]box|math(?:rm|bf|it|sf|tt|cal|scr|frak)|boldsymbol|bm|pmb"
     r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{(?:[^{}]|\^ ?\{-?\d\})*\})?")
 
-# (pattern, replacement), applied in this order to a text without double blanks. § is the end of a command's name.
+# (trigger, pattern, replacement), applied in this order to a text without double blanks. A text without the trigger has
+# no match (this saves most of the time). § is the end of a command's name.
 _CLEAN_ROWS = (
     # layout
-    (r"\\\\ ?\[[^\]]*\]", r"\\\\ "),                                                                 # \\[4pt]
-    (r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|limits|nolimits|left\.|right\.)§", " "),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§", ""),
-    (r"\\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\}", " "),
-    (r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
-    (r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)\{,\}(?=\d{3})|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),   # 1\,000
-    (r"\{([-+:])\}", r"\1"),
-    (r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|~|\\+ ?$", " "),
-    (r"  +", " "),
+    ("\\\\", r"\\\\ ?\[[^\]]*\]", r"\\\\ "),                                                         # \\[4pt]
+    ("\\", r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|(?:no)?limits|(?:left|right)\.)§",
+     " "),
+    ("\\", r"\\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§", ""),
+    ("\\", r"\\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\}", " "),
+    ("\\mathbb", r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
+    ("{,}", r"(?<=\d)\{,\}(?=\d{3})", ""),
+    ("\\", r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),            # 1\,000
+    ("{", r"\{([-+:])\}", r"\1"),
+    ("\\", r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$", " "),
+    ("  ", "  +", " "),
     # numbers
-    (r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}", " "),             # 5^{\text{th}}
-    (r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),                      # 21st
-    (r"^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$", r"\1\2\3\4"),                        # 1 000 000
-    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),                                                     # 3x10^5
-    (r"\((\d[0-9A-F]*)\) ?(?=_)", r"\1"),                                                            # (12)_5
-    (r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?", r"_{\1}"),                # 12\text{ base }5
+    ("^", r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}", " "),        # 5^{\text{th}}
+    ("", r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),                  # 21st
+    (" ", r"^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$", r"\1\2\3\4"),                   # 1 000 000
+    ("10", r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),                                               # 3x10^5
+    ("_", r"\((\d[0-9A-F]*)\) ?(?=_)", r"\1"),                                                       # (12)_5
+    ("base", r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?", r"_{\1}"),        # 12\text{ base }5
     # commands
-    (r"\\[dtc]frac§", r"\\frac "), (r"\\[dt]binom§", r"\\binom "), (r"\\(?:ldots|dots|cdots|dotsc)§", "..."),
-    (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "),
-    (r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
-    (r"\{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$", r"\\frac {\1\3}{\2\4}"),
-    (r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"), (r"\\not ?=", r"\\ne "), (r"\\([%_])", r"\1"),
-    (r"\\\$|\\euro§", " $ "), (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
+    ("frac", r"\\[dtc]frac§", r"\\frac "), ("binom", r"\\[dt]binom§", r"\\binom "),
+    ("dots", r"\\(?:ldots|dots|cdots|dotsc)§", "..."),
+    ("\\", r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "),
+    ("°", r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
+    ("\\over", r"\{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$", r"\\frac {\1\3}{\2\4}"),
+    ("\\choose", r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"), ("\\not", r"\\not ?=", r"\\ne "),
+    ("\\", r"\\([%_])", r"\1"), ("\\", r"\\\$|\\euro§", " $ "), ("U", r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
     # words
-    (r"\b([aApP])\. ?[mM]\b\.?", r"\1m"), (r"\bper cent\b", "percent"),
-    (r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
-    (r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\} ?$", r"\\text{(\2)} \1"),                                 # 20 \textbf{(D)}
-    (r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
-    (r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    (r",? ?\\text ?\{,? ?for (?:all|any|every|each)(?: real)?(?: numbers?)? ?\}? ?[a-z]?(?: ?\\in ?\\R)? ?\}? ?$", ""),
-    (r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\) ?$", r", \1"),
-    (r"  +", " "))
-_CLEAN = [(re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement) for pattern, replacement in _CLEAN_ROWS]
+    (".", r"\b([aApP])\. ?[mM]\b\.?", r"\1m"), ("per cent", r"\bper cent\b", "percent"),
+    ("\\text", r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
+    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\} ?$", r"\\text{(\2)} \1"),                       # 20 \textbf{(D)}
+    ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
+    ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
+    ("\\text", r",? ?\\text ?\{,? ?for (?:all|any|every|each)(?: real)?(?: numbers?)? ?\}? ?[a-z]?(?: ?\\in ?\\R)? ?\}? ?$",
+     ""),
+    ("\\in", r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\) ?$", r", \1"),
+    ("  ", "  +", " "))
+_CLEAN = [(trigger, re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement)
+          for trigger, pattern, replacement in _CLEAN_ROWS]
 
 @lru_cache(maxsize=1 << 14)
 def clean(text: str) -> str:
     """The answer in one spelling: unicode to LaTeX, no layout, no math delimiters, no final full stop."""
-    text = re.sub("(?<=\\d) ?m(?=[²³])", r" \\text{m}", text)
-    text = _SCRIPTS.sub(latex_script, text)
-    text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
+    if not text.isascii():
+        text = re.sub("(?<=\\d) ?m(?=[²³])", r" \\text{m}", text)
+        text = _SCRIPTS.sub(latex_script, text)
+        text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:        # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
-    text = _FONTS.sub(as_text, re.sub(r"\s+", " ", text))
+    text = _FONTS.sub(as_text, re.sub(r"[\s~]+", " ", text))
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)     # \\frac: escaped once too often
-    for pattern, replacement in _CLEAN:
-        text = pattern.sub(replacement, text)
+    for trigger, pattern, replacement in _CLEAN:
+        if trigger in text:
+            text = pattern.sub(replacement, text)
     text = text.strip().lstrip(",;: ")
     return text if text.endswith("...") else text.rstrip(" .,;:")
 
@@ -895,8 +903,9 @@ def raised(a, b, mp):
     if isinstance(b, Fraction) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
         root = raised(-a, b, mp)
         return -root if b.numerator % 2 else root
-    spend(mp.dps ** 1.5 / 10)
-    if abs(b) * abs(mp.log(to_mp(a, mp))) > _HUGE:
+    is_square_root = isinstance(b, Fraction) and b.denominator == 2
+    spend(mp.dps / 2 if is_square_root else mp.dps ** 1.5 / 10)
+    if abs(b) * scale(a, mp) > _HUGE:
         raise TooBig("power")
     return to_mp(a, mp) ** to_mp(b, mp)
 
@@ -1044,7 +1053,7 @@ def mapped(part, change):
     def visit(item):
         if not isinstance(item, tuple):
             return item
-        return change(item) if item and item[0] in _KINDS else tuple(map(visit, item))
+        return change(item) if item and isinstance(item[0], str) and item[0] in _KINDS else tuple(map(visit, item))
     return part[:1] + tuple(map(visit, part[1:]))
 
 @lru_cache(maxsize=1 << 14)
@@ -1076,8 +1085,12 @@ def written(node: Node) -> int:
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
 
+@lru_cache(maxsize=1 << 14)
+def kinds_in(node: Node) -> frozenset[str]:
+    return frozenset(n[0] for n in walk(node))
+
 def has(node: Node, *kinds: str) -> bool:
-    return any(n[0] in kinds for n in walk(node))
+    return not kinds_in(node).isdisjoint(kinds)
 
 def substituted(node: Node, values: dict[str, Node]) -> Node:
     if node[0] == "sym":
@@ -1107,6 +1120,9 @@ def is_defined(tree: Node) -> bool:
         return all(map(is_defined, parts))
     if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or ("sym", "ℝ") in walk(tree):
         return True                                         # R - {0}
+    if all(node[0] in ("num", "sym", "add", "mul") or node[0] == "pow" and node[2][0] == "num" and node[2][1] > 0
+           for node in walk(tree)) and infinity not in walk(tree):
+        return True
     names, rng = sorted(unknowns(tree)), random.Random(1)
     for env in itertools.chain(ordinary_points(names, set(), rng), ordinary_points(names, set(names), rng)):
         with contextlib.suppress(Undefined):
@@ -1611,12 +1627,12 @@ def same_value(a: Node, b: Node) -> bool:
     NOT IN PAPER: log is natural or decimal, a degree is a number or an angle, 25% is 25 or 1/4: any one reading that
     makes both sides equal will do, as the question fixed it. cos 36 is never cos 36°.
     """
-    both = walk(a) + walk(b)
-    kinds = {node[0] for node in both}
+    kinds = kinds_in(a) | kinds_in(b)
     if kinds & _NO_VALUE or {"deg", "pct"} <= kinds:        # with degrees read as numbers, 25° were 25%
         return False
-    has_angle = any(node[0] == "fn" and node[1] in _ANGLES for node in both)
-    has_log = any(node[0] == "fn" and node[1] == "log" and len(node[2]) == 1 for node in both)
+    functions = {node[1:2] + (len(node[2]),) for node in walk(a) + walk(b) if node[0] == "fn"} if "fn" in kinds else ()
+    has_angle = any(name in _ANGLES for name, _ in functions)
+    has_log = ("log", 1) in functions
     return any(agree(a, b, Scope({}, degree=degree, percent=percent, log10=log10))
                for degree in ((True, False) if "deg" in kinds and not has_angle else (True,))
                for percent in ((True, False) if "pct" in kinds else (True,))
