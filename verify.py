@@ -171,8 +171,10 @@ _CLEAN_ROWS = (
     ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\} ?$", r"\\text{(\2)} \1"),                       # 20 \textbf{(D)}
     ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
     ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    ("\\text", r",? ?\\text ?\{,? ?for (?:all|any|every|each)(?: real)?(?: numbers?)? ?\}? ?[a-z]?(?: ?\\in ?\\R)? ?\}? ?$",
-     ""),
+    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)?(?: integers?)? ?\} ?([a-z]) ?(\\in ?\\[NZ]) ?$", r", \1 \2"),
+    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z]) ?$", r", \1 \\in \\Z "),
+    ("\\text", r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
+     r"(?: ?\\in ?\\[QR])? ?\}? ?$", ""),
     ("\\in", r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\) ?$", r", \1"),
     ("  ", "  +", " "))
 _CLEAN = [(trigger, re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement)
@@ -349,7 +351,9 @@ for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 _NUMERALS = {word: i for i, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split())}
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen".split())}
+_NUMERALS |= {word: 10 * i for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 
 def singular(word: str) -> str:
     word = word.lower()
@@ -566,8 +570,9 @@ class Parser:
         words = [word for word in words if word not in ("a", "an", "the", "of")] or words
         if len(words) > MAX_WORDS:
             raise Unreadable("prose")
-        if len(words) == 1 and words[0] in _NUMERALS:
-            return number(_NUMERALS[words[0]])
+        values = [_NUMERALS.get(word, -1) for word in words]
+        if len(values) == 1 and values[0] >= 0 or len(values) == 2 and values[0] >= 20 and 0 < values[1] < 10:
+            return number(sum(values))                      # five, forty-two
         if re.fullmatch("(?:option|choice|answer|选项|选) [A-J]", " ".join(words)):
             return ("sym", words[1])
         text = " ".join(map(singular, words))
@@ -1243,6 +1248,9 @@ def read(text: str) -> tuple[Node, ...]:
     choice = _CHOICE.fullmatch(text)
     if choice:
         text = choice["rest"] if choice["shut"] or not choice["open"] else choice["rest"].replace("}", "", 1)
+    note = re.fullmatch(r"(.+?) ?(?:\\text ?\{ ?\(([^(){}]+)\) ?\}|\( ?\\text ?\{([^{}]+)\} ?\))", text)
+    if note and set(read(note[1])) & set(read(note[2] or note[3])):                  # 42 (forty-two)
+        return read(note[1])
     readings = [False]
     if re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text) and not re.search(r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text):
         readings = [True] if re.search(r"\d,0\d\d(?!\d)", text) else [True, False]
@@ -1301,6 +1309,11 @@ def simplified(node: Node) -> Node:
     """A list or set of one is its element (but {{1}} is not {1}); equations are checked, as `name = value`."""
     if node[0] in ("list", "set") and len(node[1]) == 1 and node[1][0][0] != "set" and not has(node, "pm"):
         return simplified(node[1][0])
+    if node[0] == "list" and node[1][0][0] == "rel" and node[1][0][2][0][0] == "call":
+        arguments = node[1][0][2][0][2]                      # f(n) = n + c, n in Z, c in R: the problem gives the domain
+        kept = [item for item in node[1] if item[:2] != ("rel", ("in",)) or item[2][1] != ("sym", "ℝ")
+                and (item[2][0] not in arguments or item[2][1][0] != "sym")]
+        return simplified(("list", tuple(kept), node[2])) if len(kept) < len(node[1]) else node
     if node[0] == "rel" and node[1] == ("in",) and simplified(node[2][1]) != node[2][1]:
         return ("rel", ("=",), (node[2][0], simplified(node[2][1])))                 # x in {2}
     if node[0] != "rel" or not set(node[1]) <= {"=", "~"}:
@@ -1330,7 +1343,8 @@ def is_label(node: Node) -> bool:
         return all(argument[0] == "num" or is_label(argument) for argument in node[2])
     if kind in ("tuple", "ratio"):                          # (y, x) = (1, 2) is not the point (1, 2)
         letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
-        return all(map(is_label, node[-1])) and letters == sorted(letters)
+        is_family = any(set(letters) <= set(family) for family in ("abcdefg", "mn", "pqrst", "uvw", "xyz"))
+        return all(map(is_label, node[-1])) and (letters == sorted(letters) or not is_family)
     if kind == "fn":
         inner = node[2][0]
         names_angle = node[1] in _ANGLES and inner[0] == "sym" and (inner[1][0].isupper() or " " in inner[1])
@@ -1416,28 +1430,31 @@ def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
     names = list(dict.fromkeys(filter(None, map(label_of, members))))
     return names, [member[2][1] if label_of(member) else member for member in members]
 
+def points(members: list[Node], joiner: str = ",") -> list[Node]:
+    """x = 1, y = 2, x = 2, y = 1 are two points (x, y) = (1, 2), (2, 1); x = 1 or y = 2 is none."""
+    names = sorted(named_values(members)[0], key=repr)
+    groups = [members[i:i + len(names)] for i in range(0, len(members), len(names) or 1)]
+    if len(names) < 2 or joiner == "or" and len(groups) == 1 or any(set(map(label_of, g)) != set(names) for g in groups):
+        joined = {member: points(member[3]) for member in members if member[0] == "tuple"}
+        return [joined[member][0] if len(joined.get(member, ())) == 1 else member for member in members]
+    label = ("tuple", "(", ")", tuple(names))
+    values = [tuple(member[2][1] for member in sorted(group, key=lambda m: repr(label_of(m)))) for group in groups]
+    return [("rel", ("=",), (label, ("tuple", "(", ")", value))) for value in values]
+
 def same_collection(a: Node, b: Node) -> bool:
-    """Lists and sets, in any order. Beside `x = 1, y = 2` a list without names is in that order, a tuple sorted."""
-    if "tuple" in (a[0], b[0]):
-        pair, plain = (a, b) if a[0] == "tuple" else (b, a)
-        members = [simplified(member) for member in elements(plain)]
-        if all(map(label_of, members)):                      # y = 2, x = 1 means (1, 2)
-            members = sorted(members, key=lambda member: repr(label_of(member)))
-        values = named_values(members)[1]
-        return pair[1:3] == ("(", ")") and plain[0] == "list" and len(pair[3]) == len(values) \
-            and all(map(same, pair[3], values))
+    """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
     xs, ys = ([node if node[0] == "set" else simplified(node) for node in elements(part)] for part in (a, b))
     (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
-    joins_names = len(names) > 1 or any(value[0] in ("sym", "text") for value in values)
-    if "or" in (a[-1], b[-1]) and a[-1] != b[-1] and joins_names:                    # A and B, A or B
+    if "or" in (a[-1], b[-1]):
+        if a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values):         # A and B, A or B
+            return False
+    elif "tuple" in (a[0], b[0]) and not names + other_names or not (names and other_names) and (
+            max(len(names), len(other_names)) == len(xs) == len(ys) > 1):
+        xs, ys = (part[3] if part[:3] == ("tuple", "(", ")") else side for part, side in ((a, values), (b, other_values)))
+        return "set" not in (a[0], b[0]) and len(xs) == len(ys) and all(map(same, xs, ys))
+    (names, xs), (other_names, ys) = named_values(points(xs, a[-1])), named_values(points(ys, b[-1]))
+    if names != other_names and (names and other_names or len(names + other_names) > 1):
         return False
-    if min(len(names), len(other_names)) > 1:
-        return matched(xs, ys)
-    if names and other_names and names != other_names:
-        return False
-    if max(len(names), len(other_names)) > 1:
-        return len(xs) == len(ys) and all(map(same, values, other_values))
-    xs, ys = values, other_values
     has_signs = has(a, "pm") or has(b, "pm")
     if has_signs or "set" in (a[0], b[0]) or all(member[0] in ("tuple", "rel") for member in xs + ys):
         xs, ys = distinct(xs), distinct(ys)
@@ -1475,6 +1492,8 @@ def same_relation(a: Node, b: Node) -> bool:
     if a[0] != b[0]:
         relation, value = (a, b) if a[0] == "rel" else (b, a)
         sides = relation[2]
+        if value[0] == "tuple" and len(sides) > 2 and all(map(is_label, sides[:-1])):           # x = y = 1 is (1, 1)
+            return relation[1] == ("=",) * len(value[3]) and same(value, value[:3] + (sides[-1:] * len(value[3]),))
         is_chain = set(relation[1]) == {"="} and (is_label(sides[0]) or not any(map(unknowns, sides)))
         return (is_chain or label_of(relation) is not None) and same(sides[-1], value)
     if len(a[1]) != len(b[1]):                               # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
