@@ -171,7 +171,7 @@ _CLEAN_ROWS = (
     ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\} ?$", r"\\text{(\2)} \1"),                       # 20 \textbf{(D)}
     ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
     ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)?(?: integers?)? ?\} ?([a-z]) ?(\\in ?\\[NZ]) ?$", r", \1 \2"),
+    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ]) ?$", r", \1"),
     ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z]) ?$", r", \1 \\in \\Z "),
     ("\\text", r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
      r"(?: ?\\in ?\\[QR])? ?\}? ?$", ""),
@@ -357,8 +357,6 @@ _NUMERALS |= {word: 10 * i for i, word in enumerate("twenty thirty forty fifty s
 
 def singular(word: str) -> str:
     word = word.lower()
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
 # Things that answers count. Any other word after a number may change it (5 thousandths, 5 halves): it is no unit.
@@ -476,8 +474,6 @@ class Parser:
         while self.is_op(*_RELATIONS):
             operators.append(self.take().text)
             sides.append(self.ratio())
-        if len(operators) == 1 and operators[0] in "=~" and sides[0] == ("sym", "?"):
-            return sides[1]
         if operators == ["≡"]:                               # f(x) ≡ 0
             operators = ["="]
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
@@ -674,8 +670,6 @@ class Parser:
             if not re.fullmatch(r"\d{1,2}", base) or "/" in text:
                 raise Unreadable("base of a numeral")
             return number(text) if base == "10" else ("based", text.lstrip("0") or "0", int(base))
-        if not text[-1].isdigit():
-            raise Unreadable("letters in a number")
         start, parts, token = self.at, None, self.peek()
         if text.isdigit() and (token.kind, token.text) == ("cmd", "frac"):
             self.take()
@@ -945,12 +939,9 @@ def evaluate(node: Node, s: Scope):
         value = apply(node[1], [evaluate(argument, s) for argument in node[2]], s)
     elif kind == "call":
         value = call(node, s)
-    elif kind == "deg":
-        value = times(evaluate(node[1], s), mp.pi / 180 if s.degree else Fraction(1), mp)
-    elif kind == "pct":
-        value = times(evaluate(node[1], s), Fraction(1, 100 if s.percent else 1), mp)
-    elif kind == "unit":
-        value = times(evaluate(node[1], s), node[3], mp)
+    elif kind in ("deg", "pct", "unit"):
+        read_as = {"deg": s.degree and mp.pi / 180, "pct": s.percent and Fraction(1, 100), "unit": node[-1]}[kind]
+        value = times(evaluate(node[1], s), read_as or Fraction(1), mp)
     else:
         raise Undefined(f"{kind} without a value")
     if not isinstance(value, Fraction):
@@ -1213,6 +1204,7 @@ def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: ran
 _PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d*)(\.\d+)?(?:[eE]([-+]?\d{1,3}))?"
                     r"|([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
 
+@lru_cache(maxsize=1 << 14)
 def plain_number(text: str) -> Fraction | None:
     """The exact value of a written integer (1,200 too), decimal or fraction of integers; None for all else.
 
@@ -1544,8 +1536,10 @@ def region(node: Node) -> Region | None:
     kind = node[0]
     if node == ("sym", "ℝ"):
         return Region(None, [], lambda x: True)
-    if kind == "tuple" and len(node[3]) == 2:
-        return interval(node)
+    if kind == "tuple" and len(node[3]) == 2:               # [0, 1) is 0 <= ? < 1
+        low, high = node[3]
+        operators = ("<=" if node[1] == "[" else "<", "<=" if node[2] == "]" else "<")
+        return condition(("rel", operators, (low, ("sym", "?"), high))) if before(*map(endpoint, node[3])) else None
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
         return Region(None, values, lambda x: any(not before(v, x) and not before(x, v) for v in values))
@@ -1568,14 +1562,6 @@ def region(node: Node) -> Region | None:
             return both._replace(holds=lambda x: any(part.holds(x) for part in parts))               # x < 1, x > 3
         return both
     return condition(node) if kind == "rel" else None
-
-def interval(node: Node) -> Region | None:
-    low, high = map(endpoint, node[3])
-
-    def holds(x) -> bool:
-        above = before(low, x) or node[1] == "[" and not before(x, low)
-        return above and (before(x, high) or node[2] == "]" and not before(high, x))
-    return Region(None, [low, high], holds) if before(low, high) else None
 
 def condition(node: Node) -> Region | None:
     """x in A, a < x <= b, x != a, and the same for |x|."""
