@@ -149,7 +149,6 @@ _CLEAN_ROWS = (
     ("\\", r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),            # 1\,000
     ("{", r"\{([-+:])\}", r"\1"),
     ("\\", r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$", " "),
-    ("  ", "  +", " "),
     # numbers
     ("^", r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}", " "),        # 5^{\text{th}}
     ("", r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),                  # 21st
@@ -305,8 +304,6 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
         return [Token("word", run, spaced)]
     if run[:-1] in _FUNCTIONS:                                              # sinx
         return [Token("cmd", run[:-1], spaced), Token("let", run[-1], False)]
-    if run[-2:] == "pi" and len(run) == 3:
-        return [Token("let", run[0], spaced), Token("cmd", "pi", False)]
     return [Token("let", letter, spaced and i == 0) for i, letter in enumerate(run)]
 
 def repeating_decimal(text: str) -> Fraction:
@@ -383,6 +380,7 @@ _COUNTED = set(map(singular, """
 
 Node = tuple
 _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")                   # before a bracket these may be functions
+_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")        # functions of angles
 _OPAQUE = set("fghFGH")                                     # f(x) is never f times x
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "≡", "mod"}
 _CLOSERS = {")", "]", "\\}", "}"}
@@ -841,7 +839,7 @@ class Parser:
                 factors.append(self.power())
             argument = factors[0] if len(factors) == 1 else ("mul", tuple(factors))
             arguments = (negative(argument) if negated else argument,)
-        if power == number(-1) and name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"):
+        if power == number(-1) and name in _ANGLES + ("sinh", "cosh", "tanh"):
             name, power = "a" + name, None
         node = ("fn", name, arguments + ((base,) if base else ()))
         return node if power is None else ("pow", node, power)
@@ -1271,15 +1269,14 @@ def same(a: Node, b: Node) -> bool:
         return same_choice(a, b)
     a, b = simplified(a), simplified(b)
     kinds = {a[0], b[0]}
-    if a == b:
-        return True
     if "builder" in kinds:
         return kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
     if is_region(a) or is_region(b):
         with contextlib.suppress(Undefined, TooBig):
             left, right = region(a), region(b)
             if left and right:
-                return same_region(left, right)
+                same_name = None in (left.name, right.name) or left.name == right.name
+                return same_name and all(left.holds(x) == right.holds(x) for x in probes(left.marks + right.marks))
     if is_collection(a) or is_collection(b):
         return same_collection(a, b)
     if "rel" in kinds:
@@ -1302,7 +1299,7 @@ def simplified(node: Node) -> Node:
     if node[0] in ("list", "set") and len(node[1]) == 1 and node[1][0][0] != "set" and not has(node, "pm"):
         return simplified(node[1][0])
     if node[0] == "list" and node[1][0][0] == "rel" and node[1][0][2][0][0] == "call":
-        arguments = node[1][0][2][0][2]                      # f(n) = n + c, n in Z, c in R: the problem gives the domain
+        arguments = node[1][0][2][0][2]                     # f(n) = n + c, n in Z, c in R: the problem gives the domain
         kept = [item for item in node[1] if item[:2] != ("rel", ("in",)) or item[2][1] != ("sym", "ℝ")
                 and (item[2][0] not in arguments or item[2][1][0] != "sym")]
         return simplified(("list", tuple(kept), node[2])) if len(kept) < len(node[1]) else node
@@ -1348,8 +1345,6 @@ def is_label(node: Node) -> bool:
         return all(item[0] in ("pow", "mul") and is_label(item) or item[0] == "sym"
                    and (item[1][0].isupper() or " " in item[1] or item[1] == "m" and is_measure) for item in node[1])
     return kind == "text"
-
-_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")        # functions of angles
 
 def same_choice(a: Node, b: Node) -> bool:
     """(C) 8 is C, and is 8; (C) 8 is not (D) 8."""
@@ -1426,7 +1421,8 @@ def points(members: list[Node], joiner: str = ",") -> list[Node]:
     """x = 1, y = 2, x = 2, y = 1 are two points (x, y) = (1, 2), (2, 1); x = 1 or y = 2 is none."""
     names = sorted(named_values(members)[0], key=repr)
     groups = [members[i:i + len(names)] for i in range(0, len(members), len(names) or 1)]
-    if len(names) < 2 or joiner == "or" and len(groups) == 1 or any(set(map(label_of, g)) != set(names) for g in groups):
+    is_complete = all({label_of(member) for member in group} == set(names) for group in groups)
+    if len(names) < 2 or joiner == "or" and len(groups) == 1 or not is_complete:
         joined = {member: points(member[3]) for member in members if member[0] == "tuple"}
         return [joined[member][0] if len(joined.get(member, ())) == 1 else member for member in members]
     label = ("tuple", "(", ")", tuple(names))
@@ -1437,13 +1433,15 @@ def same_collection(a: Node, b: Node) -> bool:
     """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
     xs, ys = ([node if node[0] == "set" else simplified(node) for node in elements(part)] for part in (a, b))
     (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
-    if "or" in (a[-1], b[-1]):
-        if a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values):         # A and B, A or B
-            return False
-    elif "tuple" in (a[0], b[0]) and not names + other_names or not (names and other_names) and (
-            max(len(names), len(other_names)) == len(xs) == len(ys) > 1):
-        xs, ys = (part[3] if part[:3] == ("tuple", "(", ")") else side for part, side in ((a, values), (b, other_values)))
-        return "set" not in (a[0], b[0]) and len(xs) == len(ys) and all(map(same, xs, ys))
+    has_or = "or" in (a[-1], b[-1])
+    if has_or and a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values):          # A and B, A or B
+        return False
+    beside_tuple = "tuple" in (a[0], b[0]) and not names + other_names
+    beside_names = not (names and other_names) and len(names + other_names) == len(xs) == len(ys) > 1
+    if not has_or and "set" not in (a[0], b[0]) and (beside_tuple or beside_names):
+        xs, ys = (node[3] if node[:3] == ("tuple", "(", ")") else side
+                  for node, side in ((a, values), (b, other_values)))
+        return len(xs) == len(ys) and all(map(same, xs, ys))
     (names, xs), (other_names, ys) = named_values(points(xs, a[-1])), named_values(points(ys, b[-1]))
     if names != other_names and (names and other_names or len(names + other_names) > 1):
         return False
@@ -1589,9 +1587,9 @@ _TESTS = {"<": lambda u, v: before(u, v), ">": lambda u, v: before(v, u), "<=": 
           ">=": lambda u, v: not before(u, v), "!=": lambda u, v: before(u, v) or before(v, u)}
 
 def endpoint(node: Node):
-    """A real number as Fraction or mpf, or a float infinity. TooBig if 100 digits may not tell it from another."""
+    """A real number as Fraction or mpf, or an infinity. TooBig if 100 digits may not tell it from another."""
     if node in (("sym", "∞"), negative(("sym", "∞"))):
-        return math.inf if node[0] == "sym" else -math.inf
+        return _MP.inf if node[0] == "sym" else _MP.ninf
     scope = Scope({}, real=True, largest=[0])
     value = evaluate(node[1] if node[0] in ("unit", "deg") else node, scope)
     if isinstance(value, Fraction):
@@ -1603,24 +1601,17 @@ def endpoint(node: Node):
 def before(a, b) -> bool:
     """a < b; what is equal within the precision is not before."""
     spend(3)
-    if isinstance(a, float) or isinstance(b, float):        # only infinities are floats
-        a, b = (x if isinstance(x, float) else 0.0 for x in (a, b))
-        return a < b
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a < b
-    return to_mp(b) - to_mp(a) > 1e-60
+    return to_mp(b) - to_mp(a) > 1e-60                      # no for two equal infinities: their difference is no number
 
 def probes(marks: list) -> list:
     """The marks, a number between each two neighbours and one beyond each end."""
-    marks = sorted((mark for mark in marks if not isinstance(mark, float)), key=to_mp)
+    marks = sorted((mark for mark in marks if abs(mark) != _MP.inf), key=to_mp)
     if not marks:
         return [Fraction(0)]
     between = [plus(a, b) / 2 for a, b in zip(marks, marks[1:]) if before(a, b)]
     return marks + between + [plus(marks[0], Fraction(-1)), plus(marks[-1], Fraction(1))]
-
-def same_region(a: Region, b: Region) -> bool:
-    same_name = None in (a.name, b.name) or a.name == b.name
-    return same_name and all(a.holds(x) == b.holds(x) for x in probes(a.marks + b.marks))
 
 # Layer 4, values at points.
 
@@ -1937,14 +1928,8 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
         raise ValueError(f"grade: {len(answers)} answers, {len(golds)} golds and {len(problems)} problems")
     if not timeout > 0:
         raise ValueError(f"grade: timeout must be positive, not {timeout}")
-    verdicts: list[bool | str | None] = []
-    for answer, gold in zip(answers, golds):
-        if answer is None:
-            verdicts.append("no_answer")
-        elif max(len(answer), len(gold)) > MAX_CHARS:
-            verdicts.append("unparsable")
-        else:
-            verdicts.append(same_plain(answer, gold))
+    verdicts = ["no_answer" if answer is None else "unparsable" if max(len(answer), len(gold)) > MAX_CHARS
+                else same_plain(answer, gold) for answer, gold in zip(answers, golds)]
     questions = [(answer, gold, problem[:MAX_PROBLEM]) for answer, gold, problem in zip(answers, golds, problems)]
     asked = dict.fromkeys(question for question, verdict in zip(questions, verdicts) if verdict is None)
     with _pool_lock:
