@@ -396,7 +396,7 @@ def negative(node: Node) -> Node:
     return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (number(-1), node))
 
 def reciprocal(node: Node) -> Node:
-    return ("pow", node, number(-1))
+    return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, number(-1))
 
 def limited(method):
     """Every cycle of the recursion below passes through one of these methods."""
@@ -785,18 +785,15 @@ class Parser:
 
     def command(self, name: str) -> Node:
         if name == "frac":
-            top, bottom = self.argument(), self.argument()
-            if top[0] == bottom[0] == "num" and bottom[1]:
-                return number(top[1] / bottom[1])
-            return ("mul", (top, reciprocal(bottom)))
+            top, over = self.argument(), reciprocal(self.argument())
+            return number(top[1] * over[1]) if top[0] == over[0] == "num" else ("mul", (top, over))
         if name == "sqrt":
             degree = number(2)
             if self.take("["):
                 degree = self.expression()
                 self.need("]")
             inside = self.atom()
-            exponent = number(1 / degree[1]) if degree[0] == "num" and degree[1] else reciprocal(degree)
-            return ("pow", inside, exponent)
+            return ("pow", inside, reciprocal(degree))
         if name == "binom":
             return ("fn", name, (self.argument(), self.argument()))
         if name in _FUNCTIONS:
