@@ -1435,6 +1435,8 @@ def same_collection(a: Node, b: Node) -> bool:
         return False
     beside_tuple = "tuple" in (a[0], b[0]) and not names + other_names
     beside_names = not (names and other_names) and len(names + other_names) == len(xs) == len(ys) > 1
+    if beside_names and "set" in (a[0], b[0]):               # x_1 = 2, x_2 = 3 is {2, 3}
+        return matched(values, other_values)
     if not has_or and "set" not in (a[0], b[0]) and (beside_tuple or beside_names):
         xs, ys = (node[3] if node[:3] == ("tuple", "(", ")") else side
                   for node, side in ((a, values), (b, other_values)))
