@@ -1054,16 +1054,15 @@ def walk(node: Node) -> tuple[Node, ...]:
     mapped(node, children.append)
     return (node, *itertools.chain.from_iterable(map(walk, children)))
 
-def ordered(node: Node) -> Node:
-    """The tree with flat, sorted sums, products and sets."""
-    node = mapped(node, ordered)
+@lru_cache(maxsize=1 << 14)
+def canonical(node: Node) -> Node:
+    """The tree with flat, sorted sums, products and sets: equal for two answers that differ only in such order."""
+    node = mapped(node, canonical)
     if node[0] in ("add", "mul"):
         items = [part for item in node[1] for part in (item[1] if item[0] == node[0] else (item,))]
         items = [item for item in items if item != number(node[0] == "mul")] or items[:1]         # 0 + x, 1 x
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
     return ("set", tuple(sorted(node[1], key=repr))) if node[0] == "set" else node
-
-canonical = lru_cache(maxsize=1 << 14)(ordered)             # equal for two answers that differ only in such order
 
 @lru_cache(maxsize=1 << 14)
 def unknowns(node: Node) -> frozenset[str]:
@@ -1271,9 +1270,8 @@ def same(a: Node, b: Node) -> bool:
     if is_region(a) or is_region(b):
         with contextlib.suppress(Undefined, TooBig):
             left, right = region(a), region(b)
-            if left and right:
-                same_name = None in (left.name, right.name) or left.name == right.name
-                return same_name and all(left.holds(x) == right.holds(x) for x in probes(left.marks + right.marks))
+            same_name = None in (left.name, right.name) or left.name == right.name
+            return same_name and all(left.holds(x) == right.holds(x) for x in probes(left.marks + right.marks))
     if is_collection(a) or is_collection(b):
         return same_collection(a, b)
     if "rel" in kinds:
@@ -1528,15 +1526,16 @@ def is_region(node: Node) -> bool:
         return (all if node[0] == "list" else any)(map(is_region, node[1]))
     return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
 
-def region(node: Node) -> Region | None:
-    """The set of reals that a tree describes, None (or Undefined, TooBig) if it is none that these rules know."""
+def region(node: Node) -> Region:
+    """The set of reals that a tree describes. Undefined or TooBig if it is none that these rules know."""
     kind = node[0]
     if node == ("sym", "ℝ"):
         return Region(None, [], lambda x: True)
     if kind == "tuple" and len(node[3]) == 2:               # [0, 1) is 0 <= ? < 1
         low, high = node[3]
-        operators = ("<=" if node[1] == "[" else "<", "<=" if node[2] == "]" else "<")
-        return condition(("rel", operators, (low, ("sym", "?"), high))) if before(*map(endpoint, node[3])) else None
+        if not before(endpoint(low), endpoint(high)):
+            raise Undefined("an empty interval")
+        kind, node = "rel", ("rel", tuple("<=" if b in "[]" else "<" for b in node[1:3]), (low, ("sym", "?"), high))
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
         return Region(None, values, lambda x: any(not before(v, x) and not before(x, v) for v in values))
@@ -1544,32 +1543,30 @@ def region(node: Node) -> Region | None:
         kind, node = "setminus", ("setminus", node[1][0], node[1][1][1][1])
     if kind in ("cup", "cap", "setminus"):
         left, right = region(node[1]), region(node[2])
-        if not left or not right:
-            return None
         join = {"cup": lambda x: left.holds(x) or right.holds(x), "cap": lambda x: left.holds(x) and right.holds(x),
                 "setminus": lambda x: left.holds(x) and not right.holds(x)}[kind]
         return Region(left.name or right.name, left.marks + right.marks, join)
     if kind in ("where", "list"):
         parts = [region(condition) for condition in node[1]]
-        if not all(parts) or len({part.name for part in parts}) != 1:
-            return None
+        if len({part.name for part in parts}) != 1:
+            raise Undefined("conditions on two unknowns")
         marks = [mark for part in parts for mark in part.marks]
         both = Region(None if kind == "where" else parts[0].name, marks, lambda x: all(part.holds(x) for part in parts))
         if node[2] == "or" or parts[0].name is None or node[2] == "," and not any(map(both.holds, probes(marks))):
             return both._replace(holds=lambda x: any(part.holds(x) for part in parts))               # x < 1, x > 3
         return both
-    return condition(node) if kind == "rel" else None
+    if kind != "rel":
+        raise Undefined("no set of reals")
+    return condition(node[1], node[2])
 
-def condition(node: Node) -> Region | None:
+def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
     """x in A, a < x <= b, x != a, and the same for |x|."""
-    operators, sides = node[1], node[2]
     if operators == ("in",):
-        inside = region(sides[1])
-        return inside and inside._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
+        return region(sides[1])._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
     is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
     if not is_chain or not set(operators) <= set(_FLIP) - {"="}:
-        return None
+        raise Undefined("no bounds of an unknown")
     middle = sides[free[0]]
     others = [side for i, side in enumerate(sides) if i != free[0]]
     bounds = [(_FLIP[op] if i < free[0] else op, endpoint(side)) for i, (op, side) in enumerate(zip(operators, others))]
@@ -1579,7 +1576,7 @@ def condition(node: Node) -> Region | None:
     elif middle[:2] == ("fn", "abs") and middle[2][0][0] == "sym":
         name, marks, value = middle[2][0][1], marks + [-mark for mark in marks], abs
     elif middle[0] != "call":
-        return None
+        raise Undefined("bounds of an expression")
     return Region(name, marks, lambda x: all(_TESTS[op](value(x), bound) for op, bound in bounds))
 
 _TESTS = {"<": lambda u, v: before(u, v), ">": lambda u, v: before(v, u), "<=": lambda u, v: not before(v, u),
