@@ -1231,12 +1231,12 @@ def read(text: str) -> tuple[Node, ...]:
         return ()
     if plain_number(text) is not None:
         return (number(plain_number(text)),)
-    choice = _CHOICE.fullmatch(text)
-    if choice:
-        text = choice["rest"] if choice["shut"] or not choice["open"] else choice["rest"].replace("}", "", 1)
     note = re.fullmatch(r"(.+?) ?(?:\\text ?\{ ?\(([^(){}]+)\) ?\}|\( ?\\text ?\{([^{}]+)\} ?\))", text)
     if note and set(read(note[1])) & set(read(note[2] or note[3])):                  # 42 (forty-two)
         return read(note[1])
+    choice = _CHOICE.fullmatch(text)
+    if choice:
+        text = choice["rest"] if choice["shut"] or not choice["open"] else choice["rest"].replace("}", "", 1)
     readings = [False]
     if re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text) and not re.search(r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text):
         readings = [True] if re.search(r"\d,0\d\d(?!\d)", text) else [True, False]
@@ -1248,10 +1248,10 @@ def read(text: str) -> tuple[Node, ...]:
         trees.append(number(text.replace(",", ".")))                                 # a decimal comma
     if re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
         trees += read(text.upper())                          # 2a_{16}, if it is no term of a sequence
-    words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
-    if not trees and len(words) <= MAX_WORDS and ("\\text" in text and words or len(words) > 1) \
-            and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
-        trees.append(("text", squeeze(text).lower()))        # words and formulas: equal as a text only
+    if not trees and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
+        words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
+        if (1 if "\\text" in text else 2) <= len(words) <= MAX_WORDS:
+            trees.append(("text", squeeze(text).lower()))    # words and formulas: equal as a text only
     if choice:
         trees = [("choice", choice["letter"], tree) for tree in trees]
     return tuple(tree for tree in trees if is_defined(tree))
