@@ -147,7 +147,7 @@ _CLEAN_ROWS = (
     ("\\mathbb", r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
     ("{,}", r"(?<=\d)\{,\}(?=\d{3})", ""),
     ("\\", r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),            # 1\,000
-    ("{", r"\{([-+:])\}", r"\1"),
+    ("{", r"\{([-+:])\}", r"\1"), ("{", r"^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$", r"\\{\1\\}"),       # {x | x > 2}
     ("\\", r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$", " "),
     # numbers
     ("^", r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}", " "),        # 5^{\text{th}}
@@ -167,14 +167,14 @@ _CLEAN_ROWS = (
     # words
     (".", r"\b([aApP])\. ?[mM]\b\.?", r"\1m"), ("per cent", r"\bper cent\b", "percent"),
     ("\\text", r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
-    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\} ?$", r"\\text{(\2)} \1"),                       # 20 \textbf{(D)}
+    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$", r"\\text{(\2)} \1"),                       # 20 \textbf{(D)}
     ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
     ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ]) ?$", r", \1"),
-    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z]) ?$", r", \1 \\in \\Z "),
+    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ])[ .]*$", r", \1"),
+    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z])[ .]*$", r", \1 \\in \\Z "),
     ("\\text", r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
-     r"(?: ?\\in ?\\[QR])? ?\}? ?$", ""),
-    ("\\in", r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\) ?$", r", \1"),
+     r"(?: ?\\in ?\\[QR])? ?\}?[ .]*$", ""),
+    ("\\in", r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\)[ .]*$", r", \1"),
     ("  ", "  +", " "))
 _CLEAN = [(trigger, re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement)
           for trigger, pattern, replacement in _CLEAN_ROWS]
@@ -570,9 +570,9 @@ class Parser:
         if re.fullmatch("(?:option|choice|answer|选项|选) [A-J]", " ".join(words)):
             return ("sym", words[1])
         text = " ".join(map(singular, words))
-        if text in ("all real number", "all real", "any real number"):
-            return ("sym", "ℝ")
-        return ("text", {"doe not exist": "dne"}.get(text, text))
+        reals = dict.fromkeys(("all real number", "all real", "any real number"), ("sym", "ℝ"))
+        empty = dict.fromkeys(("no solution", "no real solution"), ("set", ()))
+        return (reals | empty | {"doe not exist": ("text", "dne")}).get(text, ("text", text))
 
     # expressions
 
@@ -699,8 +699,9 @@ class Parser:
         if name in _OPAQUE and [self.peek(i).text for i in range(6)] == ["^", "{", "-", "1", "}", "("]:
             self.at += 5
             name += "^{-1}"
-        if name[0] == "C" and name[2:].isdigit() and self.take("^"):                # C_5^2 is a binomial coefficient
-            return ("fn", "binom", (number(name[2:]), self.exponent()))
+        if name[0] == "C" and (name[2:].isdigit() or name[2:] in _WHOLE_NAMES) and self.take("^"):
+            top = number(name[2:]) if name[2:].isdigit() else ("sym", name[2:])     # C_5^2 is a binomial coefficient
+            return ("fn", "binom", (top, self.exponent()))
         if not self.is_op("(") or name[0] not in _CALLS and not name[0].isupper():
             return ("sym", name)
         inside = self.bracket(self.take().text)
