@@ -1685,10 +1685,11 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in it is left to
     compute: a number, a name, a list of them.
     """
-    trees, golds = ([canonical(tree) for tree in read(text)] for text in (answer, gold))
+    trees, golds = ([canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
+                    for text in (answer, gold))
     if not re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer):       # to write 0.\overline{3} as a fraction is a task
         values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
-        if set(trees) & set(golds) or any({part[0] for part in walk(value)} <= _AS_THEY_ARE for value in values):
+        if set(trees) & set(golds) or any(is_label(value) or kinds_in(value) <= _AS_THEY_ARE for value in values):
             return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
