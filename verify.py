@@ -1115,7 +1115,7 @@ def is_defined(tree: Node) -> bool:
            for node in walk(tree)) and infinity not in walk(tree):
         return True
     names, rng = sorted(unknowns(tree)), random.Random(1)
-    for env in itertools.chain(ordinary_points(names, set(), rng), ordinary_points(names, set(names), rng)):
+    for env in itertools.chain(ordinary_points(names, set(names), rng), ordinary_points(names, set(), rng)):
         with contextlib.suppress(Undefined):
             with contextlib.suppress(TooBig):
                 for variant in variants(tree):
