@@ -167,10 +167,10 @@ _CLEAN_ROWS = (
     # words
     (".", r"\b([aApP])\. ?[mM]\b\.?", r"\1m"), ("per cent", r"\bper cent\b", "percent"),
     ("\\text", r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
-    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$", r"\\text{(\2)} \1"),                       # 20 \textbf{(D)}
+    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$", r"\\text{(\2)} \1"),                      # 20 \textbf{(D)}
     ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
     ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ])[ .]*$", r", \1"),
+    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ])[ .]*$", r", \1"),
     ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z])[ .]*$", r", \1 \\in \\Z "),
     ("\\text", r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
      r"(?: ?\\in ?\\[QR])? ?\}?[ .]*$", ""),
