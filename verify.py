@@ -829,7 +829,7 @@ class Parser:
                 raise Unreadable(f"subscript of {name}")
         if self.is_op("(", "[", "{", "\\{"):
             inside = self.atom()
-            arguments = inside[3] if inside[0] == "tuple" else inside[1] if inside[0] in ("list", "set") else (inside,)
+            arguments = inside[3] if inside[0] == "tuple" else inside[0] in ("list", "set") and inside[1] or (inside,)
         else:
             negated = bool(self.take("-"))
             factors = [self.power()]
