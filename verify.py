@@ -98,12 +98,10 @@ def extract_answer(response: str) -> str | None:
     found, opened = None, []                        # opened: start of the content for a box, None for a plain brace
     for match in _BOX.finditer(body):
         token = match.group()
-        if match.group(1):
-            opened.append(match.end())
+        if match.group(1) or token == "{":
+            opened.append(match.end() if match.group(1) else None)
         elif match.group(2):
             found = match.group(2)
-        elif token == "{":
-            opened.append(None)
         elif token == "}" and opened:
             start = opened.pop()
             if start is not None:
@@ -1325,14 +1323,14 @@ def is_label(node: Node) -> bool:
     if kind == "sym":
         return bool(unknowns(node))
     if kind == "call":
-        return all(argument[0] == "num" or is_label(argument) for argument in node[2])
+        return all(argument[0] in ("num", "rel") or is_label(argument) for argument in node[2])       # P(X = 2)
     if kind in ("tuple", "ratio"):                          # (y, x) = (1, 2) is not the point (1, 2)
         letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
         is_family = any(set(letters) <= set(family) for family in ("abcdefg", "mn", "pqrst", "uvw", "xyz"))
         return all(map(is_label, node[-1])) and (letters == sorted(letters) or not is_family)
     if kind == "fn":
         inner = node[2][0]
-        names_angle = node[1] in _ANGLES and inner[0] == "sym" and (inner[1][0].isupper() or " " in inner[1])
+        names_angle = node[1] in _ANGLES and inner[0] == "sym" and re.match(r"[A-Z\\]|.* ", inner[1])
         return names_angle or node[1] == "abs" and inner[0] == "mul" and is_label(inner)
     if kind == "pow":
         return node[2] == number(-1) and is_label(node[1])
@@ -1405,8 +1403,12 @@ def elements(node: Node) -> list[Node]:
     return variants(node)
 
 def label_of(node: Node) -> Node | None:
-    """The name in `name = value` and `name in set`."""
-    return canonical(node[2][0]) if node[0] == "rel" and node[1] in (("=",), ("in",)) and is_label(node[2][0]) else None
+    """The name in `name = value` and `name in set`, and what is asked for in m + n = 113 (x + y = 5 is a line)."""
+    if node[0] != "rel" or node[1] not in (("=",), ("in",)):
+        return None
+    side, value = node[2]
+    is_sum = side[0] == "add" and kinds_in(side) <= {"add", "mul", "num", "sym"} and not unknowns(value)
+    return canonical(side) if is_label(side) or is_sum and set() < unknowns(side) <= set("abcdkmnpqrst") else None
 
 def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
     """The names in `name = value`, and the values."""
@@ -1890,8 +1892,6 @@ def worker_count() -> int:
 
 class Grades(list):
     """The verdicts of `grade` in order, with `.stats`: what to log about them."""
-
-    stats: dict[str, int]
 
 _pool: Pool | None = None
 _pool_lock = threading.Lock()
