@@ -925,8 +925,8 @@ def evaluate(node: Node, s: Scope):
     if kind == "sym" and node[1] in ("π", "e", "i"):
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[node[1]] * 1
     if kind in ("add", "mul"):
-        combine = partial(plus if kind == "add" else times, mp=mp)
-        value = reduce(combine, [evaluate(item, s) for item in node[1]])
+        spend(3 * len(node[1]))
+        value = reduce(partial(plus if kind == "add" else times, mp=mp), [evaluate(item, s) for item in node[1]])
     elif kind == "pow":
         value = raised(evaluate(node[1], s), evaluate(node[2], s), mp)
     elif kind == "fn":
