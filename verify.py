@@ -1689,13 +1689,13 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     """
     trees, golds = ([canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
                     for text in (answer, gold))
-    if not re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer):       # to write 0.\overline{3} as a fraction is a task
-        values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
-        if set(trees) & set(golds) or any(is_label(value) or kinds_in(value) <= _AS_THEY_ARE for value in values):
+    values, wanted = ([tree[2][-1] if label_of(tree) else tree for tree in part] for part in (trees, golds))
+    if not re.search(r"\\(?:overline|bar|dot) ?\{?\d|\d\.\.\.", answer):     # 0.\overline{3} as a fraction is a task
+        if set(values) & set(wanted) or any(is_label(value) or kinds_in(value) <= _AS_THEY_ARE for value in values):
             return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
-    return any(tree in stated for tree in trees) or any(map(pattern.search, texts))
+    return any(tree in stated for tree in trees + values) or any(map(pattern.search, texts))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The public comparison
