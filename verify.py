@@ -98,12 +98,10 @@ def extract_answer(response: str) -> str | None:
     found, opened = None, []                        # opened: start of the content for a box, None for a plain brace
     for match in _BOX.finditer(body):
         token = match.group()
-        if match.group(1):
-            opened.append(match.end())
+        if match.group(1) or token == "{":
+            opened.append(match.end() if match.group(1) else None)
         elif match.group(2):
             found = match.group(2)
-        elif token == "{":
-            opened.append(None)
         elif token == "}" and opened:
             start = opened.pop()
             if start is not None:
@@ -135,56 +133,65 @@ _FONTS = re.compile(
     r"\\(?:text(?:bf|it|rm|up|sf|tt|normal)?|emph|[mh]box|math(?:rm|bf|it|sf|tt|cal|scr|frak)|boldsymbol|bm|pmb"
     r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{(?:[^{}]|\^ ?\{-?\d\})*\})?")
 
-# (pattern, replacement), applied in this order to a text without double blanks. § is the end of a command's name.
+# (trigger, pattern, replacement), applied in this order to a text without double blanks. A text without the trigger has
+# no match (this saves most of the time). § is the end of a command's name.
 _CLEAN_ROWS = (
     # layout
-    (r"\\\\ ?\[[^\]]*\]", r"\\\\ "),                                                                 # \\[4pt]
-    (r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|limits|nolimits|left\.|right\.)§", " "),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§", ""),
-    (r"\\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\}", " "),
-    (r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
-    (r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)\{,\}(?=\d{3})|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),   # 1\,000
-    (r"\{([-+:])\}", r"\1"),
-    (r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|~|\\+ ?$", " "),
-    (r"  +", " "),
+    ("\\\\", r"\\\\ ?\[[^\]]*\]", r"\\\\ "),                                                         # \\[4pt]
+    ("\\", r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|(?:no)?limits|(?:left|right)\.)§",
+     " "),
+    ("\\", r"\\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§", ""),
+    ("\\", r"\\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\}", " "),
+    ("\\mathbb", r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
+    ("{,}", r"(?<=\d)\{,\}(?=\d{3})", ""),
+    ("\\", r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),            # 1\,000
+    ("{", r"\{([-+:])\}", r"\1"), ("{", r"^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$", r"\\{\1\\}"),       # {x | x > 2}
+    ("\\", r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$", " "),
     # numbers
-    (r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}", " "),             # 5^{\text{th}}
-    (r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),                      # 21st
-    (r"^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$", r"\1\2\3\4"),                        # 1 000 000
-    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),                                                     # 3x10^5
-    (r"\((\d[0-9A-F]*)\) ?(?=_)", r"\1"),                                                            # (12)_5
-    (r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?", r"_{\1}"),                # 12\text{ base }5
+    ("^", r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}", " "),        # 5^{\text{th}}
+    ("", r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),                  # 21st
+    (" ", r"^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$", r"\1\2\3\4"),                   # 1 000 000
+    ("10", r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),                                               # 3x10^5
+    ("_", r"\((\d[0-9A-F]*)\) ?(?=_)", r"\1"),                                                       # (12)_5
+    ("base", r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?", r"_{\1}"),        # 12\text{ base }5
     # commands
-    (r"\\[dtc]frac§", r"\\frac "), (r"\\[dt]binom§", r"\\binom "), (r"\\(?:ldots|dots|cdots|dotsc)§", "..."),
-    (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "),
-    (r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
-    (r"\{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$", r"\\frac {\1\3}{\2\4}"),
-    (r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"), (r"\\not ?=", r"\\ne "), (r"\\([%_])", r"\1"),
-    (r"\\\$|\\euro§", " $ "), (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
+    ("frac", r"\\[dtc]frac§", r"\\frac "), ("binom", r"\\[dt]binom§", r"\\binom "),
+    ("dots", r"\\(?:ldots|dots|cdots|dotsc)§", "..."),
+    ("\\", r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "),
+    ("°", r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
+    ("\\over", r"\{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$", r"\\frac {\1\3}{\2\4}"),
+    ("\\choose", r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"), ("\\not", r"\\not ?=", r"\\ne "),
+    ("\\", r"\\([%_])", r"\1"), ("\\", r"\\\$|\\euro§", " $ "), ("U", r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
     # words
-    (r"\b([aApP])\. ?[mM]\b\.?", r"\1m"), (r"\bper cent\b", "percent"),
-    (r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
-    (r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\} ?$", r"\\text{(\2)} \1"),                                 # 20 \textbf{(D)}
-    (r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
-    (r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    (r",? ?\\text ?\{,? ?for (?:all|any|every|each)(?: real)?(?: numbers?)? ?\}? ?[a-z]?(?: ?\\in ?\\R)? ?\}? ?$", ""),
-    (r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\) ?$", r", \1"),
-    (r"  +", " "))
-_CLEAN = [(re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement) for pattern, replacement in _CLEAN_ROWS]
+    (".", r"\b([aApP])\. ?[mM]\b\.?", r"\1m"), ("per cent", r"\bper cent\b", "percent"),
+    ("\\text", r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
+    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$", r"\\text{(\2)} \1"),                      # 20 \textbf{(D)}
+    ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
+    ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
+    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ])[ .]*$", r", \1"),
+    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z])[ .]*$", r", \1 \\in \\Z "),
+    ("\\text", r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
+     r"(?: ?\\in ?\\[QR])? ?\}?[ .]*$", ""),
+    ("\\in", r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\)[ .]*$", r", \1"),
+    ("  ", "  +", " "))
+_CLEAN = [(trigger, re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement)
+          for trigger, pattern, replacement in _CLEAN_ROWS]
 
 @lru_cache(maxsize=1 << 14)
 def clean(text: str) -> str:
     """The answer in one spelling: unicode to LaTeX, no layout, no math delimiters, no final full stop."""
-    text = re.sub("(?<=\\d) ?m(?=[²³])", r" \\text{m}", text)
-    text = _SCRIPTS.sub(latex_script, text)
-    text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
+    if not text.isascii():
+        text = re.sub("(?<=\\d) ?m(?=[²³])", r" \\text{m}", text)
+        text = _SCRIPTS.sub(latex_script, text)
+        text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:        # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
-    text = _FONTS.sub(as_text, re.sub(r"\s+", " ", text))
+    text = _FONTS.sub(as_text, re.sub(r"[\s~]+", " ", text))
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)     # \\frac: escaped once too often
-    for pattern, replacement in _CLEAN:
-        text = pattern.sub(replacement, text)
+    for trigger, pattern, replacement in _CLEAN:
+        if trigger in text:
+            text = pattern.sub(replacement, text)
     text = text.strip().lstrip(",;: ")
     return text if text.endswith("...") else text.rstrip(" .,;:")
 
@@ -295,8 +302,6 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
         return [Token("word", run, spaced)]
     if run[:-1] in _FUNCTIONS:                                              # sinx
         return [Token("cmd", run[:-1], spaced), Token("let", run[-1], False)]
-    if run[-2:] == "pi" and len(run) == 3:
-        return [Token("let", run[0], spaced), Token("cmd", "pi", False)]
     return [Token("let", letter, spaced and i == 0) for i, letter in enumerate(run)]
 
 def repeating_decimal(text: str) -> Fraction:
@@ -341,12 +346,12 @@ for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 _NUMERALS = {word: i for i, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split())}
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen".split())}
+_NUMERALS |= {word: 10 * i for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 
 def singular(word: str) -> str:
     word = word.lower()
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
 # Things that answers count. Any other word after a number may change it (5 thousandths, 5 halves): it is no unit.
@@ -373,6 +378,7 @@ _COUNTED = set(map(singular, """
 
 Node = tuple
 _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")                   # before a bracket these may be functions
+_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")        # functions of angles
 _OPAQUE = set("fghFGH")                                     # f(x) is never f times x
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "≡", "mod"}
 _CLOSERS = {")", "]", "\\}", "}"}
@@ -388,7 +394,7 @@ def negative(node: Node) -> Node:
     return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (number(-1), node))
 
 def reciprocal(node: Node) -> Node:
-    return ("pow", node, number(-1))
+    return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, number(-1))
 
 def limited(method):
     """Every cycle of the recursion below passes through one of these methods."""
@@ -464,8 +470,6 @@ class Parser:
         while self.is_op(*_RELATIONS):
             operators.append(self.take().text)
             sides.append(self.ratio())
-        if len(operators) == 1 and operators[0] in "=~" and sides[0] == ("sym", "?"):
-            return sides[1]
         if operators == ["≡"]:                               # f(x) ≡ 0
             operators = ["="]
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
@@ -558,14 +562,15 @@ class Parser:
         words = [word for word in words if word not in ("a", "an", "the", "of")] or words
         if len(words) > MAX_WORDS:
             raise Unreadable("prose")
-        if len(words) == 1 and words[0] in _NUMERALS:
-            return number(_NUMERALS[words[0]])
+        values = [_NUMERALS.get(word, -1) for word in words]
+        if len(values) == 1 and values[0] >= 0 or len(values) == 2 and values[0] >= 20 and 0 < values[1] < 10:
+            return number(sum(values))                      # five, forty-two
         if re.fullmatch("(?:option|choice|answer|选项|选) [A-J]", " ".join(words)):
             return ("sym", words[1])
         text = " ".join(map(singular, words))
-        if text in ("all real number", "all real", "any real number"):
-            return ("sym", "ℝ")
-        return ("text", {"doe not exist": "dne"}.get(text, text))
+        reals = dict.fromkeys(("all real number", "all real", "any real number"), ("sym", "ℝ"))
+        empty = dict.fromkeys(("no solution", "no real solution"), ("set", ()))
+        return (reals | empty | {"doe not exist": ("text", "dne")}).get(text, ("text", text))
 
     # expressions
 
@@ -661,8 +666,6 @@ class Parser:
             if not re.fullmatch(r"\d{1,2}", base) or "/" in text:
                 raise Unreadable("base of a numeral")
             return number(text) if base == "10" else ("based", text.lstrip("0") or "0", int(base))
-        if not text[-1].isdigit():
-            raise Unreadable("letters in a number")
         start, parts, token = self.at, None, self.peek()
         if text.isdigit() and (token.kind, token.text) == ("cmd", "frac"):
             self.take()
@@ -694,8 +697,9 @@ class Parser:
         if name in _OPAQUE and [self.peek(i).text for i in range(6)] == ["^", "{", "-", "1", "}", "("]:
             self.at += 5
             name += "^{-1}"
-        if name[0] == "C" and name[2:].isdigit() and self.take("^"):                # C_5^2 is a binomial coefficient
-            return ("fn", "binom", (number(name[2:]), self.exponent()))
+        if name[0] == "C" and (name[2:].isdigit() or name[2:] in _WHOLE_NAMES) and self.take("^"):
+            top = number(name[2:]) if name[2:].isdigit() else ("sym", name[2:])     # C_5^2 is a binomial coefficient
+            return ("fn", "binom", (top, self.exponent()))
         if not self.is_op("(") or name[0] not in _CALLS and not name[0].isupper():
             return ("sym", name)
         inside = self.bracket(self.take().text)
@@ -780,18 +784,15 @@ class Parser:
 
     def command(self, name: str) -> Node:
         if name == "frac":
-            top, bottom = self.argument(), self.argument()
-            if top[0] == bottom[0] == "num" and bottom[1]:
-                return number(top[1] / bottom[1])
-            return ("mul", (top, reciprocal(bottom)))
+            top, over = self.argument(), reciprocal(self.argument())
+            return number(top[1] * over[1]) if top[0] == over[0] == "num" else ("mul", (top, over))
         if name == "sqrt":
             degree = number(2)
             if self.take("["):
                 degree = self.expression()
                 self.need("]")
             inside = self.atom()
-            exponent = number(1 / degree[1]) if degree[0] == "num" and degree[1] else reciprocal(degree)
-            return ("pow", inside, exponent)
+            return ("pow", inside, reciprocal(degree))
         if name == "binom":
             return ("fn", name, (self.argument(), self.argument()))
         if name in _FUNCTIONS:
@@ -826,7 +827,7 @@ class Parser:
                 raise Unreadable(f"subscript of {name}")
         if self.is_op("(", "[", "{", "\\{"):
             inside = self.atom()
-            arguments = inside[3] if inside[0] == "tuple" else inside[1] if inside[0] in ("list", "set") else (inside,)
+            arguments = inside[3] if inside[0] == "tuple" else inside[0] in ("list", "set") and inside[1] or (inside,)
         else:
             negated = bool(self.take("-"))
             factors = [self.power()]
@@ -834,7 +835,7 @@ class Parser:
                 factors.append(self.power())
             argument = factors[0] if len(factors) == 1 else ("mul", tuple(factors))
             arguments = (negative(argument) if negated else argument,)
-        if power == number(-1) and name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"):
+        if power == number(-1) and name in _ANGLES + ("sinh", "cosh", "tanh"):
             name, power = "a" + name, None
         node = ("fn", name, arguments + ((base,) if base else ()))
         return node if power is None else ("pow", node, power)
@@ -895,8 +896,9 @@ def raised(a, b, mp):
     if isinstance(b, Fraction) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
         root = raised(-a, b, mp)
         return -root if b.numerator % 2 else root
-    spend(mp.dps ** 1.5 / 10)
-    if abs(b) * abs(mp.log(to_mp(a, mp))) > _HUGE:
+    is_square_root = isinstance(b, Fraction) and b.denominator == 2
+    spend(mp.dps / 2 if is_square_root else mp.dps ** 1.5 / 10)
+    if abs(b) * scale(a, mp) > _HUGE:
         raise TooBig("power")
     return to_mp(a, mp) ** to_mp(b, mp)
 
@@ -923,20 +925,17 @@ def evaluate(node: Node, s: Scope):
     if kind == "sym" and node[1] in ("π", "e", "i"):
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[node[1]] * 1
     if kind in ("add", "mul"):
-        combine = partial(plus if kind == "add" else times, mp=mp)
-        value = reduce(combine, [evaluate(item, s) for item in node[1]])
+        spend(3 * len(node[1]))
+        value = reduce(partial(plus if kind == "add" else times, mp=mp), [evaluate(item, s) for item in node[1]])
     elif kind == "pow":
         value = raised(evaluate(node[1], s), evaluate(node[2], s), mp)
     elif kind == "fn":
         value = apply(node[1], [evaluate(argument, s) for argument in node[2]], s)
     elif kind == "call":
         value = call(node, s)
-    elif kind == "deg":
-        value = times(evaluate(node[1], s), mp.pi / 180 if s.degree else Fraction(1), mp)
-    elif kind == "pct":
-        value = times(evaluate(node[1], s), Fraction(1, 100 if s.percent else 1), mp)
-    elif kind == "unit":
-        value = times(evaluate(node[1], s), node[3], mp)
+    elif kind in ("deg", "pct", "unit"):
+        read_as = {"deg": s.degree and mp.pi / 180, "pct": s.percent and Fraction(1, 100), "unit": node[-1]}[kind]
+        value = times(evaluate(node[1], s), read_as or Fraction(1), mp)
     else:
         raise Undefined(f"{kind} without a value")
     if not isinstance(value, Fraction):
@@ -1044,7 +1043,7 @@ def mapped(part, change):
     def visit(item):
         if not isinstance(item, tuple):
             return item
-        return change(item) if item and item[0] in _KINDS else tuple(map(visit, item))
+        return change(item) if item and isinstance(item[0], str) and item[0] in _KINDS else tuple(map(visit, item))
     return part[:1] + tuple(map(visit, part[1:]))
 
 @lru_cache(maxsize=1 << 14)
@@ -1054,16 +1053,15 @@ def walk(node: Node) -> tuple[Node, ...]:
     mapped(node, children.append)
     return (node, *itertools.chain.from_iterable(map(walk, children)))
 
-def ordered(node: Node) -> Node:
-    """The tree with flat, sorted sums, products and sets."""
-    node = mapped(node, ordered)
+@lru_cache(maxsize=1 << 14)
+def canonical(node: Node) -> Node:
+    """The tree with flat, sorted sums, products and sets: equal for two answers that differ only in such order."""
+    node = mapped(node, canonical)
     if node[0] in ("add", "mul"):
         items = [part for item in node[1] for part in (item[1] if item[0] == node[0] else (item,))]
         items = [item for item in items if item != number(node[0] == "mul")] or items[:1]         # 0 + x, 1 x
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
     return ("set", tuple(sorted(node[1], key=repr))) if node[0] == "set" else node
-
-canonical = lru_cache(maxsize=1 << 14)(ordered)             # equal for two answers that differ only in such order
 
 @lru_cache(maxsize=1 << 14)
 def unknowns(node: Node) -> frozenset[str]:
@@ -1076,8 +1074,12 @@ def written(node: Node) -> int:
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
 
+@lru_cache(maxsize=1 << 14)
+def kinds_in(node: Node) -> frozenset[str]:
+    return frozenset(n[0] for n in walk(node))
+
 def has(node: Node, *kinds: str) -> bool:
-    return any(n[0] in kinds for n in walk(node))
+    return not kinds_in(node).isdisjoint(kinds)
 
 def substituted(node: Node, values: dict[str, Node]) -> Node:
     if node[0] == "sym":
@@ -1107,8 +1109,11 @@ def is_defined(tree: Node) -> bool:
         return all(map(is_defined, parts))
     if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or ("sym", "ℝ") in walk(tree):
         return True                                         # R - {0}
+    if all(node[0] in ("num", "sym", "add", "mul") or node[0] == "pow" and node[2][0] == "num" and node[2][1] > 0
+           for node in walk(tree)) and infinity not in walk(tree):
+        return True
     names, rng = sorted(unknowns(tree)), random.Random(1)
-    for env in itertools.chain(ordinary_points(names, set(), rng), ordinary_points(names, set(names), rng)):
+    for env in itertools.chain(ordinary_points(names, set(names), rng), ordinary_points(names, set(), rng)):
         with contextlib.suppress(Undefined):
             with contextlib.suppress(TooBig):
                 for variant in variants(tree):
@@ -1192,6 +1197,7 @@ def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: ran
 _PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d*)(\.\d+)?(?:[eE]([-+]?\d{1,3}))?"
                     r"|([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
 
+@lru_cache(maxsize=1 << 14)
 def plain_number(text: str) -> Fraction | None:
     """The exact value of a written integer (1,200 too), decimal or fraction of integers; None for all else.
 
@@ -1224,6 +1230,9 @@ def read(text: str) -> tuple[Node, ...]:
         return ()
     if plain_number(text) is not None:
         return (number(plain_number(text)),)
+    note = re.fullmatch(r"(.+?) ?(?:\\text ?\{ ?\(([^(){}]+)\) ?\}|\( ?\\text ?\{([^{}]+)\} ?\))", text)
+    if note and set(read(note[1])) & set(read(note[2] or note[3])):                  # 42 (forty-two)
+        return read(note[1])
     choice = _CHOICE.fullmatch(text)
     if choice:
         text = choice["rest"] if choice["shut"] or not choice["open"] else choice["rest"].replace("}", "", 1)
@@ -1238,10 +1247,10 @@ def read(text: str) -> tuple[Node, ...]:
         trees.append(number(text.replace(",", ".")))                                 # a decimal comma
     if re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
         trees += read(text.upper())                          # 2a_{16}, if it is no term of a sequence
-    words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
-    if not trees and len(words) <= MAX_WORDS and ("\\text" in text and words or len(words) > 1) \
-            and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
-        trees.append(("text", squeeze(text).lower()))        # words and formulas: equal as a text only
+    if not trees and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
+        words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
+        if (1 if "\\text" in text else 2) <= len(words) <= MAX_WORDS:
+            trees.append(("text", squeeze(text).lower()))    # words and formulas: equal as a text only
     if choice:
         trees = [("choice", choice["letter"], tree) for tree in trees]
     return tuple(tree for tree in trees if is_defined(tree))
@@ -1255,15 +1264,13 @@ def same(a: Node, b: Node) -> bool:
         return same_choice(a, b)
     a, b = simplified(a), simplified(b)
     kinds = {a[0], b[0]}
-    if a == b:
-        return True
     if "builder" in kinds:
         return kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
     if is_region(a) or is_region(b):
         with contextlib.suppress(Undefined, TooBig):
             left, right = region(a), region(b)
-            if left and right:
-                return same_region(left, right)
+            same_name = None in (left.name, right.name) or left.name == right.name
+            return same_name and all(left.holds(x) == right.holds(x) for x in probes(left.marks + right.marks))
     if is_collection(a) or is_collection(b):
         return same_collection(a, b)
     if "rel" in kinds:
@@ -1285,6 +1292,11 @@ def simplified(node: Node) -> Node:
     """A list or set of one is its element (but {{1}} is not {1}); equations are checked, as `name = value`."""
     if node[0] in ("list", "set") and len(node[1]) == 1 and node[1][0][0] != "set" and not has(node, "pm"):
         return simplified(node[1][0])
+    if node[0] == "list" and node[1][0][0] == "rel" and node[1][0][2][0][0] == "call":
+        arguments = node[1][0][2][0][2]                     # f(n) = n + c, n in Z, c in R: the problem gives the domain
+        kept = [item for item in node[1] if item[:2] != ("rel", ("in",)) or item[2][1] != ("sym", "ℝ")
+                and (item[2][0] not in arguments or item[2][1][0] != "sym")]
+        return simplified(("list", tuple(kept), node[2])) if len(kept) < len(node[1]) else node
     if node[0] == "rel" and node[1] == ("in",) and simplified(node[2][1]) != node[2][1]:
         return ("rel", ("=",), (node[2][0], simplified(node[2][1])))                 # x in {2}
     if node[0] != "rel" or not set(node[1]) <= {"=", "~"}:
@@ -1311,13 +1323,14 @@ def is_label(node: Node) -> bool:
     if kind == "sym":
         return bool(unknowns(node))
     if kind == "call":
-        return all(argument[0] == "num" or is_label(argument) for argument in node[2])
+        return all(argument[0] in ("num", "rel") or is_label(argument) for argument in node[2])       # P(X = 2)
     if kind in ("tuple", "ratio"):                          # (y, x) = (1, 2) is not the point (1, 2)
         letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
-        return all(map(is_label, node[-1])) and letters == sorted(letters)
+        is_family = any(set(letters) <= set(family) for family in ("abcdefg", "mn", "pqrst", "uvw", "xyz"))
+        return all(map(is_label, node[-1])) and (letters == sorted(letters) or not is_family)
     if kind == "fn":
         inner = node[2][0]
-        names_angle = node[1] in _ANGLES and inner[0] == "sym" and (inner[1][0].isupper() or " " in inner[1])
+        names_angle = node[1] in _ANGLES and inner[0] == "sym" and re.match(r"[A-Z\\]|.* ", inner[1])
         return names_angle or node[1] == "abs" and inner[0] == "mul" and is_label(inner)
     if kind == "pow":
         return node[2] == number(-1) and is_label(node[1])
@@ -1326,8 +1339,6 @@ def is_label(node: Node) -> bool:
         return all(item[0] in ("pow", "mul") and is_label(item) or item[0] == "sym"
                    and (item[1][0].isupper() or " " in item[1] or item[1] == "m" and is_measure) for item in node[1])
     return kind == "text"
-
-_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")        # functions of angles
 
 def same_choice(a: Node, b: Node) -> bool:
     """(C) 8 is C, and is 8; (C) 8 is not (D) 8."""
@@ -1392,36 +1403,48 @@ def elements(node: Node) -> list[Node]:
     return variants(node)
 
 def label_of(node: Node) -> Node | None:
-    """The name in `name = value` and `name in set`."""
-    return canonical(node[2][0]) if node[0] == "rel" and node[1] in (("=",), ("in",)) and is_label(node[2][0]) else None
+    """The name in `name = value` and `name in set`, and what is asked for in m + n = 113 (x + y = 5 is a line)."""
+    if node[0] != "rel" or node[1] not in (("=",), ("in",)):
+        return None
+    side, value = node[2]
+    is_sum = side[0] == "add" and kinds_in(side) <= {"add", "mul", "num", "sym"} and not unknowns(value)
+    return canonical(side) if is_label(side) or is_sum and set() < unknowns(side) <= set("abcdkmnpqrst") else None
 
 def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
     """The names in `name = value`, and the values."""
     names = list(dict.fromkeys(filter(None, map(label_of, members))))
     return names, [member[2][1] if label_of(member) else member for member in members]
 
+def points(members: list[Node], joiner: str = ",") -> list[Node]:
+    """x = 1, y = 2, x = 2, y = 1 are two points (x, y) = (1, 2), (2, 1); x = 1 or y = 2 is none."""
+    names = sorted(named_values(members)[0], key=repr)
+    groups = [members[i:i + len(names)] for i in range(0, len(members), len(names) or 1)]
+    is_complete = all({label_of(member) for member in group} == set(names) for group in groups)
+    if len(names) < 2 or joiner == "or" and len(groups) == 1 or not is_complete:
+        joined = {member: points(member[3]) for member in members if member[0] == "tuple"}
+        return [joined[member][0] if len(joined.get(member, ())) == 1 else member for member in members]
+    label = ("tuple", "(", ")", tuple(names))
+    values = [tuple(member[2][1] for member in sorted(group, key=lambda m: repr(label_of(m)))) for group in groups]
+    return [("rel", ("=",), (label, ("tuple", "(", ")", value))) for value in values]
+
 def same_collection(a: Node, b: Node) -> bool:
-    """Lists and sets, in any order. Beside `x = 1, y = 2` a list without names is in that order, a tuple sorted."""
-    if "tuple" in (a[0], b[0]):
-        pair, plain = (a, b) if a[0] == "tuple" else (b, a)
-        members = [simplified(member) for member in elements(plain)]
-        if all(map(label_of, members)):                      # y = 2, x = 1 means (1, 2)
-            members = sorted(members, key=lambda member: repr(label_of(member)))
-        values = named_values(members)[1]
-        return pair[1:3] == ("(", ")") and plain[0] == "list" and len(pair[3]) == len(values) \
-            and all(map(same, pair[3], values))
+    """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
     xs, ys = ([node if node[0] == "set" else simplified(node) for node in elements(part)] for part in (a, b))
     (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
-    joins_names = len(names) > 1 or any(value[0] in ("sym", "text") for value in values)
-    if "or" in (a[-1], b[-1]) and a[-1] != b[-1] and joins_names:                    # A and B, A or B
+    has_or = "or" in (a[-1], b[-1])
+    if has_or and a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values):          # A and B, A or B
         return False
-    if min(len(names), len(other_names)) > 1:
-        return matched(xs, ys)
-    if names and other_names and names != other_names:
+    beside_tuple = "tuple" in (a[0], b[0]) and not names + other_names
+    beside_names = not (names and other_names) and len(names + other_names) == len(xs) == len(ys) > 1
+    if beside_names and "set" in (a[0], b[0]):               # x_1 = 2, x_2 = 3 is {2, 3}
+        return matched(values, other_values)
+    if not has_or and "set" not in (a[0], b[0]) and (beside_tuple or beside_names):
+        xs, ys = (node[3] if node[:3] == ("tuple", "(", ")") else side
+                  for node, side in ((a, values), (b, other_values)))
+        return len(xs) == len(ys) and all(map(same, xs, ys))
+    (names, xs), (other_names, ys) = named_values(points(xs, a[-1])), named_values(points(ys, b[-1]))
+    if names != other_names and (names and other_names or len(names + other_names) > 1):
         return False
-    if max(len(names), len(other_names)) > 1:
-        return len(xs) == len(ys) and all(map(same, values, other_values))
-    xs, ys = values, other_values
     has_signs = has(a, "pm") or has(b, "pm")
     if has_signs or "set" in (a[0], b[0]) or all(member[0] in ("tuple", "rel") for member in xs + ys):
         xs, ys = distinct(xs), distinct(ys)
@@ -1459,6 +1482,8 @@ def same_relation(a: Node, b: Node) -> bool:
     if a[0] != b[0]:
         relation, value = (a, b) if a[0] == "rel" else (b, a)
         sides = relation[2]
+        if value[0] == "tuple" and len(sides) > 2 and all(map(is_label, sides[:-1])):           # x = y = 1 is (1, 1)
+            return relation[1] == ("=",) * len(value[3]) and same(value, value[:3] + (sides[-1:] * len(value[3]),))
         is_chain = set(relation[1]) == {"="} and (is_label(sides[0]) or not any(map(unknowns, sides)))
         return (is_chain or label_of(relation) is not None) and same(sides[-1], value)
     if len(a[1]) != len(b[1]):                               # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
@@ -1504,13 +1529,16 @@ def is_region(node: Node) -> bool:
         return (all if node[0] == "list" else any)(map(is_region, node[1]))
     return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
 
-def region(node: Node) -> Region | None:
-    """The set of reals that a tree describes, None (or Undefined, TooBig) if it is none that these rules know."""
+def region(node: Node) -> Region:
+    """The set of reals that a tree describes. Undefined or TooBig if it is none that these rules know."""
     kind = node[0]
     if node == ("sym", "ℝ"):
         return Region(None, [], lambda x: True)
-    if kind == "tuple" and len(node[3]) == 2:
-        return interval(node)
+    if kind == "tuple" and len(node[3]) == 2:               # [0, 1) is 0 <= ? < 1
+        low, high = node[3]
+        if not before(endpoint(low), endpoint(high)):
+            raise Undefined("an empty interval")
+        kind, node = "rel", ("rel", tuple("<=" if b in "[]" else "<" for b in node[1:3]), (low, ("sym", "?"), high))
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
         return Region(None, values, lambda x: any(not before(v, x) and not before(x, v) for v in values))
@@ -1518,40 +1546,30 @@ def region(node: Node) -> Region | None:
         kind, node = "setminus", ("setminus", node[1][0], node[1][1][1][1])
     if kind in ("cup", "cap", "setminus"):
         left, right = region(node[1]), region(node[2])
-        if not left or not right:
-            return None
         join = {"cup": lambda x: left.holds(x) or right.holds(x), "cap": lambda x: left.holds(x) and right.holds(x),
                 "setminus": lambda x: left.holds(x) and not right.holds(x)}[kind]
         return Region(left.name or right.name, left.marks + right.marks, join)
     if kind in ("where", "list"):
         parts = [region(condition) for condition in node[1]]
-        if not all(parts) or len({part.name for part in parts}) != 1:
-            return None
+        if len({part.name for part in parts}) != 1:
+            raise Undefined("conditions on two unknowns")
         marks = [mark for part in parts for mark in part.marks]
         both = Region(None if kind == "where" else parts[0].name, marks, lambda x: all(part.holds(x) for part in parts))
         if node[2] == "or" or parts[0].name is None or node[2] == "," and not any(map(both.holds, probes(marks))):
             return both._replace(holds=lambda x: any(part.holds(x) for part in parts))               # x < 1, x > 3
         return both
-    return condition(node) if kind == "rel" else None
+    if kind != "rel":
+        raise Undefined("no set of reals")
+    return condition(node[1], node[2])
 
-def interval(node: Node) -> Region | None:
-    low, high = map(endpoint, node[3])
-
-    def holds(x) -> bool:
-        above = before(low, x) or node[1] == "[" and not before(x, low)
-        return above and (before(x, high) or node[2] == "]" and not before(high, x))
-    return Region(None, [low, high], holds) if before(low, high) else None
-
-def condition(node: Node) -> Region | None:
+def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
     """x in A, a < x <= b, x != a, and the same for |x|."""
-    operators, sides = node[1], node[2]
     if operators == ("in",):
-        inside = region(sides[1])
-        return inside and inside._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
+        return region(sides[1])._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
     is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
     if not is_chain or not set(operators) <= set(_FLIP) - {"="}:
-        return None
+        raise Undefined("no bounds of an unknown")
     middle = sides[free[0]]
     others = [side for i, side in enumerate(sides) if i != free[0]]
     bounds = [(_FLIP[op] if i < free[0] else op, endpoint(side)) for i, (op, side) in enumerate(zip(operators, others))]
@@ -1561,16 +1579,16 @@ def condition(node: Node) -> Region | None:
     elif middle[:2] == ("fn", "abs") and middle[2][0][0] == "sym":
         name, marks, value = middle[2][0][1], marks + [-mark for mark in marks], abs
     elif middle[0] != "call":
-        return None
+        raise Undefined("bounds of an expression")
     return Region(name, marks, lambda x: all(_TESTS[op](value(x), bound) for op, bound in bounds))
 
 _TESTS = {"<": lambda u, v: before(u, v), ">": lambda u, v: before(v, u), "<=": lambda u, v: not before(v, u),
           ">=": lambda u, v: not before(u, v), "!=": lambda u, v: before(u, v) or before(v, u)}
 
 def endpoint(node: Node):
-    """A real number as Fraction or mpf, or a float infinity. TooBig if 100 digits may not tell it from another."""
+    """A real number as Fraction or mpf, or an infinity. TooBig if 100 digits may not tell it from another."""
     if node in (("sym", "∞"), negative(("sym", "∞"))):
-        return math.inf if node[0] == "sym" else -math.inf
+        return _MP.inf if node[0] == "sym" else _MP.ninf
     scope = Scope({}, real=True, largest=[0])
     value = evaluate(node[1] if node[0] in ("unit", "deg") else node, scope)
     if isinstance(value, Fraction):
@@ -1582,24 +1600,17 @@ def endpoint(node: Node):
 def before(a, b) -> bool:
     """a < b; what is equal within the precision is not before."""
     spend(3)
-    if isinstance(a, float) or isinstance(b, float):        # only infinities are floats
-        a, b = (x if isinstance(x, float) else 0.0 for x in (a, b))
-        return a < b
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a < b
-    return to_mp(b) - to_mp(a) > 1e-60
+    return to_mp(b) - to_mp(a) > 1e-60                      # no for two equal infinities: their difference is no number
 
 def probes(marks: list) -> list:
     """The marks, a number between each two neighbours and one beyond each end."""
-    marks = sorted((mark for mark in marks if not isinstance(mark, float)), key=to_mp)
+    marks = sorted((mark for mark in marks if abs(mark) != _MP.inf), key=to_mp)
     if not marks:
         return [Fraction(0)]
     between = [plus(a, b) / 2 for a, b in zip(marks, marks[1:]) if before(a, b)]
     return marks + between + [plus(marks[0], Fraction(-1)), plus(marks[-1], Fraction(1))]
-
-def same_region(a: Region, b: Region) -> bool:
-    same_name = None in (a.name, b.name) or a.name == b.name
-    return same_name and all(a.holds(x) == b.holds(x) for x in probes(a.marks + b.marks))
 
 # Layer 4, values at points.
 
@@ -1611,12 +1622,12 @@ def same_value(a: Node, b: Node) -> bool:
     NOT IN PAPER: log is natural or decimal, a degree is a number or an angle, 25% is 25 or 1/4: any one reading that
     makes both sides equal will do, as the question fixed it. cos 36 is never cos 36°.
     """
-    both = walk(a) + walk(b)
-    kinds = {node[0] for node in both}
+    kinds = kinds_in(a) | kinds_in(b)
     if kinds & _NO_VALUE or {"deg", "pct"} <= kinds:        # with degrees read as numbers, 25° were 25%
         return False
-    has_angle = any(node[0] == "fn" and node[1] in _ANGLES for node in both)
-    has_log = any(node[0] == "fn" and node[1] == "log" and len(node[2]) == 1 for node in both)
+    functions = {node[1:2] + (len(node[2]),) for node in walk(a) + walk(b) if node[0] == "fn"} if "fn" in kinds else ()
+    has_angle = any(name in _ANGLES for name, _ in functions)
+    has_log = ("log", 1) in functions
     return any(agree(a, b, Scope({}, degree=degree, percent=percent, log10=log10))
                for degree in ((True, False) if "deg" in kinds and not has_angle else (True,))
                for percent in ((True, False) if "pct" in kinds else (True,))
@@ -1676,14 +1687,15 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in it is left to
     compute: a number, a name, a list of them.
     """
-    trees, golds = ([canonical(tree) for tree in read(text)] for text in (answer, gold))
-    if not re.search(r"\\(?:overline|bar|dot)|\.\.\.", answer):       # to write 0.\overline{3} as a fraction is a task
-        values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
-        if set(trees) & set(golds) or any({part[0] for part in walk(value)} <= _AS_THEY_ARE for value in values):
+    trees, golds = ([canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
+                    for text in (answer, gold))
+    values, wanted = ([tree[2][-1] if label_of(tree) else tree for tree in part] for part in (trees, golds))
+    if not re.search(r"\\(?:overline|bar|dot) ?\{?\d|\d\.\.\.", answer):     # 0.\overline{3} as a fraction is a task
+        if set(values) & set(wanted) or any(is_label(value) or kinds_in(value) <= _AS_THEY_ARE for value in values):
             return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
-    return any(tree in stated for tree in trees) or any(map(pattern.search, texts))
+    return any(tree in stated for tree in trees + values) or any(map(pattern.search, texts))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The public comparison
@@ -1881,8 +1893,6 @@ def worker_count() -> int:
 class Grades(list):
     """The verdicts of `grade` in order, with `.stats`: what to log about them."""
 
-    stats: dict[str, int]
-
 _pool: Pool | None = None
 _pool_lock = threading.Lock()
 _cache: OrderedDict[tuple, bool | str] = OrderedDict()
@@ -1916,14 +1926,8 @@ def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 
         raise ValueError(f"grade: {len(answers)} answers, {len(golds)} golds and {len(problems)} problems")
     if not timeout > 0:
         raise ValueError(f"grade: timeout must be positive, not {timeout}")
-    verdicts: list[bool | str | None] = []
-    for answer, gold in zip(answers, golds):
-        if answer is None:
-            verdicts.append("no_answer")
-        elif max(len(answer), len(gold)) > MAX_CHARS:
-            verdicts.append("unparsable")
-        else:
-            verdicts.append(same_plain(answer, gold))
+    verdicts = ["no_answer" if answer is None else "unparsable" if max(len(answer), len(gold)) > MAX_CHARS
+                else same_plain(answer, gold) for answer, gold in zip(answers, golds)]
     questions = [(answer, gold, problem[:MAX_PROBLEM]) for answer, gold, problem in zip(answers, golds, problems)]
     asked = dict.fromkeys(question for question, verdict in zip(questions, verdicts) if verdict is None)
     with _pool_lock:
