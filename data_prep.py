@@ -1390,7 +1390,7 @@ def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
     return train, test
 
 def embedded_problems(split: str, ground: Ground = EASY) -> list[dict]:
-    """Problem rows of the split "train" (1,792; hard: TRAIN) or "test" (256); no problem is in both."""
+    """Problem rows of the split "train" (1,792; hard: 2,950) or "test" (256); no problem is in both."""
     return [dict(row) for row, _ in _embedded(ground)[split == "test"]]
 
 def embedded_traces(count: int = 25600, ground: Ground = EASY, correct_only: bool = False) -> list[dict]:
