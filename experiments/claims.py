@@ -143,7 +143,11 @@ class Measure:
 MEASURES = {
     "pass@1": Measure(lambda r: r["pass_at_1"], 100, "points"),
     "pass@8 - pass@1": Measure(lambda r: r["pass_at_8"] - r["pass_at_1"], 100, "points"),
-    "distinct answers": Measure(lambda r: r["distinct"], 1, "of 8"),
+    "spread at T = 1.1 over 0.8": Measure(lambda r: r["spread"]["1.1"] - r["spread"]["0.8"], 100, "points"),
+    "spread at T = 1.3 over 1.1": Measure(lambda r: r["spread"]["1.3"] - r["spread"]["1.1"], 100, "points"),
+    "spread at T = 1.3 with min-p over none": Measure(
+        lambda r: r["spread"]["1.3, min-p 0.05"] - r["spread"]["1.3"], 100, "points"
+    ),
     "reward in training, last tenth - first": Measure(lambda r: r["steps"]["reward"][-1] - r["steps"]["reward"][0]),
     "over-long or repetitive": Measure(lambda r: r["overlong"] + r["repetition"], 100, "points"),
     "KL to the SFT policy": Measure(lambda r: r["distance"], 1, "nats a response"),
@@ -179,7 +183,7 @@ class Claim:
     does: Test | None
     pays: Test | None
 
-SLOPE, SPREAD = "log gradient variance by log K", "pass@8 - pass@1"
+SLOPE = "log gradient variance by log K"
 GARBLED, FROM_SFT, ENTROPY = "over-long or repetitive", "KL to the SFT policy", "entropy at equal accuracy"
 STRONG_KL, LOOSE = "beta5e-2", "beta5e-2-uncentred"
 CLAIMS = [
@@ -189,12 +193,14 @@ CLAIMS = [
           Test(SLOPE, "sft", "", -1), pays("k4", "base", -1)),
     Claim("K", "K = 4 is worse, equal samples (64 prompts)", None, pays("k4-samples", "base", -1)),
     Claim("K", "K = 64 is better, equal samples (4 prompts)", None, pays("k64-samples", "base")),
-    Claim("temperature", "T = 0.8, not 1.1: less spread; worse",
-          Test(SPREAD, "t0.8", "base", -1), pays("t0.8", "base", -1)),
-    Claim("temperature", "T = 1.3, not 1.1: more spread; worse",
-          Test(SPREAD, "t1.3", "base", 1), pays("t1.3", "base", -1)),
-    Claim("temperature", "min-p 0.05 at T = 1.3: less spread; nothing stated",
-          Test(SPREAD, "t1.3-minp", "t1.3", -1), pays("t1.3-minp", "t1.3", 0)),
+    Claim("temperature", "T = 0.8, not 1.1: samples spread less; worse",
+          Test("spread at T = 1.1 over 0.8", "sft", "", 1), pays("t0.8", "base", -1)),
+    Claim("temperature", "T = 1.3, not 1.1: samples spread more; worse",
+          Test("spread at T = 1.3 over 1.1", "sft", "", 1), pays("t1.3", "base", -1)),
+    Claim("temperature", "min-p 0.05 at T = 1.3: samples spread less; nothing stated",
+          Test("spread at T = 1.3 with min-p over none", "sft", "", -1), pays("t1.3-minp", "t1.3", 0)),
+    Claim("temperature", "T = 0.8, not 1.1: the trained policy spreads less",
+          Test("pass@8 - pass@1", "t0.8", "base", -1), None),
     Claim("penalties", "after a cold start with garbage: less of it; better",
           Test(GARBLED, "garbage", "garbage-unpunished", -1), pays("garbage", "garbage-unpunished")),
     Claim("penalties", "after a clean one: less of it; better",

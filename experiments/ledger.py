@@ -27,11 +27,13 @@ import experiments
 import t1
 from experiments.claims import VARIANTS, open_variants, read_records, write_ledger
 
-SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 50 --rl-save-every 50 --eval-samples 8".split()
-BRANCH = dict(sft_steps=80, max_new=640)  # of each seed; the longest garbage has about 600 tokens
+SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8".split()
+BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; the longest garbage has about 600 tokens
 ROUNDS = ((0, 1, 2), (3, 4), (5, 6, 7))  # seeds: of every variant, then where some question is open, twice
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
 DRAWS, DRAWN_K, DRAWN_P = 8, (4, 16, 64), 4  # gradient estimates at one checkpoint: for each K, of so many prompts
+
+SPREAD, SPREAD_P = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05)), 256  # temperature and min-p; problems
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
@@ -102,7 +104,7 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
     cfg = stage_config("rl", fixed | dict(data=str(base / "data/train.jsonl")), options)
-    measures = dict(noise=gradient_noise(last, cfg)) if stage == "sft" else dict(distance=distance(base / run, cfg))
+    measures = measures_of_start(last, cfg) if stage == "sft" else dict(distance=distance(base / run, cfg))
     drop_trainer_states(base / run)
     t1.write_json(base / run / "measures.json", measures)
     return True
@@ -131,27 +133,36 @@ def drop_trainer_states(run: Path):
         t1.write_json(path / "complete.json", kept)
         shutil.rmtree(path / "trainer", ignore_errors=True)
 
-def gradient_noise(checkpoint: str, cfg: t1.Config) -> dict[str, float]:
-    """K -> variance of the estimated gradient of the expected reward, summed over the weights: DRAWS estimates from the
-    same prompts at one checkpoint, which differ in their samples alone."""
+def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
+    """What sampling does at one checkpoint, before any RL. noise: K -> `gradient_variance`. spread: temperature (and
+    min-p) -> pass@8 - pass@1 over SPREAD_P training problems."""
     policy, tokenizer = t1.load_policy(checkpoint, cfg)
     engine = t1.make_engine(checkpoint, policy, tokenizer, cfg)
-    problems, prompts = t1.encode_prompts(data_prep.read_rows(cfg.data, "rl")[:DRAWN_P], tokenizer, cfg)
-    result = {}
-    for K in DRAWN_K:
-        total, squares = 0.0, 0.0
-        for draw in range(DRAWS):
-            seeds = [t1.seed_for(cfg.seed, "draw", K, draw, place) for place in range(len(prompts))]
-            rollouts, records = t1.roll_out(engine, problems, prompts, K, seeds, cfg, cfg.temperature)
-            advantages = t1.rloo_advantages(torch.tensor([r["reward"] for r in records]).view(-1, K)).flatten()
-            weights = torch.full_like(advantages, 1 / sum(len(r.ids) for r in rollouts))
-            rows = [(r.prompt, r.ids) for r in rollouts]
-            t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.0, cfg.temperature)
-            g = torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
-            policy.zero_grad(set_to_none=True)
-            total, squares = total + g, squares + (g * g).sum()
-        result[str(K)] = ((squares - total @ total / DRAWS) / (DRAWS - 1)).item()
-    return result
+    problems, prompts = t1.encode_prompts(data_prep.read_rows(cfg.data, "rl")[:SPREAD_P], tokenizer, cfg)
+    noise = {str(K): gradient_variance(policy, engine, problems[:DRAWN_P], prompts[:DRAWN_P], K, cfg) for K in DRAWN_K}
+    spread, seeds = {}, [t1.seed_for(cfg.seed, "spread", place) for place in range(len(prompts))]
+    for temperature, min_p in SPREAD:
+        _, records = t1.roll_out(engine, problems, prompts, 8, seeds, cfg, temperature, min_p)
+        right = [sum(r["right"] for r in group) for group in t1.grouped(records, 8)]
+        gained = [t1.pass_at_k(8, n, 8) - n / 8 for n in right]
+        spread[f"{temperature}, min-p {min_p}" if min_p else str(temperature)] = float(np.mean(gained))
+    return dict(noise=noise, spread=spread)
+
+def gradient_variance(policy, engine, problems: list[dict], prompts: list, K: int, cfg: t1.Config) -> float:
+    """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS estimates from the same
+    prompts with K samples each, which differ in their samples alone."""
+    total, squares = 0.0, 0.0
+    for draw in range(DRAWS):
+        seeds = [t1.seed_for(cfg.seed, "draw", K, draw, place) for place in range(len(prompts))]
+        rollouts, records = t1.roll_out(engine, problems, prompts, K, seeds, cfg, cfg.temperature)
+        advantages = t1.rloo_advantages(torch.tensor([r["reward"] for r in records]).view(-1, K)).flatten()
+        weights = torch.full_like(advantages, 1 / sum(len(r.ids) for r in rollouts))
+        rows = [(r.prompt, r.ids) for r in rollouts]
+        t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.0, cfg.temperature)
+        g = torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
+        policy.zero_grad(set_to_none=True)
+        total, squares = total + g, squares + (g * g).sum()
+    return ((squares - total @ total / DRAWS) / (DRAWS - 1)).item()
 
 def distance(run: Path, cfg: t1.Config) -> float:
     """KL of the trained policy to the SFT checkpoint that it began from, nats per response: the mean of

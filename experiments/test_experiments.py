@@ -129,7 +129,9 @@ def a_run(variant, seed, **more):
     steps = {column: [0.1] * 3 for column in claims.STEPS}
     values = dict(pass_at_1=0.5, pass_at_8=0.7, length=50, corrected=0.2, jump=0.1, overlong=0.1, repetition=0.0)
     values |= dict(distance=1.0, distinct=2.0, scaling=[[32, 0.2], [128, 0.4], [320, 0.5]], steps=steps)
-    return dict(variant=variant, seed=seed) | values | dict(noise={"4": 1.0, "16": 0.25, "64": 0.0625}) | more
+    values |= dict(noise={"4": 1.0, "16": 0.25, "64": 0.0625})
+    values |= dict(spread={"0.8": 0.1, "1.1": 0.2, "1.3": 0.4, "1.3, min-p 0.05": 0.1})
+    return dict(variant=variant, seed=seed) | values | more
 
 
 def test_differences_are_paired_by_seed():
@@ -162,6 +164,9 @@ def test_measures_of_a_record():
     assert of["mean advantage"](record) == pytest.approx(-0.1) and of["mean advantage"](a_run("base", 0)) == 0
     assert of["gain from 32 to 320 tokens"](record) == pytest.approx(0.3)
     assert of["pass@8 - pass@1"](record) == pytest.approx(0.2)
+    assert of["spread at T = 1.1 over 0.8"](record) == pytest.approx(0.1)
+    assert of["spread at T = 1.3 over 1.1"](record) == pytest.approx(0.2)
+    assert of["spread at T = 1.3 with min-p over none"](record) == pytest.approx(-0.3)
 
 
 def test_every_claim_asks_runs_and_measures_that_exist():
@@ -188,12 +193,14 @@ def ledger_args(out, *more):
 @pytest.fixture
 def quick_runs(monkeypatch):
     """Few traces and problems, and no pictures of the stages."""
+    data_prep.embedded_tokenizer()  # kept for all tests: from all traces
     short = data_prep.embedded_traces(400, dataclasses.replace(data_prep.HARD, longest=1))
     problems = {name: data_prep.embedded_problems(name, data_prep.HARD)[:10] for name in ("train", "test")}
     monkeypatch.setattr(data_prep, "embedded_traces", lambda **ground: [dict(row) for row in short])
     monkeypatch.setattr(data_prep, "embedded_problems", lambda split, *ground: problems[split])
     monkeypatch.setattr(t1, "draw_steps", lambda *args: None)
     monkeypatch.setattr(ledger, "DRAWS", 2)
+    monkeypatch.setattr(ledger, "DRAWN_K", (2, 4))
     monkeypatch.setattr(ledger, "BRANCH", dict(sft_steps=2, max_new=640))
 
 
@@ -219,7 +226,7 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
     assert of_k4["config"]["k"] == 4 and of_k4["started_from"] == str(base / "sft-seed1/sft/checkpoint-2")
     assert [p.name for p in base.rglob("checkpoint-*")] == ["checkpoint-2"] * 7
     assert [p.parts[-4] for p in base.rglob("trainer")] == ["root"]  # from which other seeds still branch
-    assert records[2]["scaling"] and not records[4]["scaling"] and records[0]["noise"].keys() == {"4", "16", "64"}
+    assert records[2]["scaling"] and not records[4]["scaling"] and records[0]["noise"].keys() == {"2", "4"}
 
     before = {p: p.read_bytes() for p in base.glob("ledger.*")}
     assert len(before) == 3
@@ -285,17 +292,16 @@ def test_a_tenth_of_the_garbage_traces_never_ends(talkative):
     assert 15 <= sum(loops) <= 35
 
 
-def test_gradient_noise_is_the_variance_over_draws(talkative, tmp_path, monkeypatch):
+def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
     """Against numpy's variance of the stacked gradients of the plain objective."""
     policy, tokenizer, engine, cfg = talkative
-    cfg = dataclasses.replace(cfg, data=str(few_problems(tmp_path / "rows.jsonl")), max_new=12)
-    monkeypatch.setattr(t1, "load_policy", lambda *args: (policy, tokenizer))
-    monkeypatch.setattr(ledger, "DRAWN_K", (4,))
+    cfg = dataclasses.replace(cfg, max_new=12)
     monkeypatch.setattr(ledger, "DRAWS", 3)
     monkeypatch.setattr(t1, "judge", lambda rollouts, *unused: [dict(reward=float(len(r.ids) % 2)) for r in rollouts])
     drawn, roll_out = [], t1.roll_out
     monkeypatch.setattr(t1, "roll_out", lambda *args: drawn.append(roll_out(*args)) or drawn[-1])
-    value = ledger.gradient_noise("", cfg)["4"]
+    problems, prompts = t1.encode_prompts(data_prep.embedded_problems("train")[:5], tokenizer, cfg)
+    value = ledger.gradient_variance(policy, engine, problems, prompts, 4, cfg)
     gradients = []
     for rollouts, records in drawn:
         loss, N = 0.0, sum(len(r.ids) for r in rollouts)
@@ -307,7 +313,7 @@ def test_gradient_noise_is_the_variance_over_draws(talkative, tmp_path, monkeypa
             loss = loss - advantage * logp.gather(1, torch.tensor(r.ids)[:, None]).sum() / N
         grads = torch.autograd.grad(loss, list(policy.parameters()))
         gradients.append(torch.cat([g.flatten() for g in grads]).double().numpy())
-    assert len(drawn) == 3 and len(drawn[0][0]) == 4 * ledger.DRAWN_P and value > 0
+    assert len(drawn) == 3 and len(drawn[0][0]) == 4 * 5 and value > 0
     assert value == pytest.approx(np.var(gradients, axis=0, ddof=1).sum(), rel=1e-3)
 
 
