@@ -76,10 +76,6 @@ def record_of(base: Path, name: str, seed: int) -> dict:
     rows = [row for row in t1.read_log(run / "eval/responses.jsonl") if row["key"] == end["key"]]
     record |= {column: end[column] for column in HELD_OUT}
     record["samples"], record["pass_at_8"] = [end["problems"], end["samples"]], end["pass_at_k"][-1][1]
-    answers = {}
-    for row in rows:
-        answers.setdefault(row["number"], set()).add(row["answer"])
-    record["distinct"] = float(np.mean([len(found) for found in answers.values()]))
     record["corrected"] = float(np.mean([row["corrected"] for row in rows]))
     record["jump"] = data_prep.habit_shares(rows).get("jump", [0.0])[0]
     record["scaling"] = [point[:2] for point in end.get("scaling", [])]
@@ -133,33 +129,33 @@ def log_slope(noise: dict[str, float]) -> float:
 
 @dataclass(frozen=True)
 class Measure:
-    """of: a record -> its value; or two records -> their difference. Values are printed times `scale`, with `unit`."""
+    """of: a record -> its value; or two records -> their difference. Printed times `scale`, with so many digits."""
 
     of: Callable
     scale: float = 1
-    unit: str = ""
+    digits: int = 3
     paired: bool = False
 
-MEASURES = {
-    "pass@1": Measure(lambda r: r["pass_at_1"], 100, "points"),
-    "pass@8 - pass@1": Measure(lambda r: r["pass_at_8"] - r["pass_at_1"], 100, "points"),
-    "spread at T = 1.1 over 0.8": Measure(lambda r: r["spread"]["1.1"] - r["spread"]["0.8"], 100, "points"),
-    "spread at T = 1.3 over 1.1": Measure(lambda r: r["spread"]["1.3"] - r["spread"]["1.1"], 100, "points"),
-    "spread at T = 1.3 with min-p over none": Measure(
-        lambda r: r["spread"]["1.3, min-p 0.05"] - r["spread"]["1.3"], 100, "points"
-    ),
-    "reward in training, last tenth - first": Measure(lambda r: r["steps"]["reward"][-1] - r["steps"]["reward"][0]),
-    "over-long or repetitive": Measure(lambda r: r["overlong"] + r["repetition"], 100, "points"),
-    "KL to the SFT policy": Measure(lambda r: r["distance"], 1, "nats a response"),
-    "entropy at equal accuracy": Measure(entropy_difference, 1, "nats", True),
-    "entropy, last tenth": Measure(lambda r: r["steps"]["entropy"][-1], 1, "nats"),
-    "log-prob of samples, last tenth": Measure(lambda r: -r["steps"]["nll"][-1], 1, "nats a token"),
-    "mean advantage": Measure(mean_advantage, 1000, "thousandths"),
-    "log gradient variance by log K": Measure(lambda r: log_slope(r["noise"])),
-    "gain from 32 to 320 tokens": Measure(lambda r: at_budget(r, 320) - at_budget(r, 32), 100, "points"),
-    "gain from 128 to 320 tokens": Measure(lambda r: at_budget(r, 320) - at_budget(r, 128), 100, "points"),
-    "length": Measure(lambda r: r["length"], 1, "tokens"),
-    "right after another try": Measure(lambda r: r["corrected"], 100, "points"),
+def points(of: Callable) -> Measure:
+    return Measure(of, 100, 1)
+
+MEASURES = {  # name, with the unit if it has one
+    "pass@1, points": points(lambda r: r["pass_at_1"]),
+    "pass@8 - pass@1, points": points(lambda r: r["pass_at_8"] - r["pass_at_1"]),
+    "rise of reward": Measure(lambda r: r["steps"]["reward"][-1] - r["steps"]["reward"][0], 1, 2),  # last tenth - first
+    "variance ~ K to the": Measure(lambda r: log_slope(r["noise"]), 1, 2),
+    "spread 1.1 - 0.8, points": points(lambda r: r["spread"]["1.1"] - r["spread"]["0.8"]),
+    "spread 1.3 - 1.1, points": points(lambda r: r["spread"]["1.3"] - r["spread"]["1.1"]),
+    "spread, points": points(lambda r: r["spread"]["1.3, min-p 0.05"] - r["spread"]["1.3"]),
+    "garbage, points": points(lambda r: r["overlong"] + r["repetition"]),
+    "KL from SFT, nats": Measure(lambda r: r["distance"], 1, 2),  # per response
+    "entropy, nats": Measure(entropy_difference, 1, 3, True),  # per token, at equal accuracy
+    "log-prob, nats": Measure(lambda r: -r["steps"]["nll"][-1]),  # of the samples, per token, last tenth
+    "mean advantage, 1/1000": Measure(mean_advantage, 1000, 1),
+    "32 to 320 tokens, points": points(lambda r: at_budget(r, 320) - at_budget(r, 32)),
+    "128 to 320 tokens, points": points(lambda r: at_budget(r, 320) - at_budget(r, 128)),
+    "tokens": Measure(lambda r: r["length"], 1, 1),
+    "corrected, points": points(lambda r: r["corrected"]),  # right after another candidate
 }
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ class Test:
     sign: int
 
 def pays(variant: str, against: str, sign: int = 1) -> Test:
-    return Test("pass@1", variant, against, sign)
+    return Test("pass@1, points", variant, against, sign)
 
 @dataclass(frozen=True)
 class Claim:
@@ -183,47 +179,34 @@ class Claim:
     does: Test | None
     pays: Test | None
 
-SLOPE = "log gradient variance by log K"
-GARBLED, FROM_SFT, ENTROPY = "over-long or repetitive", "KL to the SFT policy", "entropy at equal accuracy"
+FROM_SFT, GARBAGE_SHARE, ENTROPY = "KL from SFT, nats", "garbage, points", "entropy, nats"
 STRONG_KL, LOOSE = "beta5e-2", "beta5e-2-uncentred"
 CLAIMS = [
-    Claim("RL lifts SFT", "RL earns reward in training, and more right answers held out",
-          Test("reward in training, last tenth - first", "base", "", 1), pays("base", "sft")),
-    Claim("K", "more samples, less noise (-1 is 1/K); K = 4 is worse, equal prompts",
-          Test(SLOPE, "sft", "", -1), pays("k4", "base", -1)),
-    Claim("K", "K = 4 is worse, equal samples (64 prompts)", None, pays("k4-samples", "base", -1)),
-    Claim("K", "K = 64 is better, equal samples (4 prompts)", None, pays("k64-samples", "base")),
-    Claim("temperature", "T = 0.8, not 1.1: samples spread less; worse",
-          Test("spread at T = 1.1 over 0.8", "sft", "", 1), pays("t0.8", "base", -1)),
-    Claim("temperature", "T = 1.3, not 1.1: samples spread more; worse",
-          Test("spread at T = 1.3 over 1.1", "sft", "", 1), pays("t1.3", "base", -1)),
-    Claim("temperature", "min-p 0.05 at T = 1.3: samples spread less; nothing stated",
-          Test("spread at T = 1.3 with min-p over none", "sft", "", -1), pays("t1.3-minp", "t1.3", 0)),
-    Claim("temperature", "T = 0.8, not 1.1: the trained policy spreads less",
-          Test("pass@8 - pass@1", "t0.8", "base", -1), None),
-    Claim("penalties", "after a cold start with garbage: less of it; better",
-          Test(GARBLED, "garbage", "garbage-unpunished", -1), pays("garbage", "garbage-unpunished")),
-    Claim("penalties", "after a clean one: less of it; better",
-          Test(GARBLED, "base", "unpunished", -1), pays("base", "unpunished")),
-    Claim("moving anchor", "beta 0.05, EMA, not fixed: farther from SFT; better",
-          Test(FROM_SFT, STRONG_KL, "beta5e-2-fixed", 1), pays(STRONG_KL, "beta5e-2-fixed")),
-    Claim("KL term", "beta 2e-4, not 0: nearer to SFT; better",
-          Test(FROM_SFT, "base", "beta0", -1), pays("base", "beta0")),
-    Claim("KL term", "beta 1e-2, not 2e-4", Test(FROM_SFT, "beta1e-2", "base", -1), pays("beta1e-2", "base")),
-    Claim("KL term", "beta 5e-2, not 2e-4", Test(FROM_SFT, STRONG_KL, "base", -1), pays(STRONG_KL, "base")),
-    Claim("centred KL", "beta 0.05, uncentred: samples are pushed down; worse",
-          Test("log-prob of samples, last tenth", LOOSE, STRONG_KL, -1), pays(LOOSE, STRONG_KL, -1)),
-    Claim("centred KL", "beta 0.05, uncentred: the advantages sum to less than zero",
-          Test("mean advantage", LOOSE, "", -1), None),
-    Claim("entropy bonus", "alpha 1e-3, not 0: more entropy; better",
-          Test(ENTROPY, "base", "alpha0", 1), pays("base", "alpha0")),
-    Claim("entropy bonus", "alpha 1e-2, not 1e-3", Test(ENTROPY, "alpha1e-2", "base", 1), pays("alpha1e-2", "base")),
-    Claim("entropy bonus", "alpha 1e-1, not 1e-3", Test(ENTROPY, "alpha1e-1", "base", 1), pays("alpha1e-1", "base")),
-    Claim("inference scaling", "RL gains more from 32 -> 320 tokens than SFT; from 128 -> 320 it still gains",
-          Test("gain from 32 to 320 tokens", "base", "sft", 1), Test("gain from 128 to 320 tokens", "base", "", 1)),
-    Claim("longer, self-correcting", "RL's responses are longer", Test("length", "base", "sft", 1), None),
-    Claim("longer, self-correcting", "RL's are right after another try more often",
-          Test("right after another try", "base", "sft", 1), None),
+    Claim("RL lifts SFT", "RL over SFT", Test("rise of reward", "base", "", 1), pays("base", "sft")),
+    Claim("K", "K = 4, not 16", Test("variance ~ K to the", "sft", "", -1), pays("k4", "base", -1)),
+    Claim("K", "K = 4, as many samples", None, pays("k4-samples", "base", -1)),
+    Claim("K", "K = 64, as many samples", None, pays("k64-samples", "base")),
+    Claim("temperature", "0.8, not 1.1", Test("spread 1.1 - 0.8, points", "sft", "", 1), pays("t0.8", "base", -1)),
+    Claim("temperature", "1.3, not 1.1", Test("spread 1.3 - 1.1, points", "sft", "", 1), pays("t1.3", "base", -1)),
+    Claim("temperature", "1.3 with min-p", Test("spread, points", "sft", "", -1), pays("t1.3-minp", "t1.3", 0)),
+    Claim("temperature", "0.8, not 1.1, trained", Test("pass@8 - pass@1, points", "t0.8", "base", -1), None),
+    Claim("penalties", "on, start with garbage", Test(GARBAGE_SHARE, "garbage", "garbage-unpunished", -1),
+          pays("garbage", "garbage-unpunished")),
+    Claim("penalties", "on, clean start", Test(GARBAGE_SHARE, "base", "unpunished", -1), pays("base", "unpunished")),
+    Claim("moving anchor", "EMA, not fixed, beta .05", Test(FROM_SFT, STRONG_KL, "beta5e-2-fixed", 1),
+          pays(STRONG_KL, "beta5e-2-fixed")),
+    Claim("KL term", "beta 2e-4, not 0", Test(FROM_SFT, "base", "beta0", -1), pays("base", "beta0")),
+    Claim("KL term", "beta .01, not 2e-4", Test(FROM_SFT, "beta1e-2", "base", -1), pays("beta1e-2", "base")),
+    Claim("KL term", "beta .05, not 2e-4", Test(FROM_SFT, STRONG_KL, "base", -1), pays(STRONG_KL, "base")),
+    Claim("centred KL", "not, beta .05", Test("log-prob, nats", LOOSE, STRONG_KL, -1), pays(LOOSE, STRONG_KL, -1)),
+    Claim("centred KL", "not, beta .05", Test("mean advantage, 1/1000", LOOSE, "", -1), None),
+    Claim("entropy bonus", "alpha .001, not 0", Test(ENTROPY, "base", "alpha0", 1), pays("base", "alpha0")),
+    Claim("entropy bonus", "alpha .01, not .001", Test(ENTROPY, "alpha1e-2", "base", 1), pays("alpha1e-2", "base")),
+    Claim("entropy bonus", "alpha .1, not .001", Test(ENTROPY, "alpha1e-1", "base", 1), pays("alpha1e-1", "base")),
+    Claim("inference scaling", "RL over SFT", Test("32 to 320 tokens, points", "base", "sft", 1), None),
+    Claim("inference scaling", "RL, last budget", Test("128 to 320 tokens, points", "base", "", 1), None),
+    Claim("longer", "RL over SFT", Test("tokens", "base", "sft", 1), None),
+    Claim("self-correcting", "RL over SFT", Test("corrected, points", "base", "sft", 1), None),
 ]  # fmt: skip
 TESTS = list(dict.fromkeys(test for claim in CLAIMS for test in (claim.does, claim.pays) if test))
 
@@ -324,7 +307,7 @@ def write_ledger(base: Path):
         raise t1.Misuse(f"{base}: no finished run there; give --out and --name of a ledger")
     found = answers(records)
     about = f"{len(records)} runs, {len(found)} questions with two seeds or more."
-    parts = [about + "\n", claim_table(found), variant_table(records)]
+    parts = [about + "\n", claim_table(found), seeds_needed(found), variant_table(records)]
     data_prep.write(base / "ledger.md", ["\n".join(parts), HOW_TO_READ])
     draw(base / "ledger.png", found, about)
 
@@ -332,25 +315,28 @@ def table_of(columns: list[str], rows: list[list]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
 
-def in_words(test: Test | None, answer: dict | None) -> list[str]:
-    """[difference with its interval and n, verdict] of one test."""
-    if not test:
-        return ["", ""]
-    measure = MEASURES[test.measure]
-    if not answer:
-        return [test.measure, "not run"]
-    mean, half = measure.scale * answer["mean"], measure.scale * answer["half"]
-    digits = 1 if measure.unit == "points" else 3
-    value = f"{test.measure}: {mean:+.{digits}f} ± {half:.{digits}f} {measure.unit}".rstrip()
-    return [f"{value} (n = {answer['n']})", f"**{answer['verdict']}**" if answer["verdict"] != "open" else "open"]
+def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
+    """Two cells: the difference with its interval and seeds; the verdict with its corrected p-value."""
+    if not test or test not in found:
+        return ["", "not run" if test else ""]
+    measure, answer = MEASURES[test.measure], found[test]
+    mean, half = (f"{measure.scale * answer[x]:.{measure.digits}f}" for x in ("mean", "half"))
+    name = "" if test.measure == "pass@1, points" else test.measure + " "
+    said = "open" if answer["verdict"] == "open" else f"**{answer['verdict']}**"
+    return [f"{name}{mean} ± {half} ({answer['n']})", f"{said} {answer['holm']:.1g}"]
 
 def claim_table(found: dict[Test, dict]) -> str:
     """One row per claim with its two verdicts."""
-    rows = []
-    for claim in CLAIMS:
-        does, pays = (in_words(test, found.get(test)) for test in (claim.does, claim.pays))
-        rows.append([claim.paper, claim.text, *does, *pays])
-    return table_of(["the paper's", "claim", "does it do what it is for?", "", "does it pay?", ""], rows)
+    rows = [[c.paper, c.text, *in_words(c.does, found), *in_words(c.pays, found)] for c in CLAIMS]
+    return table_of(["claim", "here", "does it do what it is for?", "", "does it pay? points", ""], rows)
+
+def seeds_needed(found: dict[Test, dict]) -> str:
+    """Of each open question of pass@1, how many seeds would make its interval +- 2 points."""
+    said = []
+    for test, answer in found.items():
+        if test.measure.startswith("pass@1") and answer["verdict"] == "open":
+            said.append(f"{test.variant} - {test.against} {seeds_for(answer['sd'], 0.02)}")
+    return f"Seeds that would bring an interval down to ± 2 points: {', '.join(said)}.\n" if said else ""
 
 def variant_table(records: list[dict]) -> str:
     """Means over seeds and standard deviations of pass@1; the last column counts the runs that stopped."""
@@ -391,7 +377,7 @@ def draw(path: Path, found: dict[Test, dict], about: str):
     left.axvspan(-1, 1, color="0.9")
     for axis in (left, right):
         axis.axvline(0, color="black", lw=0.8)
-    names = [f"{claim.text.split(';')[0]} [{claim.paper}]" for claim in reversed(CLAIMS)]
+    names = [f"{claim.paper}: {claim.text}" for claim in reversed(CLAIMS)]
     left.set_yticks(range(len(CLAIMS)), names, fontsize=7)
     left.set_xlabel("does it do what it is for: difference / half-width of its interval")
     right.set_xlabel("does it pay: points of held-out pass@1, 95 % interval")

@@ -33,7 +33,7 @@ ROUNDS = ((0, 1, 2), (3, 4), (5, 6, 7))  # seeds: of every variant, then where s
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
 DRAWS, DRAWN_K, DRAWN_P = 8, (4, 16, 64), 4  # gradient estimates at one checkpoint: for each K, of so many prompts
 
-SPREAD, SPREAD_P = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05)), 256  # temperature and min-p; problems
+SPREAD, SPREAD_P = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05)), 64  # temperature and min-p; problems
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
 

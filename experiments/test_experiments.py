@@ -128,7 +128,7 @@ def a_run(variant, seed, **more):
     """A record as `claims.record_of` makes it, with values that no test looks at."""
     steps = {column: [0.1] * 3 for column in claims.STEPS}
     values = dict(pass_at_1=0.5, pass_at_8=0.7, length=50, corrected=0.2, jump=0.1, overlong=0.1, repetition=0.0)
-    values |= dict(distance=1.0, distinct=2.0, scaling=[[32, 0.2], [128, 0.4], [320, 0.5]], steps=steps)
+    values |= dict(distance=1.0, scaling=[[32, 0.2], [128, 0.4], [320, 0.5]], steps=steps)
     values |= dict(noise={"4": 1.0, "16": 0.25, "64": 0.0625})
     values |= dict(spread={"0.8": 0.1, "1.1": 0.2, "1.3": 0.4, "1.3, min-p 0.05": 0.1})
     return dict(variant=variant, seed=seed) | values | more
@@ -138,9 +138,9 @@ def test_differences_are_paired_by_seed():
     values = {"base": {0: 0.7, 1: 0.8, 3: 0.9}, "k4": {3: 0.6, 1: 0.75, 2: 0.1, 0: 0.2}}
     records = [a_run(name, seed, pass_at_1=v) for name, of in values.items() for seed, v in of.items()]
     records[-1] = dict(variant="k4", seed=0, stopped="the loss is not finite")
-    test = claims.Test("pass@1", "k4", "base", -1)
+    test = claims.Test("pass@1, points", "k4", "base", -1)
     assert claims.differences(records, test) == pytest.approx([-0.05, -0.3])
-    alone = claims.Test("length", "base", "", 1)
+    alone = claims.Test("tokens", "base", "", 1)
     assert claims.differences(records, alone) == [50, 50, 50]
     found = claims.answers(records)
     assert found[claims.pays("k4", "base", -1)]["n"] == 2 and claims.pays("t0.8", "base", -1) not in found
@@ -160,13 +160,14 @@ def test_entropy_is_compared_at_equal_accuracy():
 def test_measures_of_a_record():
     of = {name: measure.of for name, measure in claims.MEASURES.items()}
     record = a_run("beta5e-2-uncentred", 0, steps=dict(kl=[1.0, 3.0]))
-    assert of["log gradient variance by log K"](record) == pytest.approx(-1.0)  # 1/K
-    assert of["mean advantage"](record) == pytest.approx(-0.1) and of["mean advantage"](a_run("base", 0)) == 0
-    assert of["gain from 32 to 320 tokens"](record) == pytest.approx(0.3)
-    assert of["pass@8 - pass@1"](record) == pytest.approx(0.2)
-    assert of["spread at T = 1.1 over 0.8"](record) == pytest.approx(0.1)
-    assert of["spread at T = 1.3 over 1.1"](record) == pytest.approx(0.2)
-    assert of["spread at T = 1.3 with min-p over none"](record) == pytest.approx(-0.3)
+    assert of["variance ~ K to the"](record) == pytest.approx(-1.0)  # 1/K
+    assert of["mean advantage, 1/1000"](record) == pytest.approx(-0.1)
+    assert of["mean advantage, 1/1000"](a_run("base", 0)) == 0
+    assert of["32 to 320 tokens, points"](record) == pytest.approx(0.3)
+    assert of["pass@8 - pass@1, points"](record) == pytest.approx(0.2)
+    assert of["spread 1.1 - 0.8, points"](record) == pytest.approx(0.1)
+    assert of["spread 1.3 - 1.1, points"](record) == pytest.approx(0.2)
+    assert of["spread, points"](record) == pytest.approx(-0.3)
 
 
 def test_every_claim_asks_runs_and_measures_that_exist():
@@ -174,7 +175,7 @@ def test_every_claim_asks_runs_and_measures_that_exist():
         assert test.measure in claims.MEASURES and test.sign in (-1, 0, 1)
         assert test.variant in claims.VARIANTS and test.against in (*claims.VARIANTS, "")
     papers = {"RL lifts SFT", "K", "temperature", "penalties", "moving anchor", "entropy bonus", "centred KL"}
-    assert papers | {"inference scaling", "longer, self-correcting"} <= {claim.paper for claim in claims.CLAIMS}
+    assert papers | {"inference scaling", "longer", "self-correcting"} <= {claim.paper for claim in claims.CLAIMS}
 
 
 def test_correct_only_traces_hold_no_failed_try():
