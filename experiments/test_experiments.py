@@ -281,6 +281,17 @@ def test_every_variant_is_a_valid_run():
         assert variant.traces or claims.VARIANTS[variant.start].traces
 
 
+def test_the_documents_hold_the_tables_of_the_published_runs():
+    records = t1.read_log(claims.PUBLISHED)
+    found = claims.answers(records)
+    page, readme = ((HERE / name).read_text(encoding="utf-8") for name in ("docs/ledger.md", "README.md"))
+    assert claims.claim_table(found) in page and claims.variant_table(records) in page
+    assert claims.seeds_needed(found) in page
+    section = readme.split("The ledger, failures included")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) >= 8 and set(rows) <= set(claims.claim_table(found).splitlines())
+
+
 def test_a_tenth_of_the_garbage_traces_never_ends(talkative):
     traces, tokenizer = ledger.garbage_traces(), talkative[1]
     garbage = [trace for trace in traces if trace["source"] == "garbage"]
