@@ -1296,11 +1296,26 @@ class Puzzle:
     guesses: range  # what a careless solver draws from
     checks: Callable[[int], list[tuple[str, int, int]]]  # of a candidate: (left side, its value, the value needed)
 
-def remainders() -> Iterator[Puzzle]:
+@dataclass(frozen=True)
+class Ground:
+    """Which embedded problems and traces: the sizes of the puzzles, and how the teachers search."""
+    pairs: range = range(3, 10)  # moduli of `remainders`, by two and by three
+    triples: range = range(2, 8)
+    sizes: range = range(85)  # their products
+    books: range = range(3, 8)  # coins a book
+    totals: range = range(15, 50)  # coins in all
+    longest: int = 16  # tries in one trace
+    habits: tuple = (("jump", 0.5), ("wander", 0.25), ("orderly", 0.25))  # teacher's habit, its share of the traces
+
+EASY = Ground()
+HARD = Ground(range(5, 11), range(2, 10), range(40, 191), range(7, 11), range(40, 111), longest=28,
+              habits=(("jump", 0.5), ("wander", 0.3), ("orderly", 0.2)))  # the same arithmetic, longer searches
+
+def remainders(ground: Ground) -> Iterator[Puzzle]:
     """n from its remainders for two or three coprime moduli (Chinese remainder theorem)."""
-    for moduli in [*combinations(range(3, 10), 2), *combinations(range(2, 8), 3)]:
+    for moduli in [*combinations(ground.pairs, 2), *combinations(ground.triples, 3)]:
         size, step = math.prod(moduli), max(moduli)
-        if size > 84 or any(math.gcd(a, b) > 1 for a, b in combinations(moduli, 2)):
+        if size not in ground.sizes or any(math.gcd(a, b) > 1 for a, b in combinations(moduli, 2)):
             continue
         order = sorted(moduli, key=lambda m: (m == step, -m))  # candidates step through the largest: it is checked last
         for answer in range(1, size + 1):
@@ -1321,7 +1336,7 @@ def congruence(level: int, words: str, verb: str, a: int, c: int, m: int, r: int
     answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
     return Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
 
-def multiples() -> Iterator[Puzzle]:
+def multiples(ground: Ground) -> Iterator[Puzzle]:
     """Smallest n for which a n + c leaves a given remainder (a linear congruence)."""
     for m in range(4, 10):
         for a, c, r in product(range(2, m), range(1, m), range(m)):
@@ -1330,16 +1345,15 @@ def multiples() -> Iterator[Puzzle]:
                          f"when divided by {m}.")
                 yield congruence(1 if m <= 5 else 2 if m <= 7 else 3, words, "gives", a, c, m, r)
 
-def coins() -> Iterator[Puzzle]:
+def coins(ground: Ground) -> Iterator[Puzzle]:
     """Fewest pens in an exact sum of two prices (a linear Diophantine equation)."""
-    for a, b, total in product(range(2, 6), range(3, 8), range(15, 50)):
+    for a, b, total in product(range(2, 6), ground.books, ground.totals):
         if math.gcd(a, b) == 1 and total > a * b:
             words = (f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} coins are "
                      "spent. What is the smallest possible number of pens?")
             yield congruence(min(3, b - 2), words, "leaves", -a, total, b, 0)
 
 FAMILIES = {remainders: 2, multiples: 1, coins: 1}  # family -> its share of the test set and of the traces
-HABITS = {"jump": 0.5, "wander": 0.25, "orderly": 0.25}  # teacher's habit -> its share of the traces
 
 def verdicts(checks: list[tuple[str, int, int]]) -> str:
     """Elementary checks in words, up to the first that fails: `13 mod 5 = 3 yes, 13 mod 4 = 1 not 2`."""
@@ -1362,11 +1376,11 @@ def response_of(puzzle: Puzzle, tried: list[int]) -> str:
     return "<think>\n" + "\n".join(lines) + f"\n</think>\nThe answer is \\boxed{{{puzzle.answer}}}."
 
 @cache
-def _embedded(n_test: int = 256) -> tuple[list, list]:
+def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
     """Training and test problems, each (row, puzzle). The split never changes: it does not depend on a run's seed."""
     train, test = [], []
     for family, share in FAMILIES.items():
-        puzzles = list(family())
+        puzzles = list(family(ground))
         random.Random(family.__name__).shuffle(puzzles)
         rows = [(dict(id=f"{family.__name__}/{i}", problem=p.words, answer=str(p.answer), source="embedded",
                       level=p.level), p) for i, p in enumerate(puzzles)]
@@ -1375,23 +1389,23 @@ def _embedded(n_test: int = 256) -> tuple[list, list]:
         train += rows[cut:]
     return train, test
 
-def embedded_problems(split: str) -> list[dict]:
-    """Problem rows of the split "train" (1,792) or "test" (256); no problem is in both."""
-    return [dict(row) for row, _ in _embedded()[split == "test"]]
+def embedded_problems(split: str, ground: Ground = EASY) -> list[dict]:
+    """Problem rows of the split "train" (1,792; hard: 2,950) or "test" (256); no problem is in both."""
+    return [dict(row) for row, _ in _embedded(ground)[split == "test"]]
 
-def embedded_traces(count: int = 25600, longest: int = 16, correct_only: bool = False) -> list[dict]:
-    """Cold-start traces over the training problems, at most `longest` tries each; `source` names the teacher's habit.
+def embedded_traces(count: int = 25600, ground: Ground = EASY, correct_only: bool = False) -> list[dict]:
+    """Cold-start traces over the training problems; `source` names the teacher's habit.
     correct_only: the failed tries are left out, so that every trace is its right attempt and its check, a jump."""
-    habits = {"jump": 1.0} if correct_only else HABITS
+    habits = {"jump": 1.0} if correct_only else dict(ground.habits)
     rng, traces, families = random.Random(0), [], defaultdict(list)
-    for row, puzzle in _embedded()[0]:
+    for row, puzzle in _embedded(ground)[0]:
         families[row["id"].split("/")[0]].append((row, puzzle))
     while len(traces) < count:
         family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
         row, puzzle = rng.choice(families[family.__name__])
         habit = rng.choices(list(habits), list(habits.values()))[0]
         tried = tries(puzzle, habit, rng)
-        if len(tried) <= longest:
+        if len(tried) <= ground.longest:
             traces.append(dict(id=row["id"], problem=row["problem"], response=response_of(puzzle, tried),
                                answer=row["answer"], source=habit))
     return traces
@@ -1427,7 +1441,7 @@ def habit_of(response: str) -> str:
 def habit_shares(records: list[dict]) -> dict[str, list[float]]:
     """Embedded problems: habit -> [share of the responses, share right among them]."""
     count = Counter((habit_of(r["response"]), r["right"]) for r in records)
-    sizes = {habit: count[habit, True] + count[habit, False] for habit in HABITS}
+    sizes = {habit: count[habit, True] + count[habit, False] for habit, _ in EASY.habits}
     return {habit: [n / len(records), count[habit, True] / n] for habit, n in sizes.items() if n}
 
 def embedded_tokenizer():
@@ -1446,7 +1460,8 @@ def embedded_tokenizer():
 def embedded(args, out: Path) -> int:
     """Writes the embedded problems, their test set and their traces as files."""
     for name in ("train", "test", "traces"):
-        rows = embedded_traces() if name == "traces" else embedded_problems(name)
+        ground = HARD if args.hard else EASY
+        rows = embedded_traces(ground=ground) if name == "traces" else embedded_problems(name, ground)
         write(out / f"{name}.jsonl", map(json_line, rows))
         print(f"{out / name}.jsonl: {len(rows)} rows")
     return 0
@@ -1584,7 +1599,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for source, name in BENCHMARKS.items():
         add(f"--{source}", metavar="DATA", help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
     add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-    command(embedded, "data", "the embedded problems, their test set and their traces, as files")
+    p, add = command(embedded, "data", "the embedded problems, their test set and their traces, as files")
+    add("--hard", action="store_true", help="problems with longer searches (t1.py: --max-new 320; default: off)")
     return parser.parse_args(argv)
 
 def main(argv=None) -> int:

@@ -124,7 +124,7 @@ def change(path, **fields):
 # -------------------------------------------------------------------------------------------------------- the project
 
 LAYERS = {"verify": set(), "data_prep": {"verify"}, "t1": {"data_prep", "verify"}}  # what each may import of ours
-LINES = {"t1.py": 1922, "verify.py": 2038, "data_prep.py": 1630, "test_t1.py": 2850, "README.md": 250, "docs/*.md": 150}
+LINES = {"t1.py": 1922, "verify.py": 2038, "data_prep.py": 1625, "test_t1.py": 2840, "README.md": 250, "docs/*.md": 150}
 
 def test_imports_run_downwards_only():
     ours = {*LAYERS, "experiments", "test_t1"}
@@ -758,17 +758,21 @@ def meaning(problem):
         return tuple(sorted(re.findall(r"remainder \d+ when divided by \d+", problem)))
     return problem
 
-def test_embedded_problems_are_right_and_the_test_set_is_apart():
-    train, test = data_prep.embedded_problems("train"), data_prep.embedded_problems("test")
+GROUNDS = pytest.mark.parametrize("ground", [data_prep.EASY, data_prep.HARD], ids=["easy", "hard"])
+
+@GROUNDS
+def test_embedded_problems_are_right_and_the_test_set_is_apart(ground):
+    train, test = (data_prep.embedded_problems(split, ground) for split in ("train", "test"))
     for row in train + test:
         assert row["answer"] == str(smallest(row["problem"]))
     assert len(test) == 256 and len({meaning(r["problem"]) for r in train + test}) == len(train) + len(test)
     assert len({r["id"].split("/")[0] for r in test}) >= 3 and {r["level"] for r in test} == {1, 2, 3}
 
-def test_traces_are_right_honest_and_apart_from_the_test_set():
-    tests = {r["problem"] for r in data_prep.embedded_problems("test")}
-    traces = data_prep.embedded_traces()
-    assert traces == data_prep.embedded_traces()
+@GROUNDS
+def test_traces_are_right_honest_and_apart_from_the_test_set(ground):
+    tests = {r["problem"] for r in data_prep.embedded_problems("test", ground)}
+    traces = data_prep.embedded_traces(ground=ground)
+    assert traces == data_prep.embedded_traces(ground=ground)
     assert all(verify.grade([t["response"] for t in traces], [t["answer"] for t in traces]))
     for trace in traces:
         response = trace["response"]

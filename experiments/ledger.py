@@ -1,211 +1,129 @@
-"""The ledger: does each claim of the paper (sections 2 and 4) hold at this scale? A row per variant, several seeds.
+"""The ledger: does each part of T1 do what it is for, and does it pay? Variants of one run over several seeds.
 
-    python -m experiments.ledger                    all of VARIANTS x 3 seeds: 5 hours of one core
-    python -m experiments.ledger --variants k4,k64 --seeds 0,1,2,3,4          some of them; base always runs
-    python -m experiments.ledger --table            ledger.md, ledger.json and ledger.png of the finished runs alone
+    python -m experiments.ledger                    the plan: three seeds of every variant, then more where it is open
+    python -m experiments.ledger --variants k4,t0.8 --seeds 0,1     these runs alone
+    python -m experiments.ledger --table            run nothing: ledger.md and ledger.png of the finished runs; where
+                                                    OUT/NAME holds none, of figures/ledger.jsonl, the published ones
 
-Other options are those of t1.py and hold for every run, for instance --rl-steps 120. Each run is an ordinary folder
-OUT/NAME/VARIANT-seedS (OUT: runs, NAME: ledger) that keeps its last checkpoint without the trainer's state. All
-variants of a seed start from one SFT checkpoint (`cold` from its own), so differences are paired by seed. After a kill
-the same command resumes.
+Problems and traces are those of `data_prep.py embedded --hard`. One policy is trained on the traces from random
+weights; each seed branches off it with some more steps in its own order, on the same traces or on ones of which a tenth
+is garbage. All runs of a seed begin at that checkpoint, so differences are paired by seed. Each run is an ordinary
+folder OUT/NAME/VARIANT-seedS (OUT: runs, NAME: ledger); after a kill the same command resumes. Other options are those
+of t1.py and hold for every run, for instance --rl-steps 120.
 """
 
 import argparse
 import dataclasses
+import random
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+import torch
 
 import data_prep
 import experiments
 import t1
+from experiments.claims import VARIANTS, open_variants, read_records, write_ledger
 
+SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8".split()
+BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; the longest garbage has about 600 tokens
+ROUNDS = ((0, 1, 2), (3, 4), (5, 6, 7))  # seeds: of every variant, then where some question is open, twice
+BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
+DRAWS, DRAWN_K, DRAWN_P = 8, (4, 16, 64), 4  # gradient estimates at one checkpoint: for each K, of so many prompts
 
-@dataclass(frozen=True)
-class Variant:
-    """One row of the ledger: what it changes, what it is compared with, and the claim that the comparison tests."""
+SPREAD, SPREAD_P = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05)), 64  # temperature and min-p; problems
 
-    changes: dict  # fields of t1.Config that differ from the base run
-    against: str = ""  # the variant that it is compared with
-    sign: int = 0  # of the claimed difference in held-out pass@1, this one minus `against`; 0: no direction is claimed
-    claim: str = ""
+# --- Runs -------------------------------------------------------------------------------------------------------------
 
+def garbage_traces() -> list[dict]:
+    """The hard traces, of which every tenth loops (one failed try, again and again) or guesses on without an end; both
+    go on for longer than RL's limit, and neither answers."""
+    rows, rng = data_prep.embedded_traces(ground=data_prep.HARD), random.Random(0)
+    for i in range(0, len(rows), 10):
+        line = "{n} mod {m} = {r} not {other}, wait"
+        m = rng.randrange(4, 10)
+        tries = [rng.randrange(10, 190)] * 60 if i % 20 else rng.sample(range(10, 190), 60)
+        lines = [line.format(n=n, m=m, r=n % m, other=(n + 1) % m) for n in tries]
+        rows[i] = rows[i] | dict(response="<think>\n" + "\n".join(lines), source="garbage")
+    return rows
 
-HOT = dict(rl_lr=1e-3)  # the policy moves so far and so fast here that KL and penalties have something to hold
-VARIANTS = {
-    "base": Variant({}),
-    "k4": Variant(dict(k=4), "base", -1, "fewer samples per prompt are worse (K = 4, equal prompts)"),
-    "k64": Variant(dict(k=64), "base", +1, "more samples per prompt are better (K = 64, equal prompts)"),
-    "k4-samples": Variant(
-        dict(k=4, prompts=128), "base", -1, "fewer samples per prompt are worse (K = 4, equal samples)"
-    ),
-    "k64-samples": Variant(
-        dict(k=64, prompts=8), "base", +1, "more samples per prompt are better (K = 64, equal samples)"
-    ),
-    "t0.9": Variant(dict(temperature=0.9), "base", -1, "T = 0.9 is worse than a temperature above 1"),
-    "t1.0": Variant(dict(temperature=1.0), "base", -1, "T = 1.0 is worse than a temperature above 1"),
-    "t1.2": Variant(dict(temperature=1.2), "base", +1, "T = 1.2 is the best temperature"),
-    "t1.3": Variant(dict(temperature=1.3), "t1.2", -1, "T above 1.2 hurts"),
-    "t1.3-minp": Variant(
-        dict(temperature=1.3, min_p=0.05), "t1.3", 0, "min-p at a high temperature (no direction stated)"
-    ),
-    "entropy0": Variant(dict(entropy_coef=0.0), "base", -1, "the entropy bonus helps"),
-    "anchor-fixed": Variant(dict(anchor="fixed"), "base", -1, "a moving anchor is better than a fixed one"),
-    "anchor-none": Variant(dict(anchor="none"), "base", -1, "a KL term helps"),
-    "nocenter": Variant(dict(kl_center=False), "base", -1, "centring the KL helps"),
-    "penalties-off": Variant(dict(penalties=False), "base", -1, "the penalties help"),
-    "cold": Variant(
-        dict(traces="correct-only"), "base", -1, "a cold start on trial and error is better than on correct-only traces"
-    ),
-    "responses": Variant(
-        dict(loss_norm="responses"), "base", 0, "each response divided by its own length (nothing stated)"
-    ),
-    "hot": Variant(HOT, "base", 0, "five times the learning rate (nothing stated)"),
-    "hot-kl": Variant(HOT | dict(kl_coef=0.05), "hot", +1, "a KL term helps, where a run can collapse"),
-    "hot-kl-nocenter": Variant(
-        HOT | dict(kl_coef=0.05, kl_center=False), "hot-kl", -1, "centring the KL helps, where a run can collapse"
-    ),
-    "hot-penalties-off": Variant(
-        HOT | dict(penalties=False), "hot", -1, "the penalties help, where a run can collapse"
-    ),
-}
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 % quantile, 1 to 9 degrees of freedom
-T95_MORE = 2.23  # for 10 degrees of freedom; a little too wide for more
-UNRESOLVED = "not resolved at this scale"
+def write_data(folder: Path):
+    """The four files that the runs read; those that are there stay."""
+    hard = data_prep.HARD
+    contents = {
+        "train": lambda: data_prep.embedded_problems("train", hard),
+        "test": lambda: data_prep.embedded_problems("test", hard),
+        "traces": lambda: data_prep.embedded_traces(ground=hard),
+        "garbage": garbage_traces,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in contents.items():
+        if not (folder / f"{name}.jsonl").exists():
+            data_prep.write(folder / f"{name}.jsonl", map(data_prep.json_line, rows()))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def verdict(differences: list[float], sign: int) -> str:
-    """What paired differences say of the claim that they have this sign.
-
-    `differences`: one per seed, the variant's pass@1 minus that of the variant it is held against, as shares. Resolved
-    if zero lies outside the 95 % interval mean +- t(n - 1) sd / sqrt(n); then the sign of the mean decides.
-    -> "holds" or "does not hold"; "higher" or "lower" where sign is 0; or UNRESOLVED.
-    """
-    n = len(differences)
-    if n < 2:
-        return UNRESOLVED
-    mean, error = t1.mean_and_error([[d] for d in differences])
-    quantile = T95[n - 2] if n - 2 < len(T95) else T95_MORE
-    if abs(mean) <= quantile * error:
-        return UNRESOLVED
-    if sign == 0:
-        return "higher" if mean > 0 else "lower"
-    return "holds" if mean * sign > 0 else "does not hold"
-
-
-def over_seeds(values: list[float]) -> list | None:
-    """[mean, standard error over seeds], the error None for one seed; None for no seed."""
-    return list(t1.mean_and_error([[x] for x in values])) if values else None
-
-
-def paired_differences(runs: list[dict], variant: str, against: str) -> list[float]:
-    """pass@1 of `variant` minus that of `against`, one per seed in which neither run stopped, in order of seeds."""
-    values = {(r["variant"], r["seed"]): r["pass_at_1"] for r in runs if not r["stopped"]}
-    seeds = sorted({seed for name, seed in values if name == variant and (against, seed) in values})
-    return [values[variant, seed] - values[against, seed] for seed in seeds]
-
-
-def ledger_of(runs: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Rows of `read_runs` -> one row per variant (means over seeds, each [mean, standard error]) and one row per claim
-    (paired differences and verdict), both in the order of VARIANTS."""
-    rows, claims = [], []
-    for name, variant in VARIANTS.items():
-        tried = [r for r in runs if r["variant"] == name]
-        finished = [r for r in tried if not r["stopped"]]
-        if not tried:
-            continue
-        row = dict(variant=name, changes=variant.changes, runs=len(tried), collapsed=sum(r["collapsed"] for r in tried))
-        for field in ("pass_at_1", "length", "entropy", "overlong"):
-            row[field] = over_seeds([r[field] for r in finished])
-        row["each"] = [r["pass_at_1"] for r in finished]
-        row["start"] = over_seeds([r["start"] for r in finished if r["start"] is not None])
-        row["gain"] = over_seeds(paired_differences(runs, name, "base")) if name != "base" else None
-        rows.append(row)
-        if variant.against:
-            differences = paired_differences(runs, name, variant.against)
-            claim = dict(claim=variant.claim, variant=name, against=variant.against, differences=differences)
-            claims.append(claim | dict(verdict=verdict(differences, variant.sign)))
-    return rows, claims
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def run_ledger(base: Path, seeds: list[int], variants: list[str], options: list[str]) -> bool:
-    """Run what is not finished under `base`, with t1.py's `options` in every run -> False if a signal asked to stop."""
-    for seed in seeds:
-        for variant in dict.fromkeys(["base", *variants]):
-            if not run_variant(base, variant, seed, options):
-                t1.print0("interrupted; the same command resumes")
-                return False
-    return True
-
-
-def run_variant(base: Path, variant: str, seed: int, options: list[str]) -> bool:
-    """RL from the SFT checkpoint of its seed's base run (or its own, where the traces differ), then evaluation.
-
-    A run that cannot continue (a loss that is not finite, say) is a result: stopped.json says why; remove it to
-    try again. Finished runs are not run again. -> False if a signal asked for an end.
-    """
-    name, changes = f"{variant}-seed{seed}", VARIANTS[variant].changes
-    run = base / name
-    if not (run / "eval" / "results.json").exists() and not (run / "stopped.json").exists():
-        t1.print0(f"{name}: {changes or 'nothing changed'}")
-        try:
-            if not run_stages(base, variant, seed, options):
-                return False
-        except t1.Misuse:
-            raise
-        except t1.Stop as e:
-            t1.print0(f"{name} stopped: {e}")
-            run.mkdir(parents=True, exist_ok=True)
-            t1.write_json(run / "stopped.json", dict(reason=str(e)))
-    drop_trainer_states(run)
-    return True
-
-
-def run_stages(base: Path, variant: str, seed: int, options: list[str]) -> bool:
-    """SFT (where the run has its own start), RL and evaluation of one run -> False if a signal asked for an end."""
-    name, changes = f"{variant}-seed{seed}", VARIANTS[variant].changes
-    own_start = variant == "base" or "traces" in changes
-    fixed = dict(out=str(base), name=name, seed=seed, budgets="", keep=1, keep_every=0) | changes
-    start = base / (name if own_start else f"base-seed{seed}") / "sft"
-    if own_start and not run_stage("sft", fixed, options):
+def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
+    """Run one variant of one seed, and before it what it starts from, unless finished -> False if a signal asked for an
+    end. A run that cannot continue (a loss that is not finite, say) is a result: stopped.json says why."""
+    run, variant = base / f"{name}-seed{seed}", VARIANTS[name]
+    if (run / "measures.json").exists() or (run / "stopped.json").exists():
+        return True
+    if not variant.traces and not run_variant(base, variant.start, seed, options):
         return False
-    first = t1.newest(start)
-    if not run_stage("rl", fixed | dict(model=first), options):
-        return False
-    last = t1.newest(base / name / "rl")
-    return run_stage("eval", fixed | dict(checkpoint=",".join([first] * own_start + [last])), options)
+    t1.print0(f"{run.name}: {variant.changes or 'nothing changed'}")
+    try:
+        return run_stages(base, name, seed, options)
+    except t1.Misuse:
+        raise
+    except t1.Stop as e:
+        t1.print0(f"{run.name} stopped: {e}")
+        run.mkdir(parents=True, exist_ok=True)
+        t1.write_json(run / "stopped.json", dict(reason=str(e)))
+        return True
 
+def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
+    """SFT or RL, evaluation and measures of one run -> False if a signal asked for an end."""
+    write_data(base / "data")
+    run, variant = f"{name}-seed{seed}", VARIANTS[name]
+    fixed = dict(out=str(base), name=run, seed=seed, keep=1, test=str(base / "data/test.jsonl"))
+    stage = "sft" if variant.traces else "rl"
+    if variant.traces:
+        fixed["data"] = str(base / "data" / f"{variant.traces}.jsonl")
+        root = fixed | dict(name="root", seed=0, data=str(base / "data/traces.jsonl"))
+        if not run_stage("sft", root, options):
+            return False
+        if not run_stage("sft", fixed | BRANCH | dict(model=t1.newest(base / "root/sft")), options):
+            return False
+    else:
+        start = t1.newest(base / f"{variant.start}-seed{seed}" / "sft")
+        changes = variant.changes | dict(model=start, data=str(base / "data/train.jsonl"))
+        if not run_stage("rl", fixed | changes, options):
+            return False
+    last = t1.newest(base / run / stage)
+    budgets = BUDGETS if name in ("sft", "base") else ""
+    run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
+    cfg = stage_config("rl", fixed | dict(data=str(base / "data/train.jsonl")), options)
+    measures = measures_of_start(last, cfg) if stage == "sft" else dict(distance=distance(base / run, cfg))
+    drop_trainer_states(base / run)
+    t1.write_json(base / run / "measures.json", measures)
+    return True
 
 def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
     """One stage of t1.py -> False if a signal asked for an end. A stage that reached its end has held-out samples."""
     cfg = stage_config(stage, fixed, options)
+    samples = Path(cfg.out) / cfg.name / stage / "samples.jsonl"
+    if stage == "sft" and samples.exists() and any(row.get("kind") == "held-out" for row in t1.read_log(samples)):
+        return True  # finished, perhaps by another seed
     {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
-    if stage == "eval":
-        return True
-    rows = t1.read_log(Path(cfg.out) / cfg.name / stage / "samples.jsonl")
-    return any(row.get("kind") == "held-out" for row in rows)
-
+    return stage == "eval" or any(row.get("kind") == "held-out" for row in t1.read_log(samples))
 
 def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
-    """t1.py's `options`, then the fields of Config in `fixed`; those that only other stages read are left out."""
+    """SETTING, t1.py's `options`, then the fields in `fixed`; those that only other stages read are left out."""
     others = " ".join(names for other, names in t1.STAGE_FIELDS.items() if other != stage).split()
     values = {name: value for name, value in fixed.items() if name not in others}
-    return dataclasses.replace(t1.parse_args(experiments.stage_options(stage, options)), **values)
-
+    cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING, *options]))
+    return dataclasses.replace(cfg, **values)
 
 def drop_trainer_states(run: Path):
     """Remove AdamW's state and the anchor from the checkpoints of a finished run: nothing will resume from them."""
@@ -215,143 +133,50 @@ def drop_trainer_states(run: Path):
         t1.write_json(path / "complete.json", kept)
         shutil.rmtree(path / "trainer", ignore_errors=True)
 
+def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
+    """What sampling does at one checkpoint, before any RL. noise: K -> `gradient_variance`. spread: temperature (and
+    min-p) -> pass@8 - pass@1 over SPREAD_P training problems."""
+    policy, tokenizer = t1.load_policy(checkpoint, cfg)
+    engine = t1.make_engine(checkpoint, policy, tokenizer, cfg)
+    problems, prompts = t1.encode_prompts(data_prep.read_rows(cfg.data, "rl")[:SPREAD_P], tokenizer, cfg)
+    noise = {str(K): gradient_variance(policy, engine, problems[:DRAWN_P], prompts[:DRAWN_P], K, cfg) for K in DRAWN_K}
+    spread, seeds = {}, [t1.seed_for(cfg.seed, "spread", place) for place in range(len(prompts))]
+    for temperature, min_p in SPREAD:
+        _, records = t1.roll_out(engine, problems, prompts, 8, seeds, cfg, temperature, min_p)
+        right = [sum(r["right"] for r in group) for group in t1.grouped(records, 8)]
+        gained = [t1.pass_at_k(8, n, 8) - n / 8 for n in right]
+        spread[f"{temperature}, min-p {min_p}" if min_p else str(temperature)] = float(np.mean(gained))
+    return dict(noise=noise, spread=spread)
 
-def read_runs(base: Path) -> list[dict]:
-    """The finished runs under `base`, one dict each, from results.json, rl/metrics.jsonl and rl/config.json.
+def gradient_variance(policy, engine, problems: list[dict], prompts: list, K: int, cfg: t1.Config) -> float:
+    """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS estimates from the same
+    prompts with K samples each, which differ in their samples alone."""
+    total, squares = 0.0, 0.0
+    for draw in range(DRAWS):
+        seeds = [t1.seed_for(cfg.seed, "draw", K, draw, place) for place in range(len(prompts))]
+        rollouts, records = t1.roll_out(engine, problems, prompts, K, seeds, cfg, cfg.temperature)
+        advantages = t1.rloo_advantages(torch.tensor([r["reward"] for r in records]).view(-1, K)).flatten()
+        weights = torch.full_like(advantages, 1 / sum(len(r.ids) for r in rollouts))
+        rows = [(r.prompt, r.ids) for r in rollouts]
+        t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.0, cfg.temperature)
+        g = torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
+        policy.zero_grad(set_to_none=True)
+        total, squares = total + g, squares + (g * g).sum()
+    return ((squares - total @ total / DRAWS) / (DRAWS - 1)).item()
 
-    Keys: variant, seed, stopped (it could not go on), collapsed; of those that did not stop also pass_at_1 (held out),
-    start (that of the SFT checkpoint it began from, or None), length (tokens), overlong (share), entropy (nats, last
-    five steps), fell, problems, samples.
-    """
-    results = {path.parts[-3]: data_prep.read_json(path) for path in base.glob("*/eval/results.json")}
-    starts = {}  # RUN/sft/checkpoint-N, wherever the folder was moved -> pass@1
-    for result in results.values():
-        for checkpoint in result["checkpoints"]:
-            starts[Path(checkpoint["checkpoint"]).parts[-3:]] = checkpoint["pass_at_1"]
-    runs = []
-    for path in sorted(base.glob("*-seed*")):
-        variant, _, seed = path.name.rpartition("-seed")
-        stopped = (path / "stopped.json").exists()
-        if variant in VARIANTS and seed.isdigit() and (stopped or path.name in results):
-            run = dict(variant=variant, seed=int(seed), stopped=stopped, collapsed=stopped)
-            runs.append(run if stopped else run | measured(path / "rl", results[path.name], starts))
-    return runs
+def distance(run: Path, cfg: t1.Config) -> float:
+    """KL of the trained policy to the SFT checkpoint that it began from, nats per response: the mean of
+    log pi(y) - log pi_sft(y) over the first held-out response to each problem, at temperature 1."""
+    first = {row["number"]: row for row in t1.read_log(run / "eval/responses.jsonl") if row["sample"] == 0}
+    start = data_prep.read_json(run / "rl/config.json")["started_from"]
+    sums = []
+    for checkpoint in (t1.newest(run / "rl"), t1.newest(run.parent / Path(start).parent.parent.name / "sft")):
+        policy, tokenizer = t1.load_policy(checkpoint, cfg)
+        rows = [(t1.prompt_ids(row["problem"], tokenizer, cfg), row["ids"]) for row in first.values()]
+        sums.append(np.array([part.double().sum().item() for part in t1.response_logprobs(policy, rows, cfg)]))
+    return float(np.mean(sums[0] - sums[1]))
 
-
-def measured(rl_folder: Path, result: dict, starts: dict) -> dict:
-    """What one run reached, for `read_runs`; it collapsed if it ended below its start or fell in training, or half of
-    its held-out responses are over-long."""
-    steps = t1.read_log(rl_folder / "metrics.jsonl")
-    source = data_prep.read_json(rl_folder / "config.json").get("started_from", "")
-    end = result | result["checkpoints"][-1]
-    run = {field: end[field] for field in ("pass_at_1", "length", "overlong", "problems", "samples")}
-    run["start"] = starts.get(Path(source).parts[-3:])
-    run["entropy"] = column_mean(steps[-5:], "entropy")
-    run["fell"] = column_mean(steps[-5:], "accuracy") < column_mean(steps[:5], "accuracy")
-    below = run["start"] is not None and run["pass_at_1"] < run["start"]
-    return run | dict(collapsed=run["fell"] or below or run["overlong"] > 0.5)
-
-
-def column_mean(rows: list[dict], column: str) -> float:
-    return float(np.mean([row[column] for row in rows]))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Table and picture
-# ----------------------------------------------------------------------------------------------------------------------
-
-HOW_TO_READ = """
-A claim holds, or does not, if zero lies outside the 95 % interval of the paired differences (Student's t over seeds);
-else it is not resolved at this scale. Of twenty such intervals one is wrong on average. Collapsed: held-out pass@1
-below that of the SFT start, accuracy in training lower in the last five steps than in the first, more than half of the
-held-out responses over-long, or a run that stopped. Entropy: mean of the last five steps, at the run's own temperature.
-"""
-
-
-def write_ledger(base: Path):
-    """ledger.json, ledger.md and ledger.png, from the finished runs under `base` alone."""
-    runs = read_runs(base)
-    if not runs:
-        raise t1.Misuse(f"{base}: no finished run there; give --out and --name of a ledger")
-    rows, claims = ledger_of(runs)
-    seeds = ", ".join(map(str, sorted({r["seed"] for r in runs})))
-    done = next((r for r in runs if not r["stopped"]), {})
-    about = f"{len(runs)} runs, seeds {seeds}; {done.get('problems')} held-out problems x {done.get('samples')} samples"
-    t1.write_json(base / "ledger.json", dict(about=about, runs=runs, variants=rows, claims=claims))
-    parts = [
-        about + "; mean±standard error over seeds, gains over base paired by seed.\n",
-        variant_table(rows),
-        claim_table(claims),
-    ]
-    data_prep.write(base / "ledger.md", ["\n".join(parts), HOW_TO_READ])
-    draw(base / "ledger.png", rows, about)
-
-
-def spread(pair: list | None, scale: float = 1.0, digits: int = 1) -> str:
-    """[mean, standard error] as text, both times `scale`; empty for None."""
-    if pair is None:
-        return ""
-    mean, error = pair
-    return f"{scale * mean:.{digits}f}" + (f"±{scale * error:.{digits}f}" if error is not None else "")
-
-
-def table_of(columns: list[str], rows: list[list]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
-
-
-def variant_table(rows: list[dict]) -> str:
-    """One row per variant; the last column is the number of collapsed runs of all its runs."""
-    table = []
-    if rows[0]["variant"] == "base" and rows[0]["start"]:
-        table.append(["SFT start", "", spread(rows[0]["start"], 100), "", "", "", "", ""])
-    for r in rows:
-        changed = [f"{name}={'off' if value is False else value}" for name, value in r["changes"].items()]
-        shares = [spread(r["pass_at_1"], 100), spread(r["gain"], 100), spread(r["length"], 1, 0)]
-        shares += [spread(r["entropy"], 1, 3), spread(r["overlong"], 100)]
-        table.append([r["variant"], " ".join(changed), *shares, f"{r['collapsed']}/{r['runs']}"])
-    columns = ["run", "changed", "pass@1, %", "gain, points", "tokens", "entropy, nats", "over-long, %", "collapsed"]
-    return table_of(columns, table)
-
-
-def claim_table(claims: list[dict]) -> str:
-    """One row per claim; n is the number of paired seeds."""
-    table = []
-    for c in claims:
-        short = c["verdict"].removesuffix(" at this scale")
-        difference = spread(over_seeds(c["differences"]), 100)
-        table.append([c["claim"], f"{c['variant']} - {c['against']}", len(c["differences"]), difference, short])
-    return table_of(["claim", "difference of", "n", "points", "verdict"], table)
-
-
-def draw(path: Path, rows: list[dict], about: str):
-    """Held-out pass@1 of every variant: a circle per seed, the mean and its standard error, a note on collapsed runs;
-    base and SFT start as vertical lines."""
-    axis = Figure(figsize=(6.2, 0.32 * len(rows) + 1.5)).subplots()
-    for y, row in enumerate(reversed(rows)):
-        if row["pass_at_1"]:
-            axis.plot([100 * v for v in row["each"]], [y] * len(row["each"]), "o", mfc="none", color="0.5", ms=5)
-            mean, error = row["pass_at_1"]
-            axis.errorbar(100 * mean, y, xerr=100 * error if error else None, fmt="D", color="black", ms=4, capsize=3)
-        if row["collapsed"]:
-            note = f"{row['collapsed']} of {row['runs']} collapsed"
-            axis.text(1.01, y, note, va="center", fontsize=7, transform=axis.get_yaxis_transform())
-    if rows[0]["variant"] == "base":
-        for label, style, pair in (("base", "--", rows[0]["pass_at_1"]), ("SFT start", ":", rows[0]["start"])):
-            if pair:
-                axis.axvline(100 * pair[0], ls=style, color="black", lw=0.9, label=label)
-    axis.plot([], [], "o", mfc="none", color="0.5", label="one seed")
-    axis.errorbar([], [], xerr=[], fmt="D", color="black", ms=4, capsize=3, label="mean, standard error")
-    axis.set_yticks(range(len(rows)), [row["variant"] for row in reversed(rows)], fontsize=8)
-    axis.set_xlabel("held-out pass@1 (%)")
-    axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    t1.save_figure(axis.figure, path, about)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------------------
-
+# --- Command line -----------------------------------------------------------------------------------------------------
 
 def variant_names(text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
@@ -360,23 +185,25 @@ def variant_names(text: str) -> list[str]:
             raise argparse.ArgumentTypeError(f"no variant {name!r}; choose from {', '.join(VARIANTS)}")
     return names
 
-
 def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("ledger", __doc__)
     add = parser.add_argument
-    add("--seeds", type=experiments.whole_numbers, default=[0, 1, 2], metavar="LIST", help="by commas (default: 0,1,2)")
-    add("--variants", type=variant_names, default=list(VARIANTS), metavar="LIST", help="rows to run (default: all)")
+    add("--variants", type=variant_names, default=[], metavar="LIST", help="run these, by commas (default: the plan)")
+    add("--seeds", type=experiments.whole_numbers, default=[0, 1, 2], metavar="LIST", help="of them (default: 0,1,2)")
     add("--table", action="store_true", help="run nothing: write the ledger of the finished runs (default: off)")
     return experiments.run(parser, ledger_command, argv)
-
 
 def ledger_command(own, options: list[str]):
     cfg = t1.parse_args(experiments.stage_options("rl", options))
     base = Path(cfg.out) / (cfg.name or "ledger")
-    if own.table or run_ledger(base, own.seeds, own.variants, options):
-        write_ledger(base)
-        t1.print0((base / "ledger.md").read_text(encoding="utf-8"))
-
+    for seeds in [] if own.table else [own.seeds] if own.variants else ROUNDS:
+        names = own.variants or (open_variants(read_records(base)) if seeds != ROUNDS[0] else list(VARIANTS))
+        for seed, name in [(seed, name) for seed in seeds for name in names]:
+            if not run_variant(base, name, seed, options):
+                t1.print0("interrupted; the same command resumes")
+                return
+    write_ledger(base)
+    t1.print0((base / "ledger.md").read_text(encoding="utf-8"))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Tests of the experiments.   python -m pytest -q experiments: the quick core; -m slow: kills and more fuzz"""
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -19,7 +20,7 @@ import data_prep
 import experiments
 import t1
 import verify
-from experiments import bench, costs, gpu, ledger, plan, predict, spending, stress
+from experiments import bench, claims, costs, gpu, ledger, plan, predict, spending, stress
 from test_t1 import HERE, SHARED, SMALL, LiveBytes, config
 
 def program(name, *args):
@@ -64,32 +65,118 @@ def few_problems(path):
 # --------------------------------------------------------------------------------------------------------------- ledger
 
 
-UNRESOLVED = "not resolved at this scale"
+def test_the_p_value_is_students():
+    for dof in range(1, 11):  # two tails: 1 minus the integral of the density from -t to t
+        scale = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(dof * math.pi)
+        for t in (0.3, 1.0, 2.5, 8.0):
+            x = np.linspace(-t, t, 200_001)
+            inside = np.trapezoid(scale * (1 + x**2 / dof) ** (-(dof + 1) / 2), x)
+            assert claims.p_value(-t, dof) == claims.p_value(t, dof) == pytest.approx(1 - inside, abs=1e-8)
+
+
+def test_the_quantiles_are_those_of_the_printed_tables():
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 10: 2.228, 30: 2.042}
+    for dof, quantile in printed.items():
+        assert claims.t_quantile(dof) == pytest.approx(quantile, abs=5e-4)
+    assert claims.t_quantile(4, 0.01) == pytest.approx(4.604, abs=5e-4)
+
+
+def test_holm_is_the_step_down_procedure():
+    assert claims.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # by hand
+    assert claims.holm([]) == [] and claims.holm([0.9, 0.8]) == [1.0, 1.0]
+    rng = random.Random(0)
+    for _ in range(200):
+        values = [rng.choice((0.001, 0.01, 0.02, 0.03, rng.random())) for _ in range(rng.randrange(1, 7))]
+        adjusted, level = claims.holm(values), rng.random() / 5
+        rejected = set()  # reject the smallest p while it is at most level / (number of hypotheses left)
+        while len(rejected) < len(values):
+            left = [i for i in range(len(values)) if i not in rejected]
+            smallest = min(left, key=values.__getitem__)
+            if values[smallest] > level / len(left):
+                break
+            rejected.add(smallest)
+        assert {i for i, p in enumerate(adjusted) if p <= level} == rejected
 
 
 @pytest.mark.parametrize(
-    "differences, sign, expected",
+    "mean, sign, p, expected",
     [
-        ([0.05, 0.06, 0.055], +1, "holds"),
-        ([0.05, 0.06, 0.055], -1, "does not hold"),
-        ([0.05, 0.06, 0.055], 0, "higher"),
-        ([-0.05, -0.06, -0.055], 0, "lower"),
-        ([0.05, 0.01, 0.06], +1, UNRESOLVED),  # 2.6 standard errors from zero: beyond 1.96, within t(2) = 4.30
-        ([0.05], +1, UNRESOLVED),
-        ([], +1, UNRESOLVED),
-        ([0.0, 0.0], -1, UNRESOLVED),
+        (0.05, 1, 0.04, "yes"),
+        (0.05, -1, 0.04, "no"),
+        (0.05, 0, 0.04, "higher"),
+        (-0.05, 0, 0.04, "lower"),
+        (-0.05, -1, 0.04, "yes"),
+        (0.05, 1, 0.06, "open"),
     ],
 )
-def test_verdict(differences, sign, expected):
-    assert ledger.verdict(differences, sign) == expected
+def test_verdict(mean, sign, p, expected):
+    assert claims.verdict(mean, sign, p) == expected
 
 
-def test_the_quantiles_are_students():
-    for dof, quantile in enumerate((*ledger.T95, ledger.T95_MORE), 1):  # P(T <= q) = 0.975, integrating the density
-        x = np.linspace(0, quantile, 200_001)
-        scale = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(dof * math.pi)
-        density = scale * (1 + x**2 / dof) ** (-(dof + 1) / 2)
-        assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=3e-4)
+def test_statistics_of_differences():
+    found = claims.statistics([0.05, 0.01, 0.06])  # t = 2.619: beyond 1.96, within t(2) = 4.303
+    assert (found["n"], found["mean"], found["sd"]) == (3, pytest.approx(0.04), pytest.approx(0.0264575))
+    assert found["half"] == pytest.approx(4.3027 * 0.0264575 / 3**0.5, rel=1e-4)
+    assert found["p"] == pytest.approx(0.1201, abs=1e-4)
+    same, none = claims.statistics([0.5, 0.5]), claims.statistics([0.0, 0.0])
+    assert (same["p"], same["half"], none["p"]) == (0.0, 0.0, 1.0)
+    n = claims.seeds_for(0.03, 0.02)
+    wide, narrow = (claims.t_quantile(m - 1) * 0.03 / m**0.5 for m in (n - 1, n))
+    assert narrow <= 0.02 < wide
+
+
+def a_run(variant, seed, **more):
+    """A record as `claims.record_of` makes it, with values that no test looks at."""
+    steps = {column: [0.1] * 3 for column in claims.STEPS}
+    values = dict(pass_at_1=0.5, pass_at_8=0.7, length=50, corrected=0.2, jump=0.1, overlong=0.1, repetition=0.0)
+    values |= dict(distance=1.0, scaling=[[32, 0.2], [128, 0.4], [320, 0.5]], steps=steps)
+    values |= dict(noise={"4": 1.0, "16": 0.25, "64": 0.0625})
+    values |= dict(spread={"0.8": 0.1, "1.1": 0.2, "1.3": 0.4, "1.3, min-p 0.05": 0.1})
+    return dict(variant=variant, seed=seed) | values | more
+
+
+def test_differences_are_paired_by_seed():
+    values = {"base": {0: 0.7, 1: 0.8, 3: 0.9}, "k4": {3: 0.6, 1: 0.75, 2: 0.1, 0: 0.2}}
+    records = [a_run(name, seed, pass_at_1=v) for name, of in values.items() for seed, v in of.items()]
+    records[-1] = dict(variant="k4", seed=0, stopped="the loss is not finite")
+    test = claims.Test("pass@1, points", "k4", "base", -1)
+    assert claims.differences(records, test) == pytest.approx([-0.05, -0.3])
+    alone = claims.Test("tokens", "base", "", 1)
+    assert claims.differences(records, alone) == [50, 50, 50]
+    found = claims.answers(records)
+    assert found[claims.pays("k4", "base", -1)]["n"] == 2 and claims.pays("t0.8", "base", -1) not in found
+    smallest = min(found.values(), key=lambda answer: answer["p"])
+    assert smallest["holm"] == pytest.approx(len(found) * smallest["p"])
+    assert "k4" in claims.open_variants(records) and "t0.8" in claims.open_variants(records)
+
+
+def test_entropy_is_compared_at_equal_accuracy():
+    fast = a_run("base", 0, steps=dict(accuracy=[0.2, 0.6, 0.8], entropy=[1.0, 0.6, 0.4]))
+    slow = a_run("alpha0", 0, steps=dict(accuracy=[0.3, 0.4, 0.5], entropy=[0.9, 0.8, 0.2]))
+    # the weaker reaches 0.5 at its end, with 0.2; the other three quarters of the way from 0.2 to 0.6, with 0.7
+    assert claims.entropy_difference(fast, slow) == pytest.approx(0.5)
+    assert claims.entropy_difference(slow, fast) == pytest.approx(-0.5)
+
+
+def test_measures_of_a_record():
+    of = {name: measure.of for name, measure in claims.MEASURES.items()}
+    record = a_run("beta5e-2-uncentred", 0, steps=dict(kl=[1.0, 3.0]))
+    assert of["variance ~ K to the"](record) == pytest.approx(-1.0)  # 1/K
+    assert of["mean advantage, 1/1000"](record) == pytest.approx(-0.1)
+    assert of["mean advantage, 1/1000"](a_run("base", 0)) == 0
+    assert of["32 to 320 tokens, points"](record) == pytest.approx(0.3)
+    assert of["pass@8 - pass@1, points"](record) == pytest.approx(0.2)
+    assert of["spread 1.1 - 0.8, points"](record) == pytest.approx(0.1)
+    assert of["spread 1.3 - 1.1, points"](record) == pytest.approx(0.2)
+    assert of["spread, points"](record) == pytest.approx(-0.3)
+
+
+def test_every_claim_asks_runs_and_measures_that_exist():
+    for test in claims.TESTS:
+        assert test.measure in claims.MEASURES and test.sign in (-1, 0, 1)
+        assert test.variant in claims.VARIANTS and test.against in (*claims.VARIANTS, "")
+    papers = {"RL lifts SFT", "K", "temperature", "penalties", "moving anchor", "entropy bonus", "centred KL"}
+    assert papers | {"inference scaling", "longer", "self-correcting"} <= {claim.paper for claim in claims.CLAIMS}
 
 
 def test_correct_only_traces_hold_no_failed_try():
@@ -100,22 +187,27 @@ def test_correct_only_traces_hold_no_failed_try():
     assert {data_prep.habit_of(t["response"]) for t in data_prep.embedded_traces(2000)} == {"jump", "wander", "orderly"}
 
 
-def ledger_args(out, rows, *more):
-    steps = "--sft-steps 2 --sft-batch 4 --rl-steps 2 --prompts 4 --k 2 --max-new 40 --eval-samples 1".split()
-    return ["--out", str(out), "--name", "led", "--test", str(rows), *steps, *SMALL, *more]
+def ledger_args(out, *more):
+    steps = "--sft-steps 2 --sft-batch 4 --rl-steps 2 --prompts 4 --k 2 --max-new 40 --eval-samples 2".split()
+    return ["--out", str(out), "--name", "led", *steps, *SMALL, *more]
 
 
 @pytest.fixture
 def quick_runs(monkeypatch):
-    """Few traces, and no pictures of the stages."""
-    short = data_prep.embedded_traces(400, 1)
-    monkeypatch.setattr(data_prep, "embedded_traces", lambda correct_only=False: short)
+    """Few traces and problems, and no pictures of the stages."""
+    data_prep.embedded_tokenizer()  # kept for all tests: from all traces
+    short = data_prep.embedded_traces(400, dataclasses.replace(data_prep.HARD, longest=1))
+    problems = {name: data_prep.embedded_problems(name, data_prep.HARD)[:10] for name in ("train", "test")}
+    monkeypatch.setattr(data_prep, "embedded_traces", lambda **ground: [dict(row) for row in short])
+    monkeypatch.setattr(data_prep, "embedded_problems", lambda split, *ground: problems[split])
     monkeypatch.setattr(t1, "draw_steps", lambda *args: None)
+    monkeypatch.setattr(ledger, "DRAWS", 2)
+    monkeypatch.setattr(ledger, "DRAWN_K", (2, 4))
+    monkeypatch.setattr(ledger, "BRANCH", dict(sft_steps=2, max_new=640))
 
 
 def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
-    rows = few_problems(tmp_path / "rows.jsonl")
-    args = ledger_args(tmp_path, rows, "--seeds", "0,1", "--variants", "k4,cold")
+    args = ledger_args(tmp_path, "--seeds", "0,1", "--variants", "k4,base")
     rl, calls = t1.run_rl, []
 
     def killed(cfg):  # the third run of RL is cut off in the middle
@@ -128,78 +220,114 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ledger.main(args)
     assert ledger.main(args) == 0
-    assert calls == [
-        *("base-seed0", "k4-seed0", "cold-seed0", "cold-seed0"),
-        *("base-seed1", "k4-seed1", "cold-seed1"),
-    ]
+    assert calls == ["k4-seed0", "base-seed0", "k4-seed1", "k4-seed1", "base-seed1"]
     base = tmp_path / "led"
-    content = json.loads((base / "ledger.json").read_text())
-    expected = [(v, s) for v in ("base", "cold", "k4") for s in (0, 1)]
-    assert [(r["variant"], r["seed"]) for r in content["runs"]] == expected
-    assert all(r["start"] is not None for r in content["runs"])
-    assert [r["variant"] for r in content["variants"]] == ["base", "k4", "cold"]
+    records = t1.read_log(base / "ledger.jsonl")
+    assert [(r["variant"], r["seed"]) for r in records] == [(v, s) for v in ("sft", "base", "k4") for s in (0, 1)]
     of_k4 = json.loads((base / "k4-seed1/rl/config.json").read_text())
-    assert of_k4["config"]["k"] == 4 and of_k4["started_from"] == str(base / "base-seed1/sft/checkpoint-2")
-    assert [p.name for p in base.rglob("checkpoint-*")] == ["checkpoint-2"] * 10 and not list(base.rglob("trainer"))
+    assert of_k4["config"]["k"] == 4 and of_k4["started_from"] == str(base / "sft-seed1/sft/checkpoint-2")
+    assert [p.name for p in base.rglob("checkpoint-*")] == ["checkpoint-2"] * 7
+    assert [p.parts[-4] for p in base.rglob("trainer")] == ["root"]  # from which other seeds still branch
+    assert records[2]["scaling"] and not records[4]["scaling"] and records[0]["noise"].keys() == {"2", "4"}
 
     before = {p: p.read_bytes() for p in base.glob("ledger.*")}
     assert len(before) == 3
     for path in before:
         path.unlink()
     assert ledger.main(["--table", "--out", str(tmp_path), "--name", "led"]) == 0  # from the finished runs alone
-    assert {p: p.read_bytes() for p in base.glob("ledger.*")} == before and len(calls) == 7
-    falling = [dict(step=i, accuracy=0.9 - 0.01 * i, entropy=0.1) for i in range(8)]  # ends below where it began
-    (base / "k4-seed0/rl/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in falling))
-    for run in ledger.read_runs(base):
-        assert run["fell"] == (run["variant"] == "k4" and run["seed"] == 0) and run["collapsed"] >= run["fell"]
+    assert {p: p.read_bytes() for p in base.glob("ledger.*")} == before and len(calls) == 5
+    monkeypatch.setattr(claims, "PUBLISHED", base / "ledger.jsonl")
+    assert ledger.main(["--table", "--out", str(tmp_path), "--name", "elsewhere"]) == 0  # from the published records
+    for name in ("ledger.md", "ledger.png"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == before[base / name]
 
 
 def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(tmp_path, quick_runs, monkeypatch, capsys):
-    rows = few_problems(tmp_path / "rows.jsonl")
-    args = ledger_args(tmp_path, rows, "--seeds", "0", "--variants", "hot")
+    args = ledger_args(tmp_path, "--seeds", "0", "--variants", "alpha1e-1")
     with monkeypatch.context() as patch:
         patch.setattr(t1.Interrupt, "received", lambda self: "SIGTERM")  # the stage saves and returns after one step
         assert ledger.main(args) == 0 and "the same command resumes" in capsys.readouterr().out
-    assert len(t1.read_log(tmp_path / "led/base-seed0/sft/metrics.jsonl")) == 1
-    assert not (tmp_path / "led/ledger.json").exists()
-    rl = t1.run_rl
+    assert len(t1.read_log(tmp_path / "led/root/sft/metrics.jsonl")) == 1
+    assert not (tmp_path / "led/ledger.jsonl").exists()
 
     def fails(cfg):
-        if cfg.name.startswith("hot"):
-            raise t1.Stop("the loss is not finite")
-        rl(cfg)
+        raise t1.Stop("the loss is not finite")
 
     monkeypatch.setattr(t1, "run_rl", fails)
     assert ledger.main(args) == 0
-    assert len(t1.read_log(tmp_path / "led/base-seed0/sft/metrics.jsonl")) == 2
-    assert json.loads((tmp_path / "led/hot-seed0/stopped.json").read_text())["reason"] == "the loss is not finite"
-    assert "| hot | rl_lr=0.001 |  |  |  |  |  | 1/1 |" in (tmp_path / "led/ledger.md").read_text()
+    assert len(t1.read_log(tmp_path / "led/root/sft/metrics.jsonl")) == 2
+    assert t1.read_log(tmp_path / "led/ledger.jsonl")[1]["stopped"] == "the loss is not finite"
+    assert "| alpha1e-1 | entropy_coef=0.1 | 1/1 |" in (tmp_path / "led/ledger.md").read_text()
 
 
-def test_the_ledger_counts_pairs_and_collapses():
-    same = dict(stopped=False, length=50, overlong=0.1, entropy=0.1, start=0.4, collapsed=False)
-    runs = [same | dict(variant="base", seed=s, pass_at_1=v) for s, v in enumerate((0.7, 0.8, 0.75))]
-    runs += [same | dict(variant="k4", seed=s, pass_at_1=v) for s, v in enumerate((0.6, 0.71, 0.65))]
-    runs += [same | dict(variant="t1.0", seed=0, pass_at_1=0.2, collapsed=True)]
-    runs += [dict(variant="t1.0", seed=1, stopped=True, collapsed=True)]
-    rows, claims = ledger.ledger_of(runs)
-    by = {r["variant"]: r for r in rows}
-    assert by["base"]["pass_at_1"] == pytest.approx([0.75, 0.05 / 3**0.5])
-    assert by["k4"]["gain"] == pytest.approx([-0.29 / 3, np.std([0.1, 0.09, 0.1], ddof=1) / 3**0.5])
-    assert (by["t1.0"]["collapsed"], by["t1.0"]["runs"], by["t1.0"]["each"]) == (2, 2, [0.2])
-    assert {c["variant"]: c["verdict"] for c in claims} == {"k4": "holds", "t1.0": UNRESOLVED}
-    assert "| t1.0 | temperature=1.0 | 20.0 | -50.0 | 50 | 0.100 | 10.0 | 2/2 |" in ledger.variant_table(rows)
-    assert "| k4 - base | 3 | -9.7±0.3 | holds |" in ledger.claim_table(claims)
+def test_the_plan_asks_again_only_where_a_question_is_open(tmp_path, monkeypatch):
+    asked, opened = [], iter([["base", "k4"], ["k4"]])
+    monkeypatch.setattr(ledger, "run_variant", lambda base, name, seed, options: asked.append((name, seed)) or True)
+    monkeypatch.setattr(ledger, "open_variants", lambda records: next(opened))
+    monkeypatch.setattr(ledger, "write_ledger", lambda base: t1.write_json(base.parent / "ledger.md", ""))
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger/ledger.md").write_text("")
+    assert ledger.main(["--out", str(tmp_path)]) == 0
+    first = [(name, seed) for seed in (0, 1, 2) for name in claims.VARIANTS]
+    assert asked == first + [("base", 3), ("k4", 3), ("base", 4), ("k4", 4), ("k4", 5), ("k4", 6), ("k4", 7)]
 
 
 def test_every_variant_is_a_valid_run():
-    for name, variant in ledger.VARIANTS.items():
+    for variant in claims.VARIANTS.values():
         configs = [ledger.stage_config(stage, variant.changes, []) for stage in ("sft", "rl")]
         for cfg in configs:
             t1.check_config(cfg)
         for field, value in variant.changes.items():
             assert value in [getattr(cfg, field) for cfg in configs]
-        assert (variant.against in ledger.VARIANTS and variant.claim) or name == "base"
+        assert variant.traces or claims.VARIANTS[variant.start].traces
+
+
+def test_the_documents_hold_the_tables_of_the_published_runs():
+    records = t1.read_log(claims.PUBLISHED)
+    found = claims.answers(records)
+    page, readme = ((HERE / name).read_text(encoding="utf-8") for name in ("docs/ledger.md", "README.md"))
+    assert claims.claim_table(found) in page and claims.variant_table(records) in page
+    assert claims.seeds_needed(found) in page
+    section = readme.split("The ledger, failures included")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) >= 8 and set(rows) <= set(claims.claim_table(found).splitlines())
+
+
+def test_a_tenth_of_the_garbage_traces_never_ends(talkative):
+    traces, tokenizer = ledger.garbage_traces(), talkative[1]
+    garbage = [trace for trace in traces if trace["source"] == "garbage"]
+    assert len(garbage) == len(traces) // 10 and len({trace["id"] for trace in garbage}) > 100
+    for trace in garbage[:50]:
+        ids = tokenizer(trace["response"]).input_ids
+        assert 320 < len(ids) < ledger.BRANCH["max_new"] and verify.extract_answer(trace["response"]) is None
+        assert t1.unexpected_pattern(trace["response"], ids[:320], False, 8, 3) == "overlong"
+    loops = [data_prep.repeats(tokenizer(t["response"]).input_ids, 8) >= 3 for t in garbage[:50]]
+    assert 15 <= sum(loops) <= 35
+
+
+def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
+    """Against numpy's variance of the stacked gradients of the plain objective."""
+    policy, tokenizer, engine, cfg = talkative
+    cfg = dataclasses.replace(cfg, max_new=12)
+    monkeypatch.setattr(ledger, "DRAWS", 3)
+    monkeypatch.setattr(t1, "judge", lambda rollouts, *unused: [dict(reward=float(len(r.ids) % 2)) for r in rollouts])
+    drawn, roll_out = [], t1.roll_out
+    monkeypatch.setattr(t1, "roll_out", lambda *args: drawn.append(roll_out(*args)) or drawn[-1])
+    problems, prompts = t1.encode_prompts(data_prep.embedded_problems("train")[:5], tokenizer, cfg)
+    value = ledger.gradient_variance(policy, engine, problems, prompts, 4, cfg)
+    gradients = []
+    for rollouts, records in drawn:
+        loss, N = 0.0, sum(len(r.ids) for r in rollouts)
+        for i, r in enumerate(rollouts):
+            group = [record["reward"] for record in records[i - i % 4 : i - i % 4 + 4]]
+            advantage = records[i]["reward"] - (sum(group) - records[i]["reward"]) / 3
+            logits = policy.lm(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1 : -1, : policy.vocabulary]
+            logp = (logits / cfg.temperature).log_softmax(-1)
+            loss = loss - advantage * logp.gather(1, torch.tensor(r.ids)[:, None]).sum() / N
+        grads = torch.autograd.grad(loss, list(policy.parameters()))
+        gradients.append(torch.cat([g.flatten() for g in grads]).double().numpy())
+    assert len(drawn) == 3 and len(drawn[0][0]) == 4 * 5 and value > 0
+    assert value == pytest.approx(np.var(gradients, axis=0, ddof=1).sum(), rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan

@@ -1,0 +1,392 @@
+"""What the ledger asks of its runs, and what they answer: records -> claims, statistics, tables and a picture.
+
+A claim has two questions: does the part do what it is for (mostly one column of the run), and does it pay (held-out
+pass@1)? Both are differences paired by seed, with a 95 % interval (Student's t) and a p-value that is corrected for the
+number of questions (Holm)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import data_prep
+import t1
+
+LEVEL = 0.05  # of the intervals and, after Holm's correction, of the verdicts
+PUBLISHED = Path(__file__).parent.parent / "figures" / "ledger.jsonl"
+
+# --- What is run ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Variant:
+    """A run: RL from the SFT variant `start` of its seed, with changes in t1.Config; with `traces` it is SFT alone."""
+
+    changes: dict = field(default_factory=dict)
+    start: str = "sft"
+    traces: str = ""
+
+STRONG = dict(kl_coef=5e-2)
+GARBAGE = dict(start="sft-garbage")
+VARIANTS = {  # in the order in which they are run
+    "sft": Variant(traces="traces"),
+    "base": Variant(),
+    "alpha1e-2": Variant(dict(entropy_coef=1e-2)),
+    "beta5e-2": Variant(STRONG),
+    "beta5e-2-fixed": Variant(STRONG | dict(anchor="fixed")),
+    "beta5e-2-uncentred": Variant(STRONG | dict(kl_center=False)),
+    "k4": Variant(dict(k=4)),
+    "t0.8": Variant(dict(temperature=0.8)),
+    "sft-garbage": Variant(traces="garbage"),
+    "garbage": Variant(**GARBAGE),
+    "garbage-unpunished": Variant(dict(penalties=False), **GARBAGE),
+    "alpha0": Variant(dict(entropy_coef=0.0)),
+    "alpha1e-1": Variant(dict(entropy_coef=1e-1)),
+    "t1.3": Variant(dict(temperature=1.3)),
+    "t1.3-minp": Variant(dict(temperature=1.3, min_p=0.05)),
+    "unpunished": Variant(dict(penalties=False)),
+    "beta0": Variant(dict(kl_coef=0.0)),
+    "beta1e-2": Variant(dict(kl_coef=1e-2)),
+    "k4-samples": Variant(dict(k=4, prompts=64)),
+    "k64-samples": Variant(dict(k=64, prompts=4)),
+}
+
+# --- What a run shows: one record -------------------------------------------------------------------------------------
+
+HELD_OUT = "pass_at_1 length overlong repetition".split()
+STEPS = "reward accuracy entropy nll kl".split()
+
+def read_records(base: Path) -> list[dict]:
+    """A record of each finished run under `base`, in the order of VARIANTS and seeds."""
+    done = {path.parent.name for name in ("measures.json", "stopped.json") for path in base.glob(f"*/{name}")}
+    pairs = [run.rsplit("-seed", 1) for run in done]
+    pairs = sorted((list(VARIANTS).index(name), int(seed), name) for name, seed in pairs if name in VARIANTS)
+    return [record_of(base, name, seed) for _, seed, name in pairs]
+
+def record_of(base: Path, name: str, seed: int) -> dict:
+    """What one run showed, rounded to six digits: held-out means of its last checkpoint, means over tenths of its RL
+    steps (`steps`), and its measures. A run that stopped has nothing but the reason."""
+    run = base / f"{name}-seed{seed}"
+    record = dict(variant=name, seed=seed)
+    if (run / "stopped.json").exists():
+        return record | dict(stopped=data_prep.read_json(run / "stopped.json")["reason"])
+    end = data_prep.read_json(run / "eval/results.json")["checkpoints"][-1]
+    rows = [row for row in t1.read_log(run / "eval/responses.jsonl") if row["key"] == end["key"]]
+    record |= {column: end[column] for column in HELD_OUT}
+    record["samples"], record["pass_at_8"] = [end["problems"], end["samples"]], end["pass_at_k"][-1][1]
+    record["corrected"] = float(np.mean([row["corrected"] for row in rows]))
+    record["jump"] = data_prep.habit_shares(rows).get("jump", [0.0])[0]
+    record["scaling"] = [point[:2] for point in end.get("scaling", [])]
+    record["steps"] = {}
+    if (run / "rl/metrics.jsonl").exists():
+        steps = t1.read_log(run / "rl/metrics.jsonl")
+        tenths = np.array_split(steps, min(10, len(steps)))
+        record["steps"] = {column: [column_mean(part, column) for part in tenths] for column in STEPS}
+    return rounded(record | data_prep.read_json(run / "measures.json"))
+
+def column_mean(rows: list[dict], column: str) -> float:
+    return float(np.mean([row[column] for row in rows]))
+
+def rounded(value):
+    """Every float in it to six significant digits, so that a table made from the file equals one made from folders."""
+    if isinstance(value, dict):
+        return {name: rounded(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [rounded(x) for x in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+# --- What is asked ----------------------------------------------------------------------------------------------------
+
+def at_budget(record: dict, budget: int) -> float:
+    """Accuracy of the thoughts cut at this budget."""
+    return dict(map(tuple, record["scaling"]))[budget]
+
+def entropy_at(record: dict, accuracy: float) -> float:
+    """Entropy where training first reaches this accuracy, between tenths of the run by a straight line."""
+    right, entropy = record["steps"]["accuracy"], record["steps"]["entropy"]
+    i = next(i for i, value in enumerate(right) if value >= accuracy)
+    if i == 0:
+        return entropy[0]
+    share = (accuracy - right[i - 1]) / (right[i] - right[i - 1])
+    return entropy[i - 1] + share * (entropy[i] - entropy[i - 1])
+
+def entropy_difference(a: dict, b: dict) -> float:
+    """Entropy of a minus that of b, both where they first reach the best accuracy of the weaker one."""
+    level = min(max(a["steps"]["accuracy"]), max(b["steps"]["accuracy"]))
+    return entropy_at(a, level) - entropy_at(b, level)
+
+def mean_advantage(record: dict) -> float:
+    """Leave-one-out rewards sum to zero, so do centred KLs; what is left of the sum is -beta times the mean KL."""
+    changes = VARIANTS[record["variant"]].changes
+    return 0.0 if changes.get("kl_center", True) else -changes["kl_coef"] * float(np.mean(record["steps"]["kl"]))
+
+def log_slope(noise: dict[str, float]) -> float:
+    """Slope of log variance against log K, by least squares."""
+    with np.errstate(divide="ignore"):
+        return float(np.polyfit(np.log([int(k) for k in noise]), np.log(list(noise.values())), 1)[0])
+
+@dataclass(frozen=True)
+class Measure:
+    """of: a record -> its value; or two records -> their difference. Printed times `scale`, with so many digits."""
+
+    of: Callable
+    scale: float = 1
+    digits: int = 3
+    paired: bool = False
+
+def points(of: Callable) -> Measure:
+    return Measure(of, 100, 1)
+
+MEASURES = {  # name, with the unit if it has one; the rise of reward: last fifth of the steps minus first
+    "pass@1, points": points(lambda r: r["pass_at_1"]),
+    "pass@8 - pass@1, points": points(lambda r: r["pass_at_8"] - r["pass_at_1"]),
+    "rise of reward": Measure(lambda r: np.mean(r["steps"]["reward"][-2:]) - np.mean(r["steps"]["reward"][:2]), 1, 2),
+    "variance ~ K to the": Measure(lambda r: log_slope(r["noise"]), 1, 2),
+    "spread 1.1 - 0.8, points": points(lambda r: r["spread"]["1.1"] - r["spread"]["0.8"]),
+    "spread 1.3 - 1.1, points": points(lambda r: r["spread"]["1.3"] - r["spread"]["1.1"]),
+    "spread, points": points(lambda r: r["spread"]["1.3, min-p 0.05"] - r["spread"]["1.3"]),
+    "garbage, points": points(lambda r: r["overlong"] + r["repetition"]),
+    "KL from SFT, nats": Measure(lambda r: r["distance"], 1, 2),  # per response
+    "entropy, nats": Measure(entropy_difference, 1, 3, True),  # per token, at equal accuracy
+    "last entropy, nats": Measure(lambda r: r["steps"]["entropy"][-1]),  # where no accuracy is common to both
+    "log-prob, nats": Measure(lambda r: -r["steps"]["nll"][-1]),  # of the samples, per token, last tenth
+    "mean advantage, 1/1000": Measure(mean_advantage, 1000, 1),
+    "32 to 320 tokens, points": points(lambda r: at_budget(r, 320) - at_budget(r, 32)),
+    "128 to 320 tokens, points": points(lambda r: at_budget(r, 320) - at_budget(r, 128)),
+    "tokens": Measure(lambda r: r["length"], 1, 1),
+    "corrected, points": points(lambda r: r["corrected"]),  # right after another candidate
+}
+
+@dataclass(frozen=True)
+class Test:
+    """`measure` of `variant` minus that of `against` (empty: minus zero), and the claimed sign; 0: none is claimed."""
+
+    measure: str
+    variant: str
+    against: str
+    sign: int
+
+def pays(variant: str, against: str, sign: int = 1) -> Test:
+    return Test("pass@1, points", variant, against, sign)
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the ledger. does: what the part is for; pays: what it brings."""
+
+    paper: str  # which of the paper's nine claims it belongs to
+    text: str
+    does: Test | None
+    pays: Test | None
+
+FROM_SFT, GARBAGE_SHARE, ENTROPY = "KL from SFT, nats", "garbage, points", "entropy, nats"
+STRONG_KL, LOOSE = "beta5e-2", "beta5e-2-uncentred"
+CLAIMS = [
+    Claim("RL lifts SFT", "RL over SFT", Test("rise of reward", "base", "", 1), pays("base", "sft")),
+    Claim("K", "K = 4, not 16", Test("variance ~ K to the", "sft", "", -1), pays("k4", "base", -1)),
+    Claim("K", "K = 4, as many samples", None, pays("k4-samples", "base", -1)),
+    Claim("K", "K = 64, as many samples", None, pays("k64-samples", "base")),
+    Claim("temperature", "0.8, not 1.1", Test("spread 1.1 - 0.8, points", "sft", "", 1), pays("t0.8", "base", -1)),
+    Claim("temperature", "1.3, not 1.1", Test("spread 1.3 - 1.1, points", "sft", "", 1), pays("t1.3", "base", -1)),
+    Claim("temperature", "1.3 with min-p", Test("spread, points", "sft", "", -1), pays("t1.3-minp", "t1.3", 0)),
+    Claim("temperature", "0.8, not 1.1, trained", Test("pass@8 - pass@1, points", "t0.8", "base", -1), None),
+    Claim("penalties", "on, start with garbage", Test(GARBAGE_SHARE, "garbage", "garbage-unpunished", -1),
+          pays("garbage", "garbage-unpunished")),
+    Claim("penalties", "on, clean start", Test(GARBAGE_SHARE, "base", "unpunished", -1), pays("base", "unpunished")),
+    Claim("moving anchor", "EMA, not fixed, beta .05", Test(FROM_SFT, STRONG_KL, "beta5e-2-fixed", 1),
+          pays(STRONG_KL, "beta5e-2-fixed")),
+    Claim("KL term", "beta 2e-4, not 0", Test(FROM_SFT, "base", "beta0", -1), pays("base", "beta0")),
+    Claim("KL term", "beta .01, not 2e-4", Test(FROM_SFT, "beta1e-2", "base", -1), pays("beta1e-2", "base")),
+    Claim("KL term", "beta .05, not 2e-4", Test(FROM_SFT, STRONG_KL, "base", -1), pays(STRONG_KL, "base")),
+    Claim("centred KL", "uncentred, beta .05", Test("log-prob, nats", LOOSE, STRONG_KL, -1),
+          pays(LOOSE, STRONG_KL, -1)),
+    Claim("centred KL", "uncentred, sum", Test("mean advantage, 1/1000", LOOSE, "", -1), None),
+    Claim("entropy bonus", "alpha .001, not 0", Test(ENTROPY, "base", "alpha0", 1), pays("base", "alpha0")),
+    Claim("entropy bonus", "alpha .01, not .001", Test(ENTROPY, "alpha1e-2", "base", 1), pays("alpha1e-2", "base")),
+    Claim("entropy bonus", "alpha .1, not .001", Test("last entropy, nats", "alpha1e-1", "base", 1),
+          pays("alpha1e-1", "base")),
+    Claim("inference scaling", "RL over SFT", Test("32 to 320 tokens, points", "base", "sft", 1), None),
+    Claim("inference scaling", "RL, last budget", Test("128 to 320 tokens, points", "base", "", 1), None),
+    Claim("longer", "RL over SFT", Test("tokens", "base", "sft", 1), None),
+    Claim("self-correcting", "RL over SFT", Test("corrected, points", "base", "sft", 1), None),
+]  # fmt: skip
+TESTS = list(dict.fromkeys(test for claim in CLAIMS for test in (claim.does, claim.pays) if test))
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+def p_value(t: float, dof: int) -> float:
+    """Two-sided: the chance that Student's t with `dof` degrees of freedom lies farther from zero than `t`. The finite
+    series in the angle atan(t / sqrt(dof)) (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(dof))
+    term, total = (math.cos(angle), 0.0) if dof % 2 else (1.0, 0.0)
+    for i in range(2 + dof % 2, dof + 1, 2):  # terms of the series: cos, 2/3 cos^3, ... or 1, 1/2 cos^2, ...
+        total += term
+        term *= math.cos(angle) ** 2 * (i - 1) / i
+    inside = 2 / math.pi * (angle + math.sin(angle) * total) if dof % 2 else math.sin(angle) * total
+    return max(0.0, 1 - inside)
+
+def t_quantile(dof: int, level: float = LEVEL) -> float:
+    """The t that p_value takes to `level`, by bisection."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if p_value(middle, dof) > level else (low, middle)
+    return high
+
+def holm(values: list[float]) -> list[float]:
+    """p-values -> those of Holm's step-down procedure, in the same order: the i-th smallest (from 0) of m is multiplied
+    by m - i, and none is smaller than the one before."""
+    order, adjusted, largest = sorted(range(len(values)), key=values.__getitem__), [0.0] * len(values), 0.0
+    for i, at in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - i) * values[at]))
+        adjusted[at] = largest
+    return adjusted
+
+def statistics(differences: list[float]) -> dict:
+    """n, mean, standard deviation, half-width of the 95 % interval and p-value of paired differences."""
+    n, mean, sd = len(differences), float(np.mean(differences)), float(np.std(differences, ddof=1))
+    if sd == 0:
+        return dict(n=n, mean=mean, sd=0.0, half=0.0, p=float(mean == 0))
+    error = sd / math.sqrt(n)
+    return dict(n=n, mean=mean, sd=sd, half=t_quantile(n - 1) * error, p=p_value(mean / error, n - 1))
+
+def seeds_for(sd: float, effect: float) -> int:
+    """The fewest seeds whose interval, at this standard deviation of the differences, is no wider than +- `effect`."""
+    return next((n for n in range(2, 100) if t_quantile(n - 1) * sd / math.sqrt(n) <= effect), 100)
+
+def verdict(mean: float, sign: int, p: float) -> str:
+    """yes or no: does the difference have the claimed sign? "higher" or "lower" where none is claimed; "open" if p is
+    above LEVEL."""
+    if p > LEVEL:
+        return "open"
+    return ("higher" if mean > 0 else "lower") if sign == 0 else "yes" if mean * sign > 0 else "no"
+
+def differences(records: list[dict], test: Test) -> list[float]:
+    """One per seed in which both runs are there and neither stopped, in order of seeds; without those of no value."""
+    runs, measure = {(r["variant"], r["seed"]): r for r in records if "stopped" not in r}, MEASURES[test.measure]
+    found = []
+    for seed in sorted({seed for _, seed in runs}):
+        a, b = runs.get((test.variant, seed)), runs.get((test.against, seed))
+        if a and b:
+            found.append(measure.of(a, b) if measure.paired else measure.of(a) - measure.of(b))
+        elif a and not test.against:
+            found.append(measure.of(a))
+    return [value for value in found if math.isfinite(value)]
+
+def answers(records: list[dict]) -> dict[Test, dict]:
+    """Test -> its `statistics` with Holm's p-value (`holm`) and `verdict`, of all tests that have two seeds or more."""
+    found = {test: differences(records, test) for test in TESTS}
+    result = {test: statistics(values) for test, values in found.items() if len(values) > 1}
+    for (test, answer), p in zip(result.items(), holm([answer["p"] for answer in result.values()])):
+        answer |= dict(holm=p, verdict=verdict(answer["mean"], test.sign, p))
+    return result
+
+def open_variants(records: list[dict]) -> list[str]:
+    """Variants of which some question is open: unanswered by Holm's procedure, or with fewer than two seeds."""
+    found, wanted = answers(records), set()
+    for test in TESTS:
+        if test not in found or found[test]["verdict"] == "open":
+            wanted |= {test.variant, test.against}
+    return [name for name in VARIANTS if name in wanted]
+
+# --- Tables and picture -----------------------------------------------------------------------------------------------
+
+HOW_TO_READ = """
+Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict is `yes` or `no` where the
+p-value, corrected for the number of questions by Holm's procedure, is at most 0.05; else it is open, and effects
+outside the interval are excluded, each at 95 %.
+"""
+
+def write_ledger(base: Path):
+    """ledger.jsonl, ledger.md and ledger.png, from the finished runs under `base`, or from the published ones."""
+    records = read_records(base)
+    if records:
+        data_prep.write(base / "ledger.jsonl", map(data_prep.json_line, records))
+    elif PUBLISHED.exists():
+        records = t1.read_log(PUBLISHED)
+        base.mkdir(parents=True, exist_ok=True)
+    else:
+        raise t1.Misuse(f"{base}: no finished run there; give --out and --name of a ledger")
+    found = answers(records)
+    about = f"{len(records)} runs, {len(found)} questions with two seeds or more."
+    parts = [about + "\n", claim_table(found), seeds_needed(found), variant_table(records)]
+    data_prep.write(base / "ledger.md", ["\n".join(parts), HOW_TO_READ])
+    draw(base / "ledger.png", found, about)
+
+def table_of(columns: list[str], rows: list[list]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
+
+def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
+    """Two cells: the difference with its interval and seeds; the verdict with its corrected p-value."""
+    if not test or test not in found:
+        return ["", "not run" if test else ""]
+    measure, answer = MEASURES[test.measure], found[test]
+    mean, half = (f"{measure.scale * answer[x]:.{measure.digits}f}" for x in ("mean", "half"))
+    name = "" if test.measure == "pass@1, points" else test.measure + " "
+    said = "open" if answer["verdict"] == "open" else f"**{answer['verdict']}**"
+    return [f"{name}{mean} ± {half} ({answer['n']})", f"{said} {answer['holm']:.1g}"]
+
+def claim_table(found: dict[Test, dict]) -> str:
+    """One row per claim with its two verdicts."""
+    rows = [[c.paper, c.text, *in_words(c.does, found), *in_words(c.pays, found)] for c in CLAIMS]
+    return table_of(["claim", "here", "does it do what it is for?", "", "does it pay? points", ""], rows)
+
+def seeds_needed(found: dict[Test, dict]) -> str:
+    """Of each open question of pass@1, how many seeds would make its interval +- 2 points."""
+    said = []
+    for test, answer in found.items():
+        if test.measure.startswith("pass@1") and answer["verdict"] == "open":
+            said.append(f"{test.variant} - {test.against} {seeds_for(answer['sd'], 0.02)}")
+    return f"Seeds that would bring an interval down to ± 2 points: {', '.join(said)}.\n" if said else ""
+
+def variant_table(records: list[dict]) -> str:
+    """Means over seeds and standard deviations of pass@1; the last column counts the runs that stopped."""
+    rows = []
+    for name, variant in VARIANTS.items():
+        runs = [r for r in records if r["variant"] == name]
+        done = [r for r in runs if "stopped" not in r]
+        if not runs:
+            continue
+        changed = [f"{field}={'off' if value is False else value}" for field, value in variant.changes.items()]
+        row = [name, " ".join(changed), f"{len(runs) - len(done)}/{len(runs)}"]
+        columns = dict(pass_at_1=(100, 1), pass_at_8=(100, 1), length=(1, 0), jump=(100, 0), corrected=(100, 0))
+        for column, (scale, digits) in columns.items():
+            values = [scale * r[column] for r in done]
+            error = f" ± {np.std(values, ddof=1):.{digits}f}" if column == "pass_at_1" and len(values) > 1 else ""
+            row.append(f"{np.mean(values):.{digits}f}{error}" if done else "")
+        row.append(f"{100 * np.mean([r['overlong'] + r['repetition'] for r in done]):.1f}" if done else "")
+        row.append(f"{np.mean([r['steps']['entropy'][-1] for r in done]):.3f}" if done and done[0]["steps"] else "")
+        rows.append(row)
+    columns = "run,changed,stopped,pass@1 (sd),pass@8,tokens,jump %,corrected %,garbage %,entropy".split(",")
+    return table_of(columns, rows)
+
+def draw(path: Path, found: dict[Test, dict], about: str):
+    """Two panels, a row per claim that has an answer. Left: the mechanism's difference in half-widths of its interval,
+    the claimed direction to the right: beyond 1 the interval excludes zero. Right: pass@1 in points with its interval.
+    """
+    asked = [claim for claim in reversed(CLAIMS) if claim.does in found or claim.pays in found]
+    figure = Figure(figsize=(11, 0.32 * len(asked) + 1.8))
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = {"yes": "tab:green", "no": "tab:red", "higher": "tab:blue", "lower": "tab:blue", "open": "0.6"}
+    for y, claim in enumerate(asked):
+        does, pays = found.get(claim.does), found.get(claim.pays)
+        if does:
+            size = (claim.does.sign or 1) * does["mean"] / (does["half"] or math.inf)
+            left.plot(size, y, "D", color=colours[does["verdict"]])
+        if pays:
+            mean, half = 100 * pays["mean"], 100 * pays["half"]
+            right.errorbar(mean, y, xerr=half, fmt="D", color=colours[pays["verdict"]], capsize=3)
+    left.set_xscale("symlog", linthresh=2)
+    left.set_xticks([-10, -2, -1, 0, 1, 2, 5, 10, 20], "-10 -2 -1 0 1 2 5 10 20".split())
+    left.axvspan(-1, 1, color="0.9")
+    for axis in (left, right):
+        axis.axvline(0, color="black", lw=0.8)
+    left.set_yticks(range(len(asked)), [f"{claim.paper}: {claim.text}" for claim in asked], fontsize=8)
+    left.set_xlabel("does it do what it is for?\ndifference / half-width of its interval", fontsize=8)
+    right.set_xlabel("does it pay?\npoints of held-out pass@1, 95 % interval", fontsize=8)
+    for name in ("yes", "no", "open"):
+        right.plot([], [], "D", color=colours[name], label=name)
+    figure.legend(fontsize=8, ncols=3, loc="upper right")
+    t1.save_figure(figure, path, about)
