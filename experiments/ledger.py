@@ -138,6 +138,7 @@ def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
     min-p) -> pass@8 - pass@1 over SPREAD_P training problems."""
     policy, tokenizer = t1.load_policy(checkpoint, cfg)
     engine = t1.make_engine(checkpoint, policy, tokenizer, cfg)
+    engine.load(policy)
     problems, prompts = t1.encode_prompts(data_prep.read_rows(cfg.data, "rl")[:SPREAD_P], tokenizer, cfg)
     noise = {str(K): gradient_variance(policy, engine, problems[:DRAWN_P], prompts[:DRAWN_P], K, cfg) for K in DRAWN_K}
     spread, seeds = {}, [t1.seed_for(cfg.seed, "spread", place) for place in range(len(prompts))]
