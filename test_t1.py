@@ -1282,8 +1282,8 @@ def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
 def small_model_of(preset, folder):
     """Random weights, two layers and width 64 of the architecture that a preset's model has."""
     tokenizer = data_prep.embedded_tokenizer()
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-    sizes |= dict(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=False)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=False)
     sizes |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
     if preset == "glm4-9b":
