@@ -5,6 +5,7 @@ pass@1)? Both are differences paired by seed, with a 95 % interval (Student's t)
 number of questions (Holm)."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,7 @@ MEASURES = {  # name, with the unit if it has one; the rise of reward: last fift
     "garbage, points": points(lambda r: r["overlong"] + r["repetition"]),
     "KL from SFT, nats": Measure(lambda r: r["distance"], 1, 2),  # per response
     "entropy, nats": Measure(entropy_difference, 1, 3, True),  # per token, at equal accuracy
-    "last entropy, nats": Measure(lambda r: r["steps"]["entropy"][-1]),  # where no accuracy is common to both
+    "last entropy": Measure(lambda r: r["steps"]["entropy"][-1]),  # where no accuracy is common to both
     "log-prob, nats": Measure(lambda r: -r["steps"]["nll"][-1]),  # of the samples, per token, last tenth
     "mean advantage, 1/1000": Measure(mean_advantage, 1000, 1),
     "32 to 320 tokens, points": points(lambda r: at_budget(r, 320) - at_budget(r, 32)),
@@ -194,7 +195,7 @@ CLAIMS = [
     Claim("penalties", "on, start with garbage", Test(GARBAGE_SHARE, "garbage", "garbage-unpunished", -1),
           pays("garbage", "garbage-unpunished")),
     Claim("penalties", "on, clean start", Test(GARBAGE_SHARE, "base", "unpunished", -1), pays("base", "unpunished")),
-    Claim("moving anchor", "EMA, not fixed, beta .05", Test(FROM_SFT, STRONG_KL, "beta5e-2-fixed", 1),
+    Claim("moving anchor", "EMA, beta .05", Test(FROM_SFT, STRONG_KL, "beta5e-2-fixed", 1),
           pays(STRONG_KL, "beta5e-2-fixed")),
     Claim("KL term", "beta 2e-4, not 0", Test(FROM_SFT, "base", "beta0", -1), pays("base", "beta0")),
     Claim("KL term", "beta .01, not 2e-4", Test(FROM_SFT, "beta1e-2", "base", -1), pays("beta1e-2", "base")),
@@ -204,7 +205,7 @@ CLAIMS = [
     Claim("centred KL", "uncentred, sum", Test("mean advantage, 1/1000", LOOSE, "", -1), None),
     Claim("entropy bonus", "alpha .001, not 0", Test(ENTROPY, "base", "alpha0", 1), pays("base", "alpha0")),
     Claim("entropy bonus", "alpha .01, not .001", Test(ENTROPY, "alpha1e-2", "base", 1), pays("alpha1e-2", "base")),
-    Claim("entropy bonus", "alpha .1, not .001", Test("last entropy, nats", "alpha1e-1", "base", 1),
+    Claim("entropy bonus", "alpha .1, not .001", Test("last entropy", "alpha1e-1", "base", 1),
           pays("alpha1e-1", "base")),
     Claim("inference scaling", "RL over SFT", Test("32 to 320 tokens, points", "base", "sft", 1), None),
     Claim("inference scaling", "RL, last budget", Test("128 to 320 tokens, points", "base", "", 1), None),
@@ -339,7 +340,7 @@ def seeds_needed(found: dict[Test, dict]) -> str:
     for test, answer in found.items():
         if test.measure.startswith("pass@1") and answer["verdict"] == "open":
             said.append(f"{test.variant} - {test.against} {seeds_for(answer['sd'], 0.02)}")
-    return f"Seeds that would bring an interval down to ± 2 points: {', '.join(said)}.\n" if said else ""
+    return textwrap.fill(f"Seeds for an interval of ± 2 points: {', '.join(said)}.", 118) + "\n" if said else ""
 
 def variant_table(records: list[dict]) -> str:
     """Means over seeds and standard deviations of pass@1; the last column counts the runs that stopped."""

@@ -104,7 +104,9 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
     cfg = stage_config("rl", fixed | dict(data=str(base / "data/train.jsonl")), options)
-    measures = measures_of_start(last, cfg) if stage == "sft" else dict(distance=distance(base / run, cfg))
+    measures = dict(distance=distance(base / run, cfg)) if stage == "rl" else {}
+    if name == "sft":
+        measures = measures_of_start(last, cfg)
     drop_trainer_states(base / run)
     t1.write_json(base / run / "measures.json", measures)
     return True
