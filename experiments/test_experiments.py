@@ -867,7 +867,6 @@ def test_options_go_to_the_stages_that_read_them():
         ("ledger", "--seeds 0,x", "--seeds"),
         ("ledger", "--variants base,nothing", "no variant 'nothing'"),
         ("ledger", "--k 1 --out OUT", "leave-one-out"),
-        ("ledger", "--table --out OUT", "no finished run"),
         ("ledger", "--no-such-option", "--no-such-option"),
         ("bench", "--pairs 0", "--pairs"),
         ("bench", "--prompts many", "--prompts"),
