@@ -239,6 +239,9 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
     assert ledger.main(["--table", "--out", str(tmp_path), "--name", "elsewhere"]) == 0  # from the published records
     for name in ("ledger.md", "ledger.png"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == before[base / name]
+    monkeypatch.setattr(claims, "PUBLISHED", tmp_path / "none")
+    assert ledger.main(["--table", "--out", str(tmp_path), "--name", "nowhere"]) == 2
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(tmp_path, quick_runs, monkeypatch, capsys):
@@ -652,7 +655,6 @@ def test_options_go_to_the_stages_that_read_them():
         ("ledger", "--seeds 0,x", "--seeds"),
         ("ledger", "--variants base,nothing", "no variant 'nothing'"),
         ("ledger", "--k 1 --out OUT", "leave-one-out"),
-        ("ledger", "--table --out OUT", "no finished run"),
         ("ledger", "--no-such-option", "--no-such-option"),
         ("bench", "--pairs 0", "--pairs"),
         ("bench", "--prompts many", "--prompts"),
