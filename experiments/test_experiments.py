@@ -240,6 +240,9 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
     assert ledger.main(["--table", "--out", str(tmp_path), "--name", "elsewhere"]) == 0  # from the published records
     for name in ("ledger.md", "ledger.png"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == before[base / name]
+    monkeypatch.setattr(claims, "PUBLISHED", tmp_path / "none")
+    assert ledger.main(["--table", "--out", str(tmp_path), "--name", "nowhere"]) == 2
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(tmp_path, quick_runs, monkeypatch, capsys):
