@@ -304,9 +304,11 @@ def write_ledger(base: Path):
     records = read_records(base)
     if records:
         data_prep.write(base / "ledger.jsonl", map(data_prep.json_line, records))
-    else:
+    elif PUBLISHED.exists():
         records = t1.read_log(PUBLISHED)
         base.mkdir(parents=True, exist_ok=True)
+    else:
+        raise t1.Misuse(f"{base}: no finished run there; give --out and --name of a ledger")
     found = answers(records)
     about = f"{len(records)} runs, {len(found)} questions with two seeds or more."
     parts = [about + "\n", claim_table(found), seeds_needed(found), variant_table(records)]
