@@ -811,8 +811,7 @@ def run_rl(cfg: Config):
         bar = tqdm(range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0)
         for step in bar:
             clock = Clock()
-            what = policy, anchor, engine, optimizer, cfg, clock, interrupt
-            row, records = rl_step(step, problems, prompts, *what)
+            row, records = rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg, clock, interrupt)
             if row:
                 folder.log(row, clock, records)
                 report_step(bar, row, clock, cfg)
@@ -919,19 +918,14 @@ def thought_length(ids: list[int], tokenizer) -> int | None:
         return None
     return bisect.bisect_left(range(len(ids)), True, key=lambda n: "</think>" in tokenizer.decode(ids[:n]))
 
-def is_late(rollout: Rollout, length: int | None, budget: int) -> bool:
-    """Does a thought of this length take more than `budget` tokens?"""
-    if length is None:  # no end of the thought: late, unless the whole response is finished within the budget
-        return len(rollout.ids) > budget or not rollout.finished
-    return length > budget
-
 def cut_thoughts(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None) -> list[Rollout]:
     """The responses had their thoughts been cut after `budget` tokens (section 3); `lengths`: their `thought_length`s.
     A thought that ended within the budget keeps its own answer. Another is cut and closed with `answer_prefix`, and
     `engine` (the policy, or another model) writes the answer. NOT IN PAPER: the prefix; a greedy and short answer."""
     prefix = tokenizer(cfg.answer_prefix.replace("\\n", "\n"), add_special_tokens=False).input_ids
     lengths = lengths or [thought_length(r.ids, tokenizer) for r in rollouts]
-    late = [i for i, (r, n) in enumerate(zip(rollouts, lengths)) if is_late(r, n, budget)]
+    late = [i for i, (r, n) in enumerate(zip(rollouts, lengths))  # no end: late, unless all is finished in time
+            if (len(r.ids) > budget or not r.finished if n is None else n > budget)]  # fmt: skip
     prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in late]
     answers = engine.generate(prompts, [[0]] * len(prompts), [0] * len(prompts), cfg.answer_tokens, temperature=0.0)
     result = list(rollouts)
@@ -1425,6 +1419,12 @@ def latest(folder: str) -> str:
     """A folder or hub name as it is; of a stage's folder (runs/NAME/sft) its last checkpoint."""
     return folder and (newest(Path(folder)) or folder)
 
+def drop_trainer_state(checkpoint_folder: Path):
+    """Keep a checkpoint's weights, a ninth of it in RL: it can be evaluated and trained from, not resumed."""
+    sizes = read_json(checkpoint_folder / "complete.json").items()
+    write_json(checkpoint_folder / "complete.json", {k: size for k, size in sizes if not k.startswith("trainer/")})
+    shutil.rmtree(checkpoint_folder / "trainer", ignore_errors=True)
+
 def sync(path: Path):
     """Wait until a file or folder is on the disk, so that a rename after it cannot come first."""
     handle = os.open(path, os.O_RDONLY)
@@ -1584,10 +1584,8 @@ class RunFolder:
         for old in checkpoints(self.path)[: -self.cfg.keep]:
             if not self.cfg.keep_every or step_of(old) % self.cfg.keep_every:
                 shutil.rmtree(old.rename(self.path / f"partial-{step_of(old)}"))
-            elif (old / "trainer").exists():  # nine tenths of a checkpoint of RL
-                sizes = read_json(old / "complete.json").items()
-                write_json(old / "complete.json", {k: size for k, size in sizes if not k.startswith("trainer/")})
-                shutil.rmtree(old / "trainer")
+            elif (old / "trainer").exists():
+                drop_trainer_state(old)
 
     def resume(self, policy, optimizer, anchor=None) -> int:
         """Load the trainer's state of the newest whole checkpoint and cut the logs back to it; -> next step."""

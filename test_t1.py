@@ -124,7 +124,7 @@ def change(path, **fields):
 # -------------------------------------------------------------------------------------------------------- the project
 
 LAYERS = {"verify": set(), "data_prep": {"verify"}, "t1": {"data_prep", "verify"}}  # what each may import of ours
-LINES = {"t1.py": 1922, "verify.py": 2038, "data_prep.py": 1625, "test_t1.py": 2840, "README.md": 250, "docs/*.md": 150}
+LINES = {"t1.py": 1920, "verify.py": 2038, "data_prep.py": 1625, "test_t1.py": 2840, "README.md": 250, "docs/*.md": 150}
 
 def test_imports_run_downwards_only():
     ours = {*LAYERS, "experiments", "test_t1"}

@@ -15,7 +15,6 @@ of t1.py and hold for every run, for instance --rl-steps 120.
 import argparse
 import dataclasses
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -107,7 +106,8 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
     measures = dict(distance=distance(base / run, cfg)) if stage == "rl" else {}
     if name == "sft":
         measures = measures_of_start(last, cfg)
-    drop_trainer_states(base / run)
+    for path in (*t1.checkpoints(base / run / "sft"), *t1.checkpoints(base / run / "rl")):
+        t1.drop_trainer_state(path)  # nothing will resume from it
     t1.write_json(base / run / "measures.json", measures)
     return True
 
@@ -126,14 +126,6 @@ def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
     values = {name: value for name, value in fixed.items() if name not in others}
     cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING, *options]))
     return dataclasses.replace(cfg, **values)
-
-def drop_trainer_states(run: Path):
-    """Remove AdamW's state and the anchor from the checkpoints of a finished run: nothing will resume from them."""
-    for path in [*t1.checkpoints(run / "sft"), *t1.checkpoints(run / "rl")]:
-        sizes = data_prep.read_json(path / "complete.json")
-        kept = {file: size for file, size in sizes.items() if not file.startswith("trainer")}
-        t1.write_json(path / "complete.json", kept)
-        shutil.rmtree(path / "trainer", ignore_errors=True)
 
 def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
     """What sampling does at one checkpoint, before any RL. noise: K -> `gradient_variance`. spread: temperature (and
