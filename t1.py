@@ -266,8 +266,7 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, temperature, min_p, chunk):
         ctx.save_for_backward(hidden, lm_head, targets)
-        ctx.options = temperature, min_p, chunk
-        stats, lm_head = [], wide(lm_head)
+        ctx.options, stats, lm_head = (temperature, min_p, chunk), [], wide(lm_head)
         for s in _chunks(hidden, lm_head, chunk):
             stats.append(_chunk_stats(hidden[s].to(lm_head.dtype), lm_head, targets[s], temperature, min_p)[-2:])
         return torch.cat([logprob for logprob, _ in stats]), torch.cat([entropy for _, entropy in stats])
@@ -1036,8 +1035,10 @@ def finish_stage(folder, steps: int, policy, engine, tests, test_prompts, cfg: C
     mine = dataclasses.asdict(dataclasses.replace(cfg, name=folder.path.parent.name, data=data))
     own = (*" ".join(STAGE_FIELDS.values()).split(), "stage", "model", "resume_from")  # of this stage alone
     flags = [(k.replace("_", "-"), shlex.quote(str(v))) for k, v in mine.items() if k not in own and v != usual[k]]
-    ranks = f" --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" * (world() > 1)
-    print0(f"next: torchrun{ranks} t1.py --stage {next_stage}", *(f"--{name} {value}" for name, value in flags))
+    nodes, ranks = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    where = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" * (nodes not in (None, "1"))
+    launch = f"torchrun{where}" + f" --nproc-per-node {ranks}" * (world() > 1)
+    print0(f"next: {launch} t1.py --stage {next_stage}", *(f"--{name} {value}" for name, value in flags))
 
 # ---------------------------------------------------------------------------------------- machinery: the vLLM engine
 class VLLMEngine:
@@ -1452,8 +1453,7 @@ class RunFolder:
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
     # fields that may differ on resume, besides those of other stages: only sums round differently, or vLLM deals anew
     free = set("out name timeout keep keep_every keep_rollouts tensorboard entropy_floor kl_ceiling micro_tokens"
-               " checkpointing compile offload rollout_rows vllm_tp vllm_memory"
-               " probe_tolerance".split())  # fmt: skip
+               " checkpointing compile offload rollout_rows vllm_tp vllm_memory probe_tolerance".split())  # fmt: skip
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)

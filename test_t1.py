@@ -21,6 +21,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1217,12 +1218,19 @@ def assert_same_run(a, b, tolerance):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path):
-    """The same rollouts, rewards and metrics on one rank and on two, in SFT and RL. A run that moves from 2 ranks to 1
-    and back, and to another folder, ends as they do, up to rounding."""
+    """The same rollouts and metrics on one rank and on two, in SFT (on two nodes) and RL. A run that moves from
+    2 ranks to 1 and back, and to another folder, ends as they do, up to rounding."""
     data = ten_problems(guess)
     sft = ["--stage", "sft", *data, "--sft-steps", 5, "--sft-batch", 8, *SMALL, "--out", tmp_path]
     assert main(*sft, "--name", "one")[0] == 0
-    torchrun(HERE / "t1.py", *sft, "--name", "two")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]  # as two machines do
+    command = [sys.executable, "-m", "torch.distributed.run", *meet, HERE / "t1.py", *sft, "--name", "two"]
+    command, pipe = list(map(str, command)), subprocess.PIPE
+    nodes = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENV) for _ in range(2)]
+    said = "".join(node.communicate(timeout=300)[0] for node in nodes)
+    assert "next: torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 1 t1.py" in said
     assert_same_run(tmp_path / "one/sft", tmp_path / "two/sft", 1e-5)
     short = rl_args(guess, "--rl-steps", 6, "--rl-save-every", 2, "--keep", 9, "--out")
     assert main(*short, tmp_path / "a")[0] == 0
@@ -1265,8 +1273,7 @@ def test_two_ranks_sample_differently(talkative, tmp_path, engine):
     torchrun(__file__, "save_samples", talkative.folder, engine, tmp_path / "out.pt")
     first, other, again = torch.load(tmp_path / "out.pt", weights_only=True)
     assert first == again and len(first) == 12
-    groups = [str(step[i : i + 3]) for step in (first, other) for i in range(0, 12, 3)]
-    assert len(set(groups)) == 8
+    assert len({str(step[i : i + 3]) for step in (first, other) for i in range(0, 12, 3)}) == 8
 
 @needs_vllm
 @pytest.mark.slow
@@ -1286,11 +1293,8 @@ def small_model_of(preset, folder):
     sizes |= dict(num_attention_heads=2, num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=False)
     sizes |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
-    if preset == "glm4-9b":
-        lm = transformers.GlmForCausalLM(transformers.GlmConfig(head_dim=32, **sizes))
-    else:
-        lm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
-    return save_model(folder, lm, tokenizer)
+    config = transformers.GlmConfig(head_dim=32, **sizes) if preset == "glm4-9b" else transformers.Qwen2Config(**sizes)
+    return save_model(folder, transformers.AutoModelForCausalLM.from_config(config), tokenizer)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["glm4-9b", "qwen2.5-14b", "qwen2.5-32b"])
@@ -1417,8 +1421,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path):
     assert len(rows_of(folder)) == step < 20
     code, _, err = run(*args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (250_000, 250_000)))
     (line,) = [x for x in err.splitlines() if x.startswith("t1.py: ")]
-    assert code == 1 and "Traceback" not in err
-    assert "cannot be written" in line and str(saved) in line
+    assert code == 1 and "Traceback" not in err and "cannot be written" in line and str(saved) in line
     assert t1.checkpoints(folder) == [saved] and not list(folder.glob("partial-*"))
     assert run(*args)[0] == run(*args, "--name", "whole")[0] == 0
     assert outcome(folder, 20) == outcome(tmp_path / "whole/rl", 20)

@@ -30,6 +30,7 @@ class Variant:
     traces: str = ""
 
 STRONG = dict(kl_coef=5e-2)
+LONG = dict(rl_steps=240)
 GARBAGE = dict(start="sft-garbage")
 VARIANTS = {  # in the order in which they are run
     "sft": Variant(traces="traces"),
@@ -50,14 +51,19 @@ VARIANTS = {  # in the order in which they are run
     "unpunished": Variant(dict(penalties=False)),
     "beta0": Variant(dict(kl_coef=0.0)),
     "beta1e-2": Variant(dict(kl_coef=1e-2)),
-    "k4-samples": Variant(dict(k=4, prompts=64)),
-    "k64-samples": Variant(dict(k=64, prompts=4)),
+    "k4-samples": Variant(dict(k=4, prompts=32)),
+    "k64-samples": Variant(dict(k=64, prompts=2)),
+    "long": Variant(LONG),
+    "long-t0.8": Variant(LONG | dict(temperature=0.8)),
+    "long-alpha0": Variant(LONG | dict(entropy_coef=0.0)),
+    "long-beta5e-2": Variant(LONG | STRONG),
+    "long-beta5e-2-fixed": Variant(LONG | STRONG | dict(anchor="fixed")),
 }
 
 # --- What a run shows: one record -------------------------------------------------------------------------------------
 
 HELD_OUT = "pass_at_1 length overlong repetition".split()
-STEPS = "reward accuracy entropy nll kl".split()
+STEPS = "reward accuracy entropy nll kl flat_groups".split()
 
 def read_records(base: Path) -> list[dict]:
     """A record of each finished run under `base`, in the order of VARIANTS and seeds."""
@@ -152,6 +158,7 @@ MEASURES = {  # name, with the unit if it has one; the rise of reward: last fift
     "KL from SFT, nats": Measure(lambda r: r["distance"], 1, 2),  # per response
     "entropy, nats": Measure(entropy_difference, 1, 3, True),  # per token, at equal accuracy
     "last entropy": Measure(lambda r: r["steps"]["entropy"][-1]),  # where no accuracy is common to both
+    "flat groups, points": points(lambda r: r["steps"]["flat_groups"][-1]),  # last tenth
     "log-prob, nats": Measure(lambda r: -r["steps"]["nll"][-1]),  # of the samples, per token, last tenth
     "mean advantage, 1/1000": Measure(mean_advantage, 1000, 1),
     "32 to 320 tokens, points": points(lambda r: at_budget(r, 320) - at_budget(r, 32)),
