@@ -199,11 +199,15 @@ CLAIMS = [
     Claim("temperature", "1.3, not 1.1", Test("spread 1.3 - 1.1, points", "sft", "", 1), pays("t1.3", "base", -1)),
     Claim("temperature", "1.3 with min-p", Test("spread, points", "sft", "", -1), pays("t1.3-minp", "t1.3", 0)),
     Claim("temperature", "0.8, not 1.1, trained", Test("pass@8 - pass@1, points", "t0.8", "base", -1), None),
+    Claim("temperature", "0.8, 240 steps", Test("flat groups, points", "long-t0.8", "long", 1),
+          pays("long-t0.8", "long", -1)),
     Claim("penalties", "on, start with garbage", Test(GARBAGE_SHARE, "garbage", "garbage-unpunished", -1),
           pays("garbage", "garbage-unpunished")),
     Claim("penalties", "on, clean start", Test(GARBAGE_SHARE, "base", "unpunished", -1), pays("base", "unpunished")),
     Claim("moving anchor", "EMA, beta .05", Test(FROM_SFT, STRONG_KL, "beta5e-2-fixed", 1),
           pays(STRONG_KL, "beta5e-2-fixed")),
+    Claim("moving anchor", "EMA, 240 steps", Test(FROM_SFT, "long-beta5e-2", "long-beta5e-2-fixed", 1),
+          pays("long-beta5e-2", "long-beta5e-2-fixed")),
     Claim("KL term", "beta 2e-4, not 0", Test(FROM_SFT, "base", "beta0", -1), pays("base", "beta0")),
     Claim("KL term", "beta .01, not 2e-4", Test(FROM_SFT, "beta1e-2", "base", -1), pays("beta1e-2", "base")),
     Claim("KL term", "beta .05, not 2e-4", Test(FROM_SFT, STRONG_KL, "base", -1), pays(STRONG_KL, "base")),
@@ -214,6 +218,8 @@ CLAIMS = [
     Claim("entropy bonus", "alpha .01, not .001", Test(ENTROPY, "alpha1e-2", "base", 1), pays("alpha1e-2", "base")),
     Claim("entropy bonus", "alpha .1, not .001", Test("last entropy", "alpha1e-1", "base", 1),
           pays("alpha1e-1", "base")),
+    Claim("entropy bonus", "alpha .001, 240 steps", Test("last entropy", "long", "long-alpha0", 1),
+          pays("long", "long-alpha0")),
     Claim("inference scaling", "RL over SFT", Test("32 to 320 tokens, points", "base", "sft", 1), None),
     Claim("inference scaling", "RL, last budget", Test("128 to 320 tokens, points", "base", "", 1), None),
     Claim("longer", "RL over SFT", Test("tokens", "base", "sft", 1), None),
@@ -329,7 +335,7 @@ def table_of(columns: list[str], rows: list[list]) -> str:
 def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
     """Two cells: the difference with its interval and seeds; the verdict with its corrected p-value."""
     if not test or test not in found:
-        return ["", "not run" if test else ""]
+        return ["", "no two seeds" if test else ""]
     measure, answer = MEASURES[test.measure], found[test]
     mean, half = (f"{measure.scale * answer[x]:.{measure.digits}f}" for x in ("mean", "half"))
     name = "" if test.measure == "pass@1, points" else test.measure + " "
@@ -349,8 +355,24 @@ def seeds_needed(found: dict[Test, dict]) -> str:
             said.append(f"{test.variant} - {test.against} {seeds_for(answer['sd'], 0.02)}")
     return textwrap.fill(f"Seeds for an interval of ± 2 points: {', '.join(said)}.", 118) + "\n" if said else ""
 
+def last_tenth(record: dict, column: str) -> float:
+    """Mean over the last tenth of the steps of RL; no number for SFT."""
+    return record["steps"][column][-1] if record["steps"] else math.nan
+
+COLUMNS = {  # of the table of runs
+    "pass@1 (sd)": points(lambda r: r["pass_at_1"]),
+    "pass@8": points(lambda r: r["pass_at_8"]),
+    "tokens": Measure(lambda r: r["length"], 1, 0),
+    "jump %": Measure(lambda r: r["jump"], 100, 0),
+    "corrected %": Measure(lambda r: r["corrected"], 100, 0),
+    "garbage %": points(lambda r: r["overlong"] + r["repetition"]),
+    "entropy": Measure(lambda r: last_tenth(r, "entropy")),
+    "flat %": Measure(lambda r: last_tenth(r, "flat_groups"), 100, 0),
+    "from SFT": Measure(lambda r: r.get("distance", math.nan), 1, 1),
+}
+
 def variant_table(records: list[dict]) -> str:
-    """Means over seeds and standard deviations of pass@1; the last column counts the runs that stopped."""
+    """Means over seeds and standard deviations of pass@1; `stopped` counts the runs that could not continue."""
     rows = []
     for name, variant in VARIANTS.items():
         runs = [r for r in records if r["variant"] == name]
@@ -359,16 +381,13 @@ def variant_table(records: list[dict]) -> str:
             continue
         changed = [f"{field}={'off' if value is False else value}" for field, value in variant.changes.items()]
         row = [name, " ".join(changed), f"{len(runs) - len(done)}/{len(runs)}"]
-        columns = dict(pass_at_1=(100, 1), pass_at_8=(100, 1), length=(1, 0), jump=(100, 0), corrected=(100, 0))
-        for column, (scale, digits) in columns.items():
-            values = [scale * r[column] for r in done]
-            error = f" ± {np.std(values, ddof=1):.{digits}f}" if column == "pass_at_1" and len(values) > 1 else ""
-            row.append(f"{np.mean(values):.{digits}f}{error}" if done else "")
-        row.append(f"{100 * np.mean([r['overlong'] + r['repetition'] for r in done]):.1f}" if done else "")
-        row.append(f"{np.mean([r['steps']['entropy'][-1] for r in done]):.3f}" if done and done[0]["steps"] else "")
+        for measure in COLUMNS.values():
+            mean = np.mean([measure.scale * measure.of(r) for r in done]) if done else math.nan
+            row.append("" if math.isnan(mean) else f"{mean:.{measure.digits}f}")
+        if len(done) > 1:
+            row[3] += f" ± {100 * np.std([r['pass_at_1'] for r in done], ddof=1):.1f}"
         rows.append(row)
-    columns = "run,changed,stopped,pass@1 (sd),pass@8,tokens,jump %,corrected %,garbage %,entropy".split(",")
-    return table_of(columns, rows)
+    return table_of(["run", "changed", "stopped", *COLUMNS], rows)
 
 def draw(path: Path, found: dict[Test, dict], about: str):
     """Two panels, a row per claim that has an answer. Left: the mechanism's difference in half-widths of its interval,
