@@ -1037,8 +1037,8 @@ def finish_stage(folder, steps: int, policy, engine, tests, test_prompts, cfg: C
     flags = [(k.replace("_", "-"), shlex.quote(str(v))) for k, v in mine.items() if k not in own and v != usual[k]]
     nodes, ranks = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     where = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" * (nodes not in (None, "1"))
-    launch = f"torchrun{where}" + f" --nproc-per-node {ranks}" * (world() > 1)
-    print0(f"next: {launch} t1.py --stage {next_stage}", *(f"--{name} {value}" for name, value in flags))
+    where += f" --nproc-per-node {ranks}" * (world() > 1)
+    print0(f"next: torchrun{where} t1.py --stage {next_stage}", *(f"--{name} {value}" for name, value in flags))
 
 # ---------------------------------------------------------------------------------------- machinery: the vLLM engine
 class VLLMEngine:

@@ -308,8 +308,9 @@ def open_variants(records: list[dict]) -> list[str]:
 
 HOW_TO_READ = """
 Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict is `yes` or `no` where the
-p-value, corrected for the number of questions by Holm's procedure, is at most 0.05; else it is open, and effects
-outside the interval are excluded, each at 95 %.
+p-value, corrected for the number of questions by Holm's procedure, is at most 0.05: does the difference have the
+claimed sign (`higher` or `lower` where none is claimed)? Else it is open, and effects outside the interval are
+excluded, each at 95 %.
 """
 
 def write_ledger(base: Path):
@@ -340,7 +341,7 @@ def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
     mean, half = (f"{measure.scale * answer[x]:.{measure.digits}f}" for x in ("mean", "half"))
     name = "" if test.measure == "pass@1, points" else test.measure + " "
     said = "open" if answer["verdict"] == "open" else f"**{answer['verdict']}**"
-    return [f"{name}{mean} ± {half} ({answer['n']})", f"{said} {answer['holm']:.1g}"]
+    return [f"{name}{mean} ± {half} ({answer['n']})", f"{said} {answer['holm']:.2g}"]
 
 def claim_table(found: dict[Test, dict]) -> str:
     """One row per claim with its two verdicts."""
@@ -359,7 +360,7 @@ def last_tenth(record: dict, column: str) -> float:
     """Mean over the last tenth of the steps of RL; no number for SFT."""
     return record["steps"][column][-1] if record["steps"] else math.nan
 
-COLUMNS = {  # of the table of runs
+COLUMNS = {  # of the table of runs; pass@1 first, `variant_table` adds its sd
     "pass@1 (sd)": points(lambda r: r["pass_at_1"]),
     "pass@8": points(lambda r: r["pass_at_8"]),
     "tokens": Measure(lambda r: r["length"], 1, 0),
@@ -374,20 +375,19 @@ COLUMNS = {  # of the table of runs
 def variant_table(records: list[dict]) -> str:
     """Means over seeds and standard deviations of pass@1; `stopped` counts the runs that could not continue."""
     rows = []
-    for name, variant in VARIANTS.items():
+    for name in VARIANTS:
         runs = [r for r in records if r["variant"] == name]
         done = [r for r in runs if "stopped" not in r]
         if not runs:
             continue
-        changed = [f"{field}={'off' if value is False else value}" for field, value in variant.changes.items()]
-        row = [name, " ".join(changed), f"{len(runs) - len(done)}/{len(runs)}"]
+        row = [name, f"{len(runs) - len(done)}/{len(runs)}"]
         for measure in COLUMNS.values():
             mean = np.mean([measure.scale * measure.of(r) for r in done]) if done else math.nan
             row.append("" if math.isnan(mean) else f"{mean:.{measure.digits}f}")
         if len(done) > 1:
-            row[3] += f" ± {100 * np.std([r['pass_at_1'] for r in done], ddof=1):.1f}"
+            row[2] += f" ± {100 * np.std([r['pass_at_1'] for r in done], ddof=1):.1f}"
         rows.append(row)
-    return table_of(["run", "changed", "stopped", *COLUMNS], rows)
+    return table_of(["run", "stopped", *COLUMNS], rows)
 
 def draw(path: Path, found: dict[Test, dict], about: str):
     """Two panels, a row per claim that has an answer. Left: the mechanism's difference in half-widths of its interval,
@@ -413,7 +413,7 @@ def draw(path: Path, found: dict[Test, dict], about: str):
     left.set_yticks(range(len(asked)), [f"{claim.paper}: {claim.text}" for claim in asked], fontsize=8)
     left.set_xlabel("does it do what it is for?\ndifference / half-width of its interval", fontsize=8)
     right.set_xlabel("does it pay?\npoints of held-out pass@1, 95 % interval", fontsize=8)
-    for name in ("yes", "no", "open"):
-        right.plot([], [], "D", color=colours[name], label=name)
-    figure.legend(fontsize=8, ncols=3, loc="upper right")
+    for name, label in dict(yes="yes", no="no", higher="no sign claimed", open="open").items():
+        right.plot([], [], "D", color=colours[name], label=label)
+    figure.legend(fontsize=8, ncols=4, loc="upper right")
     t1.save_figure(figure, path, about)

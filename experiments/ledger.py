@@ -9,7 +9,7 @@ Problems and traces are those of `data_prep.py embedded --hard`. One policy is t
 weights; each seed branches off it with some more steps in its own order, on the same traces or on ones of which a tenth
 is garbage. All runs of a seed begin at that checkpoint, so differences are paired by seed. Each run is an ordinary
 folder OUT/NAME/VARIANT-seedS (OUT: runs, NAME: ledger); after a kill the same command resumes. Other options are those
-of t1.py and hold for every run, for instance --rl-steps 120.
+of t1.py and hold for every run, for instance --prompts 16, but where its variant sets the same field.
 """
 
 import argparse
