@@ -341,7 +341,8 @@ def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
     mean, half = (f"{measure.scale * answer[x]:.{measure.digits}f}" for x in ("mean", "half"))
     name = "" if test.measure == "pass@1, points" else test.measure + " "
     said = "open" if answer["verdict"] == "open" else f"**{answer['verdict']}**"
-    return [f"{name}{mean} ± {half} ({answer['n']})", f"{said} {answer['holm']:.2g}"]
+    p = f"{answer['holm']:.2g}" if answer["holm"] >= 0.01 else f"{answer['holm']:.1g}"
+    return [f"{name}{mean} ± {half} ({answer['n']})", f"{said} {p}"]
 
 def claim_table(found: dict[Test, dict]) -> str:
     """One row per claim with its two verdicts."""
