@@ -201,7 +201,7 @@ CLAIMS = [
     Claim("temperature", "0.8, not 1.1, trained", Test("pass@8 - pass@1, points", "t0.8", "base", -1), None),
     Claim("temperature", "0.8, 240 steps", Test("flat groups, points", "long-t0.8", "long", 1),
           pays("long-t0.8", "long", -1)),
-    Claim("penalties", "on, start with garbage", Test(GARBAGE_SHARE, "garbage", "garbage-unpunished", -1),
+    Claim("penalties", "on, garbage start", Test(GARBAGE_SHARE, "garbage", "garbage-unpunished", -1),
           pays("garbage", "garbage-unpunished")),
     Claim("penalties", "on, clean start", Test(GARBAGE_SHARE, "base", "unpunished", -1), pays("base", "unpunished")),
     Claim("moving anchor", "EMA, beta .05", Test(FROM_SFT, STRONG_KL, "beta5e-2-fixed", 1),
