@@ -64,6 +64,7 @@ class Machine:
     gather: float = 1.5e-7  # seconds to give a token with its log-prob to all ranks (pickle, gloo): ours
 
 
+UPDATE_BYTES = 44  # of memory that an update touches, a parameter: AdamW reads 16, writes 12, the norm 4, the anchor 12
 MACHINES = {"h100": Machine(), "h200": Machine(card=139 * 2**30, bandwidth=4.8e12)}
 
 
@@ -200,7 +201,7 @@ def step_seconds(shape, gpus: int, lengths, prompt: int, memory: dict, cfg, mach
     anchor, gradient = update_flop(shape, lengths, prompt, cfg)
     size = 2 if cfg.dtype == "bfloat16" else 4
     parking = 4 * parameters / gpus / machine.pcie  # seconds for a shard in float32, one way
-    touched = 44 * parameters / gpus  # bytes: AdamW reads 16 a parameter and writes 12, the norm 4, the anchor 12
+    touched = UPDATE_BYTES * parameters / gpus
     moved, copies = 4 * bool(cfg.offload), cfg.anchor != "none"
 
     engines, engine = gpus // tp, np.add.outer(np.arange(P), np.arange(K)) % (gpus // tp)

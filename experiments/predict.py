@@ -76,7 +76,7 @@ def measure(job: bench.Job, shape: costs.Shape) -> tuple[dict[str, float], list[
     parameters = sum(p.numel() for p in job.policy.parameters())
     flop = (forward + gradient) / sum(costs.update_flop(shape, np.full(n, length), 8, cfg))
     tensor = push / (12 * shape.layers + 3)
-    return dict(flop=flop, byte=(update + follow) / 44 / parameters, tensor=tensor), generate(job)
+    return dict(flop=flop, byte=(update + follow) / costs.UPDATE_BYTES / parameters, tensor=tensor), generate(job)
 
 
 def constants_of(job: bench.Job, shape: costs.Shape, rounds: list) -> tuple[costs.Machine, costs.Decode]:
