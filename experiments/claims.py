@@ -146,8 +146,13 @@ class Measure:
 def points(of: Callable) -> Measure:
     return Measure(of, 100, 1)
 
+def last_tenth(record: dict, column: str) -> float:
+    """Mean over the last tenth of the steps of RL; no number for SFT."""
+    return record["steps"][column][-1] if record["steps"] else math.nan
+
 MEASURES = {  # name, with the unit if it has one; the rise of reward: last fifth of the steps minus first
     "pass@1, points": points(lambda r: r["pass_at_1"]),
+    "pass@8, points": points(lambda r: r["pass_at_8"]),
     "pass@8 - pass@1, points": points(lambda r: r["pass_at_8"] - r["pass_at_1"]),
     "rise of reward": Measure(lambda r: np.mean(r["steps"]["reward"][-2:]) - np.mean(r["steps"]["reward"][:2]), 1, 2),
     "variance ~ K to the": Measure(lambda r: log_slope(r["noise"]), 1, 2),
@@ -155,16 +160,17 @@ MEASURES = {  # name, with the unit if it has one; the rise of reward: last fift
     "spread 1.3 - 1.1, points": points(lambda r: r["spread"]["1.3"] - r["spread"]["1.1"]),
     "spread, points": points(lambda r: r["spread"]["1.3, min-p 0.05"] - r["spread"]["1.3"]),
     "garbage, points": points(lambda r: r["overlong"] + r["repetition"]),
-    "KL from SFT, nats": Measure(lambda r: r["distance"], 1, 2),  # per response
+    "KL from SFT, nats": Measure(lambda r: r["distance"] if r["steps"] else math.nan, 1, 2),  # per response
     "entropy, nats": Measure(entropy_difference, 1, 3, True),  # per token, at equal accuracy
-    "last entropy": Measure(lambda r: r["steps"]["entropy"][-1]),  # where no accuracy is common to both
-    "flat groups, points": points(lambda r: r["steps"]["flat_groups"][-1]),  # last tenth
-    "log-prob, nats": Measure(lambda r: -r["steps"]["nll"][-1]),  # of the samples, per token, last tenth
+    "last entropy": Measure(lambda r: last_tenth(r, "entropy")),  # where no accuracy is common to both
+    "flat groups, points": points(lambda r: last_tenth(r, "flat_groups")),
+    "log-prob, nats": Measure(lambda r: -last_tenth(r, "nll")),  # of the samples, per token
     "mean advantage, 1/1000": Measure(mean_advantage, 1000, 1),
     "32 to 320 tokens, points": points(lambda r: at_budget(r, 320) - at_budget(r, 32)),
     "128 to 320 tokens, points": points(lambda r: at_budget(r, 320) - at_budget(r, 128)),
     "tokens": Measure(lambda r: r["length"], 1, 1),
     "corrected, points": points(lambda r: r["corrected"]),  # right after another candidate
+    "jumps, points": points(lambda r: r["jump"]),
 }
 
 @dataclass(frozen=True)
@@ -357,20 +363,16 @@ def seeds_needed(found: dict[Test, dict]) -> str:
             said.append(f"{test.variant} - {test.against} {seeds_for(answer['sd'], 0.02)}")
     return textwrap.fill(f"Seeds for an interval of ± 2 points: {', '.join(said)}.", 118) + "\n" if said else ""
 
-def last_tenth(record: dict, column: str) -> float:
-    """Mean over the last tenth of the steps of RL; no number for SFT."""
-    return record["steps"][column][-1] if record["steps"] else math.nan
-
-COLUMNS = {  # of the table of runs; pass@1 first, `variant_table` adds its sd
-    "pass@1 (sd)": points(lambda r: r["pass_at_1"]),
-    "pass@8": points(lambda r: r["pass_at_8"]),
-    "tokens": Measure(lambda r: r["length"], 1, 0),
-    "jump %": Measure(lambda r: r["jump"], 100, 0),
-    "corrected %": Measure(lambda r: r["corrected"], 100, 0),
-    "garbage %": points(lambda r: r["overlong"] + r["repetition"]),
-    "entropy": Measure(lambda r: last_tenth(r, "entropy")),
-    "flat %": Measure(lambda r: last_tenth(r, "flat_groups"), 100, 0),
-    "from SFT": Measure(lambda r: r.get("distance", math.nan), 1, 1),
+COLUMNS = {  # of the table of runs -> a measure; pass@1 first, `variant_table` adds its sd
+    "pass@1 (sd)": "pass@1, points",
+    "pass@8": "pass@8, points",
+    "tokens": "tokens",
+    "jump %": "jumps, points",
+    "corrected %": "corrected, points",
+    "garbage %": "garbage, points",
+    "entropy": "last entropy",
+    "flat %": "flat groups, points",
+    "from SFT": "KL from SFT, nats",
 }
 
 def variant_table(records: list[dict]) -> str:
@@ -382,7 +384,7 @@ def variant_table(records: list[dict]) -> str:
         if not runs:
             continue
         row = [name, f"{len(runs) - len(done)}/{len(runs)}"]
-        for measure in COLUMNS.values():
+        for measure in map(MEASURES.get, COLUMNS.values()):
             mean = np.mean([measure.scale * measure.of(r) for r in done]) if done else math.nan
             row.append("" if math.isnan(mean) else f"{mean:.{measure.digits}f}")
         if len(done) > 1:

@@ -210,8 +210,9 @@ def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
     policy, tokenizer = t1.load_policy(last["checkpoint"], cfg)
     engine = answerer = t1.make_engine(last["checkpoint"], policy, tokenizer, cfg)
     if cfg.answer_model:
-        other, _ = t1.load_policy(cfg.answer_model, cfg)
-        answerer = t1.make_engine(cfg.answer_model, other, tokenizer, cfg)
+        folder = t1.latest(cfg.answer_model)  # as stage eval takes it
+        other, _ = t1.load_policy(folder, cfg)
+        answerer = t1.make_engine(folder, other, tokenizer, cfg)
         answerer.load(other)
     engine.load(policy)
     tests = [spend(policy, engine, answerer, base, entry, samples, wait_words, cfg) for entry in entries.values()]
