@@ -1282,9 +1282,9 @@ def benchmarks(args, out: Path) -> int:
 
 # --- Embedded problems: number theory in plain words whose answer must be found by trial and checked ------------------
 # A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own habit; attempts
-# and checks are merged into one path  attempt -> reflect -> ... -> answer -> self-verify,  and only paths that end
-# right are kept, as by a filter on the answer. So SFT shows the policy a mixture of habits that all look successful;
-# RL has to find out which of them works.
+# and checks are merged into one path  attempt -> reflect -> ... -> answer -> self-verify,  and every path ends right,
+# as after a filter on the answer. So SFT shows the policy a mixture of habits that all look successful; RL has to find
+# out which of them works.
 
 @dataclass(frozen=True)
 class Puzzle:
@@ -1305,7 +1305,7 @@ class Ground:
     books: range = range(3, 8)  # coins a book
     totals: range = range(15, 50)  # coins in all
     longest: int = 16  # tries in one trace
-    habits: tuple = (("jump", 0.5), ("wander", 0.25), ("orderly", 0.25))  # teacher's habit, its share of the traces
+    habits: tuple = (("jump", 0.5), ("wander", 0.25), ("orderly", 0.25))  # its share before traces of more tries go
 
 EASY = Ground()
 HARD = Ground(range(5, 11), range(2, 10), range(40, 191), range(7, 11), range(40, 111), longest=28,

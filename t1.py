@@ -98,8 +98,8 @@ class Config:
     checkpoint: str = knob("", "folders to evaluate, by commas; empty: the run's last SFT and all its RL checkpoints")
     prompt_template: str = knob("", "text around {problem}; empty: the chat template, or '{problem}\\n' without one")
     system: str = knob("", "system prompt, for chat templates")
-    max_prompt: int = knob(256, "longest prompt, tokens", "1,024 in the authors' later code")
-    max_new: int = knob(160, "longest response, tokens; longer ones are over-long", "8,192 in the authors' later code")
+    max_prompt: int = knob(256, "longest prompt, tokens", "not stated; 1,024 in the authors' later code")
+    max_new: int = knob(160, "longest response, tokens", "not stated; 8,192 in the authors' later code")
     reward: str = knob("", "FILE.py:FUNCTION(response, row) -> float in place of right or wrong; the penalties stay")
     keep_rollouts: bool = knob(False, "keep every response in rollouts.jsonl.gz")
     tensorboard: bool = knob(False, "write the columns of metrics.jsonl for TensorBoard, too (pip install tensorboard)")
@@ -112,7 +112,7 @@ class Config:
     offload: bool = knob(False, "anchor and AdamW's state lie in CPU memory between uses; AdamW's always beside vllm")
     timeout: int = knob(30, "minutes after which a rank gives up waiting for the others")
     grad_clip: float = knob(1.0, "largest gradient norm", "not stated")
-    weight_decay: float = knob(0.0, "AdamW's weight decay", "0.1 in the authors' later code")
+    weight_decay: float = knob(0.0, "AdamW's weight decay", "not stated; 0.1 in the authors' later code")
     warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
     # checkpoints
     keep: int = knob(10, "number of last checkpoints that are kept")
@@ -151,7 +151,7 @@ class Config:
     tis_cap: float = knob(0.0, "weigh each token by min(pi_trainer / pi_engine, this): for bfloat16 engines; 0: off")
     probe_tolerance: float = knob(0.0, "largest log-prob gap of engine and trainer after a push, nats; 0: by dtype")
     # stage eval
-    eval_samples: int = knob(0, "samples per problem; 0: 4 on --test, 32 on AIME, else 1", "32 on AIME, 1 elsewhere")
+    eval_samples: int = knob(0, "samples per problem; 0: 4 on --test, 32 on AIME, else 1", "32 on AIME")
     eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy")
     benchmarks: str = knob("", "instead of --test: math500, aime24, omni500, gpqa, gsm8k, amc23 and others, by commas")
     benchmark_dir: str = knob("benchmarks", "folder of those files, written by data_prep.py benchmarks")
@@ -206,7 +206,7 @@ def center_kl(kl: torch.Tensor) -> torch.Tensor:
     Why the KL is part of the reward: E[d grad log pi] is the gradient of KL(pi || pi_ref), while the gradient of the
     sampled d itself, E[grad log pi], is zero. Why it is centred: KL is positive on average, and a negative mean of the
     advantages would push every sample of the prompt down, whatever its reward."""
-    return kl - kl.mean(1, keepdim=True)  # (K-1)/K of leave-one-out: another scale, no bias
+    return kl - kl.mean(1, keepdim=True)  # (K-1)/K times leave-one-out: a beta that much smaller
 
 def advantages_of(rewards: torch.Tensor, kl: torch.Tensor, kl_coef: float, kl_center: bool = True) -> torch.Tensor:
     """A = LOO(r') - beta (d - mean_K d), all (P, K) (section 2)."""
@@ -223,6 +223,7 @@ def policy_loss_reference(hidden, lm_head, targets, advantages, weights, entropy
     """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N.
     hidden (n, D), lm_head (V, D), targets, advantages and weights (n,) -> scalar. H is differentiated at the prefixes
     that were sampled; how the policy reaches more uncertain prefixes is left out, as in the paper's loss.
+    NOT IN PAPER: pi is the sampled distribution here, in the KL and in the entropy: at its temperature and min-p.
     To be read: it holds several (n, V) tensors, 12 GB at n = 4,096 and V = 151,936. `policy_loss` is what trains."""
     logp = log_softmax_min_p((hidden @ lm_head.T).float() / temperature, min_p)  # (n, V)
     logprob = logp.gather(1, targets[:, None])[:, 0]  # (n,)
@@ -278,7 +279,7 @@ class _TokenStats(torch.autograd.Function):
         return grad_hidden, grad_head, None, None, None, None
 
 def _head_gradient(hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs=None, tis_cap=0.0):
-    """Gradients of sum(a log p + b H), chunk by chunk -> (n, D), (V, D) in float32 at least; and log p and H, (n,)."""
+    """Gradients of sum(a log p + b H), chunk by chunk -> (n, D) as hidden, (V, D) in float32 or more; log p, H (n,)"""
     grad_hidden, lm_head = torch.empty_like(hidden), wide(lm_head)
     grad_head = torch.zeros_like(lm_head, dtype=torch.promote_types(lm_head.dtype, torch.float32))
     logprob, entropy = torch.empty(2, len(targets), dtype=grad_head.dtype, device=hidden.device)
@@ -353,7 +354,7 @@ def ema_update_(anchor, policy, decay: float):
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up, then a cosine from the peak (0.55 + 0.45) down to a tenth of it (0.55 - 0.45).
-    NOT IN PAPER: the warm-up, and the decay of RL (the authors' later code has one)."""
+    NOT IN PAPER: the warm-up, the last tenth, and the decay of RL (the authors' later code has one)."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -361,7 +362,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 # ----------------------------------------------------------------------------------------------------------- 2. Rewards
 def penalised_reward(right: float, pattern: str | None, penalties: bool = True) -> float:
     """r': 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern whatever the answer (section 2).
-    NOT IN PAPER: the -1 takes part in leave-one-out as any other reward, as the paper's formula reads."""
+    The -1 takes part in leave-one-out, as the paper's formula reads; the authors' later code sets A to -1 after it."""
     return -1.0 if pattern and penalties else float(right)
 
 def unexpected_pattern(text, token_ids, finished: bool, repeat_ngram=20, repeat_count=20, prompt="") -> str | None:
@@ -636,11 +637,9 @@ class TorchEngine:
                 row_of, token = row_of[:left], token[:left]
                 cache.keep(left, free, moved)
             hidden = self._last_hidden(token[:, None], [t], cache)
-        rollouts, rows = [], zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), end.tolist())
-        for ids, logps, start, stop in rows:
-            finished = ids[stop - 1] in policy.end_ids
-            rollouts.append(Rollout(ids[:start], ids[start:stop], logps[start:stop], finished))
-        return rollouts
+        rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), end.tolist())
+        return [Rollout(ids[:start], ids[start:stop], logps[start:stop], finished=ids[stop - 1] in policy.end_ids)
+                for ids, logps, start, stop in rows]  # fmt: skip
 
     def _last_hidden(self, ids, positions, cache) -> torch.Tensor:
         """ids (b, T) at T positions -> the last hidden state of each row, (b, D)."""
@@ -649,7 +648,7 @@ class TorchEngine:
 
 def roll_out(engine, problems, prompts, k: int, seeds, cfg: Config, temperature: float, min_p: float = 0.0):
     """-> k rollouts of each problem, and a record of each, in the order of the problems, on every rank. Each engine
-    takes its share of the samples of every problem: the work is even. The ranks of an engine share the judging."""
+    draws its share of the samples of every problem: the work is even. The ranks of an engine each judge a part."""
     engines, (number, place) = world() // engine.ranks, divmod(rank(), engine.ranks)
     samples = [[j for j in range(k) if (i * k + j) % engines == number] for i in range(len(prompts))]
     asked = [i for i, js in enumerate(samples) if js]
@@ -774,7 +773,7 @@ def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Con
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
     NOT IN PAPER: the sampler's log-probs stand for the policy's, which come with the gradient, after A is needed. In
-    float32 they agree to 1e-6 per token; in bfloat16 they do not (`logprob_gap`): noise in A, none in metrics.jsonl."""
+    float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A (not in metrics.jsonl's `kl`)."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -822,7 +821,8 @@ def report_step(bar, row: dict, clock, cfg: Config):
     """The console line of a step, and a warning where something looks wrong."""
     bar.set_postfix_str(f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f} entropy "
                         f"{row['entropy']:.3f} kl {row['kl']:.2f} overlong {row['overlong']:.2f} repeat "
-                        f"{row['repetition']:.2f} flat {row['flat_groups']:.2f} {clock.speed(row)}")  # fmt: skip
+                        f"{row['repetition']:.2f} flat {row['flat_groups']:.2f} ungraded {row['ungraded']:.2f} gap "
+                        f"{row['logprob_gap']:.0e} {clock.speed(row)}")  # fmt: skip
     say = f"step {row['step']}:"
     if row["overlong"] > 0.5:
         print0(say, f"{row['overlong']:.0%} of the responses reached --max-new and teach only brevity; raise it")
@@ -920,11 +920,12 @@ def thought_length(ids: list[int], tokenizer) -> int | None:
 def cut_thoughts(engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None) -> list[Rollout]:
     """The responses had their thoughts been cut after `budget` tokens (section 3); `lengths`: their `thought_length`s.
     A thought that ended within the budget keeps its own answer. Another is cut and closed with `answer_prefix`, and
-    `engine` (the policy, or another model) writes the answer. NOT IN PAPER: the prefix; a greedy and short answer."""
+    `engine` (the policy, or another model) writes the answer. NOT IN PAPER: the first; the prefix; greedy and short."""
     prefix = tokenizer(cfg.answer_prefix.replace("\\n", "\n"), add_special_tokens=False).input_ids
     lengths = lengths or [thought_length(r.ids, tokenizer) for r in rollouts]
-    late = [i for i, (r, n) in enumerate(zip(rollouts, lengths))  # no end: late, unless all is finished in time
-            if (len(r.ids) > budget or not r.finished if n is None else n > budget)]  # fmt: skip
+    # no </think>: all of a finished response is thought, and an unfinished one has none that ended
+    thoughts = [n or (len(r.ids) if r.finished else math.inf) for r, n in zip(rollouts, lengths)]
+    late = [i for i, n in enumerate(thoughts) if n > budget]
     prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in late]
     answers = engine.generate(prompts, [[0]] * len(prompts), [0] * len(prompts), cfg.answer_tokens, temperature=0.0)
     result = list(rollouts)
@@ -982,7 +983,7 @@ def run_eval(cfg: Config):
     names = [" ".join([*Path(p).parts[-2:-1], Path(p).name.removeprefix("checkpoint-")]) for p in folders]
     names = names if len(set(names)) == len(names) else folders
     tests, folder, results, engine = test_sets(cfg), base / "eval", [], None
-    other, other_tokenizer = load_policy(latest(cfg.answer_model), cfg) if cfg.answer_model else (None, None)
+    other, other_tokenizer = load_whole(latest(cfg.answer_model), cfg) if cfg.answer_model else (None, None)
     for path, name in zip(folders, names):
         whole = policy = None  # one checkpoint in memory at a time
         if isinstance(engine, TorchEngine) and world() == 1:
@@ -992,14 +993,17 @@ def run_eval(cfg: Config):
         whole, tokenizer = load_whole(path, cfg)
         encoded = [encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests]  # misuse shows before writing
         policy = shard(whole, tokenizer, cfg)
-        if other and other_tokenizer.get_vocab() != tokenizer.get_vocab():
+        if other_tokenizer and other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise Misuse(f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}; ids are passed on")
         if engine is None:
             lock = on_rank0(locked_folder, folder)  # held until the stage ends
             engine = answerer = make_engine(path, policy, tokenizer, cfg)
-            if other:
-                answerer = make_engine(latest(cfg.answer_model), other, tokenizer, cfg)
+            if other_tokenizer:  # vLLM's groups of ranks are those of its first engine; this one takes the memory left
+                options = dict(vllm_tp=engine.ranks, vllm_memory=cfg.vllm_memory / 2, answer_model="")
+                other, second = shard(other, tokenizer, cfg), dataclasses.replace(cfg, **options)
+                answerer = make_engine(latest(cfg.answer_model), other, tokenizer, second)
                 answerer.load(other)
+                other = None
         engine.tokenizer = tokenizer
         if engine.load(policy):
             check_push(engine, policy, encoded[0][1][0], cfg)
@@ -1030,15 +1034,15 @@ def finish_stage(folder, steps: int, policy, engine, tests, test_prompts, cfg: C
         if rank() == 0:
             some = records[:: max(1, len(records) // 8)]
             append_rows(folder.path / "samples.jsonl", [dict(step=steps - 1, kind="held-out", **r) for r in some])
-    usual = dataclasses.asdict(Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset)))  # need no flag
+    usual = dataclasses.asdict(Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset)))  # without flags
     data = cfg.data if folder.has_answers or not cfg.data else "PROBLEMS.jsonl"
     mine = dataclasses.asdict(dataclasses.replace(cfg, name=folder.path.parent.name, data=data))
     own = (*" ".join(STAGE_FIELDS.values()).split(), "stage", "model", "resume_from")  # of this stage alone
-    flags = [(k.replace("_", "-"), shlex.quote(str(v))) for k, v in mine.items() if k not in own and v != usual[k]]
+    flags = {k.replace("_", "-"): shlex.quote(str(v)) for k, v in mine.items() if k not in own and v != usual[k]}
     nodes, ranks = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     where = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" * (nodes not in (None, "1"))
     where += f" --nproc-per-node {ranks}" * (world() > 1)
-    print0(f"next: torchrun{where} t1.py --stage {next_stage}", *(f"--{name} {value}" for name, value in flags))
+    print0(f"next: torchrun{where} t1.py --stage {next_stage}", *(f"--{k} {v}" for k, v in flags.items()))
 
 # ---------------------------------------------------------------------------------------- machinery: the vLLM engine
 class VLLMEngine:
@@ -1104,7 +1108,7 @@ class VLLMEngine:
 
     def generate(self, prompts, samples, seeds, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
         """As TorchEngine.generate; the ranks that share the engine must call it together, with the same prompts."""
-        rollouts, answers = [], []
+        answers = []
         options = dict(temperature=temperature, min_p=min_p, max_tokens=max_new, stop_token_ids=self.end_ids)
         options |= dict(logprobs=0, flat_logprobs=True, detokenize=False)
         with self.failing("failed"):
@@ -1112,11 +1116,9 @@ class VLLMEngine:
                 torch.manual_seed(seeds[0] + samples[0][0])
                 params = [self.sampling_params(n=len(js), **options) for js in samples]
                 answers = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        for a in answers:
-            for o in sorted(a.outputs, key=lambda o: o.index):
-                ids, logprobs = list(o.token_ids), list(o.logprobs.logprobs)
-                rollouts.append(Rollout(list(a.prompt_token_ids), ids, logprobs, o.finish_reason == "stop"))
-        return rollouts
+        outputs = [(list(a.prompt_token_ids), o) for a in answers for o in sorted(a.outputs, key=lambda o: o.index)]
+        return [Rollout(prompt, list(o.token_ids), list(o.logprobs.logprobs), finished=o.finish_reason == "stop")
+                for prompt, o in outputs]  # fmt: skip
 
 def uses_vllm(cfg: Config) -> bool:
     auto = cfg.engine == "auto" and device_of(cfg).type == "cuda" and importlib.util.find_spec("vllm") is not None
@@ -1421,7 +1423,7 @@ def latest(folder: str) -> str:
     return folder and (newest(Path(folder)) or folder)
 
 def drop_trainer_state(checkpoint_folder: Path):
-    """Keep a checkpoint's weights, a ninth of it in RL: it can be evaluated and trained from, not resumed."""
+    """Keep a checkpoint's weights: it can be evaluated and trained from, not resumed."""
     sizes = read_json(checkpoint_folder / "complete.json").items()
     write_json(checkpoint_folder / "complete.json", {k: size for k, size in sizes if not k.startswith("trainer/")})
     shutil.rmtree(checkpoint_folder / "trainer", ignore_errors=True)
@@ -1707,7 +1709,7 @@ class Clock:
 
 class Interrupt:
     """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the current step, in
-    RL after its current phase. A second one within 10 s is ignored (launchers often send two); one after 10 s kills."""
+    RL also after rollout and anchor. A second one within 10 s is ignored (launchers send two), a later one kills."""
     name, at = "", math.inf
 
     def __enter__(self):
@@ -1798,6 +1800,7 @@ STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
 MAY_BE_ZERO = set("probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
                   " ema_decay entropy_coef weight_decay eval_temperature eval_samples vllm_tp vllm_memory".split())
 RESUMES = "the same command resumes from the last checkpoint"
+KEPT = {"prompt_template", "system", "max_prompt", "max_new", "dtype"}  # the next stages of a run keep these, too
 
 class Parser(transformers.HfArgumentParser):
     def error(self, message):
@@ -1806,19 +1809,29 @@ class Parser(transformers.HfArgumentParser):
         hint = f"did you mean {close[0]}?" if close else "is --stage missing? python t1.py --help lists every field"
         raise Misuse(f"{message}; {hint}")
 
+def settings_before(args) -> dict:
+    """The settings of the stage that made the model which this one takes, from its config.json; {} if no stage did."""
+    given, run = (args.checkpoint or args.model).split(",")[0], Path(args.out) / (args.name or args.preset or "tiny")
+    made = Path(given).parent if Path(given).name.startswith("checkpoint-") else Path(given)
+    for path in (folder / "config.json" for folder in ([made] if given else [run / "rl", run / "sft"])):
+        settings = read_json(path).get("config") if path.is_file() else None
+        if isinstance(settings, dict) and settings.get("preset") in PRESETS:
+            return settings
+    return {}
+
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Config from the command line: the preset's values, then the options that are given."""
+    """Config from the command line: the preset's values, KEPT of the stage before, then the options that are given."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(Config, prog="t1.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     first = parser.parse_args(argv)
-    for path in (Path(first.out) / first.name / stage / "config.json" for stage in ("sft", "rl")):
-        if not first.preset and first.name and path.exists():  # a run that goes into its next stage keeps its preset
-            first.preset = (read_json(path).get("config") or {}).get("preset", "")
-    own = first.model and (first.data or first.test or first.benchmarks)
-    preset = first.preset if first.preset in PRESETS else "pretrained" if own else "tiny"
+    before = settings_before(first)
+    own = (first.model or first.checkpoint) and (first.data or first.test or first.benchmarks)
+    preset = first.preset or before.get("preset") or ("pretrained" if own else "tiny")
     values = dict(PRESETS[preset])
     if first.stage != "sft":
         values.pop("model", None)  # a preset's model is where SFT starts; the other stages take the run's checkpoints
+    if before.get("preset") == preset:
+        values |= {name: before[name] for name in KEPT.intersection(before)}
     parser.set_defaults(**values)
     cfg = Config(**vars(parser.parse_args(argv)) | dict(preset=preset))
     check_config(cfg)
@@ -1874,9 +1887,9 @@ def main(argv: list[str] | None = None) -> int:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
         quiet()
-        if cfg.preset != "tiny":
-            values = {k: v for k, v in PRESETS[cfg.preset].items() if k != "model" or cfg.stage == "sft"}
-            print0(f"preset {cfg.preset}: {', '.join(f'{k} {v}' for k, v in values.items())}")
+        values, usual = dataclasses.asdict(cfg), dataclasses.asdict(Config())
+        values = ", ".join(f"{k} {v}" for k, v in values.items() if v != usual[k] and k not in ("stage", "preset"))
+        print0(f"preset {cfg.preset}" + f": {values}" * bool(values))
         STAGES[cfg.stage](cfg)
         return 0
     except Stop as e:
