@@ -177,7 +177,7 @@ PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on
 PRESETS = {
     "tiny": {},
     "pretrained": PRETRAINED,
-    "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf", max_new=7168, budgets="1024,2048,4096,7168"),  # context 8,192
+    "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf", max_new=7168, budgets="1024,2048,4096,7040"),  # context 8,192
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
     "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
 }
