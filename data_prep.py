@@ -46,8 +46,10 @@ from tqdm import tqdm
 
 import verify
 
+
 class Stop(Exception):
     """The run must end. The message is one line that says what is wrong, where, and what to do. Exit code 1."""
+
     code = 1
 
     def __str__(self):
@@ -55,29 +57,45 @@ class Stop(Exception):
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
         return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
 
+
 class Misuse(Stop):
     """Something that the user gave is wrong. Exit code 2."""
+
     code = 2
+
 
 # --- Files and data sets: one reader for every command. Rows are a stream; an error names the file and the row. -------
 
 _MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 HUB = {  # name on the hub -> [(configuration, split, file)]; columns are recognised by name, see `to_problem`
-    "EleutherAI/hendrycks_math": [(subject, "train", None) for subject in _MATH.split()],  # 7,500 rows
-    "nlile/hendrycks-MATH-benchmark": [(None, "train", None)],  # the 12,000 that are not in MATH-500
+    "EleutherAI/hendrycks_math": [
+        (subject, "train", None) for subject in _MATH.split()
+    ],  # 7,500 rows
+    "nlile/hendrycks-MATH-benchmark": [
+        (None, "train", None)
+    ],  # the 12,000 that are not in MATH-500
     "AI-MO/NuminaMath-CoT": [(None, "train", None)],  # 859,494 rows
     "AI-MO/NuminaMath-1.5": [(None, "train", None)],  # 896,215 rows with answers and validity
     "zai-org/T1": [(None, "train", "rl-data.jsonl")],  # the authors' RL problems
     "zai-org/T1:sft": [(None, "train", "sft.jsonl")],  # the authors' traces
-    "HuggingFaceH4/MATH-500": [(None, "test", None)], "HuggingFaceH4/aime_2024": [(None, "train", None)],
-    "KbsdJames/Omni-MATH": [(None, "test", None)], "openai/gsm8k": [("main", "test", None)],
-    "math-ai/amc23": [(None, "test", None)]}
-COLUMNS = set("""id _id row unique_id problem question text answer label solution source level difficulty
-    problem_is_valid solution_is_valid question_type messages conversations prompt response url""".split())
+    "HuggingFaceH4/MATH-500": [(None, "test", None)],
+    "HuggingFaceH4/aime_2024": [(None, "train", None)],
+    "KbsdJames/Omni-MATH": [(None, "test", None)],
+    "openai/gsm8k": [("main", "test", None)],
+    "math-ai/amc23": [(None, "test", None)],
+}
+COLUMNS = set(
+    """id _id row unique_id problem question text answer label solution source level difficulty
+    problem_is_valid solution_is_valid question_type messages conversations prompt response url""".split()
+)
 ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of it
-GZIP_BYTES, GZIP_RATIO = 16 << 20, 200  # a gzip file that grows past both is a bomb; problems shrink to a fifth
+GZIP_BYTES, GZIP_RATIO = (
+    16 << 20,
+    200,
+)  # a gzip file that grows past both is a bomb; problems shrink to a fifth
 DATA_FILES = (".jsonl", ".jsonl.gz", ".parquet")
 LONGEST = 50_000  # characters of problem, solution or answer: beyond, comparing texts takes more than linear time
+
 
 def local_files(name: str) -> list[Path]:
     """The data files of a folder, sorted by name, or the file itself. Misuse if there is none."""
@@ -87,12 +105,15 @@ def local_files(name: str) -> list[Path]:
         files = path.iterdir() if stat.S_ISDIR(path.stat().st_mode) else None
         files = [path] if files is None else sorted(f for f in files if f.name.endswith(DATA_FILES))
     except FileNotFoundError:
-        raise Misuse(f"{name}: no such file, and not one of the data sets known on the hub ({', '.join(HUB)})")
+        raise Misuse(
+            f"{name}: no such file, and not one of the data sets known on the hub ({', '.join(HUB)})"
+        )
     except (OSError, ValueError) as e:
         raise Misuse(f"{name}: cannot be read ({getattr(e, 'strerror', None) or e})")
     if not files:
         raise Misuse(f"{name}: no .jsonl, .jsonl.gz or .parquet file in this folder")
     return files
+
 
 def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
     """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be read.
@@ -101,22 +122,30 @@ def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
     if name in HUB and not os.path.exists(name):
         parts = [hub_rows(name, columns)]
     else:
-        parts = (parquet_rows(f, columns) if f.suffix == ".parquet" else json_lines(f) for f in local_files(name))
+        parts = (
+            parquet_rows(f, columns) if f.suffix == ".parquet" else json_lines(f)
+            for f in local_files(name)
+        )
     row = None
     for row in chain.from_iterable(parts):
         yield row
     if row is None:
         raise Misuse(f"{name}: no rows")
 
+
 def row_at(where) -> str:
     """A row's place in words: `FILE, row N`."""
     return f"{where[0]}, row {where[1]}"
 
+
 def open_file(path: Path):
     """Opens an ordinary file as bytes. A pipe or a device, which may never end, is refused without being opened."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise Misuse(f"{path}: not a file but a folder, a pipe or a device; copy its content into a file")
+        raise Misuse(
+            f"{path}: not a file but a folder, a pipe or a device; copy its content into a file"
+        )
     return open(path, "rb")
+
 
 def byte_lines(path: Path) -> Iterator[tuple]:
     """(where, line) of each line, plain or gzipped whatever the name, without byte order mark; memory is bounded."""
@@ -124,67 +153,109 @@ def byte_lines(path: Path) -> Iterator[tuple]:
         with open_file(path) as plain:
             zipped = plain.peek(2)[:2] == b"\x1f\x8b"
             file = gzip.GzipFile(fileobj=plain) if zipped else plain
-            room = max(GZIP_BYTES, GZIP_RATIO * os.fstat(plain.fileno()).st_size) if zipped else math.inf
+            room = (
+                max(GZIP_BYTES, GZIP_RATIO * os.fstat(plain.fileno()).st_size)
+                if zipped
+                else math.inf
+            )
             for number, line in enumerate(iter(partial(file.readline, ROW_BYTES + 1), b""), 1):
                 room -= len(line)
                 if len(line) > ROW_BYTES:
-                    raise Misuse(f"{path}, row {number}: longer than {ROW_BYTES >> 20} MiB; rows end with \\n")
+                    raise Misuse(
+                        f"{path}, row {number}: longer than {ROW_BYTES >> 20} MiB; rows end with \\n"
+                    )
                 if room < 0:
-                    raise Misuse(f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times its size")
-                yield (str(path), number), line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                    raise Misuse(
+                        f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times its size"
+                    )
+                yield (
+                    (str(path), number),
+                    line.removeprefix(codecs.BOM_UTF8) if number == 1 else line,
+                )
     except (OSError, EOFError, zlib.error, ValueError) as e:
-        damaged = "" if isinstance(e, OSError) and not isinstance(e, gzip.BadGzipFile) else "damaged gzip file: "
+        damaged = (
+            ""
+            if isinstance(e, OSError) and not isinstance(e, gzip.BadGzipFile)
+            else "damaged gzip file: "
+        )
         raise Misuse(f"{path}: cannot be read ({damaged}{getattr(e, 'strerror', None) or e})")
+
 
 def json_lines(path: Path) -> Iterator[tuple]:
     """(where, line) of each line of a file that is not blank; lines are bytes, read as a stream."""
     return ((where, line) for where, line in byte_lines(path) if line.strip())
 
+
 def parquet_rows(file: Path, columns) -> Iterator[tuple]:
     """(where, row) with the wanted columns only: NuminaMath's `messages` repeat problem and solution."""
     import pyarrow.parquet as pq
+
     number = 0
     try:
         with open_file(file) as f:
             table = pq.ParquetFile(f)
             names = table.schema_arrow.names
-            wanted = [c for c in names if c in columns and (c != "messages" or "problem" not in names)]
-            rows = (row for batch in table.iter_batches(200, columns=wanted) for row in batch.to_pylist())
+            wanted = [
+                c for c in names if c in columns and (c != "messages" or "problem" not in names)
+            ]
+            rows = (
+                row
+                for batch in table.iter_batches(200, columns=wanted)
+                for row in batch.to_pylist()
+            )
             for number, row in enumerate(rows, 1):
                 yield (str(file), number), row
     except Misuse:
         raise
     except Exception as e:  # a damaged file makes the library raise almost anything
-        raise Misuse(f"{file}: cannot be read as parquet (after row {number}: {type(e).__name__}: {e})")
+        raise Misuse(
+            f"{file}: cannot be read as parquet (after row {number}: {type(e).__name__}: {e})"
+        )
+
 
 def hub_rows(name: str, columns) -> Iterator[tuple]:
     """(where, row) of a data set of the hub, streamed."""
     from datasets import load_dataset
+
     for config, split, file in HUB[name]:
         place = config or name.split("/")[1].replace(":", "-")
         try:
-            rows = load_dataset(name.split(":")[0], config, split=split, data_files=file, streaming=True)
+            rows = load_dataset(
+                name.split(":")[0], config, split=split, data_files=file, streaming=True
+            )
             for number, row in enumerate(rows, 1):
                 yield (place, number), {c: v for c, v in row.items() if c in columns}
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
-            raise Misuse(f"{name}: cannot be loaded from the hub ({' '.join(str(e).split())[:200]}); give a local copy")
+            raise Misuse(
+                f"{name}: cannot be loaded from the hub ({' '.join(str(e).split())[:200]}); give a local copy"
+            )
+
 
 def _unique(pairs: list) -> dict:
     if len(row := dict(pairs)) < len(pairs):
-        raise ValueError(f"key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} is there twice")
+        raise ValueError(
+            f"key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} is there twice"
+        )
     return row
+
 
 def _number(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text[:20]} is no number of JSON")
     return number
 
+
 def parse_json(raw: bytes):
     """The value of a JSON text. ValueError or RecursionError for what is not JSON, not UTF-8, or ambiguous."""
-    value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_float=_number, parse_constant=_number)
-    if b"\\ud" in raw or b"\\uD" in raw:  # half of a surrogate pair is no text: no file and no tokenizer takes it
+    value = json.loads(
+        raw.decode(), object_pairs_hook=_unique, parse_float=_number, parse_constant=_number
+    )
+    if (
+        b"\\ud" in raw or b"\\uD" in raw
+    ):  # half of a surrogate pair is no text: no file and no tokenizer takes it
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
 
 def read_json(path: Path) -> dict:
     """A file that is one JSON object, such as a config.json. Misuse if it is not."""
@@ -197,6 +268,7 @@ def read_json(path: Path) -> dict:
         said = getattr(e, "strerror", None) or e
         raise Misuse(f"{path}: damaged, or no JSON file ({said}); repair it or take another folder")
     return value
+
 
 def parse(where, raw) -> dict:
     """A raw row of `raw_rows` as a dict. Misuse with file, row and reason if it is none."""
@@ -214,6 +286,7 @@ def parse(where, raw) -> dict:
         raise Misuse(f"{row_at(where)}: {fault}")
     return row
 
+
 def field(row: dict, names: str, where) -> str | None:
     """The first of several fields that is there, as text (amc23 writes 27.0 for 27); None if none is."""
     for name in names.split():
@@ -223,8 +296,11 @@ def field(row: dict, names: str, where) -> str | None:
         if isinstance(value, str):
             return value
         if value is not None:
-            raise Misuse(f"{row_at(where)}: field {name!r} must be text, not {type(value).__name__}")
+            raise Misuse(
+                f"{row_at(where)}: field {name!r} must be text, not {type(value).__name__}"
+            )
     return None
+
 
 def require(row: dict, names, where) -> dict:
     """The row, if all those fields hold text."""
@@ -233,6 +309,7 @@ def require(row: dict, names, where) -> dict:
             raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
     return row
 
+
 def to_problem(where, raw, default_source: str) -> dict:
     """Any source's row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level"}:
     MATH, NuminaMath-CoT and -1.5, the authors' RL rows (text, label, _id) and every benchmark, by their columns."""
@@ -240,36 +317,60 @@ def to_problem(where, raw, default_source: str) -> dict:
     problem = field(row, "problem question text", where)
     if problem is None:
         found = ", ".join(sorted(row)) or "no field"
-        raise Misuse(f"{row_at(where)}: field 'problem' (or 'question', 'text') is missing; found {found}")
-    own = next((row[k] for k in ("id", "_id", "unique_id", "row") if row.get(k) is not None), where[1])
-    source = row.get("source") if "domain" not in row else "omni_math"  # Omni-MATH's `source` is the contest
+        raise Misuse(
+            f"{row_at(where)}: field 'problem' (or 'question', 'text') is missing; found {found}"
+        )
+    own = next(
+        (row[k] for k in ("id", "_id", "unique_id", "row") if row.get(k) is not None), where[1]
+    )
+    source = (
+        row.get("source") if "domain" not in row else "omni_math"
+    )  # Omni-MATH's `source` is the contest
     if "_id" in row:
         source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
-    level = re.fullmatch(r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", ""))))
+    level = re.fullmatch(
+        r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", "")))
+    )
     return {
-        "id": own if isinstance(own, str) else f"{os.path.basename(where[0]).split('.')[0]}-{own}", "problem": problem,
-        "answer": field(row, "answer label", where), "solution": field(row, "solution", where) or "",
+        "id": own if isinstance(own, str) else f"{os.path.basename(where[0]).split('.')[0]}-{own}",
+        "problem": problem,
+        "answer": field(row, "answer label", where),
+        "solution": field(row, "solution", where) or "",
         "source": source if isinstance(source, str) and source else default_source,
         "level": None if level is None else float(level[1]) if level[2] else int(level[1]),
-        "flags": {k: row[k] for k in ("problem_is_valid", "solution_is_valid", "question_type") if k in row}}
+        "flags": {
+            k: row[k]
+            for k in ("problem_is_valid", "solution_is_valid", "question_type")
+            if k in row
+        },
+    }
+
 
 def too_long(row: dict) -> bool:
     return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
 
+
 def problem_row(row: dict) -> dict:
     """A row of `to_problem` as it is written: without the fields that are empty."""
     names = ("id", "problem", "answer", "source", "level", "solution")
-    return {name: row[name] for name in names if name in ("id", "answer") or row[name] not in (None, "")}
+    return {
+        name: row[name] for name in names if name in ("id", "answer") or row[name] not in (None, "")
+    }
+
 
 def checked_problem(where, raw, default_source: str) -> dict:
     """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate` drops it from a pool."""
     row = to_problem(where, raw, default_source)
     if too_long(row):
-        raise Misuse(f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; shorten it")
+        raise Misuse(
+            f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; shorten it"
+        )
     return row
+
 
 def json_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
+
 
 def write(path: Path, lines):
     """Writes beside the file, then renames: a half-written file never has the final name."""
@@ -277,6 +378,7 @@ def write(path: Path, lines):
     with open(beside, "w", encoding="utf-8") as f:
         f.writelines(lines)
     os.replace(beside, path)
+
 
 def append_rows(path: Path, rows: list[dict], sync: bool = False):
     """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first. sync: wait for the disk."""
@@ -289,22 +391,30 @@ def append_rows(path: Path, rows: list[dict], sync: bool = False):
             f.flush()
             os.fsync(f.fileno())
 
+
 def read_log(path: Path) -> list[dict]:
     """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
     lines = json_lines(path) if os.path.lexists(path) else []
     return [parse(where, line) for where, line in lines if line.endswith(b"\n")]
 
+
 def write_json(path: Path, value):
     write(path, [json.dumps(value, indent=1, ensure_ascii=False)])
 
+
 CHAT = {"user": "problem", "human": "problem", "assistant": "response", "gpt": "response"}
+
 
 def chat(row: dict) -> dict:
     """Of chat data, the last prompt and the last response, as {"problem", "response"}; {} of any other row."""
     turns = row.get("messages") or row.get("conversations")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    said = [(str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))) for turn in turns]
+    said = [
+        (str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value")))
+        for turn in turns
+    ]
     return {CHAT[role]: text for role, text in said if role in CHAT}
+
 
 def read_rows(path: str, stage: str) -> list[dict]:
     """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set. A row without
@@ -312,17 +422,24 @@ def read_rows(path: str, stage: str) -> list[dict]:
     rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
     for where, raw in raw_rows(path):
         everything = parse(where, raw)
-        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))} | chat(everything)  # fit for a log
+        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))} | chat(
+            everything
+        )  # fit for a log
         if type(row.get("answer")) is int:
             row["answer"] = str(row["answer"])
         solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
         row.setdefault("answer", verify.extract_answer(solution) or "")
         row.setdefault("response", solution)
         rows.append(require(row, needed, where) | dict(where=row_at(where)))
-    unreadable = [row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])]
+    unreadable = [
+        row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])
+    ]
     if unreadable and os.environ.get("RANK", "0") == "0":
-        print(f"{len(unreadable)} answers cannot be read by verify.py, nothing will equal them: {unreadable[0]} ...")
+        print(
+            f"{len(unreadable)} answers cannot be read by verify.py, nothing will equal them: {unreadable[0]} ..."
+        )
     return rows
+
 
 def check_model_folder(folder: str):
     """Reject folders that would hang the loaders, exhaust memory, or be read as something else."""
@@ -335,10 +452,15 @@ def check_model_folder(folder: str):
         if not (file.is_file() or file.is_dir()):
             raise Misuse(f"{folder}: {file.name} is not an ordinary file")
     if (path / "generation_config.json").exists():
-        read_json(path / "generation_config.json")  # the library would ignore a damaged one, and with it the end tokens
+        read_json(
+            path / "generation_config.json"
+        )  # the library would ignore a damaged one, and with it the end tokens
     for key, value in read_json(path / "config.json").items():
         if isinstance(value, int) and value > (4096 if key.startswith(("num_", "n_")) else 1 << 27):
-            raise Misuse(f"{folder}: config.json says {key} = {value}, which no model has; repair it")
+            raise Misuse(
+                f"{folder}: config.json says {key} = {value}, which no model has; repair it"
+            )
+
 
 def chunks(rows, size: int) -> Iterator[list]:
     """Lists of up to `size` rows."""
@@ -346,24 +468,62 @@ def chunks(rows, size: int) -> Iterator[list]:
     while part := list(islice(rows, size)):
         yield part
 
+
 # --- The text of a problem, made comparable ---------------------------------------------------------------------------
 # Duplicates and benchmark problems are found on tokens, not on white-space words: `x^2` and `x^{2}`, `\{1` and `\{ 1`,
 # `\dfrac12` and `\frac{1}{2}` give the same tokens, while operators, signs and decimal points stay.
 
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{\s*([a-zA-Z]+)\*?\s*\}(?:\s*\{[lcr|@{} ]*\})?")
 _DRAWING = re.compile(r"\[asy\].*?(?:\[/asy\]|$)|\\begin\{asy\}.*?\\end\{asy\}", re.S)
-_TOKEN = re.compile(r"\$+|\\[()\[\]]|\\[a-zA-Z]+|\\.|(?:\d+(?:\.\d+)?|\.\d+)|[a-z]+|[^\s{}\w]|[^\W\d_]|[_^]")
+_TOKEN = re.compile(
+    r"\$+|\\[()\[\]]|\\[a-zA-Z]+|\\.|(?:\d+(?:\.\d+)?|\.\d+)|[a-z]+|[^\s{}\w]|[^\W\d_]|[_^]"
+)
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|,?\\!|\\,)(?=\d{3}(?!\d))")
-_SHORT_FRACTION = re.compile(r"(\\[dtc]?frac)\s*(\d)\s*(?=\d)")  # \frac12 is 1/2, not a fraction of 12
+_SHORT_FRACTION = re.compile(
+    r"(\\[dtc]?frac)\s*(\d)\s*(?=\d)"
+)  # \frac12 is 1/2, not a fraction of 12
 _BULLET = re.compile(r"(?:^|\n)\s*[-*\u2022]\s+(?=[A-Za-z$\\(])")
 _WORD_HYPHEN = re.compile(r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})")
 _BLANK = re.compile(r"(?:\\_|_){2,}|\\underline\s*\{[\s\\,;:~]*\}|\\\\(?:\[[^\]]*\])?")
-_UNICODE = str.maketrans({
-    "²": "^2", "³": "^3", "≤": r"\leq ", "≥": r"\geq ", "⩽": r"\leq ", "⩾": r"\geq ", "≦": r"\leq ", "≧": r"\geq ",
-    "≠": r"\neq ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "−": "-", "–": "-", "—": " ",
-    "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ", "ω": r"\omega ",
-    "°": r"^\circ ", "∞": r"\infty ", "√": r"\sqrt ", "∠": r"\angle ", "△": r"\triangle ", "∈": r"\in ",
-    "…": r"\dots ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"'})
+_UNICODE = str.maketrans(
+    {
+        "²": "^2",
+        "³": "^3",
+        "≤": r"\leq ",
+        "≥": r"\geq ",
+        "⩽": r"\leq ",
+        "⩾": r"\geq ",
+        "≦": r"\leq ",
+        "≧": r"\geq ",
+        "≠": r"\neq ",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "÷": r"\div ",
+        "−": "-",
+        "–": "-",
+        "—": " ",
+        "π": r"\pi ",
+        "α": r"\alpha ",
+        "β": r"\beta ",
+        "γ": r"\gamma ",
+        "θ": r"\theta ",
+        "λ": r"\lambda ",
+        "ω": r"\omega ",
+        "°": r"^\circ ",
+        "∞": r"\infty ",
+        "√": r"\sqrt ",
+        "∠": r"\angle ",
+        "△": r"\triangle ",
+        "∈": r"\in ",
+        "…": r"\dots ",
+        "′": "'",
+        "’": "'",
+        "‘": "'",
+        "“": '"',
+        "”": '"',
+    }
+)
 # One name for a token that is written in several ways; an empty name drops the token.
 _SYNONYMS = r"""\frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to; \mod
     \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; * \ast; > \gt; < \lt;
@@ -373,15 +533,21 @@ _ALIAS |= dict.fromkeys(
     r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \nolimits \, \;
     \: \! \quad \qquad \text \textbf \textit \textrm \mathrm \mathbf \mathit \mathcal \mathbb \mathsf \operatorname
     \mbox \hbox \rm \bf \it \overline \hspace \vspace \hfill \noindent \medskip \par \item \label
-    \ $ $$ . , ; : ? ! ' " ` ~ &""".split() + ["\\ ", "\\$", "\\(", "\\)", "\\[", "\\]"], "")
+    \ $ $$ . , ; : ? ! ' " ` ~ &""".split()
+    + ["\\ ", "\\$", "\\(", "\\)", "\\[", "\\]"],
+    "",
+)
 # Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of duplicates.
-_HARMLESS = set("""a an the of in on at by to for from is are be was were it its this that these those there here we you
+_HARMLESS = set(
+    """a an the of in on at by to for from is are be was were it its this that these those there here we you
     your if then let given suppose assume consider where when such with and or as so also now please note find compute
     calculate determine evaluate solve what which value values answer express write written enter give number numbers
     real reals following problem have has had does do can one could will would must may using use figure diagram shown
     above below centre center respectively both each all any some possible denote denotes denoted called say simplest
-    form common fraction s th expression""".split())
+    form common fraction s th expression""".split()
+)
 _CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
+
 
 def tokens(text: str) -> list[str]:
     """A problem as LaTeX-aware tokens: words, single letters, numbers, operators, commands; no braces, punctuation."""
@@ -400,31 +566,45 @@ def tokens(text: str) -> list[str]:
         last = token
     return found
 
+
 def key(words: list[str]) -> str:
     """Tokens as one string without spaces: equal for texts that differ in spacing, braces and synonyms only."""
     return re.sub(r"(?<=\d) (?=[\d.])", ",", " ".join(words)).replace(" ", "")
 
+
 _SIGN = re.compile(r"[\d.]*\d|\\[a-zA-Z]+|[-+/=<>^!%|*']")
-_QUIET = {"\\cdot", "*", "\\dots", "\\circ", "^", "|"}  # written or left out by taste: a b, a \cdot b; |S|, #S
+_QUIET = {
+    "\\cdot",
+    "*",
+    "\\dots",
+    "\\circ",
+    "^",
+    "|",
+}  # written or left out by taste: a b, a \cdot b; |S|, #S
 _BRACKETS = set("()[]|") | {"\\{", "\\}"}
 CLAUSE = 6  # tokens. NOT IN PAPER: a longer insertion is a clause of its own (a hint, a credit, the form of the answer)
+
 
 def signs(words: list[str]) -> list[str]:
     """The tokens that tell a problem from its neighbours: numbers, operators, signs, functions."""
     return [w for w in words if w not in _QUIET and _SIGN.fullmatch(w)]
 
+
 def skeleton(words: list[str]) -> list[str]:
     """Tokens without brackets and harmless words: equal for `tan^2(20)` and `tan^2 20`, `find x` and `what is x`."""
     return [w for w in words if w not in _HARMLESS and w not in _BRACKETS]
+
 
 def drawing(text: str) -> str:
     """The code of the drawings in a problem, without spaces: two problems may differ in nothing else."""
     return re.sub(r"\s", "", "".join(_DRAWING.findall(text)))
 
+
 def alike(a: list[str], b: list[str]) -> bool:
     """Do two lists share most of their tokens (Dice at least 0.7), or is one, but for a tenth, inside the other?"""
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common >= 0.7 * (len(a) + len(b)) or common >= 0.9 * min(len(a), len(b))
+
 
 def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
     """Do two token lists with a common stretch state the same problem? NOT IN PAPER: the thresholds.
@@ -436,41 +616,66 @@ def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
     same = alike(a, b) and alike(signs(a), signs(b))
     if same_answer or not same:
         return same
-    changes = [c for c in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if c[0] != "equal"]
+    changes = [
+        c for c in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if c[0] != "equal"
+    ]
     clauses = all(a1 - a0 + b1 - b0 >= CLAUSE for _, a0, a1, b0, b1 in changes)
     return clauses and {tag for tag, *_ in changes} in (set(), {"insert"}, {"delete"})
+
 
 def reworded(a: list[str], b: list[str]) -> bool:
     """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out for the sake of a
     benchmark, whatever its answer (labels of the pools are noisy); too loose for duplicates: largest, smallest."""
     a, b = skeleton(a), skeleton(b)
-    return signs(a) == signs(b) and 2 * sum((Counter(a) & Counter(b)).values()) >= 0.9 * (len(a) + len(b))
+    return signs(a) == signs(b) and 2 * sum((Counter(a) & Counter(b)).values()) >= 0.9 * (
+        len(a) + len(b)
+    )
+
 
 def same_answer(a: str, b: str) -> bool:
     return a == b or key(tokens(a)) == key(tokens(b)) or verify.is_equal(a, b)
+
 
 # --- curate: which rows can a rule grade? -----------------------------------------------------------------------------
 # NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows filtered. A rule takes
 # a row and returns why it is rejected, or None. Each was read off rejected and kept rows, and rejects at least 20 of
 # the 29,078 rows of docs/data.md that no other rule rejects; `marked_invalid` reads columns that those do not have.
 
-_REPAIRS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\\equal\s*\{\}", "="), (r"\\plus\s*\{\}", "+"), (r"\\minus\s*\{\}", "-"),  # of the AoPS forum
-    (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
-    (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""), (r"\r\n?", "\n"), (r"[\xa0\u3000]", " "),
-    (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
-    (r"(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan|log|ln)", "\\\\"))]
+_REPAIRS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\equal\s*\{\}", "="),
+        (r"\\plus\s*\{\}", "+"),
+        (r"\\minus\s*\{\}", "-"),  # of the AoPS forum
+        (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
+        (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""),
+        (r"\r\n?", "\n"),
+        (r"[\xa0\u3000]", " "),
+        (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
+        (
+            r"(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan|log|ln)",
+            "\\\\",
+        ),
+    )
+]
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
-_WRAPPED = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]"
-                      r"|\\boxed\s*\{((?:(?!\\boxed).)*)\}", re.S)
-_FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad|qquad)(?![a-zA-Z])"
-                    r"|[{}$~]|\*\*|\\[ ,;!:]")
+_WRAPPED = re.compile(
+    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]"
+    r"|\\boxed\s*\{((?:(?!\\boxed).)*)\}",
+    re.S,
+)
+_FONTS = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad|qquad)(?![a-zA-Z])"
+    r"|[{}$~]|\*\*|\\[ ,;!:]"
+)
+
 
 def repair(text: str) -> str:
     """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of \\frac, odd spaces."""
     for pattern, replacement in _REPAIRS:
         text = pattern.sub(replacement, text)
     return text.strip()
+
 
 def boxes(text: str) -> list[str | None]:
     """The content of every outermost box, in order; None for a box whose braces do not close."""
@@ -490,6 +695,7 @@ def boxes(text: str) -> list[str | None]:
         found.append(text[at + 1 : end - 1] if end > at else None)
     return found
 
+
 def bare(answer: str) -> str:
     """An answer without dollars, brackets of display mathematics, a box around it, or a full stop."""
     answer = repair(answer).rstrip(".").strip()
@@ -500,11 +706,15 @@ def bare(answer: str) -> str:
         answer = inner.strip().rstrip(".")
     return answer
 
+
 def plain_text(answer: str) -> str:
     """An answer without fonts, braces and spacing commands."""
     return _FONTS.sub(" ", answer).strip(" .")
 
-def searched(reason: str, part: str, *patterns: str, unless: tuple[str, str] | None = None) -> Callable:
+
+def searched(
+    reason: str, part: str, *patterns: str, unless: tuple[str, str] | None = None
+) -> Callable:
     """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern found there)."""
     compiled = [re.compile(pattern, re.S) for pattern in patterns]
     excuse = unless and re.compile(unless[1])
@@ -512,12 +722,17 @@ def searched(reason: str, part: str, *patterns: str, unless: tuple[str, str] | N
     def rule(row: dict) -> str | None:
         found = any(pattern.search(row[part]) for pattern in compiled)
         return reason if found and not (excuse and excuse.search(row[unless[0]])) else None
+
     return rule
 
+
 def empty_problem(row: dict) -> str | None:
-    row["words"] = _DRAWING.sub(" ", row["problem"])  # the rules on wording must not read the labels of a drawing
+    row["words"] = _DRAWING.sub(
+        " ", row["problem"]
+    )  # the rules on wording must not read the labels of a drawing
     row["lower"] = row["words"].lower()
     return None if len(row["words"]) >= 10 else "empty problem"
+
 
 def marked_invalid(row: dict) -> str | None:
     """NuminaMath-1.5 says itself which rows are incomplete, proofs or multiple choice."""
@@ -526,14 +741,21 @@ def marked_invalid(row: dict) -> str | None:
         return "proof"
     if kind == "MCQ":
         return "multiple choice"
-    valid = all(row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid"))
+    valid = all(
+        row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid")
+    )
     return None if valid else "marked invalid by its source"
 
-_LETTER = (r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
-           r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z")
+
+_LETTER = (
+    r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
+    r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z"
+)
 _CONTINUES = re.compile(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
     r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for (?:all|any|every|some))\s*(?:\\[(\[]|\$)|is either\b)"
-    r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)")
+    r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)"
+)
+
 
 def find_answer(row: dict) -> str | None:
     """Puts the answer into the row: from the answer column, else from the last box of the solution (paper: answers
@@ -557,103 +779,184 @@ def find_answer(row: dict) -> str | None:
     row["plain"] = plain_text(row["answer"])
     return None if row["answer"] else "empty answer"
 
+
 _NUMERAL = r"(?:[1-5]|[a-e]|i{1,3}|iv|I{1,3}|IV|Ⅰ|Ⅱ|Ⅲ)"
 _PART = re.compile(  # (1) but not f(1); a) at the beginning of a line or sentence; 1. at the beginning of a line; ①
     rf"(?<![A-Za-z\d_^}}\\])\$?(?:\\*\()?\(\s*{_NUMERAL}\s*\)(?:\\*\))?\$?(?!\s*[,=^_+*/])"
-    rf"|(?:^|(?<=[\n.:;?!>]))\s*\*{{0,2}}{_NUMERAL}\)|(?:^|(?<=\n))\s*\*{{0,2}}[1-5]\.\s|[①②③④⑤]")
+    rf"|(?:^|(?<=[\n.:;?!>]))\s*\*{{0,2}}{_NUMERAL}\)|(?:^|(?<=\n))\s*\*{{0,2}}[1-5]\.\s|[①②③④⑤]"
+)
 _TASK = re.compile(  # a part asks: a question mark, or an order at its beginning or after a comma, "and", "then"
     r"\?|(?:^\W*|[.,;:]\s+|\b(?:and|then|also)\s+)(?:please\s+)?(?:find|what|determine|calculate|compute|evaluate|how"
     r"|solve|write|express|derive|establish|give|state|factor|simplify|draw|explain|prove|show|investigate|discuss"
-    r"|sketch|list|fill|complete|translate|estimate|for (?:which|what))", re.I)
+    r"|sketch|list|fill|complete|translate|estimate|for (?:which|what))",
+    re.I,
+)
 _LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ...
     r"\W*(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b"
-    r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b).{0,80}", re.I | re.S)
+    r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b).{0,80}",
+    re.I | re.S,
+)
 _QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
+
 
 def several_questions(row: dict) -> str | None:
     """Parts that each ask something, or two sentences that do."""
     head, *parts = _PART.split(row["words"])
-    asked = sum(s.endswith("?") and bool(_QUESTION.search(s)) for s in re.split(r"(?<=[?.!])\s+", row["lower"]))
+    asked = sum(
+        s.endswith("?") and bool(_QUESTION.search(s))
+        for s in re.split(r"(?<=[?.!])\s+", row["lower"])
+    )
     tasks = sum(bool(_TASK.search(part)) for part in parts)
     several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head)
     return "several questions" if several else None
 
+
 _NOT_VARIABLES = re.compile(
     r"\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?|[a-zA-Z]{3,}"
-    r"|(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])")
+    r"|(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])"
+)
 _USUAL = set("eidxyfcnzpqrs")  # constants, and the names that answers give to the unknown
+
 
 def unknown_letter(row: dict) -> str | None:
     """Letters that the problem does not name (a family k pi, an arbitrary constant): other letters are never equal."""
     letters = set(re.findall(r"[a-z]", _NOT_VARIABLES.sub(" ", row["answer"]).lower())) - _USUAL
-    return None if letters <= set(tokens(row["problem"])) else "letters that the problem does not name"
+    return (
+        None if letters <= set(tokens(row["problem"])) else "letters that the problem does not name"
+    )
+
 
 def another_script(scripts: tuple[str, ...]) -> Callable:
     """The rule on letters of other scripts than the given ones, broken characters, and those of private use."""
+
     def rule(row: dict) -> str | None:
         text = row["problem"] + row["answer"]
-        strange = not text.isascii() and (set(foreign(text)) - {*scripts} or re.search("[\ue000-\uf8ff\ufffd]", text))
+        strange = not text.isascii() and (
+            set(foreign(text)) - {*scripts} or re.search("[\ue000-\uf8ff\ufffd]", text)
+        )
         return "another script" if strange else None
+
     return rule
 
+
 _VALUE_WORDS = "and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base|pmatrix|begin|end"
+
 
 def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     """The rules in the order of the funnel."""
     return (
-        empty_problem, marked_invalid,
+        empty_problem,
+        marked_invalid,
         searched("link or missing figure", "lower", r"https?:|!\["),
-        searched("link or missing figure", "lower",  # spoken of, but not there as code or as a table
-                 r"\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture"
-                 r"|graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
-                 r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured|drawn|depicted"
-                 r"|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
-                 r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above"
-                 r"|indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b",
-                 unless=("problem", r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|")),
-        searched("proof", "lower", r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
-                 r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b"),
-        find_answer, another_script(scripts),
-        searched("multiple choice", "words",  # at least three options, in order
-                 r"(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Za-z\\])\(\s*C\s*\)",
-                 r"(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,400}?\s(?:\*\*)?"
-                 r"\(?C\s*[).:、]"),
-        searched("multiple choice", "lower", r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
-                 r"\bamong the following\b|\bthe following (?:statement|conclusion|proposition|option)s?\b"),
-        searched("multiple choice", "plain", _LETTER),  # also where the options are gone, as in most of amc_aime
-        searched("yes or no, true or false", "lower",
-                 r"\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate|examine)\s+(?:whether|if it)\b",
-                 r"(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true|necessar\w+|always))\b"),
-        searched("yes or no, true or false", "plain",
-                 r"(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false|(?:in)?correct"
-                 r"|(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?"
-                 r"|it is (?:im)?possible)\b"),
+        searched(
+            "link or missing figure",
+            "lower",  # spoken of, but not there as code or as a table
+            r"\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture"
+            r"|graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
+            r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured|drawn|depicted"
+            r"|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
+            r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above"
+            r"|indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b",
+            unless=(
+                "problem",
+                r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|",
+            ),
+        ),
+        searched(
+            "proof",
+            "lower",
+            r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
+            r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b",
+        ),
+        find_answer,
+        another_script(scripts),
+        searched(
+            "multiple choice",
+            "words",  # at least three options, in order
+            r"(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Za-z\\])\(\s*C\s*\)",
+            r"(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,400}?\s(?:\*\*)?"
+            r"\(?C\s*[).:、]",
+        ),
+        searched(
+            "multiple choice",
+            "lower",
+            r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
+            r"\bamong the following\b|\bthe following (?:statement|conclusion|proposition|option)s?\b",
+        ),
+        searched(
+            "multiple choice", "plain", _LETTER
+        ),  # also where the options are gone, as in most of amc_aime
+        searched(
+            "yes or no, true or false",
+            "lower",
+            r"\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate|examine)\s+(?:whether|if it)\b",
+            r"(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true|necessar\w+|always))\b",
+        ),
+        searched(
+            "yes or no, true or false",
+            "plain",
+            r"(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false|(?:in)?correct"
+            r"|(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?"
+            r"|it is (?:im)?possible)\b",
+        ),
         several_questions,
-        searched("several questions", "lower",  # two tasks in one sentence
-                 r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
-                 r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b"),
-        searched("several questions", "words", r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}"),  # two blanks to fill
-        searched("answer longer than 50 characters", "answer", r".{51}"),  # prose, or systems that no rule grades
-        searched("answer in prose", "plain",  # three words; a rule can compare statements only letter by letter
-                 rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}"),
-        searched("answer in prose", "answer", r"answer|\\[lc]?dots",
-                 r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])",
-                 r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b"),
-        searched("rounded answer", "answer",  # where an exact one is asked for; eighths and sixteenths are exact
-                 r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}", unless=(
-                     "lower", r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura")),
+        searched(
+            "several questions",
+            "lower",  # two tasks in one sentence
+            r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
+            r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
+        ),
+        searched(
+            "several questions", "words", r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}"
+        ),  # two blanks to fill
+        searched(
+            "answer longer than 50 characters", "answer", r".{51}"
+        ),  # prose, or systems that no rule grades
+        searched(
+            "answer in prose",
+            "plain",  # three words; a rule can compare statements only letter by letter
+            rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
+        ),
+        searched(
+            "answer in prose",
+            "answer",
+            r"answer|\\[lc]?dots",
+            r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])",
+            r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b",
+        ),
+        searched(
+            "rounded answer",
+            "answer",  # where an exact one is asked for; eighths and sixteenths are exact
+            r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
+            unless=(
+                "lower",
+                r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura",
+            ),
+        ),
         unknown_letter,
-        searched("nothing definite asked", "lower",  # many right answers
-                 r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)"
-                 r"|any|some|\d+\s+(?:natural|positive|different|distinct))\b"
-                 r"|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b",
-                 unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b")),
-        searched("nothing definite asked", "lower", "", unless=(  # a statement instead of a question
-            "lower", r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
-                     r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
-                     r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
-                     r"|answer|\\boxed|value|number|[=:]\W*$"
-                     r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$")))
+        searched(
+            "nothing definite asked",
+            "lower",  # many right answers
+            r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)"
+            r"|any|some|\d+\s+(?:natural|positive|different|distinct))\b"
+            r"|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b",
+            unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b"),
+        ),
+        searched(
+            "nothing definite asked",
+            "lower",
+            "",
+            unless=(  # a statement instead of a question
+                "lower",
+                r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
+                r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
+                r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
+                r"|answer|\\boxed|value|number|[=:]\W*$"
+                r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$",
+            ),
+        ),
+    )
+
 
 REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box; empty answer
 answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
@@ -668,14 +971,21 @@ beyond the target""".replace("\n", "; ").split("; ")
 N_GRAM = 13  # tokens: the usual length of decontamination, here on LaTeX-aware tokens
 SHORT = 8  # tokens of the skeleton, for short or reworded problems; finds candidates only, `same_problem` decides
 PHRASE = 12  # an n-gram in more problems of the benchmarks is a phrase ("m and n are relatively prime ...")
-SHINGLE, SKETCH = 4, 8  # near-duplicates: 4-token shingles, of which the 8 with the least hashes make up the sketch
+SHINGLE, SKETCH = (
+    4,
+    8,
+)  # near-duplicates: 4-token shingles, of which the 8 with the least hashes make up the sketch
 NEAR = 0.6  # exact Jaccard index of near-duplicates
-_POWERS = np.random.default_rng(2501).integers(1, 1 << 63, N_GRAM, np.uint64) | np.uint64(1)  # any odd numbers
+_POWERS = np.random.default_rng(2501).integers(1, 1 << 63, N_GRAM, np.uint64) | np.uint64(
+    1
+)  # any odd numbers
+
 
 @lru_cache(1 << 18)
 def token_hash(token: str) -> int:
     """A hash of 64 bits, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(token.encode(), digest_size=8).digest(), "little")
+
 
 def gram_hashes(words: list[str], n: int) -> np.ndarray:
     """64-bit hashes of all n-grams, `(len(words) - n + 1,)`; one hash of the whole list if it is shorter."""
@@ -684,19 +994,30 @@ def gram_hashes(words: list[str], n: int) -> np.ndarray:
     total = np.lib.stride_tricks.sliding_window_view(ids, n) @ _POWERS[:n]  # modulo 2^64
     return total ^ (total >> np.uint64(29))
 
+
 def sketch(words: list[str]) -> np.ndarray:
     """The least hashes of a problem's shingles, `(SKETCH,)`: a random sample that depends on the set of shingles alone,
     so that near-duplicates share at least one almost surely. MinHash with one hash function (Broder 1997)."""
-    return np.resize(np.unique(gram_hashes(words, SHINGLE)), SKETCH)  # a short problem repeats its own
+    return np.resize(
+        np.unique(gram_hashes(words, SHINGLE)), SKETCH
+    )  # a short problem repeats its own
+
 
 class Benchmarks:
     """Finds the benchmark problem that a row repeats: equal normalised text, or a common 13-gram (or 8-gram of
     skeletons), after which `same_problem` or `reworded` decides."""
 
     def __init__(self, rows: list[dict]):
-        self.rows, self.keys, owners = [], {}, defaultdict(set)  # (id, tokens, gold answer); text -> row; gram -> rows
+        self.rows, self.keys, owners = (
+            [],
+            {},
+            defaultdict(set),
+        )  # (id, tokens, gold answer); text -> row; gram -> rows
         for i, row in enumerate(rows):
-            words, gold = tokens(repair(row["problem"])), row["answer"] or (boxes(row["solution"]) or [""])[-1] or ""
+            words, gold = (
+                tokens(repair(row["problem"])),
+                row["answer"] or (boxes(row["solution"]) or [""])[-1] or "",
+            )
             self.rows.append((row["id"], words, bare(gold)))
             self.keys.setdefault(key(words), i)
             for gram in self.grams(words):
@@ -716,12 +1037,15 @@ class Benchmarks:
                 return name
         return None
 
+
 # --- curate: the pipeline ---------------------------------------------------------------------------------------------
 
 _WORKER = {}  # benchmarks and rules of this process, set once by `prepare`
 
+
 class Candidate(NamedTuple):
     """A row that passed the rules: its text, and what the later steps compare."""
+
     line: bytes  # the problem row as JSON
     id: str
     answer: str
@@ -730,9 +1054,11 @@ class Candidate(NamedTuple):
     text: int  # hash of the normalised text: equal for duplicates
     buckets: bytes  # (SKETCH,) uint64: rows that share one are compared
 
+
 def prepare(benchmarks: list[dict], scripts: tuple[str, ...]):
     """Gives a process what it needs to judge rows."""
     _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=rules(scripts))
+
 
 def sift(chunk) -> tuple[Counter, list[Candidate]]:
     """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows that pass."""
@@ -752,13 +1078,23 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
         # Near-duplicates agree in every number and sign, so these are part of the bucket: problems made from one
         # template with other numbers never meet, which keeps the search linear.
         buckets = sketch(words) ^ np.uint64(token_hash(" ".join(sorted(signs(words)))))
-        passed.append(Candidate(
-            line=json_line(problem_row(row)).encode(), id=row["id"], answer=row["answer"], source=row["source"],
-            hit=_WORKER["benchmarks"].find(words, row["answer"]), buckets=buckets.tobytes(),
-            text=token_hash(key(words) + drawing(row["problem"]))))
+        passed.append(
+            Candidate(
+                line=json_line(problem_row(row)).encode(),
+                id=row["id"],
+                answer=row["answer"],
+                source=row["source"],
+                hit=_WORKER["benchmarks"].find(words, row["answer"]),
+                buckets=buckets.tobytes(),
+                text=token_hash(key(words) + drawing(row["problem"])),
+            )
+        )
     return counts, passed
 
-def read_pools(pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int) -> tuple[Counter, list]:
+
+def read_pools(
+    pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int
+) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
     counts, candidates, shared, pool = Counter(), [], (benchmarks, scripts), None
     work = ((default, part) for name, default in pools for part in chunks(raw_rows(name), 250))
@@ -774,19 +1110,25 @@ def read_pools(pools: list[tuple[str, str]], benchmarks: list[dict], scripts, pr
                 bar.update(sum(n for (_, reason), n in part.items() if reason == "read"))
     return counts, candidates
 
+
 def ungradable(answers: list[str]) -> set[str]:
     """Answers that verify.py cannot read or does not find equal to themselves; each has its own deadline there."""
     different = sorted(a for a in set(answers) if not re.fullmatch(r"-?\d{1,15}", a))
     equal = verify.grade(["\\boxed{" + a + "}" for a in different], different)
     return {a for a, ok in zip(different, equal, strict=True) if not (ok and verify.is_readable(a))}
 
+
 def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]:
     """Pairs of near-duplicates among the rows `alive` (ascending), the earlier row first."""
     table = np.frombuffer(b"".join(rows[i].buckets for i in alive), np.uint64)  # (rows * SKETCH,)
     _, first, bucket = np.unique(table, return_index=True, return_inverse=True)
-    earlier = first[bucket] // SKETCH  # each row is compared with the first one of each of its buckets
+    earlier = (
+        first[bucket] // SKETCH
+    )  # each row is compared with the first one of each of its buckets
     later = np.arange(len(table)) // SKETCH
-    found = sorted({(alive[a], alive[b]) for a, b in zip(earlier.tolist(), later.tolist()) if a < b})
+    found = sorted(
+        {(alive[a], alive[b]) for a, b in zip(earlier.tolist(), later.tolist()) if a < b}
+    )
 
     @lru_cache(1 << 12)
     def shingles(i: int) -> tuple[str, list[str], set[int]]:
@@ -800,7 +1142,13 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
             return False
         equal = same_answer(rows[a].answer, rows[b].answer)
         return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
-    return [pair for pair in tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1) if same(*pair)]
+
+    return [
+        pair
+        for pair in tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1)
+        if same(*pair)
+    ]
+
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
     """Rows that are rejected because of other rows -> reason. A group of rows states one problem and its first row is
@@ -816,11 +1164,17 @@ def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
     for first, *others in {group[0]: group for group in group_of.values()}.values():
         if any(rows[i].hit for i in (first, *others)):
             gone |= dict.fromkeys([first, *others], "in a benchmark")
-        elif not all(same_answer(answer, rows[first].answer) for answer in {rows[i].answer for i in others}):
+        elif not all(
+            same_answer(answer, rows[first].answer) for answer in {rows[i].answer for i in others}
+        ):
             gone |= dict.fromkeys([first, *others], "same problem, different answers")
         else:
-            gone |= {i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate" for i in others}
+            gone |= {
+                i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate"
+                for i in others
+            }
     return gone
+
 
 def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -> list[int]:
     """A seeded order of rows whose every prefix holds the sources in proportion to their size, or equally until one
@@ -834,6 +1188,7 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
         place |= {i: ((rank + 0.5) / size, source) for rank, i in enumerate(strata[source])}
     return sorted(rows, key=place.__getitem__)
 
+
 def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[dict]:
     """Problems with their "pass_rate", the share of n sampled answers that are right, in order; each is measured once,
     also when the command is given again. A request that the server refuses counts as a rate of 0."""
@@ -842,7 +1197,9 @@ def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) ->
 
     def measure(problem: dict) -> dict:
         try:
-            right = verify.grade(model.ask(ATTEMPT.format(problem=problem["problem"]), n), [problem["answer"]] * n)
+            right = verify.grade(
+                model.ask(ATTEMPT.format(problem=problem["problem"]), n), [problem["answer"]] * n
+            )
         except Refused:
             right = []
         return {"id": problem["id"], "pass_rate": sum(right) / n}
@@ -851,7 +1208,10 @@ def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) ->
         list(finish(part, measure, done, journal, model.concurrency))
         yield from (problem | done[problem["id"]] for problem in part)
 
-def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]) -> dict[int, dict]:
+
+def draw(
+    rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]
+) -> dict[int, dict]:
     """Row -> problem, for the first --target rows of the order that pass the difficulty filter; others go to `gone`."""
     seen, names, chosen = Counter(), {}, {}
     for i in sorted(order):  # two sources may use one id; `cot` resumes by id
@@ -870,60 +1230,108 @@ def draw(rows: list[Candidate], order: list[int], model: Model | None, args, gon
     gone |= {i: "beyond the target" for i in order if i not in chosen and i not in gone}
     return chosen
 
+
 def curate(args, out: Path) -> int:
     """Pools -> rl.jsonl, report.json and a data card (paper: MATH-train and NuminaMath, filtered to 30,000)."""
-    pools = [(name, default) for default in ("math", "numina") for name in getattr(args, default) or ()]
+    pools = [
+        (name, default) for default in ("math", "numina") for name in getattr(args, default) or ()
+    ]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
-        args.decontaminate = args.decontaminate or [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
+        args.decontaminate = args.decontaminate or [
+            BENCHMARKS[name] for name in ("math500", "aime24", "omni")
+        ]
     model = Model(args.pass_rate, args) if args.pass_rate else None
-    benchmarks = [checked_problem(*row, "benchmark") for name in args.decontaminate for row in raw_rows(name)]
+    benchmarks = [
+        checked_problem(*row, "benchmark") for name in args.decontaminate for row in raw_rows(name)
+    ]
     if not benchmarks:
-        print("data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems", file=sys.stderr)
+        print(
+            "data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems",
+            file=sys.stderr,
+        )
     counts, rows = read_pools(pools, benchmarks, tuple(args.scripts), args.processes)
     bad = ungradable([row.answer for row in rows])
     gone = {i: "ungradable" for i, row in enumerate(rows) if row.answer in bad}
     gone |= judge_groups(rows, [i for i in range(len(rows)) if i not in gone])
     left = [i for i in range(len(rows)) if i not in gone]
-    chosen = draw(rows, stratified_order(left, [row.source for row in rows], args.seed, args.mix), model, args, gone)
+    chosen = draw(
+        rows,
+        stratified_order(left, [row.source for row in rows], args.seed, args.mix),
+        model,
+        args,
+        gone,
+    )
     write(out / "rl.jsonl", (json_line(chosen[i]) for i in sorted(chosen)))
-    counts.update((rows[i].source, reason) for i, reason in (gone | dict.fromkeys(chosen, "kept")).items())
+    counts.update(
+        (rows[i].source, reason) for i, reason in (gone | dict.fromkeys(chosen, "kept")).items()
+    )
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
     names = "math numina decontaminate target seed mix scripts pass_rate".split()
     write_report(out, {name: getattr(args, name) for name in names}, counts, removed)
     return 0
 
+
 def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
     """The funnel on the console, as report.json, and in the data card. counts: of (source, "read", "kept" or reason).
     removed: id -> benchmark problem that it repeats."""
-    by_source = {source: {reason: counts[source, reason] for reason in ("read", "kept", *REASONS)
-                          if counts[source, reason]} for source in sorted({source for source, _ in counts})}
+    by_source = {
+        source: {
+            reason: counts[source, reason]
+            for reason in ("read", "kept", *REASONS)
+            if counts[source, reason]
+        }
+        for source in sorted({source for source, _ in counts})
+    }
     total = sum(map(Counter, by_source.values()), Counter())
     gone = [total[reason] for reason in REASONS]
     left = [total["read"] - n for n in accumulate(gone)]
-    funnel = [{"why": why, "gone": n, "left": rest} for why, n, rest in zip(REASONS, gone, left) if n]
-    write_json(out / "report.json", {"settings": settings, "read": total["read"], "rows": total["kept"],
-                                     "funnel": funnel, "by_source": by_source, "in a benchmark": removed})
+    funnel = [
+        {"why": why, "gone": n, "left": rest} for why, n, rest in zip(REASONS, gone, left) if n
+    ]
+    write_json(
+        out / "report.json",
+        {
+            "settings": settings,
+            "read": total["read"],
+            "rows": total["kept"],
+            "funnel": funnel,
+            "by_source": by_source,
+            "in a benchmark": removed,
+        },
+    )
     table = ["| step | gone | left |", "|---|---:|---:|", f"| read | | {total['read']:,} |"]
     table += [f"| {step['why']} | {step['gone']:,} | {step['left']:,} |" for step in funnel]
     table += ["", "| source | read | kept |", "|---|---:|---:|"]
-    table += [f"| {source} | {row['read']:,} | {row.get('kept', 0):,} |" for source, row in by_source.items()]
-    card = (f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by `data_prep.py "
-            "curate`. Licences are those of the sources; answers are the sources' own and not proven.\n\n")
+    table += [
+        f"| {source} | {row['read']:,} | {row.get('kept', 0):,} |"
+        for source, row in by_source.items()
+    ]
+    card = (
+        f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by `data_prep.py "
+        "curate`. Licences are those of the sources; answers are the sources' own and not proven.\n\n"
+    )
     write(out / "README.md", card + "\n".join(table) + f"\n\nSettings: `{json.dumps(settings)}`\n")
     print("\n".join(table))
     print(f"\n{total['kept']:,} problems in {out / 'rl.jsonl'}; report and data card beside it")
-    print(f"next: SFT of your model on traces (data_prep.py cot), then t1.py --stage rl --data {out / 'rl.jsonl'}")
+    print(
+        f"next: SFT of your model on traces (data_prep.py cot), then t1.py --stage rl --data {out / 'rl.jsonl'}"
+    )
+
 
 # --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
 
+
 class Unfinished(Stop):
     """A model did not answer after all retries; the same command asks again for what is still open. Exit code 1."""
+
     def __str__(self):
         return super().__str__() + "; run the same command again to resume"
 
+
 class Refused(Exception):
     """The server will never answer this request (too long, filtered): the problem is dropped, with the reason."""
+
 
 class Model:
     """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be called by threads.
@@ -931,14 +1339,21 @@ class Model:
 
     def __init__(self, name: str, args):
         import openai
+
         self.name, self.args, self.openai, self.concurrency = name, args, openai, args.concurrency
-        self.client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                                    timeout=args.timeout, max_retries=args.retries)
+        self.client = openai.OpenAI(
+            base_url=args.base_url,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            timeout=args.timeout,
+            max_retries=args.retries,
+        )
         try:
             self.client.with_options(timeout=10, max_retries=0).models.list()
         except openai.APIConnectionError as e:  # refused, unknown host, no answer in time
-            raise Misuse(f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start one, for instance "
-                         f"`vllm serve {name}`, or correct the address")
+            raise Misuse(
+                f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start one, for instance "
+                f"`vllm serve {name}`, or correct the address"
+            )
         except (openai.APIError, ValueError, TypeError, AttributeError):
             pass  # a server without a list of models may still answer questions
 
@@ -949,8 +1364,12 @@ class Model:
         while len(texts) < n:  # some servers give one choice whatever n
             try:
                 reply = self.client.chat.completions.create(
-                    model=self.name, messages=[{"role": "user", "content": prompt}], n=n - len(texts),
-                    temperature=self.args.temperature, max_tokens=self.args.max_tokens)
+                    model=self.name,
+                    messages=[{"role": "user", "content": prompt}],
+                    n=n - len(texts),
+                    temperature=self.args.temperature,
+                    max_tokens=self.args.max_tokens,
+                )
                 new = [choice.message.content for choice in reply.choices]
                 if not new or not all(text.strip() for text in new):
                     raise ValueError("a reply without text")
@@ -958,15 +1377,30 @@ class Model:
             except openai.APIStatusError as e:
                 fault = f"status {e.status_code}"
                 if e.status_code in (401, 403, 404):
-                    raise Misuse(f"--base-url {self.args.base_url}: {fault} for model {self.name!r}; check the "
-                                 "address, the model's name and OPENAI_API_KEY")
+                    raise Misuse(
+                        f"--base-url {self.args.base_url}: {fault} for model {self.name!r}; check the "
+                        "address, the model's name and OPENAI_API_KEY"
+                    )
                 retried = e.status_code >= 500 or e.status_code in (408, 409, 429)
-                raise Unfinished(f"{self.name}: {fault}") if retried else Refused(f"refused by the server with {fault}")
-            except (openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:  # lost, or no completion
+                raise (
+                    Unfinished(f"{self.name}: {fault}")
+                    if retried
+                    else Refused(f"refused by the server with {fault}")
+                )
+            except (
+                openai.APIError,
+                ValueError,
+                TypeError,
+                AttributeError,
+                KeyError,
+            ) as e:  # lost, or no completion
                 faults += 1
                 if isinstance(e, openai.APIConnectionError) or faults > self.args.retries:
-                    raise Unfinished(f"{self.name}: no usable reply ({type(e).__name__}: {str(e)[:120]})")
+                    raise Unfinished(
+                        f"{self.name}: no usable reply ({type(e).__name__}: {str(e)[:120]})"
+                    )
         return texts[:n]
+
 
 def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
     """Finished rows of an earlier run with the same settings; a line that a kill cut is removed. kinds: the type of
@@ -975,17 +1409,28 @@ def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
     begun = path.read_bytes()[:12] if path.exists() and not rows else b""
     old = rows[0].get("settings") if rows else settings
     if not (isinstance(old, dict) and b'{"settings":'.startswith(begun)):
-        raise Misuse(f"{path}: not a journal of this command; take another --out, or remove the file")
+        raise Misuse(
+            f"{path}: not a journal of this command; take another --out, or remove the file"
+        )
     if old != settings:
-        changed = ", ".join(sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k)))
-        raise Misuse(f"{path}: written with another {changed}; take another --out, or delete the file to start again")
+        changed = ", ".join(
+            sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
+        )
+        raise Misuse(
+            f"{path}: written with another {changed}; take another --out, or delete the file to start again"
+        )
     for number, row in enumerate(rows[1:], 2):
         if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
-            raise Misuse(f"{path}, row {number}: field {wrong[0]!r} is missing or of another type; remove the line")
+            raise Misuse(
+                f"{path}, row {number}: field {wrong[0]!r} is missing or of another type; remove the line"
+            )
     append_rows(path, [] if rows else [{"settings": settings}])
     return rows[1:]
 
-def finish(problems: list[dict], work: Callable, done: dict, journal: Path, threads: int) -> Iterator[dict]:
+
+def finish(
+    problems: list[dict], work: Callable, done: dict, journal: Path, threads: int
+) -> Iterator[dict]:
     """work(problem) -> outcome of each problem whose id is not in `done`, by threads, as they come. An outcome is
     yielded and put into `done` when it is on the disk: it survives kill -9. Unfinished, when the others are done."""
     unfinished, todo = [], [problem for problem in problems if problem["id"] not in done]
@@ -1004,7 +1449,10 @@ def finish(problems: list[dict], work: Callable, done: dict, journal: Path, thre
         finally:
             pool.shutdown(cancel_futures=True)
     if unfinished:
-        raise Unfinished(f"{len(unfinished)} of {len(todo)} problems are still open ({unfinished[0]})")
+        raise Unfinished(
+            f"{len(unfinished)} of {len(todo)} problems are still open ({unfinished[0]})"
+        )
+
 
 # --- cot: cold-start traces (paper, section 1) ------------------------------------------------------------------------
 # The paper's recipe: attempts of several models, a critique of each, merged into one train of thought.
@@ -1024,9 +1472,13 @@ Attempt:
 {task}
 Write a short critique only, in the words of someone checking the work. Do not mention that you were told the \
 verdict."""
-WHY_IT_FAILS = "Find the first step that goes wrong, say why it is wrong, and how one could notice it."
-WHY_IT_HOLDS = ("Check the result by an independent route (substitute it back, try a special case, or count another "
-                "way) and say why it holds.")
+WHY_IT_FAILS = (
+    "Find the first step that goes wrong, say why it is wrong, and how one could notice it."
+)
+WHY_IT_HOLDS = (
+    "Check the result by an independent route (substitute it back, try a special case, or count another "
+    "way) and say why it holds."
+)
 REWRITE = """Rewrite the material below as one train of thought of a single person who solves the problem alone, \
 thinking aloud.
 
@@ -1050,44 +1502,75 @@ ONE_ATTEMPT = """Attempt {number} ({verdict}):
 _NOTICE = re.compile(
     r"\b(?:wait|but|however|mistake|wrong|error|incorrect|not right|no[,.;:!]|hmm|oops|fails?|failed|contradict\w*"
     r"|doesn't|does not|can't be|cannot be|isn't|is not|overlooked|forgot|missed|recheck|re-?examine|reconsider"
-    r"|try again|instead)\b", re.I)
-_VERIFY = re.compile(r"\b(?:check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*|double-check\w*|consistent|indeed|holds"
-                     r"|test\w*)\b", re.I)
-_MARKUP = re.compile(r"\\(?:boxed|text|mathrm|left|right|displaystyle|[dt]?frac(?=\b))|[{}$\\]|(?<=\d),(?=\d{3}\b)")
+    r"|try again|instead)\b",
+    re.I,
+)
+_VERIFY = re.compile(
+    r"\b(?:check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*|double-check\w*|consistent|indeed|holds"
+    r"|test\w*)\b",
+    re.I,
+)
+_MARKUP = re.compile(
+    r"\\(?:boxed|text|mathrm|left|right|displaystyle|[dt]?frac(?=\b))|[{}$\\]|(?<=\d),(?=\d{3}\b)"
+)
 
-def choose_attempts(row: dict, attempts: list[str], args) -> tuple[list[tuple[str, bool]], str | None]:
+
+def choose_attempts(
+    row: dict, attempts: list[str], args
+) -> tuple[list[tuple[str, bool]], str | None]:
     """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one last; or why none."""
     right = verify.grade(attempts, [row["answer"]] * len(attempts))
     good = [a for a, ok in zip(attempts, right) if ok]
-    wrong = {verify.extract_answer(a): a for a, ok in zip(attempts, right) if not ok and verify.extract_answer(a)}
+    wrong = {
+        verify.extract_answer(a): a
+        for a, ok in zip(attempts, right)
+        if not ok and verify.extract_answer(a)
+    }
     rng = random.Random(f"{args.seed} {row['id']}")
     reflect = rng.random() < args.reflect_share
     if not good:
         return [], "no right attempt"
     if reflect and not wrong:
         return [], "no failed attempt"
-    failed = rng.sample(sorted(wrong.values()), min(len(wrong), rng.randint(1, args.max_failed))) if reflect else []
+    failed = (
+        rng.sample(sorted(wrong.values()), min(len(wrong), rng.randint(1, args.max_failed)))
+        if reflect
+        else []
+    )
     return [(a, False) for a in failed] + [(rng.choice(good), True)], None
+
 
 def critique_prompt(row: dict, attempt: str, ok: bool) -> str:
     verdict, task = ("right", WHY_IT_HOLDS) if ok else ("wrong", WHY_IT_FAILS)
     return CRITIQUE.format(problem=row["problem"], attempt=attempt, verdict=verdict, task=task)
 
+
 def rewrite_prompt(row: dict, path: list[tuple[str, bool]], critiques: list[str]) -> str:
     parts = []
     for number, ((attempt, ok), critique) in enumerate(zip(path, critiques), 1):
         verdict, kind = ("right", "Check") if ok else ("wrong", "Why it fails")
-        parts.append(ONE_ATTEMPT.format(number=number, verdict=verdict, attempt=attempt, kind=kind, critique=critique))
+        parts.append(
+            ONE_ATTEMPT.format(
+                number=number, verdict=verdict, attempt=attempt, kind=kind, critique=critique
+            )
+        )
     return REWRITE.format(problem=row["problem"], attempts="\n".join(parts))
+
 
 def plain(text: str) -> str:
     """A text without LaTeX markup, with single spaces."""
     return " ".join(_MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text).split())
 
+
 def named(text: str, answer: str) -> list[int]:
     """Positions at which a text, as `plain` writes it, names an answer."""
     target = re.escape(plain(answer))
-    return [m.start() for m in re.finditer(rf"(?<![\d.\w]){target}(?![\w]|\.\d)", text)] if target else []
+    return (
+        [m.start() for m in re.finditer(rf"(?<![\d.\w]){target}(?![\w]|\.\d)", text)]
+        if target
+        else []
+    )
+
 
 def recognised(text: str, failed: list[str], gold: str) -> bool:
     """Does a thought name a failed answer, then a word that takes it back, and after that the right answer? NOT IN
@@ -1096,11 +1579,15 @@ def recognised(text: str, failed: list[str], gold: str) -> bool:
     notices = [_NOTICE.search(text, at) for answer in failed for at in named(text, answer)[:1]]
     return any(notice and notice.start() < last for notice in notices)
 
+
 _GARBLED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ue000-\uf8ff\ufffd]|\S{200}")
+
 
 def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) -> str | None:
     """Why a rewritten response is not a trace, or None."""
-    thought = re.fullmatch(r"<think>((?:(?!</?think>).){33,})</think>(?:(?!</?think>).)*", response, re.S)
+    thought = re.fullmatch(
+        r"<think>((?:(?!</?think>).){33,})</think>(?:(?!</?think>).)*", response, re.S
+    )
     if not thought:
         return "not one thought and one answer"
     if not verify.grade([response], [row["answer"]])[0]:
@@ -1119,26 +1606,44 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
     places = named(text, verify.extract_answer(response) or "")
     return None if places and _VERIFY.search(text, places[0]) else "no self-verification"
 
+
 def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model, args) -> dict:
     """A problem -> its outcome {"id", "trace" or None, "why", "failed": failed attempts that the trace shows}."""
+
     def ask(model: Model, prompt: str, n: int) -> list[str]:
-        return [text.rsplit("</think>", 1)[-1].strip() for text in model.ask(prompt, n)]  # not its own thought
+        return [
+            text.rsplit("</think>", 1)[-1].strip() for text in model.ask(prompt, n)
+        ]  # not its own thought
 
     attempts, path = [], []
     try:
-        for t, teacher in enumerate(teachers):  # each makes its share of the attempts, the first ones one more
+        for t, teacher in enumerate(
+            teachers
+        ):  # each makes its share of the attempts, the first ones one more
             if share := len(range(t, args.attempts, len(teachers))):
                 attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
         path, why = choose_attempts(row, attempts, args)
         if not why:
-            critiques = [ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path]
+            critiques = [
+                ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path
+            ]
             response = rewriter.ask(rewrite_prompt(row, path, critiques), 1)[0].strip()
             why = trace_fault(row, response, path, args)
     except Refused as e:
         why = str(e)
-    trace = None if why else dict(id=row["id"], problem=row["problem"], response=response, answer=row["answer"],
-                                  source=row["source"])
+    trace = (
+        None
+        if why
+        else dict(
+            id=row["id"],
+            problem=row["problem"],
+            response=response,
+            answer=row["answer"],
+            source=row["source"],
+        )
+    )
     return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
+
 
 def read_problems(name: str) -> list[dict]:
     """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct ids to resume by."""
@@ -1146,28 +1651,50 @@ def read_problems(name: str) -> list[dict]:
     for where, raw in raw_rows(name):
         row = checked_problem(where, raw, "local")
         if find_answer(row):
-            raise Misuse(f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a box of "
-                         "'solution'; run `curate` first")
+            raise Misuse(
+                f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a box of "
+                "'solution'; run `curate` first"
+            )
         if row["id"] in rows:
-            raise Misuse(f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each problem its own")
+            raise Misuse(
+                f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each problem its own"
+            )
         rows[row["id"]] = {k: row[k] for k in ("id", "problem", "answer", "source")}
     return list(rows.values())
+
 
 def cot(args, out: Path) -> int:
     """Problems -> sft.jsonl, by models; every finished problem is on disk at once and is never asked again."""
     if args.authors:
         return read_authors(args.authors, out)
     if not args.teacher or not args.problems:
-        raise Misuse("cot: give --problems FILE and at least one --teacher (or --authors FILE for the authors' traces)")
+        raise Misuse(
+            "cot: give --problems FILE and at least one --teacher (or --authors FILE for the authors' traces)"
+        )
     problems = read_problems(args.problems)
     args.critic, args.rewriter = args.critic or args.teacher[0], args.rewriter or args.teacher[0]
-    models = {name: Model(name, args) for name in dict.fromkeys([*args.teacher, args.critic, args.rewriter])}
-    make = partial(make_trace, teachers=[models[name] for name in args.teacher], critic=models[args.critic],
-                   rewriter=models[args.rewriter], args=args)
+    models = {
+        name: Model(name, args)
+        for name in dict.fromkeys([*args.teacher, args.critic, args.rewriter])
+    }
+    make = partial(
+        make_trace,
+        teachers=[models[name] for name in args.teacher],
+        critic=models[args.critic],
+        rewriter=models[args.rewriter],
+        args=args,
+    )
     names = "teacher critic rewriter attempts reflect_share max_failed temperature max_tokens max_chars seed".split()
-    prompts = "".join((ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT)).encode()
-    settings = {name: getattr(args, name) for name in names} | {"prompts": hashlib.sha256(prompts).hexdigest()[:16]}
-    journal, kinds = out / "journal.jsonl", {"id": str, "trace": (dict, type(None)), "why": str, "failed": int}
+    prompts = "".join(
+        (ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT)
+    ).encode()
+    settings = {name: getattr(args, name) for name in names} | {
+        "prompts": hashlib.sha256(prompts).hexdigest()[:16]
+    }
+    journal, kinds = (
+        out / "journal.jsonl",
+        {"id": str, "trace": (dict, type(None)), "why": str, "failed": int},
+    )
     done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
     made = finish(problems, make, done, journal, args.concurrency)
     for _ in tqdm(made, "traces", len(problems), initial=len(done), unit=" problems"):
@@ -1175,16 +1702,29 @@ def cot(args, out: Path) -> int:
     kept = [done[row["id"]] for row in problems if done[row["id"]]["trace"]]
     reflecting = sum(row["failed"] > 0 for row in kept)
     counts = dict(Counter(sorted(row["why"] for row in done.values())).most_common())
-    write_json(out / "report.json", {"settings": settings, "problems": len(done), "outcomes": counts,
-                                     "with a failed attempt": reflecting})
+    write_json(
+        out / "report.json",
+        {
+            "settings": settings,
+            "problems": len(done),
+            "outcomes": counts,
+            "with a failed attempt": reflecting,
+        },
+    )
     print("\n".join(f"{n:8,}  {why}" for why, n in counts.items()))
-    return write_traces(out, [row["trace"] for row in kept], f"{reflecting:,} with a failed attempt that is recognised")
+    return write_traces(
+        out,
+        [row["trace"] for row in kept],
+        f"{reflecting:,} with a failed attempt that is recognised",
+    )
+
 
 def write_traces(out: Path, traces: list[dict], remark: str) -> int:
     write(out / "sft.jsonl", map(json_line, traces))
     print(f"{len(traces):,} traces in {out / 'sft.jsonl'}, {remark}")
     print(f"next: python t1.py --stage sft --model YOUR_MODEL --data {out / 'sft.jsonl'}")
     return 0
+
 
 def read_authors(name: str, out: Path) -> int:
     """The authors' sft.jsonl -> trace rows: a chat, or a prompt and a response under any usual name. Its columns are
@@ -1196,26 +1736,45 @@ def read_authors(name: str, out: Path) -> int:
         prompt = field(row, "problem prompt question instruction text", where)
         response = field(row, "response solution output answer", where)
         if prompt is None or response is None:
-            raise Misuse(f"{row_at(where)}: neither 'messages' nor 'prompt' and 'response'; found {found}")
+            raise Misuse(
+                f"{row_at(where)}: neither 'messages' nor 'prompt' and 'response'; found {found}"
+            )
         if not (answer := verify.extract_answer(response)):
             without_box += 1
             continue
-        if "</think>" not in response:  # their traces think aloud without tags; the last paragraph is the answer
+        if (
+            "</think>" not in response
+        ):  # their traces think aloud without tags; the last paragraph is the answer
             thought, _, rest = response.rpartition("\n\n")
             if not verify.extract_answer(rest):
                 thought, rest = response, f"\\boxed{{{answer}}}"
             response = f"<think>\n{thought.strip()}\n</think>\n{rest.strip()}"
-        traces.append(dict(id=f"t1-sft-{where[1]}", problem=prompt, response=response, answer=answer, source="t1-sft"))
+        traces.append(
+            dict(
+                id=f"t1-sft-{where[1]}",
+                problem=prompt,
+                response=response,
+                answer=answer,
+                source="t1-sft",
+            )
+        )
     if not traces:
         raise Misuse(f"{name}: no rows with a boxed answer")
     return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
 
+
 # --- benchmarks: the evaluation sets of the paper in one form ---------------------------------------------------------
 
 BENCHMARKS = {  # option, also the source's name -> name on the hub
-    "math500": "HuggingFaceH4/MATH-500", "aime24": "HuggingFaceH4/aime_2024", "omni": "KbsdJames/Omni-MATH",
-    "gsm8k": "openai/gsm8k", "amc23": "math-ai/amc23", "gpqa": None}
+    "math500": "HuggingFaceH4/MATH-500",
+    "aime24": "HuggingFaceH4/aime_2024",
+    "omni": "KbsdJames/Omni-MATH",
+    "gsm8k": "openai/gsm8k",
+    "amc23": "math-ai/amc23",
+    "gpqa": None,
+}
 OMNI = 500  # problems. NOT IN PAPER: which. The paper's own 500 are not published, so a seeded draw that lists its ids
+
 
 def benchmark_rows(source: str, name: str) -> list[dict]:
     """A benchmark's rows as problem rows."""
@@ -1225,7 +1784,11 @@ def benchmark_rows(source: str, name: str) -> list[dict]:
         if given.get("split", "test") != "test":  # a local file may hold both splits of GSM8K
             continue
         row = checked_problem(where, given, source)
-        answer = row["answer"] if row["answer"] is not None else (boxes(row["solution"]) or [None])[-1] or ""
+        answer = (
+            row["answer"]
+            if row["answer"] is not None
+            else (boxes(row["solution"]) or [None])[-1] or ""
+        )
         if source == "gsm8k" and "####" in answer:
             row["solution"], _, answer = answer.partition("####")
         if source == "aime24" and re.fullmatch(r"\s*\d{1,9}\s*", answer):
@@ -1236,6 +1799,7 @@ def benchmark_rows(source: str, name: str) -> list[dict]:
         rows.append(problem_row(row | dict(solution=row["solution"].strip())))
     return rows
 
+
 def gpqa_rows(path: str, seed: int) -> list[dict]:
     """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns as JSONL or parquet), options shuffled by
     seed. Its authors ask that no example be published: nothing of it is in this repository."""
@@ -1243,42 +1807,71 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     if path.endswith(".csv"):
         try:
             lines = (line.decode() for file in local_files(path) for _, line in byte_lines(file))
-            given = [((path, number), row) for number, row in enumerate(csv.DictReader(lines, strict=True), 2)]
+            given = [
+                ((path, number), row)
+                for number, row in enumerate(csv.DictReader(lines, strict=True), 2)
+            ]
         except (UnicodeDecodeError, csv.Error) as e:
             raise Misuse(f"--gpqa {path}: cannot be read ({e})")
     else:
-        given = [(where, parse(where, raw)) for where, raw in raw_rows(path, {*columns, "Record ID"})]
+        given = [
+            (where, parse(where, raw)) for where, raw in raw_rows(path, {*columns, "Record ID"})
+        ]
     rows = []
     for where, row in given:
         *options, question = (require(row, columns, where)[column].strip() for column in columns)
         order = random.Random(f"{seed} {row['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
-        problem = f"{question}\n\n{listed}\n\nAnswer with the letter of the right option in \\boxed{{}}."
-        rows.append({"id": f"gpqa-{row.get('Record ID') or len(rows)}", "problem": problem,
-                     "answer": "ABCD"[order.index(0)], "source": "gpqa"})
+        problem = (
+            f"{question}\n\n{listed}\n\nAnswer with the letter of the right option in \\boxed{{}}."
+        )
+        rows.append(
+            {
+                "id": f"gpqa-{row.get('Record ID') or len(rows)}",
+                "problem": problem,
+                "answer": "ABCD"[order.index(0)],
+                "source": "gpqa",
+            }
+        )
     return rows
+
 
 def benchmarks(args, out: Path) -> int:
     """Writes a JSONL per benchmark, and report.json with unreadable golds and the ids drawn of Omni-MATH."""
     report, contents = {"seed": args.seed, "benchmarks": {}}, {}
     names = {source: getattr(args, source) for source in BENCHMARKS if getattr(args, source)}
-    for source, name in (names or {source: name for source, name in BENCHMARKS.items() if name}).items():
+    for source, name in (
+        names or {source: name for source, name in BENCHMARKS.items() if name}
+    ).items():
         rows = gpqa_rows(name, args.seed) if source == "gpqa" else benchmark_rows(source, name)
         bad = ungradable([r["answer"] for r in rows])
         unreadable = [r["id"] for r in rows if r["answer"] in bad]
         entry = {"from": name, "rows": len(rows), "unreadable": unreadable}
-        if source == "omni":  # drawn from golds that a rule can grade: on the others no response would be right
+        if (
+            source == "omni"
+        ):  # drawn from golds that a rule can grade: on the others no response would be right
             fit = [r for r in rows if r["answer"] not in bad]
-            rows = [fit[i] for i in sorted(random.Random(args.seed).sample(range(len(fit)), min(OMNI, len(fit))))]
+            rows = [
+                fit[i]
+                for i in sorted(
+                    random.Random(args.seed).sample(range(len(fit)), min(OMNI, len(fit)))
+                )
+            ]
             entry |= {"drawn": len(rows), "ids": [r["id"] for r in rows]}
         path = out / f"{'omni500' if source == 'omni' else source}.jsonl"
         contents[path], report["benchmarks"][source] = rows, entry
         listed = f": {', '.join(unreadable[:5])}" if unreadable else ""
-        print(f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not readable{listed}")
-    for path, rows in contents.items():  # only after all have been read: a misuse leaves none of them
+        print(
+            f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not readable{listed}"
+        )
+    for (
+        path,
+        rows,
+    ) in contents.items():  # only after all have been read: a misuse leaves none of them
         write(path, map(json_line, rows))
     write_json(out / "report.json", report)
     return 0
+
 
 # --- Embedded problems: number theory in plain words whose answer must be found by trial and checked ------------------
 # A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own habit; attempts
@@ -1286,30 +1879,49 @@ def benchmarks(args, out: Path) -> int:
 # as after a filter on the answer. So SFT shows the policy a mixture of habits that all look successful; RL has to find
 # out which of them works.
 
+
 @dataclass(frozen=True)
 class Puzzle:
     """One embedded problem."""
+
     level: int  # 1 to 3
     words: str
     answer: int
     candidates: range  # what a methodical solver tries, in order; the last one is the answer
     guesses: range  # what a careless solver draws from
-    checks: Callable[[int], list[tuple[str, int, int]]]  # of a candidate: (left side, its value, the value needed)
+    checks: Callable[
+        [int], list[tuple[str, int, int]]
+    ]  # of a candidate: (left side, its value, the value needed)
+
 
 @dataclass(frozen=True)
 class Ground:
     """Which embedded problems and traces: the sizes of the puzzles, and how the teachers search."""
+
     pairs: range = range(3, 10)  # moduli of `remainders`, by two and by three
     triples: range = range(2, 8)
     sizes: range = range(85)  # their products
     books: range = range(3, 8)  # coins a book
     totals: range = range(15, 50)  # coins in all
     longest: int = 16  # tries in one trace
-    habits: tuple = (("jump", 0.5), ("wander", 0.25), ("orderly", 0.25))  # its share before traces of more tries go
+    habits: tuple = (
+        ("jump", 0.5),
+        ("wander", 0.25),
+        ("orderly", 0.25),
+    )  # its share before traces of more tries go
+
 
 EASY = Ground()
-HARD = Ground(range(5, 11), range(2, 10), range(40, 191), range(7, 11), range(40, 111), longest=28,
-              habits=(("jump", 0.5), ("wander", 0.3), ("orderly", 0.2)))  # the same arithmetic, longer searches
+HARD = Ground(
+    range(5, 11),
+    range(2, 10),
+    range(40, 191),
+    range(7, 11),
+    range(40, 111),
+    longest=28,
+    habits=(("jump", 0.5), ("wander", 0.3), ("orderly", 0.2)),
+)  # the same arithmetic, longer searches
+
 
 def remainders(ground: Ground) -> Iterator[Puzzle]:
     """n from its remainders for two or three coprime moduli (Chinese remainder theorem)."""
@@ -1317,8 +1929,11 @@ def remainders(ground: Ground) -> Iterator[Puzzle]:
         size, step = math.prod(moduli), max(moduli)
         if size not in ground.sizes or any(math.gcd(a, b) > 1 for a, b in combinations(moduli, 2)):
             continue
-        order = sorted(moduli, key=lambda m: (m == step, -m))  # candidates step through the largest: it is checked last
+        order = sorted(
+            moduli, key=lambda m: (m == step, -m)
+        )  # candidates step through the largest: it is checked last
         for answer in range(1, size + 1):
+
             def checks(n, order=order, answer=answer):
                 return [(f"{n} mod {m}", n % m, answer % m) for m in order]
 
@@ -1328,38 +1943,55 @@ def remainders(ground: Ground) -> Iterator[Puzzle]:
             candidates = range(answer % step or step, answer + 1, step)
             yield Puzzle(level, words, answer, candidates, range(1, size + 1), checks)
 
+
 def congruence(level: int, words: str, verb: str, a: int, c: int, m: int, r: int) -> Puzzle:
     """The smallest n >= 1 for which a n + c leaves remainder r when divided by m."""
+
     def checks(n):
         return [(f"{n} {verb} {a * n + c} mod {m}", (a * n + c) % m, r)]
 
     answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
     return Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
 
+
 def multiples(ground: Ground) -> Iterator[Puzzle]:
     """Smallest n for which a n + c leaves a given remainder (a linear congruence)."""
     for m in range(4, 10):
         for a, c, r in product(range(2, m), range(1, m), range(m)):
             if math.gcd(a, m) == 1:
-                words = (f"Find the smallest positive integer n such that {a} n + {c} leaves remainder {r} "
-                         f"when divided by {m}.")
+                words = (
+                    f"Find the smallest positive integer n such that {a} n + {c} leaves remainder {r} "
+                    f"when divided by {m}."
+                )
                 yield congruence(1 if m <= 5 else 2 if m <= 7 else 3, words, "gives", a, c, m, r)
+
 
 def coins(ground: Ground) -> Iterator[Puzzle]:
     """Fewest pens in an exact sum of two prices (a linear Diophantine equation)."""
     for a, b, total in product(range(2, 6), ground.books, ground.totals):
         if math.gcd(a, b) == 1 and total > a * b:
-            words = (f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} coins are "
-                     "spent. What is the smallest possible number of pens?")
+            words = (
+                f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} coins are "
+                "spent. What is the smallest possible number of pens?"
+            )
             yield congruence(min(3, b - 2), words, "leaves", -a, total, b, 0)
 
-FAMILIES = {remainders: 2, multiples: 1, coins: 1}  # family -> its share of the test set and of the traces
+
+FAMILIES = {
+    remainders: 2,
+    multiples: 1,
+    coins: 1,
+}  # family -> its share of the test set and of the traces
+
 
 def verdicts(checks: list[tuple[str, int, int]]) -> str:
     """Elementary checks in words, up to the first that fails: `13 mod 5 = 3 yes, 13 mod 4 = 1 not 2`."""
     first = next((i for i, (_, value, need) in enumerate(checks) if value != need), len(checks))
-    return ", ".join(f"{left} = {value} " + ("yes" if value == need else f"not {need}")
-                     for left, value, need in checks[: first + 1])
+    return ", ".join(
+        f"{left} = {value} " + ("yes" if value == need else f"not {need}")
+        for left, value, need in checks[: first + 1]
+    )
+
 
 def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
     """The candidates that a teacher tries, the answer last: none (jump: the answer comes out of the blue and is only
@@ -1369,11 +2001,13 @@ def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
     drawn = rng.sample(puzzle.guesses, len(puzzle.guesses))
     return drawn[: drawn.index(puzzle.answer) + 1]
 
+
 def response_of(puzzle: Puzzle, tried: list[int]) -> str:
     """One path attempt -> reflect -> ... -> answer -> self-verify (paper, section 1)."""
     lines = [verdicts(puzzle.checks(n)) + ("" if n == puzzle.answer else ", wait") for n in tried]
     lines.append(f"So {puzzle.answer}, check: {verdicts(puzzle.checks(puzzle.answer))}")
     return "<think>\n" + "\n".join(lines) + f"\n</think>\nThe answer is \\boxed{{{puzzle.answer}}}."
+
 
 @cache
 def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
@@ -1382,18 +2016,33 @@ def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
     for family, share in FAMILIES.items():
         puzzles = list(family(ground))
         random.Random(family.__name__).shuffle(puzzles)
-        rows = [(dict(id=f"{family.__name__}/{i}", problem=p.words, answer=str(p.answer), source="embedded",
-                      level=p.level), p) for i, p in enumerate(puzzles)]
+        rows = [
+            (
+                dict(
+                    id=f"{family.__name__}/{i}",
+                    problem=p.words,
+                    answer=str(p.answer),
+                    source="embedded",
+                    level=p.level,
+                ),
+                p,
+            )
+            for i, p in enumerate(puzzles)
+        ]
         cut = n_test * share // sum(FAMILIES.values())
         test += rows[:cut]
         train += rows[cut:]
     return train, test
 
+
 def embedded_problems(split: str, ground: Ground = EASY) -> list[dict]:
     """Problem rows of the split "train" (1,792; hard: 2,950) or "test" (256); no problem is in both."""
     return [dict(row) for row, _ in _embedded(ground)[split == "test"]]
 
-def embedded_traces(count: int = 25600, ground: Ground = EASY, correct_only: bool = False) -> list[dict]:
+
+def embedded_traces(
+    count: int = 25600, ground: Ground = EASY, correct_only: bool = False
+) -> list[dict]:
     """Cold-start traces over the training problems; `source` names the teacher's habit.
     correct_only: the failed tries are left out, so that every trace is its right attempt and its check, a jump."""
     habits = {"jump": 1.0} if correct_only else dict(ground.habits)
@@ -1406,30 +2055,48 @@ def embedded_traces(count: int = 25600, ground: Ground = EASY, correct_only: boo
         habit = rng.choices(list(habits), list(habits.values()))[0]
         tried = tries(puzzle, habit, rng)
         if len(tried) <= ground.longest:
-            traces.append(dict(id=row["id"], problem=row["problem"], response=response_of(puzzle, tried),
-                               answer=row["answer"], source=habit))
+            traces.append(
+                dict(
+                    id=row["id"],
+                    problem=row["problem"],
+                    response=response_of(puzzle, tried),
+                    answer=row["answer"],
+                    source=habit,
+                )
+            )
     return traces
 
-_CHECK = re.compile(r"(?:\b(\d{1,9}) (gives|leaves) )?\b(\d{1,9}) mod (\d{1,9}) = (\d{1,9}) (yes|not (\d{1,9}))")
+
+_CHECK = re.compile(
+    r"(?:\b(\d{1,9}) (gives|leaves) )?\b(\d{1,9}) mod (\d{1,9}) = (\d{1,9}) (yes|not (\d{1,9}))"
+)
+
 
 def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
     """The elementary checks in a response to an embedded problem, in order: (candidate, does the verdict say yes, is it
     honest: the arithmetic right and the verdict one that fits). [] for any other text."""
-    need = {m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)}  # modulus -> remainder
+    need = {
+        m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)
+    }  # modulus -> remainder
     linear = re.search(r"such that (\d+) n \+ (\d+) leaves", problem)
-    spent = re.search(r"^Pens cost (\d+) coins and books cost (\d+) coins\..* exactly (\d+) coins", problem)
+    spent = re.search(
+        r"^Pens cost (\d+) coins and books cost (\d+) coins\..* exactly (\d+) coins", problem
+    )
     need = {spent[2]: "0"} if spent else need
     found = []
     for n, verb, x, m, value, verdict, other in _CHECK.findall(response):
         if m not in need:
             continue
-        honest = int(x) % int(m) == int(value) and (value == need[m] if verdict == "yes" else other == need[m] != value)
+        honest = int(x) % int(m) == int(value) and (
+            value == need[m] if verdict == "yes" else other == need[m] != value
+        )
         if linear:
             honest &= verb == "gives" and int(linear[1]) * int(n) + int(linear[2]) == int(x)
         if spent:
             honest &= verb == "leaves" and int(spent[3]) - int(spent[1]) * int(n) == int(x)
         found.append((n or x, verdict == "yes", honest))
     return found
+
 
 def habit_of(response: str) -> str:
     """The habit that a response to an embedded problem shows: jump (no try before the answer), orderly (one try, or
@@ -1438,17 +2105,20 @@ def habit_of(response: str) -> str:
     steps = {b - a for a, b in zip(tried, tried[1:])}
     return "jump" if not tried else "orderly" if len(steps) < 2 else "wander"
 
+
 def habit_shares(records: list[dict]) -> dict[str, list[float]]:
     """Embedded problems: habit -> [share of the responses, share right among them]."""
     count = Counter((habit_of(r["response"]), r["right"]) for r in records)
     sizes = {habit: count[habit, True] + count[habit, False] for habit, _ in EASY.habits}
     return {habit: [n / len(records), count[habit, True] / n] for habit, n in sizes.items() if n}
 
+
 def embedded_tokenizer():
     """The tokenizer of the embedded model: Qwen2's class over single bytes, so any text can be written, with whole
     tokens for 0 to 199 and for the text between numbers in the traces: `12 mod 5 = 2 not 3, wait` is 8 tokens."""
     import tokenizers  # not for those who only prepare data
     import transformers
+
     symbols = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = transformers.Qwen2Tokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[])
     texts = [row[part] + "\n" for row in embedded_traces() for part in ("problem", "response")]
@@ -1457,19 +2127,27 @@ def embedded_tokenizer():
     tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
     return tokenizer
 
+
 def embedded(args, out: Path) -> int:
     """Writes the embedded problems, their test set and their traces as files."""
     for name in ("train", "test", "traces"):
         ground = HARD if args.hard else EASY
-        rows = embedded_traces(ground=ground) if name == "traces" else embedded_problems(name, ground)
+        rows = (
+            embedded_traces(ground=ground) if name == "traces" else embedded_problems(name, ground)
+        )
         write(out / f"{name}.jsonl", map(json_line, rows))
         print(f"{out / name}.jsonl: {len(rows)} rows")
     return 0
 
+
 # --- Measures of a response, shared with t1.py ------------------------------------------------------------------------
 
-REFLECTION = re.compile(r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check"
-                        r"|double-check|let me (?:check|verify|try))\b", re.I)
+REFLECTION = re.compile(
+    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check"
+    r"|double-check|let me (?:check|verify|try))\b",
+    re.I,
+)
+
 
 def behaviour(problem: str, response: str, right: bool) -> dict:
     """What RL may teach, measured on one response: reflection words (section 3) and, in embedded problems, checks.
@@ -1480,20 +2158,38 @@ def behaviour(problem: str, response: str, right: bool) -> dict:
     verdicts = [yes for candidate, yes, _ in found if candidate == answer]
     first = bool(found) and found[0][0] == answer
     return dict(
-        answer=answer, reflections=len(REFLECTION.findall(response)), checks=len(found),
-        honest=sum(honest for _, _, honest in found), honoured=bool(verdicts) and all(verdicts),
-        first_right=right and first, corrected=right and bool(found) and not first)
+        answer=answer,
+        reflections=len(REFLECTION.findall(response)),
+        checks=len(found),
+        honest=sum(honest for _, _, honest in found),
+        honoured=bool(verdicts) and all(verdicts),
+        first_right=right and first,
+        corrected=right and bool(found) and not first,
+    )
+
 
 def means(records: list[dict]) -> dict:
     """Means over judged responses, as they are logged (docs/metrics.md). None: there is nothing to take a mean of."""
     n, checked = len(records), sum(r["checks"] > 0 for r in records)
     names = "right reward length checks honest honoured first_right corrected reflections ungraded".split()
     total = {name: sum(float(r[name]) for r in records) for name in names}
-    row = dict(accuracy=total["right"] / n, honest=total["honest"] / total["checks"] if total["checks"] else None)
+    row = dict(
+        accuracy=total["right"] / n,
+        honest=total["honest"] / total["checks"] if total["checks"] else None,
+    )
     row |= {name: total[name] / n for name in ("reward", "length", "checks")}
-    row |= {name: sum(r["pattern"] == name for r in records) / n for name in ("overlong", "repetition", "garbled")}
-    row |= {name: total[name] / checked if checked else None for name in ("honoured", "first_right", "corrected")}
-    return row | dict(reflections=total["reflections"] / (total["length"] / 100), ungraded=total["ungraded"] / n)
+    row |= {
+        name: sum(r["pattern"] == name for r in records) / n
+        for name in ("overlong", "repetition", "garbled")
+    }
+    row |= {
+        name: total[name] / checked if checked else None
+        for name in ("honoured", "first_right", "corrected")
+    }
+    return row | dict(
+        reflections=total["reflections"] / (total["length"] / 100), ungraded=total["ungraded"] / n
+    )
+
 
 def repeats(ids: list[int], n: int) -> int:
     """How often the most frequent block of n tokens occurs in ids, counted without overlap."""
@@ -1506,30 +2202,51 @@ def repeats(ids: list[int], n: int) -> int:
             most = max(most, count + 1)
     return most
 
-MATHS_SCRIPTS = set("LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
-                    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split())
-BROKEN = ("Cc", "Cn", "Co", "Cs")  # Unicode categories: control, unassigned, private use, half surrogate pairs
+
+MATHS_SCRIPTS = set(
+    "LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
+    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split()
+)
+BROKEN = (
+    "Cc",
+    "Cn",
+    "Co",
+    "Cs",
+)  # Unicode categories: control, unassigned, private use, half surrogate pairs
+
 
 def foreign(text: str, prompt: str = "") -> list[str]:
     """Of each letter of a script that is used neither in mathematics nor in the prompt, the script."""
     if text.isascii():
         return []
-    scripts, known = ([unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt))
+    scripts, known = (
+        [unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt)
+    )
     return [name for name in scripts if name not in MATHS_SCRIPTS and name not in known]
+
 
 def garbled(text: str, prompt: str = "") -> bool:
     """Mixed languages or random characters: at least 5 letters, and 5 % of all, are of a script used neither in
     mathematics nor in the prompt; or more than 1 % of the characters are broken (replacement, control, unassigned); or
     60 Latin letters follow each other."""
-    broken = [c for c in text if (c < " " and c not in "\n\t\r") or (c > "~" and unicodedata.category(c) in BROKEN)]
+    broken = [
+        c
+        for c in text
+        if (c < " " and c not in "\n\t\r") or (c > "~" and unicodedata.category(c) in BROKEN)
+    ]
     if len(broken) + text.count("\ufffd") > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
         return True
     strange = len(foreign(text, prompt))
     return strange >= 5 and strange > 0.05 * sum(map(str.isalpha, text))
 
+
 def seed_for(seed: int, *what) -> int:
     """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted one would have."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big")
+        >> 1
+    )
+
 
 def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     """The `size` row numbers of step `step` in an endless stream of shuffled epochs over n rows."""
@@ -1541,21 +2258,45 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
         rows.append(int(order[at]))
     return rows
 
+
 # --- Command line -----------------------------------------------------------------------------------------------------
+
 
 def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError  # which argparse words
     return int(text)
 
+
 def add_model_options(parser, max_tokens: int):
     add = parser.add_argument_group("the server of the models").add_argument
-    add("--base-url", metavar="URL", default="http://localhost:8000/v1", help="default %(default)s; OPENAI_API_KEY")
+    add(
+        "--base-url",
+        metavar="URL",
+        default="http://localhost:8000/v1",
+        help="default %(default)s; OPENAI_API_KEY",
+    )
     add("--temperature", type=float, default=1.0, help="of every sample (default %(default)s)")
-    add("--max-tokens", type=positive, default=max_tokens, help="limit of one reply, tokens (default %(default)s)")
-    add("--concurrency", type=positive, default=32, help="problems under way at once (default %(default)s)")
+    add(
+        "--max-tokens",
+        type=positive,
+        default=max_tokens,
+        help="limit of one reply, tokens (default %(default)s)",
+    )
+    add(
+        "--concurrency",
+        type=positive,
+        default=32,
+        help="problems under way at once (default %(default)s)",
+    )
     add("--timeout", type=float, default=600, help="of one request, seconds (default %(default)s)")
-    add("--retries", type=int, default=6, help="after 429, 5xx, time-outs and broken replies (default %(default)s)")
+    add(
+        "--retries",
+        type=int,
+        default=6,
+        help="after 429, 5xx, time-outs and broken replies (default %(default)s)",
+    )
+
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The options of a command; `run` is its function (args, folder of the results) -> exit code."""
@@ -1570,38 +2311,129 @@ def parse_args(argv=None) -> argparse.Namespace:
         return p, p.add_argument
 
     p, add = command(curate, "data", "MATH and NuminaMath -> clean RL problems")
-    add("--math", nargs="+", metavar="DATA", help="MATH (without --math and --numina: both, from the hub)")
-    add("--numina", nargs="+", metavar="DATA", help="NuminaMath, or any rows with problem and answer or solution")
-    add("--decontaminate", nargs="+", default=[], metavar="DATA", help="benchmarks whose problems are rejected")
-    add("--target", type=positive, default=30000, help="problems to draw, or all there are (paper and default: 30,000)")
-    add("--mix", choices=("proportional", "equal"), default="proportional", help="share of each source in the draw")
-    add("--scripts", nargs="+", default=[], help="to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ...")
-    add("--processes", type=positive, default=os.cpu_count(), help="default: all cores; the result is always the same")
+    add(
+        "--math",
+        nargs="+",
+        metavar="DATA",
+        help="MATH (without --math and --numina: both, from the hub)",
+    )
+    add(
+        "--numina",
+        nargs="+",
+        metavar="DATA",
+        help="NuminaMath, or any rows with problem and answer or solution",
+    )
+    add(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="benchmarks whose problems are rejected",
+    )
+    add(
+        "--target",
+        type=positive,
+        default=30000,
+        help="problems to draw, or all there are (paper and default: 30,000)",
+    )
+    add(
+        "--mix",
+        choices=("proportional", "equal"),
+        default="proportional",
+        help="share of each source in the draw",
+    )
+    add(
+        "--scripts",
+        nargs="+",
+        default=[],
+        help="to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ...",
+    )
+    add(
+        "--processes",
+        type=positive,
+        default=os.cpu_count(),
+        help="default: all cores; the result is always the same",
+    )
     add("--seed", type=int, default=0, help="of the draw")
-    add("--pass-rate", metavar="MODEL", help="drop problems that this model of the server solves never or always")
-    add("--samples", type=positive, default=8, help="per problem, for --pass-rate (default %(default)s)")
+    add(
+        "--pass-rate",
+        metavar="MODEL",
+        help="drop problems that this model of the server solves never or always",
+    )
+    add(
+        "--samples",
+        type=positive,
+        default=8,
+        help="per problem, for --pass-rate (default %(default)s)",
+    )
     add_model_options(p, 4096)
 
     p, add = command(cot, "data", "problems -> cold-start traces, by models")
     add("--problems", metavar="DATA", help="problem rows, e.g. rl.jsonl of curate")
-    add("--teacher", nargs="+", metavar="MODEL", help="models that attempt, by the names that the server knows")
-    add("--critic", metavar="MODEL", help="model that writes critiques (default: the first teacher)")
+    add(
+        "--teacher",
+        nargs="+",
+        metavar="MODEL",
+        help="models that attempt, by the names that the server knows",
+    )
+    add(
+        "--critic", metavar="MODEL", help="model that writes critiques (default: the first teacher)"
+    )
     add("--rewriter", metavar="MODEL", help="model that merges (default: the first teacher)")
-    add("--attempts", type=positive, default=8, help="per problem, shared out over the teachers (default %(default)s)")
-    add("--reflect-share", type=float, default=1.0, help="share of problems whose trace must hold a failed attempt")
-    add("--max-failed", type=positive, default=2, help="most failed attempts in one trace (default %(default)s)")
-    add("--max-chars", type=positive, default=32000, help="longest trace, characters (default %(default)s)")
+    add(
+        "--attempts",
+        type=positive,
+        default=8,
+        help="per problem, shared out over the teachers (default %(default)s)",
+    )
+    add(
+        "--reflect-share",
+        type=float,
+        default=1.0,
+        help="share of problems whose trace must hold a failed attempt",
+    )
+    add(
+        "--max-failed",
+        type=positive,
+        default=2,
+        help="most failed attempts in one trace (default %(default)s)",
+    )
+    add(
+        "--max-chars",
+        type=positive,
+        default=32000,
+        help="longest trace, characters (default %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of the choice of attempts")
-    add("--authors", metavar="DATA", help="convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead")
+    add(
+        "--authors",
+        metavar="DATA",
+        help="convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead",
+    )
     add_model_options(p, 8192)
 
-    p, add = command(benchmarks, "benchmarks", "the evaluation sets in one form (default: all but GPQA, from the hub)")
+    p, add = command(
+        benchmarks,
+        "benchmarks",
+        "the evaluation sets in one form (default: all but GPQA, from the hub)",
+    )
     for source, name in BENCHMARKS.items():
-        add(f"--{source}", metavar="DATA", help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
+        add(
+            f"--{source}",
+            metavar="DATA",
+            help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}",
+        )
     add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-    p, add = command(embedded, "data", "the embedded problems, their test set and their traces, as files")
-    add("--hard", action="store_true", help="problems with longer searches (t1.py: --max-new 320; default: off)")
+    p, add = command(
+        embedded, "data", "the embedded problems, their test set and their traces, as files"
+    )
+    add(
+        "--hard",
+        action="store_true",
+        help="problems with longer searches (t1.py: --max-new 320; default: off)",
+    )
     return parser.parse_args(argv)
+
 
 def main(argv=None) -> int:
     """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on stderr."""
@@ -1615,6 +2447,7 @@ def main(argv=None) -> int:
     except (Stop, OSError) as e:  # OSError: a full disk, a folder that nobody may write to
         print(f"data_prep.py: error: {e if isinstance(e, Stop) else Stop(e)}", file=sys.stderr)
         return getattr(e, "code", 1)
+
 
 if __name__ == "__main__":
     sys.exit(main())

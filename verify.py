@@ -40,38 +40,47 @@ from typing import Callable, Iterator, NamedTuple
 
 import mpmath
 
-MAX_CHARS = 2000           # a longer answer is no answer; bounds the tokens, the tree and every regular expression
-MAX_PROBLEM = 10_000       # characters of a problem in which a copied answer is looked for
-MAX_DEPTH = 80             # nested terms, atoms and exponents: 40 brackets
-MAX_BITS = 200_000         # of an exact numerator or denominator, about 60,000 digits
-MAX_DIGITS = 4000          # of an irrational value
-MAX_DIGITS_AT_POINTS = 700 # where there are unknowns, since there are other points
-MAX_FACTORIAL = 3000       # largest argument that is computed exactly
-MAX_WORDS = 12             # a longer text is prose: no rule can tell whether two of them agree
-MAX_WORK = 60_000          # units of about a microsecond that one comparison may take
-CACHE_SIZE = 100_000       # pairs that `grade` remembers
-TRIES = 10                 # deaths of workers on one pair until it counts as crashed
-MAX_STARTS = 100           # signals that may kill a worker while it starts
-START_SECONDS = 20         # for a worker to start
-MAX_MEMORY = 512 << 20     # bytes of address space of one worker process
-MAX_ROW = 16 << 20         # bytes of a row of --jsonl
+MAX_CHARS = (
+    2000  # a longer answer is no answer; bounds the tokens, the tree and every regular expression
+)
+MAX_PROBLEM = 10_000  # characters of a problem in which a copied answer is looked for
+MAX_DEPTH = 80  # nested terms, atoms and exponents: 40 brackets
+MAX_BITS = 200_000  # of an exact numerator or denominator, about 60,000 digits
+MAX_DIGITS = 4000  # of an irrational value
+MAX_DIGITS_AT_POINTS = 700  # where there are unknowns, since there are other points
+MAX_FACTORIAL = 3000  # largest argument that is computed exactly
+MAX_WORDS = 12  # a longer text is prose: no rule can tell whether two of them agree
+MAX_WORK = 60_000  # units of about a microsecond that one comparison may take
+CACHE_SIZE = 100_000  # pairs that `grade` remembers
+TRIES = 10  # deaths of workers on one pair until it counts as crashed
+MAX_STARTS = 100  # signals that may kill a worker while it starts
+START_SECONDS = 20  # for a worker to start
+MAX_MEMORY = 512 << 20  # bytes of address space of one worker process
+MAX_ROW = 16 << 20  # bytes of a row of --jsonl
+
 
 class Unreadable(ValueError):
     """The text is no answer that this parser knows."""
 
+
 class Undefined(ArithmeticError):
     """The expression has no value: 1/0, log 0, 0 * infinity."""
+
 
 class TooBig(ArithmeticError):
     """The value is beyond the limits above; nothing is known about it."""
 
+
 class TooMuchWork(Exception):
     """The comparison takes more than MAX_WORK; the answers count as different."""
+
 
 class Work(threading.local):
     left: float = MAX_WORK
 
+
 _work = Work()
+
 
 def spend(units: float) -> None:
     """Count work, not seconds, so that no verdict depends on the speed or the load of the machine."""
@@ -79,10 +88,14 @@ def spend(units: float) -> None:
     if _work.left < 0:
         raise TooMuchWork
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Extraction
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|(-?\d[\d.,]*\d|-?\d|[A-Za-z](?![A-Za-z])))|\\.|[{}]", re.S)
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:(\{)|(-?\d[\d.,]*\d|-?\d|[A-Za-z](?![A-Za-z])))|\\.|[{}]", re.S
+)
+
 
 def extract_answer(response: str) -> str | None:
     """Content of the last complete `\\boxed{...}` or `\\fbox{...}` after `</think>`, or None.
@@ -95,7 +108,7 @@ def extract_answer(response: str) -> str | None:
     _, _, body = response.rpartition("</think>")
     if "<think>" in body:
         return None
-    found, opened = None, []                        # opened: start of the content for a box, None for a plain brace
+    found, opened = None, []  # opened: start of the content for a box, None for a plain brace
     for match in _BOX.finditer(body):
         token = match.group()
         if match.group(1) or token == "{":
@@ -105,77 +118,150 @@ def extract_answer(response: str) -> str | None:
         elif token == "}" and opened:
             start = opened.pop()
             if start is not None:
-                found = body[start:match.start()]
+                found = body[start : match.start()]
     return found
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Clean-up: what changes only the looks of an answer
 
-_GREEK = dict(zip(
-    "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split()))
+_GREEK = dict(
+    zip(
+        "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
+        "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+    )
+)
 _SPELLINGS = {
-    "-": "−–—‐‑﹣－", r"\cdot ": "·⋅∙•", "/": "÷∕⁄", r"^\circ ": "°º˚", r"\emptyset ": "∅⌀", ",": "，、", ".": "。．",
-    r"\le ": "≤≦⩽", r"\ge ": "≥≧⩾", r"\pi ": "πℼ", "'": "’′", "|": "∣｜", r"\times ": "×", r"\sqrt ": "√",
-    r"\sqrt[3]": "∛", r"\infty ": "∞", r"\ne ": "≠", r"\approx ": "≈", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩",
-    r"\pm ": "±", r"\mp ": "∓", r"\angle ": "∠", r"\R ": "ℝ", r"\setminus ": "∖", r"\equiv ": "≡", r"\phi ": "ϕ",
-    r"\circ ": "∘", ";": "；", ":": "：∶", r"\ldots ": "…", "%": "％", "$": "＄", r"\langle ": "⟨", r"\rangle ": "⟩",
+    "-": "−–—‐‑﹣－",
+    r"\cdot ": "·⋅∙•",
+    "/": "÷∕⁄",
+    r"^\circ ": "°º˚",
+    r"\emptyset ": "∅⌀",
+    ",": "，、",
+    ".": "。．",
+    r"\le ": "≤≦⩽",
+    r"\ge ": "≥≧⩾",
+    r"\pi ": "πℼ",
+    "'": "’′",
+    "|": "∣｜",
+    r"\times ": "×",
+    r"\sqrt ": "√",
+    r"\sqrt[3]": "∛",
+    r"\infty ": "∞",
+    r"\ne ": "≠",
+    r"\approx ": "≈",
+    r"\in ": "∈",
+    r"\cup ": "∪",
+    r"\cap ": "∩",
+    r"\pm ": "±",
+    r"\mp ": "∓",
+    r"\angle ": "∠",
+    r"\R ": "ℝ",
+    r"\setminus ": "∖",
+    r"\equiv ": "≡",
+    r"\phi ": "ϕ",
+    r"\circ ": "∘",
+    ";": "；",
+    ":": "：∶",
+    r"\ldots ": "…",
+    "%": "％",
+    "$": "＄",
+    r"\langle ": "⟨",
+    r"\rangle ": "⟩",
     # invisible letters
-    "": "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff"}
+    "": "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff",
+}
 _UNICODE = str.maketrans(
     {letter: latex for latex, letters in _SPELLINGS.items() for letter in letters}
     | {letter: f"\\{name} " for letter, name in _GREEK.items()}
-    | {letter: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", letter).split("⁄"))
-       for letter in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
+    | {
+        letter: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", letter).split("⁄"))
+        for letter in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+    }
+)
 _SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
 _FONTS = re.compile(
     r"\\(?:text(?:bf|it|rm|up|sf|tt|normal)?|emph|[mh]box|math(?:rm|bf|it|sf|tt|cal|scr|frak)|boldsymbol|bm|pmb"
-    r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{(?:[^{}]|\^ ?\{-?\d\})*\})?")
+    r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{(?:[^{}]|\^ ?\{-?\d\})*\})?"
+)
 
 # (trigger, pattern, replacement), applied in this order to a text without double blanks. A text without the trigger has
 # no match (this saves most of the time). § is the end of a command's name.
 _CLEAN_ROWS = (
     # layout
-    ("\\\\", r"\\\\ ?\[[^\]]*\]", r"\\\\ "),                                                         # \\[4pt]
-    ("\\", r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|(?:no)?limits|(?:left|right)\.)§",
-     " "),
+    ("\\\\", r"\\\\ ?\[[^\]]*\]", r"\\\\ "),  # \\[4pt]
+    (
+        "\\",
+        r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|(?:no)?limits|(?:left|right)\.)§",
+        " ",
+    ),
     ("\\", r"\\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§", ""),
     ("\\", r"\\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\}", " "),
     ("\\mathbb", r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
     ("{,}", r"(?<=\d)\{,\}(?=\d{3})", ""),
-    ("\\", r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),            # 1\,000
-    ("{", r"\{([-+:])\}", r"\1"), ("{", r"^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$", r"\\{\1\\}"),       # {x | x > 2}
+    ("\\", r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),  # 1\,000
+    ("{", r"\{([-+:])\}", r"\1"),
+    ("{", r"^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$", r"\\{\1\\}"),  # {x | x > 2}
     ("\\", r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$", " "),
     # numbers
-    ("^", r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}", " "),        # 5^{\text{th}}
-    ("", r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),                  # 21st
-    (" ", r"^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$", r"\1\2\3\4"),                   # 1 000 000
-    ("10", r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),                                               # 3x10^5
-    ("_", r"\((\d[0-9A-F]*)\) ?(?=_)", r"\1"),                                                       # (12)_5
-    ("base", r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?", r"_{\1}"),        # 12\text{ base }5
+    (
+        "^",
+        r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}",
+        " ",
+    ),  # 5^{\text{th}}
+    ("", r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),  # 21st
+    (" ", r"^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$", r"\1\2\3\4"),  # 1 000 000
+    ("10", r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),  # 3x10^5
+    ("_", r"\((\d[0-9A-F]*)\) ?(?=_)", r"\1"),  # (12)_5
+    (
+        "base",
+        r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?",
+        r"_{\1}",
+    ),  # 12\text{ base }5
     # commands
-    ("frac", r"\\[dtc]frac§", r"\\frac "), ("binom", r"\\[dt]binom§", r"\\binom "),
+    ("frac", r"\\[dtc]frac§", r"\\frac "),
+    ("binom", r"\\[dt]binom§", r"\\binom "),
     ("dots", r"\\(?:ldots|dots|cdots|dotsc)§", "..."),
     ("\\", r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "),
     ("°", r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
     ("\\over", r"\{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$", r"\\frac {\1\3}{\2\4}"),
-    ("\\choose", r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"), ("\\not", r"\\not ?=", r"\\ne "),
-    ("\\", r"\\([%_])", r"\1"), ("\\", r"\\\$|\\euro§", " $ "), ("U", r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
+    ("\\choose", r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"),
+    ("\\not", r"\\not ?=", r"\\ne "),
+    ("\\", r"\\([%_])", r"\1"),
+    ("\\", r"\\\$|\\euro§", " $ "),
+    ("U", r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
     # words
-    (".", r"\b([aApP])\. ?[mM]\b\.?", r"\1m"), ("per cent", r"\bper cent\b", "percent"),
+    (".", r"\b([aApP])\. ?[mM]\b\.?", r"\1m"),
+    ("per cent", r"\bper cent\b", "percent"),
     ("\\text", r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
-    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$", r"\\text{(\2)} \1"),                      # 20 \textbf{(D)}
+    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$", r"\\text{(\2)} \1"),  # 20 \textbf{(D)}
     ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
     ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ])[ .]*$", r", \1"),
-    ("\\text", r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z])[ .]*$", r", \1 \\in \\Z "),
-    ("\\text", r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
-     r"(?: ?\\in ?\\[QR])? ?\}?[ .]*$", ""),
+    (
+        "\\text",
+        r",? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ])[ .]*$",
+        r", \1",
+    ),
+    (
+        "\\text",
+        r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z])[ .]*$",
+        r", \1 \\in \\Z ",
+    ),
+    (
+        "\\text",
+        r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
+        r"(?: ?\\in ?\\[QR])? ?\}?[ .]*$",
+        "",
+    ),
     ("\\in", r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\)[ .]*$", r", \1"),
-    ("  ", "  +", " "))
-_CLEAN = [(trigger, re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement)
-          for trigger, pattern, replacement in _CLEAN_ROWS]
+    ("  ", "  +", " "),
+)
+_CLEAN = [
+    (trigger, re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement)
+    for trigger, pattern, replacement in _CLEAN_ROWS
+]
+
 
 @lru_cache(maxsize=1 << 14)
 def clean(text: str) -> str:
@@ -184,37 +270,51 @@ def clean(text: str) -> str:
         text = re.sub("(?<=\\d) ?m(?=[²³])", r" \\text{m}", text)
         text = _SCRIPTS.sub(latex_script, text)
         text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
-    if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:        # pairs are math delimiters, a single one is money
+    if (
+        len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
+    ):  # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = _FONTS.sub(as_text, re.sub(r"[\s~]+", " ", text))
     if "\\begin" not in text:
-        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)     # \\frac: escaped once too often
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac: escaped once too often
     for trigger, pattern, replacement in _CLEAN:
         if trigger in text:
             text = pattern.sub(replacement, text)
     text = text.strip().lstrip(",;: ")
     return text if text.endswith("...") else text.rstrip(" .,;:")
 
+
 def as_text(match: re.Match) -> str:
     """\\mathrm{m\\,s^{-1}} is \\text{m\\,s^-1}: inside a text no braces are left."""
-    return "\\text{" + re.sub(r"\{(-?\d)\}", r"\1 ", match.group(1)[1:-1]) + "}" if match.group(1) else " "
+    return (
+        "\\text{" + re.sub(r"\{(-?\d)\}", r"\1 ", match.group(1)[1:-1]) + "}"
+        if match.group(1)
+        else " "
+    )
+
 
 def latex_script(match: re.Match) -> str:
     """Unicode superscripts and subscripts: x² is x^{2}."""
-    return ("^" if match.group(1) else "_") + "{" + unicodedata.normalize("NFKC", match.group()) + "}"
+    return (
+        ("^" if match.group(1) else "_") + "{" + unicodedata.normalize("NFKC", match.group()) + "}"
+    )
+
 
 def squeeze(text: str) -> str:
     """A cleaned answer without blanks (but those between two digits) and without text commands: the key of layer 1."""
     text = re.sub(r"\\text *\{([^{}]*)\}", r"\1", text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens
 
+
 class Token(NamedTuple):
-    kind: str       # num, let (one letter), word, cmd, op, begin, end, eof
+    kind: str  # num, let (one letter), word, cmd, op, begin, end, eof
     text: str
-    spaced: bool    # a blank comes before it
+    spaced: bool  # a blank comes before it
+
 
 _TOKEN = r"""
 (?P<space>\s*)(?: \\text\s*\{(?P<body>[^{}]*)\}
@@ -223,28 +323,105 @@ _TOKEN = r"""
           |\(\d+\)|(?<=\d)\.\.\.))
 | (?P<num>SEPARATED\d[0-9A-F]*[A-F][0-9A-F]*(?=_\{?1[1-9])|\d+(?:\.\d+)?|\.\d+)
 | \\(?P<cmd>[a-zA-Z]+|.) | (?P<word>[A-Za-z]+|[^\W\d_A-Za-z]+) | (?P<op><=|>=|!=|==|:=|\*\*|\.\.\.|\S))"""
-_SEPARATED = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?:\.\d+)?|"                                 # 1,200 is one number
-_LEXERS = {separated: re.compile(_TOKEN.replace("SEPARATED", _SEPARATED if separated else ""), re.X | re.S)
-           for separated in (True, False)}
+_SEPARATED = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?:\.\d+)?|"  # 1,200 is one number
+_LEXERS = {
+    separated: re.compile(_TOKEN.replace("SEPARATED", _SEPARATED if separated else ""), re.X | re.S)
+    for separated in (True, False)
+}
 
-_OPERATORS = {alias: op for op, aliases in {
-    "<=": "le leq leqslant leqq", ">=": "ge geq geqslant geqq", "!=": "ne neq", "<": "lt", ">": "gt", "in": "in",
-    "~": "approx simeq thickapprox doteq", "≡": "equiv", "cup": "cup bigcup", "cap": "cap bigcap",
-    "*": "cdot times ast", "setminus": "setminus backslash smallsetminus", "/": "div", "±": "pm", "∓": "mp",
-    "\\{": "lbrace {", "\\}": "rbrace }", "(": "langle lparen lgroup", ")": "rangle rparen rgroup", "[": "lbrack",
-    "]": "rbrack", "|": "lvert rvert vert mid |", ":": "colon", "and": "land", "or": "lor", "cr": "\\ cr newline",
-    "&": "&", "mod": "mod pmod bmod", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
-    }.items() for alias in aliases.split()}
-_FUNCTIONS = {name: canon for canon, names in {
-    "sin": "sin", "cos": "cos", "tan": "tan tg", "cot": "cot ctg cotg", "sec": "sec", "csc": "csc cosec",
-    "asin": "arcsin asin", "acos": "arccos acos", "atan": "arctan atan arctg", "acot": "arccot", "asec": "arcsec",
-    "acsc": "arccsc", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "asinh": "arcsinh asinh",
-    "acosh": "arccosh acosh", "atanh": "arctanh atanh", "ln": "ln", "log": "log", "lg": "lg", "exp": "exp",
-    "gcd": "gcd", "lcm": "lcm", "max": "max", "min": "min", "sgn": "sgn sign"}.items() for name in names.split()}
-_GREEK_NAMES = set(_GREEK.values()) | {"pi", "varphi", "vartheta", "varepsilon", "ell", "hbar", "top"}
-_CONNECTORS = {"and": "and", "or": "or", "或": "or", "和": "and", "与": "and", "且": "and", "或者": "or",
-               "и": "and", "или": "or"}
+_OPERATORS = {
+    alias: op
+    for op, aliases in {
+        "<=": "le leq leqslant leqq",
+        ">=": "ge geq geqslant geqq",
+        "!=": "ne neq",
+        "<": "lt",
+        ">": "gt",
+        "in": "in",
+        "~": "approx simeq thickapprox doteq",
+        "≡": "equiv",
+        "cup": "cup bigcup",
+        "cap": "cap bigcap",
+        "*": "cdot times ast",
+        "setminus": "setminus backslash smallsetminus",
+        "/": "div",
+        "±": "pm",
+        "∓": "mp",
+        "\\{": "lbrace {",
+        "\\}": "rbrace }",
+        "(": "langle lparen lgroup",
+        ")": "rangle rparen rgroup",
+        "[": "lbrack",
+        "]": "rbrack",
+        "|": "lvert rvert vert mid |",
+        ":": "colon",
+        "and": "land",
+        "or": "lor",
+        "cr": "\\ cr newline",
+        "&": "&",
+        "mod": "mod pmod bmod",
+        "⌊": "lfloor",
+        "⌋": "rfloor",
+        "⌈": "lceil",
+        "⌉": "rceil",
+    }.items()
+    for alias in aliases.split()
+}
+_FUNCTIONS = {
+    name: canon
+    for canon, names in {
+        "sin": "sin",
+        "cos": "cos",
+        "tan": "tan tg",
+        "cot": "cot ctg cotg",
+        "sec": "sec",
+        "csc": "csc cosec",
+        "asin": "arcsin asin",
+        "acos": "arccos acos",
+        "atan": "arctan atan arctg",
+        "acot": "arccot",
+        "asec": "arcsec",
+        "acsc": "arccsc",
+        "sinh": "sinh",
+        "cosh": "cosh",
+        "tanh": "tanh",
+        "asinh": "arcsinh asinh",
+        "acosh": "arccosh acosh",
+        "atanh": "arctanh atanh",
+        "ln": "ln",
+        "log": "log",
+        "lg": "lg",
+        "exp": "exp",
+        "gcd": "gcd",
+        "lcm": "lcm",
+        "max": "max",
+        "min": "min",
+        "sgn": "sgn sign",
+    }.items()
+    for name in names.split()
+}
+_GREEK_NAMES = set(_GREEK.values()) | {
+    "pi",
+    "varphi",
+    "vartheta",
+    "varepsilon",
+    "ell",
+    "hbar",
+    "top",
+}
+_CONNECTORS = {
+    "and": "and",
+    "or": "or",
+    "或": "or",
+    "和": "and",
+    "与": "and",
+    "且": "and",
+    "或者": "or",
+    "и": "and",
+    "или": "or",
+}
 _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split())
+
 
 def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[Token]:
     """Tokens of a cleaned answer. `inside`: the token before the \\text{...} whose words these are."""
@@ -267,10 +444,13 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
             elif name not in (" ", "'", "-", "/"):
                 tokens.append(Token("cmd", "infty" if name == "infin" else name, spaced))
         elif kind == "word":
-            tokens += word_tokens(value, spaced, inside is not None, tokens[-1] if tokens else inside)
-        elif value != "." or not inside:                    # a full stop in a text ends an abbreviation
+            tokens += word_tokens(
+                value, spaced, inside is not None, tokens[-1] if tokens else inside
+            )
+        elif value != "." or not inside:  # a full stop in a text ends an abbreviation
             tokens.append(Token("op", {"**": "^", "==": "=", ":=": "="}.get(value, value), spaced))
     return tokens
+
 
 def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> list[Token]:
     """A run of letters: a connector, a function, a constant, a word (unit, name, text) or a product of letters.
@@ -291,33 +471,50 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
     if run[:2] in ("平方", "立方") and len(run) > 2:
         return [Token("word", run[:2], spaced), Token("word", run[2:], False)]
     if len(run) == 1 and run.isascii():
-        is_unit = in_text and run in UNITS and (after_number or kind == "word" or previous in ("/", "*"))
+        is_unit = (
+            in_text and run in UNITS and (after_number or kind == "word" or previous in ("/", "*"))
+        )
         return [Token("word" if is_unit else "let", run, spaced)]
-    is_unit = (run in UNITS or low in UNITS) and (len(run) > 2 or after_number or kind == "word" or previous == "/")
+    is_unit = (run in UNITS or low in UNITS) and (
+        len(run) > 2 or after_number or kind == "word" or previous == "/"
+    )
     if in_text or is_unit or not run.isascii() or low in _SHORT_WORDS or run == "DNE":
         return [Token("word", run, spaced)]
-    apart = kind in ("begin", "word", "let", "num") or previous in ("and", "or", ",", ";", "=", "in", ")", "}")
+    apart = kind in ("begin", "word", "let", "num") or previous in (
+        "and",
+        "or",
+        ",",
+        ";",
+        "=",
+        "in",
+        ")",
+        "}",
+    )
     is_long = len(run) + after_number > 3 and (spaced or not after_number)
     if apart and is_long and any(letter in "aeiouy" for letter in run) and not run.isupper():
         return [Token("word", run, spaced)]
-    if run[:-1] in _FUNCTIONS:                                              # sinx
+    if run[:-1] in _FUNCTIONS:  # sinx
         return [Token("cmd", run[:-1], spaced), Token("let", run[-1], False)]
     return [Token("let", letter, spaced and i == 0) for i, letter in enumerate(run)]
+
 
 def repeating_decimal(text: str) -> Fraction:
     """0.1\\overline{6}, 0.\\dot{1}4\\dot{2}, 0.1(6), or 0.166...: dots repeat the digits that are there twice."""
     head, _, tail = text.partition(".")
     if tail.endswith("..."):
         digits = tail[:-3]
-        period = next((n for n in range(1, len(digits) // 2 + 1) if digits.endswith(2 * digits[-n:])), None)
+        period = next(
+            (n for n in range(1, len(digits) // 2 + 1) if digits.endswith(2 * digits[-n:])), None
+        )
         if period is None:
             raise Unreadable("dots")
         fixed, block = digits[:-period], digits[-period:]
     else:
         fixed = re.match(r"\d*", tail).group()
-        block = "".join(re.findall(r"\d", tail[len(fixed):]))
+        block = "".join(re.findall(r"\d", tail[len(fixed) :]))
     repeated = Fraction(int(block), 10 ** len(fixed) * (10 ** len(block) - 1))
     return int(head or 0) + Fraction(int(fixed or 0), 10 ** len(fixed)) + repeated
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Units: name -> (base, factor). Units of one base convert (75 cents = 0.75 dollars); units of different bases differ.
@@ -343,19 +540,38 @@ for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
         UNITS[_name] = (_base.replace("·", " "), Fraction(_factor))
         if len(_name) > 2:
             UNITS[_name + "s"] = UNITS[_name]
-_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_MULTIPLIERS = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 1000,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 _POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
-_NUMERALS = {word: i for i, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen".split())}
-_NUMERALS |= {word: 10 * i for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_NUMERALS = {
+    word: i
+    for i, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen".split()
+    )
+}
+_NUMERALS |= {
+    word: 10 * i
+    for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
+}
+
 
 def singular(word: str) -> str:
     word = word.lower()
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
+
 # Things that answers count. Any other word after a number may change it (5 thousandths, 5 halves): it is no unit.
-_COUNTED = set(map(singular, """
+_COUNTED = set(
+    map(
+        singular,
+        """
     apple arrangement ball banana basket bead bill bird block board book bottle bouquet box boxes boy brick bus buses
     cake camel candies candy car card cat chair child children choice circle city cities class classes code coin color
     combination cookie cow customer cyclist digit dog donkey door dot edge egg element employee equation face fish
@@ -367,7 +583,9 @@ _COUNTED = set(map(singular, """
     segment sequence shape sheep shelf shelves shirt side slice sock soldier solution step stick sticker story stories
     student subset symbol table teacher team term ticket tile toy train tree triangle trip truck tuple value vertex
     vertices visitor vote voter wagon wall way weighing wheel win window woman women word worker
-    个 人 种 名 只 条 本 次 分 岁 块""".split()))
+    个 人 种 名 只 条 本 次 分 岁 块""".split(),
+    )
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parser: the grammar of answers. A node is a tuple (kind, ...); every kind is made in exactly one place below.
@@ -377,27 +595,43 @@ _COUNTED = set(map(singular, """
 #   builder template conditions joiner | text words | choice letter node
 
 Node = tuple
-_CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")                   # before a bracket these may be functions
-_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")        # functions of angles
-_OPAQUE = set("fghFGH")                                     # f(x) is never f times x
+_CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be functions
+_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")  # functions of angles
+_OPAQUE = set("fghFGH")  # f(x) is never f times x
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "≡", "mod"}
 _CLOSERS = {")", "]", "\\}", "}"}
 _NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
-_MARKS = {"angle", "triangle", "odot", "overline", "vec", "overrightarrow", "hat", "bar", "widehat", "tilde"}
+_MARKS = {
+    "angle",
+    "triangle",
+    "odot",
+    "overline",
+    "vec",
+    "overrightarrow",
+    "hat",
+    "bar",
+    "widehat",
+    "tilde",
+}
+
 
 def number(value) -> Node:
     return ("num", Fraction(value))
+
 
 def negative(node: Node) -> Node:
     if node[0] == "num":
         return ("num", -node[1])
     return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (number(-1), node))
 
+
 def reciprocal(node: Node) -> Node:
     return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, number(-1))
 
+
 def limited(method):
     """Every cycle of the recursion below passes through one of these methods."""
+
     def inside(self):
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -406,16 +640,18 @@ def limited(method):
         node = method(self)
         self.depth -= 1
         return node
+
     return inside
+
 
 class Parser:
     """Recursive descent over the tokens of one answer. Raises Unreadable where the grammar of answers ends."""
 
     def __init__(self, tokens: list[Token]):
         self.tokens, self.at, self.depth = tokens + [Token("eof", "", False)] * 8, 0, 0
-        self.bars = False                       # inside |...| or {... | ...}: a bar ends what came before
-        self.in_set = False                     # inside {...}: a colon, too
-        self.currency: str | None = None        # seen in the quantity that is being read
+        self.bars = False  # inside |...| or {... | ...}: a bar ends what came before
+        self.in_set = False  # inside {...}: a colon, too
+        self.currency: str | None = None  # seen in the quantity that is being read
 
     def peek(self, ahead: int = 0) -> Token:
         return self.tokens[self.at + ahead]
@@ -453,7 +689,7 @@ class Parser:
         while True:
             groups[-1].append(self.relation())
             separators = [self.take().text] if self.is_op(",", ";", "and", "or") else []
-            while separators and self.is_op("and", "or"):                            # ", and" is one
+            while separators and self.is_op("and", "or"):  # ", and" is one
                 separators.append(self.take().text)
             if not separators or self.peek().kind == "eof" or self.is_op(*_CLOSERS):
                 break
@@ -461,22 +697,34 @@ class Parser:
             if ";" in separators:
                 groups.append([])
         if len(groups) > 1:
-            groups = [[group[0] if len(group) == 1 else ("tuple", "(", ")", tuple(group)) for group in groups]]
+            groups = [
+                [
+                    group[0] if len(group) == 1 else ("tuple", "(", ")", tuple(group))
+                    for group in groups
+                ]
+            ]
         return groups[0][0] if len(groups[0]) == 1 else ("list", tuple(groups[0]), joiner)
 
     def relation(self) -> Node:
         operators = []
-        sides = [("sym", "?") if self.is_op(*_RELATIONS) else self.ratio()]          # "> 5": the unknown is not written
+        sides = [
+            ("sym", "?") if self.is_op(*_RELATIONS) else self.ratio()
+        ]  # "> 5": the unknown is not written
         while self.is_op(*_RELATIONS):
             operators.append(self.take().text)
             sides.append(self.ratio())
-        if operators == ["≡"]:                               # f(x) ≡ 0
+        if operators == ["≡"]:  # f(x) ≡ 0
             operators = ["="]
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
 
     def ratio(self) -> Node:
         parts = [self.union()]
-        while self.is_op(":") and not self.in_set or self.peek().text == "to" and self.peek(1).kind == "num":
+        while (
+            self.is_op(":")
+            and not self.in_set
+            or self.peek().text == "to"
+            and self.peek(1).kind == "num"
+        ):
             self.take()
             parts.append(self.union())
         return parts[0] if len(parts) == 1 else ("ratio", tuple(parts))
@@ -491,7 +739,11 @@ class Parser:
     @staticmethod
     def as_set(node: Node) -> Node:
         """Beside a union sign {1, 2} and 3 mean sets."""
-        return ("set", node[1] if node[0] == "list" else (node,)) if node[0] in ("list", "num") else node
+        return (
+            ("set", node[1] if node[0] == "list" else (node,))
+            if node[0] in ("list", "num")
+            else node
+        )
 
     # quantities and texts
 
@@ -505,12 +757,12 @@ class Parser:
         base, factor, count = "", Fraction(1), 1
         if self.peek().kind == "word" and self.peek().text != "to":
             base, factor, count = self.unit()
-        node = node if count == 1 else ("mul", (number(count), node))                # 5 million
-        if currency and base not in ("°", "%"):             # "$3 million", "$5 each"
+        node = node if count == 1 else ("mul", (number(count), node))  # 5 million
+        if currency and base not in ("°", "%"):  # "$3 million", "$5 each"
             base, factor = UNITS.get(currency, (currency, Fraction(1)))
         if base in ("°", "%"):
             return ("deg" if base == "°" else "pct", node)
-        if base and self.peek().kind == "num":              # 2 hours 30 minutes
+        if base and self.peek().kind == "num":  # 2 hours 30 minutes
             rest = self.quantity()
             if rest[0] != "unit" or rest[2] != base or rest[3] >= factor:
                 raise Unreadable("two quantities")
@@ -530,7 +782,7 @@ class Parser:
                 if not (parts and next_is_unit and self.is_op("/", "*", "-")):
                     return " ".join(parts), factor, count
                 sign = -1 if self.take().text == "/" else 1
-                self.tokens[self.at] = self.peek()._replace(kind="word")             # the h of km/h
+                self.tokens[self.at] = self.peek()._replace(kind="word")  # the h of km/h
                 continue
             token = self.take()
             word = token.text if token.text in UNITS else token.text.lower()
@@ -542,7 +794,10 @@ class Parser:
                 count *= _MULTIPLIERS[word]
             elif word not in _FILLERS or word == "in" and not parts:
                 one = singular(word)
-                base, scale = UNITS.get(word) or (one if one in _COUNTED else f"?{one}", Fraction(1))
+                base, scale = UNITS.get(word) or (
+                    one if one in _COUNTED else f"?{one}",
+                    Fraction(1),
+                )
                 if self.take("^"):
                     exponent = ("-" if self.take("-") else "") + self.raw_group().strip("{}")
                     if not re.fullmatch("-?[123]", exponent):
@@ -563,8 +818,14 @@ class Parser:
         if len(words) > MAX_WORDS:
             raise Unreadable("prose")
         values = [_NUMERALS.get(word, -1) for word in words]
-        if len(values) == 1 and values[0] >= 0 or len(values) == 2 and values[0] >= 20 and 0 < values[1] < 10:
-            return number(sum(values))                      # five, forty-two
+        if (
+            len(values) == 1
+            and values[0] >= 0
+            or len(values) == 2
+            and values[0] >= 20
+            and 0 < values[1] < 10
+        ):
+            return number(sum(values))  # five, forty-two
         if re.fullmatch("(?:option|choice|answer|选项|选) [A-J]", " ".join(words)):
             return ("sym", words[1])
         text = " ".join(map(singular, words))
@@ -577,7 +838,7 @@ class Parser:
     def expression(self) -> Node:
         terms = [self.term()]
         while self.is_op("+", "-", "±", "∓"):
-            terms.append(self.term())                       # term() reads the sign
+            terms.append(self.term())  # term() reads the sign
         return terms[0] if len(terms) == 1 else ("add", tuple(terms))
 
     @limited
@@ -610,8 +871,12 @@ class Parser:
             return self.tokens[self.at - 2].text == "^" == self.peek(1).text
         if token.kind == "num":
             return before.text not in ("%", "°")
-        return token.kind in ("let", "begin", "cmd") or self.is_op("(", "[", "{", "\\{", "...", "⌊", "⌈") \
-            or self.is_op("|") and not self.bars
+        return (
+            token.kind in ("let", "begin", "cmd")
+            or self.is_op("(", "[", "{", "\\{", "...", "⌊", "⌈")
+            or self.is_op("|")
+            and not self.bars
+        )
 
     def power(self) -> Node:
         node = self.postfix(self.atom())
@@ -644,13 +909,28 @@ class Parser:
     @limited
     def atom(self) -> Node:
         token = self.take()
-        readers = {"num": self.numeral, "let": self.symbol, "cmd": self.command, "begin": self.environment}
+        readers = {
+            "num": self.numeral,
+            "let": self.symbol,
+            "cmd": self.command,
+            "begin": self.environment,
+        }
         if token.kind in readers:
             return readers[token.kind](token.text)
-        if token.kind == "word" and token.text.isascii() and token.text.isupper():   # segments that look like words: NO
+        if (
+            token.kind == "word" and token.text.isascii() and token.text.isupper()
+        ):  # segments that look like words: NO
             return ("mul", tuple(("sym", letter) for letter in token.text))
-        readers = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "\\{": self.braces, "|": self.fence,
-                   "⌊": self.fence, "⌈": self.fence, "...": lambda dots: ("sym", dots)}
+        readers = {
+            "(": self.bracket,
+            "[": self.bracket,
+            "{": self.bracket,
+            "\\{": self.braces,
+            "|": self.fence,
+            "⌊": self.fence,
+            "⌈": self.fence,
+            "...": lambda dots: ("sym", dots),
+        }
         if token.kind == "op" and token.text in readers:
             return readers[token.text](token.text)
         if token.kind == "op" and token.text in "$€£¥":
@@ -670,7 +950,12 @@ class Parser:
         if text.isdigit() and (token.kind, token.text) == ("cmd", "frac"):
             self.take()
             parts = self.argument(), self.argument()
-        elif text.isdigit() and token.spaced and token.kind == self.peek(2).kind == "num" and self.peek(1).text == "/":
+        elif (
+            text.isdigit()
+            and token.spaced
+            and token.kind == self.peek(2).kind == "num"
+            and self.peek(1).text == "/"
+        ):
             parts = number(self.peek().text), number(self.peek(2).text)
             self.at += 3
         if parts and parts[0][0] == parts[1][0] == "num" and 0 < parts[0][1] < parts[1][1]:
@@ -694,17 +979,26 @@ class Parser:
             name += "_" + self.raw_group().removeprefix("{").removesuffix("}")
         while self.take("'"):
             name += "'"
-        if name in _OPAQUE and [self.peek(i).text for i in range(6)] == ["^", "{", "-", "1", "}", "("]:
+        if name in _OPAQUE and [self.peek(i).text for i in range(6)] == [
+            "^",
+            "{",
+            "-",
+            "1",
+            "}",
+            "(",
+        ]:
             self.at += 5
             name += "^{-1}"
         if name[0] == "C" and (name[2:].isdigit() or name[2:] in _WHOLE_NAMES) and self.take("^"):
-            top = number(name[2:]) if name[2:].isdigit() else ("sym", name[2:])     # C_5^2 is a binomial coefficient
+            top = (
+                number(name[2:]) if name[2:].isdigit() else ("sym", name[2:])
+            )  # C_5^2 is a binomial coefficient
             return ("fn", "binom", (top, self.exponent()))
         if not self.is_op("(") or name[0] not in _CALLS and not name[0].isupper():
             return ("sym", name)
         inside = self.bracket(self.take().text)
         arguments = inside[3] if inside[0] == "tuple" else (inside,)
-        if name == "C" and len(arguments) == 2:                                     # and so is C(5, 2)
+        if name == "C" and len(arguments) == 2:  # and so is C(5, 2)
             return ("fn", "binom", arguments)
         is_call = name[0] in _CALLS or len(arguments) > 1
         return ("call", name, arguments) if is_call else ("mul", (("sym", name), inside))
@@ -732,7 +1026,9 @@ class Parser:
         """
         node = self.enclosed()
         closing = self.need(*("}" if opening == "{" else ")]")).text
-        return ("tuple", opening, closing, node[1]) if node[0] == "list" and opening != "{" else node
+        return (
+            ("tuple", opening, closing, node[1]) if node[0] == "list" and opening != "{" else node
+        )
 
     def braces(self, _opening: str) -> Node:
         """After `\\{`: a set by its elements, or by the conditions after | or :."""
@@ -747,7 +1043,7 @@ class Parser:
         conditions, joiner = condition[1:] if condition[0] == "list" else ((condition,), ",")
         template = node[2][0] if node[0] == "rel" and node[1] == ("in",) else node
         if template[0] != "sym" or not any(template in walk(part) for part in conditions):
-            return ("builder", node, conditions, joiner)    # {x^2 : x > 3}: what is collected matters
+            return ("builder", node, conditions, joiner)  # {x^2 : x > 3}: what is collected matters
         if node[0] == "rel" and node[2][-1] != ("sym", "ℝ"):
             if joiner == "or":
                 raise Unreadable("a condition that binds on both sides of 'or'")
@@ -765,7 +1061,14 @@ class Parser:
     def environment(self, name: str) -> Node:
         """A matrix, or the lines of `cases` as a list."""
         lines = name in ("cases", "aligned", "align", "gathered")
-        if not lines and name not in ("pmatrix", "bmatrix", "matrix", "array", "Bmatrix", "smallmatrix"):
+        if not lines and name not in (
+            "pmatrix",
+            "bmatrix",
+            "matrix",
+            "array",
+            "Bmatrix",
+            "smallmatrix",
+        ):
             raise Unreadable(f"environment {name}")
         rows = [[]]
         while self.peek().kind != "end":
@@ -797,7 +1100,7 @@ class Parser:
             return ("fn", name, (self.argument(), self.argument()))
         if name in _FUNCTIONS:
             return self.function(_FUNCTIONS[name])
-        if name in ("sum", "prod"):                         # read, but not evaluated
+        if name in ("sum", "prod"):  # read, but not evaluated
             self.need("_")
             low = self.atom()
             self.need("^")
@@ -806,9 +1109,13 @@ class Parser:
             return ("set", ())
         if name in _NUMBER_SETS and not self.is_op("^", "_"):
             return ("sym", _NUMBER_SETS[name])
-        if name in _MARKS:                                  # \overline{AB}, \angle ABC
+        if name in _MARKS:  # \overline{AB}, \angle ABC
             letters = self.raw_group().strip("{}")
-            while name in ("angle", "triangle", "odot") and self.peek().kind == "let" and self.peek().text.isupper():
+            while (
+                name in ("angle", "triangle", "odot")
+                and self.peek().kind == "let"
+                and self.peek().text.isupper()
+            ):
                 letters += self.take().text
             return ("sym", f"{name} {letters}")
         if name == "infty" or name in _GREEK_NAMES:
@@ -827,11 +1134,19 @@ class Parser:
                 raise Unreadable(f"subscript of {name}")
         if self.is_op("(", "[", "{", "\\{"):
             inside = self.atom()
-            arguments = inside[3] if inside[0] == "tuple" else inside[0] in ("list", "set") and inside[1] or (inside,)
+            arguments = (
+                inside[3]
+                if inside[0] == "tuple"
+                else inside[0] in ("list", "set") and inside[1] or (inside,)
+            )
         else:
             negated = bool(self.take("-"))
             factors = [self.power()]
-            while self.starts_factor() and self.peek().text not in _FUNCTIONS and not self.is_op("(", "["):
+            while (
+                self.starts_factor()
+                and self.peek().text not in _FUNCTIONS
+                and not self.is_op("(", "[")
+            ):
                 factors.append(self.power())
             argument = factors[0] if len(factors) == 1 else ("mul", tuple(factors))
             arguments = (negative(argument) if negated else argument,)
@@ -840,10 +1155,12 @@ class Parser:
         node = ("fn", name, arguments + ((base,) if base else ()))
         return node if power is None else ("pow", node, power)
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Values: exact fractions as long as possible, else as many digits as it takes to tell two values apart (`same_number`)
 
-_HUGE = 10 ** 30                                             # beyond it, powers and functions are not evaluated
+_HUGE = 10**30  # beyond it, powers and functions are not evaluated
+
 
 @lru_cache(maxsize=64)
 def arithmetic(digits: int) -> mpmath.MPContext:
@@ -851,23 +1168,35 @@ def arithmetic(digits: int) -> mpmath.MPContext:
     context.dps = digits
     return context
 
+
 _MP = arithmetic(140)
+
 
 class Scope(NamedTuple):
     """What an evaluation needs: the arithmetic, the values of the unknowns, and how to read three notations."""
+
     env: dict
     mp: mpmath.MPContext = _MP
-    degree: bool = True          # 30° is pi/6 (else 30)
-    percent: bool = True         # 25% is 1/4 (else 25)
-    log10: bool = False          # log is decimal (else natural)
-    real: bool = False           # roots and logarithms of negative numbers are undefined
-    largest: list | None = None  # [bits before or after the point of the largest or smallest value met]
+    degree: bool = True  # 30° is pi/6 (else 30)
+    percent: bool = True  # 25% is 1/4 (else 25)
+    log10: bool = False  # log is decimal (else natural)
+    real: bool = False  # roots and logarithms of negative numbers are undefined
+    largest: list | None = (
+        None  # [bits before or after the point of the largest or smallest value met]
+    )
+
 
 def to_mp(value, mp=_MP):
-    return mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else mp.convert(value)
+    return (
+        mp.mpf(value.numerator) / value.denominator
+        if isinstance(value, Fraction)
+        else mp.convert(value)
+    )
+
 
 def bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
+
 
 def exact(value: Fraction) -> Fraction:
     if bits(value) > MAX_BITS:
@@ -875,11 +1204,14 @@ def exact(value: Fraction) -> Fraction:
     spend((bits(value) / 2000) ** 2)
     return value
 
+
 def combined(operation, a, b, mp=_MP):
     both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
     return exact(operation(a, b)) if both_exact else operation(to_mp(a, mp), to_mp(b, mp))
 
+
 plus, times = partial(combined, operator.add), partial(combined, operator.mul)
+
 
 def raised(a, b, mp):
     """a to the b. Odd roots of negative numbers are real, as schools write them: (-8)^{1/3} = -2."""
@@ -897,13 +1229,15 @@ def raised(a, b, mp):
         root = raised(-a, b, mp)
         return -root if b.numerator % 2 else root
     is_square_root = isinstance(b, Fraction) and b.denominator == 2
-    spend(mp.dps / 2 if is_square_root else mp.dps ** 1.5 / 10)
+    spend(mp.dps / 2 if is_square_root else mp.dps**1.5 / 10)
     if abs(b) * scale(a, mp) > _HUGE:
         raise TooBig("power")
     return to_mp(a, mp) ** to_mp(b, mp)
 
+
 def is_real(value) -> bool:
     return isinstance(value, Fraction) or abs(_MP.im(value)) <= abs(_MP.re(value)) * 1e-40
+
 
 def scale(value, mp) -> int:
     """How many bits a value is away from the point, to the left or to the right."""
@@ -913,6 +1247,7 @@ def scale(value, mp) -> int:
     if magnitude == mp.inf or magnitude != magnitude:
         raise Undefined("infinite")
     return 0 if magnitude == mp.ninf else abs(magnitude)
+
 
 def evaluate(node: Node, s: Scope):
     """The value of an expression, a Fraction, mpf or mpc; Undefined if it has none."""
@@ -926,7 +1261,10 @@ def evaluate(node: Node, s: Scope):
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[node[1]] * 1
     if kind in ("add", "mul"):
         spend(3 * len(node[1]))
-        value = reduce(partial(plus if kind == "add" else times, mp=mp), [evaluate(item, s) for item in node[1]])
+        value = reduce(
+            partial(plus if kind == "add" else times, mp=mp),
+            [evaluate(item, s) for item in node[1]],
+        )
     elif kind == "pow":
         value = raised(evaluate(node[1], s), evaluate(node[2], s), mp)
     elif kind == "fn":
@@ -934,7 +1272,11 @@ def evaluate(node: Node, s: Scope):
     elif kind == "call":
         value = call(node, s)
     elif kind in ("deg", "pct", "unit"):
-        read_as = {"deg": s.degree and mp.pi / 180, "pct": s.percent and Fraction(1, 100), "unit": node[-1]}[kind]
+        read_as = {
+            "deg": s.degree and mp.pi / 180,
+            "pct": s.percent and Fraction(1, 100),
+            "unit": node[-1],
+        }[kind]
         value = times(evaluate(node[1], s), read_as or Fraction(1), mp)
     else:
         raise Undefined(f"{kind} without a value")
@@ -944,9 +1286,12 @@ def evaluate(node: Node, s: Scope):
         raise Undefined("not real")
     if s.largest is not None:
         size = scale(value, mp)
-        is_rounded_zero = size > 2.5 * mp.dps and abs(value) < 1 and kind not in ("mul", "pow")               # sin(pi)
+        is_rounded_zero = (
+            size > 2.5 * mp.dps and abs(value) < 1 and kind not in ("mul", "pow")
+        )  # sin(pi)
         s.largest[0] = max(s.largest[0], 0 if is_rounded_zero else size)
     return value
+
 
 def call(node: Node, s: Scope):
     """f(x) of an unknown function gets a value that depends on its name and arguments only; a(b+c) is a product."""
@@ -954,11 +1299,13 @@ def call(node: Node, s: Scope):
     if is_product(node):
         return times(evaluate(("sym", node[1]), s), arguments[0], s.mp)
     key = node[1] + repr([s.mp.nstr(to_mp(a, s.mp), 12) for a in arguments])
-    return Fraction(random.Random(key).randrange(1, 10 ** 6), 99_991)
+    return Fraction(random.Random(key).randrange(1, 10**6), 99_991)
+
 
 def is_product(node: Node) -> bool:
     """p(q+1) may be a product; f(x) and P(0) are not."""
     return node[1][0] not in _OPAQUE and len(node[2]) == 1 and bool(unknowns(node[2][0]))
+
 
 def apply(name: str, arguments: list, s: Scope):
     """A named function. Arguments so large that reducing them would take long are refused."""
@@ -974,12 +1321,16 @@ def apply(name: str, arguments: list, s: Scope):
     if name == "binom" and len(arguments) == 2:
         if integers and 0 <= x <= MAX_FACTORIAL and arguments[1] >= 0:
             return Fraction(math.comb(int(x), int(arguments[1])))
-        if real and all(abs(a) < 10 ** 6 for a in arguments):
+        if real and all(abs(a) < 10**6 for a in arguments):
             spend(5000)
             return mp.binomial(*(to_mp(a, mp) for a in arguments))
     if name == "log" and len(arguments) == 2 and arguments[1] not in (0, 1):
         return apply("ln", [x], s) / apply("ln", [arguments[1]], s)
-    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom") + ("sgn", "floor", "ceil") * (not real):
+    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom") + (
+        "sgn",
+        "floor",
+        "ceil",
+    ) * (not real):
         raise Undefined(f"{name} of these arguments")
     if name == "abs":
         return abs(x)
@@ -988,26 +1339,33 @@ def apply(name: str, arguments: list, s: Scope):
     if name in ("floor", "ceil") and isinstance(x, Fraction):
         return Fraction(getattr(math, name)(x))
     if name in ("floor", "ceil"):
-        near = mp.nint(mp.re(x))                            # sqrt(2)^2 is 2 but for rounding
+        near = mp.nint(mp.re(x))  # sqrt(2)^2 is 2 but for rounding
         is_near = abs(x - near) <= mp.mpf(10) ** (-(mp.dps + 20) // 2)
         return Fraction(int(near if is_near else getattr(mp, name)(mp.re(x))))
     if name in ("factorial", "fac2") and integers and x <= MAX_FACTORIAL:
         if x < 0:
             raise Undefined("factorial of a negative number")
-        return Fraction(math.factorial(int(x)) if name == "factorial" else math.prod(range(int(x), 0, -2)))
-    spend(mp.dps ** 1.5 / 15)
+        return Fraction(
+            math.factorial(int(x)) if name == "factorial" else math.prod(range(int(x), 0, -2))
+        )
+    spend(mp.dps**1.5 / 15)
     if name in ("ln", "log", "lg"):
         if x == 0:
             raise Undefined("log 0")
-        return mp.log(to_mp(x, mp)) / (mp.log(10) if name == "lg" or name == "log" and s.log10 else 1)
-    if name in ("exp", "sinh", "cosh", "tanh") and s.largest is not None:            # tanh is 1 but for exp(-2x)
+        return mp.log(to_mp(x, mp)) / (
+            mp.log(10) if name == "lg" or name == "log" and s.log10 else 1
+        )
+    if (
+        name in ("exp", "sinh", "cosh", "tanh") and s.largest is not None
+    ):  # tanh is 1 but for exp(-2x)
         s.largest[0] = max(s.largest[0], int(3 * abs(x)))
     if name in ("factorial", "fac2"):
-        spend(mp.dps ** 1.5 * 5)
+        spend(mp.dps**1.5 * 5)
     try:
         return getattr(mp, name)(to_mp(x, mp))
-    except (ZeroDivisionError, ValueError) as error:        # a pole
+    except (ZeroDivisionError, ValueError) as error:  # a pole
         raise Undefined(f"{name}: {error}") from None
+
 
 def same_number(a: Node, b: Node, s: Scope) -> bool:
     """Have two expressions the same value here? Undefined or TooBig if nothing can be said.
@@ -1032,19 +1390,30 @@ def same_number(a: Node, b: Node, s: Scope) -> bool:
         digits = (60 + 4 * hidden) // 50 * 50 + 50
     raise TooBig("digits")
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Trees
 
-_KINDS = set("num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based cup cap "
-             "setminus where builder text choice".split())
+_KINDS = set(
+    "num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based cup cap "
+    "setminus where builder text choice".split()
+)
+
 
 def mapped(part, change):
     """A copy of a node (or of a tuple of nodes) with `change` applied to its direct children."""
+
     def visit(item):
         if not isinstance(item, tuple):
             return item
-        return change(item) if item and isinstance(item[0], str) and item[0] in _KINDS else tuple(map(visit, item))
+        return (
+            change(item)
+            if item and isinstance(item[0], str) and item[0] in _KINDS
+            else tuple(map(visit, item))
+        )
+
     return part[:1] + tuple(map(visit, part[1:]))
+
 
 @lru_cache(maxsize=1 << 14)
 def walk(node: Node) -> tuple[Node, ...]:
@@ -1053,15 +1422,19 @@ def walk(node: Node) -> tuple[Node, ...]:
     mapped(node, children.append)
     return (node, *itertools.chain.from_iterable(map(walk, children)))
 
+
 @lru_cache(maxsize=1 << 14)
 def canonical(node: Node) -> Node:
     """The tree with flat, sorted sums, products and sets: equal for two answers that differ only in such order."""
     node = mapped(node, canonical)
     if node[0] in ("add", "mul"):
         items = [part for item in node[1] for part in (item[1] if item[0] == node[0] else (item,))]
-        items = [item for item in items if item != number(node[0] == "mul")] or items[:1]         # 0 + x, 1 x
+        items = [item for item in items if item != number(node[0] == "mul")] or items[
+            :1
+        ]  # 0 + x, 1 x
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
     return ("set", tuple(sorted(node[1], key=repr))) if node[0] == "set" else node
+
 
 @lru_cache(maxsize=1 << 14)
 def unknowns(node: Node) -> frozenset[str]:
@@ -1069,22 +1442,27 @@ def unknowns(node: Node) -> frozenset[str]:
     names = {n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)}
     return frozenset(names - {"π", "e", "i", "∞"})
 
+
 @lru_cache(maxsize=1 << 14)
 def written(node: Node) -> int:
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
 
+
 @lru_cache(maxsize=1 << 14)
 def kinds_in(node: Node) -> frozenset[str]:
     return frozenset(n[0] for n in walk(node))
 
+
 def has(node: Node, *kinds: str) -> bool:
     return not kinds_in(node).isdisjoint(kinds)
+
 
 def substituted(node: Node, values: dict[str, Node]) -> Node:
     if node[0] == "sym":
         return values.get(node[1], node)
     return mapped(node, lambda child: substituted(child, values))
+
 
 def variants(node: Node) -> list[Node]:
     """An expression with plus-minus signs stands for its two values; all its signs go together."""
@@ -1096,7 +1474,9 @@ def variants(node: Node) -> list[Node]:
             inner = pick(part[2], sign)
             return inner if part[1] == sign else negative(inner)
         return mapped(part, lambda child: pick(child, sign))
+
     return [pick(node, 1), pick(node, -1)]
+
 
 def is_defined(tree: Node) -> bool:
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
@@ -1108,12 +1488,19 @@ def is_defined(tree: Node) -> bool:
         mapped(tree, parts.append)
         return all(map(is_defined, parts))
     if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or ("sym", "ℝ") in walk(tree):
-        return True                                         # R - {0}
-    if all(node[0] in ("num", "sym", "add", "mul") or node[0] == "pow" and node[2][0] == "num" and node[2][1] > 0
-           for node in walk(tree)) and infinity not in walk(tree):
+        return True  # R - {0}
+    if all(
+        node[0] in ("num", "sym", "add", "mul")
+        or node[0] == "pow"
+        and node[2][0] == "num"
+        and node[2][1] > 0
+        for node in walk(tree)
+    ) and infinity not in walk(tree):
         return True
     names, rng = sorted(unknowns(tree)), random.Random(1)
-    for env in itertools.chain(ordinary_points(names, set(names), rng), ordinary_points(names, set(), rng)):
+    for env in itertools.chain(
+        ordinary_points(names, set(names), rng), ordinary_points(names, set(), rng)
+    ):
         with contextlib.suppress(Undefined):
             with contextlib.suppress(TooBig):
                 for variant in variants(tree):
@@ -1121,11 +1508,13 @@ def is_defined(tree: Node) -> bool:
             return True
     return False
 
+
 # Points at which expressions are compared. They are drawn with the pair of expressions as the seed: the same for every
 # run, and not known to one who makes up an expression that agrees with another at given points.
 
 _WHOLE_NAMES = {"n", "m", "k", "N"}
-_SIZES = (1, 5, 40, 5, 40, 1000, 10 ** 6)
+_SIZES = (1, 5, 40, 5, 40, 1000, 10**6)
+
 
 def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
     """Values for the unknowns: small and large, first positive, then of both signs; fractions, or whole numbers."""
@@ -1138,6 +1527,7 @@ def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> It
             else:
                 env[name] = Fraction(sign * rng.randrange(7, 101 * size), rng.choice((89, 97, 101)))
         yield env
+
 
 def switches(tree: Node) -> list[Node]:
     """Expressions at whose zeros the formula of the tree may change: |.|, sgn, max, min, roots, floor, ceiling."""
@@ -1153,6 +1543,7 @@ def switches(tree: Node) -> list[Node]:
             found.append(node[1])
     return [node for node in dict.fromkeys(found) if unknowns(node)][:40]
 
+
 def zeros(node: Node, name: str, env: dict) -> list:
     """Real zeros of an expression in one unknown: those of its factors; up to degree 2, else a grid to look on."""
     if node[0] == "mul":
@@ -1160,10 +1551,13 @@ def zeros(node: Node, name: str, env: dict) -> list:
     if node[0] == "pow" and node[2][0] == "num":
         return zeros(node[1], name, env)
     try:
-        at = [to_mp(evaluate(node, Scope(env | {name: Fraction(x)}, real=True))).real for x in (0, 1, -1, 7)]
+        at = [
+            to_mp(evaluate(node, Scope(env | {name: Fraction(x)}, real=True))).real
+            for x in (0, 1, -1, 7)
+        ]
         c, up, down, test = at
         a, b = (up + down) / 2 - c, (up - down) / 2
-        if abs(49 * a + 7 * b + c - test) < 1e-40:          # it is a x^2 + b x + c
+        if abs(49 * a + 7 * b + c - test) < 1e-40:  # it is a x^2 + b x + c
             if abs(a) < 1e-60:
                 return [-c / b] if abs(b) > 1e-60 else []
             root = abs(b * b - 4 * a * c) ** 0.5
@@ -1172,21 +1566,32 @@ def zeros(node: Node, name: str, env: dict) -> list:
         pass
     return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
 
-def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
+
+def points_between(
+    a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random
+) -> Iterator[dict]:
     """Points at, and on both sides of, the switches of both trees, one unknown moving at a time; and far out."""
     expressions = switches(a) + switches(b)
     for name in names if expressions else ():
         base = rng.choice(list(ordinary_points(names, whole, rng))[:5])
-        marks = {Fraction(round(zero * 10 ** 12), 10 ** 12) for expression in expressions
-                 for zero in zeros(expression, name, base) if abs(zero) < 10 ** 15} or {Fraction(0)}
+        marks = {
+            Fraction(round(zero * 10**12), 10**12)
+            for expression in expressions
+            for zero in zeros(expression, name, base)
+            if abs(zero) < 10**15
+        } or {Fraction(0)}
         marks = sorted(rng.sample(sorted(marks), min(len(marks), 40)))
         width = max(abs(marks[0]), abs(marks[-1]), 1)
         ends = [marks[0] - width, *marks, marks[-1] + width]
-        values = [low + (high - low) * Fraction(rng.randrange(1, 100), 101) for low, high in zip(ends, ends[1:])]
+        values = [
+            low + (high - low) * Fraction(rng.randrange(1, 100), 101)
+            for low, high in zip(ends, ends[1:])
+        ]
         values += [*marks, width * rng.randrange(5, 5000), -width * rng.randrange(5, 5000)]
         if name in whole:
             values = {Fraction(math.floor(value) + k) for value in values for k in (0, 1)}
         yield from (base | {name: value} for value in sorted(values))
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Comparison, cheapest layer first
@@ -1194,8 +1599,11 @@ def points_between(a: Node, b: Node, names: list[str], whole: set[str], rng: ran
 # Layer 1, strings: `squeeze` of the cleaned texts is the same. Safe, as the clean-up removes layout only.
 # Layer 2, plain numbers.
 
-_PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d*)(\.\d+)?(?:[eE]([-+]?\d{1,3}))?"
-                    r"|([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
+_PLAIN = re.compile(
+    r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d*)(\.\d+)?(?:[eE]([-+]?\d{1,3}))?"
+    r"|([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))"
+)
+
 
 @lru_cache(maxsize=1 << 14)
 def plain_number(text: str) -> Fraction | None:
@@ -1212,16 +1620,21 @@ def plain_number(text: str) -> Fraction | None:
     top, bottom = int(top or top2 or 0), int(bottom or bottom2 or 0)
     return Fraction(-top if sign2 == "-" else top, bottom) if bottom else None
 
+
 def same_plain(answer: str, gold: str) -> bool | None:
     """The verdict on two plain numbers; None if it takes the parser."""
     a, b = plain_number(answer.strip()), plain_number(gold.strip())
     return None if a is None or b is None else a == b
 
+
 # Layer 3, trees.
 
 # (C) 8, \textbf{(C)}\ 8, C. 8
-_CHOICE = re.compile(r"(?P<open>\\text *\{ *)?(?:\((?=.\)))?(?P<letter>[A-J])(?:\)|\.(?= ))(?P<shut> *\})?"
-                     r"(?:(?<=[ }])|[ :]+|(?<=\))(?=[\d\\]))(?P<rest>[^ +*/^=<>,)&_!].*)")
+_CHOICE = re.compile(
+    r"(?P<open>\\text *\{ *)?(?:\((?=.\)))?(?P<letter>[A-J])(?:\)|\.(?= ))(?P<shut> *\})?"
+    r"(?:(?<=[ }])|[ :]+|(?<=\))(?=[\d\\]))(?P<rest>[^ +*/^=<>,)&_!].*)"
+)
+
 
 @lru_cache(maxsize=1 << 14)
 def read(text: str) -> tuple[Node, ...]:
@@ -1230,30 +1643,41 @@ def read(text: str) -> tuple[Node, ...]:
         return ()
     if plain_number(text) is not None:
         return (number(plain_number(text)),)
-    note = re.fullmatch(r"(.+?) ?(?:\\text ?\{ ?\(([^(){}]+)\) ?\}|\( ?\\text ?\{([^{}]+)\} ?\))", text)
-    if note and set(read(note[1])) & set(read(note[2] or note[3])):                  # 42 (forty-two)
+    note = re.fullmatch(
+        r"(.+?) ?(?:\\text ?\{ ?\(([^(){}]+)\) ?\}|\( ?\\text ?\{([^{}]+)\} ?\))", text
+    )
+    if note and set(read(note[1])) & set(read(note[2] or note[3])):  # 42 (forty-two)
         return read(note[1])
     choice = _CHOICE.fullmatch(text)
     if choice:
-        text = choice["rest"] if choice["shut"] or not choice["open"] else choice["rest"].replace("}", "", 1)
+        text = (
+            choice["rest"]
+            if choice["shut"] or not choice["open"]
+            else choice["rest"].replace("}", "", 1)
+        )
     readings = [False]
-    if re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text) and not re.search(r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text):
+    if re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text) and not re.search(
+        r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text
+    ):
         readings = [True] if re.search(r"\d,0\d\d(?!\d)", text) else [True, False]
     trees = []
     for separated in readings:
         with contextlib.suppress(Unreadable):
             trees.append(Parser(tokenise(text, separated)).answer())
     if re.fullmatch(r"[-+]?\d+,\d+", text) and readings == [False]:
-        trees.append(number(text.replace(",", ".")))                                 # a decimal comma
+        trees.append(number(text.replace(",", ".")))  # a decimal comma
     if re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
-        trees += read(text.upper())                          # 2a_{16}, if it is no term of a sequence
+        trees += read(text.upper())  # 2a_{16}, if it is no term of a sequence
     if not trees and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
         words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
         if (1 if "\\text" in text else 2) <= len(words) <= MAX_WORDS:
-            trees.append(("text", squeeze(text).lower()))    # words and formulas: equal as a text only
+            trees.append(
+                ("text", squeeze(text).lower())
+            )  # words and formulas: equal as a text only
     if choice:
         trees = [("choice", choice["letter"], tree) for tree in trees]
     return tuple(tree for tree in trees if is_defined(tree))
+
 
 def same(a: Node, b: Node) -> bool:
     """Do two trees mean the same answer? One rule for each kind; what no rule accepts is different."""
@@ -1265,12 +1689,16 @@ def same(a: Node, b: Node) -> bool:
     a, b = simplified(a), simplified(b)
     kinds = {a[0], b[0]}
     if "builder" in kinds:
-        return kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
+        return (
+            kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
+        )
     if is_region(a) or is_region(b):
         with contextlib.suppress(Undefined, TooBig):
             left, right = region(a), region(b)
             same_name = None in (left.name, right.name) or left.name == right.name
-            return same_name and all(left.holds(x) == right.holds(x) for x in probes(left.marks + right.marks))
+            return same_name and all(
+                left.holds(x) == right.holds(x) for x in probes(left.marks + right.marks)
+            )
     if is_collection(a) or is_collection(b):
         return same_collection(a, b)
     if "rel" in kinds:
@@ -1279,43 +1707,63 @@ def same(a: Node, b: Node) -> bool:
         return same_ratio(a, b)
     if kinds == {"tuple"}:
         return a[1:3] == b[1:3] and len(a[3]) == len(b[3]) and all(map(same, a[3], b[3]))
-    if kinds == {"tuple", "call"}:                          # P(1, 2)
+    if kinds == {"tuple", "call"}:  # P(1, 2)
         point, pair = (a, b) if a[0] == "call" else (b, a)
-        return point[1].isupper() and len(point[2]) > 1 and same(("tuple", "(", ")", point[2]), pair)
+        return (
+            point[1].isupper() and len(point[2]) > 1 and same(("tuple", "(", ")", point[2]), pair)
+        )
     if has(a, "matrix") or has(b, "matrix"):
         return same_matrix(a, b)
     if "unit" in kinds:
         return same_quantity(a, b)
     return same_value(a, b)
 
+
 def simplified(node: Node) -> Node:
     """A list or set of one is its element (but {{1}} is not {1}); equations are checked, as `name = value`."""
-    if node[0] in ("list", "set") and len(node[1]) == 1 and node[1][0][0] != "set" and not has(node, "pm"):
+    if (
+        node[0] in ("list", "set")
+        and len(node[1]) == 1
+        and node[1][0][0] != "set"
+        and not has(node, "pm")
+    ):
         return simplified(node[1][0])
     if node[0] == "list" and node[1][0][0] == "rel" and node[1][0][2][0][0] == "call":
-        arguments = node[1][0][2][0][2]                     # f(n) = n + c, n in Z, c in R: the problem gives the domain
-        kept = [item for item in node[1] if item[:2] != ("rel", ("in",)) or item[2][1] != ("sym", "ℝ")
-                and (item[2][0] not in arguments or item[2][1][0] != "sym")]
+        arguments = node[1][0][2][0][
+            2
+        ]  # f(n) = n + c, n in Z, c in R: the problem gives the domain
+        kept = [
+            item
+            for item in node[1]
+            if item[:2] != ("rel", ("in",))
+            or item[2][1] != ("sym", "ℝ")
+            and (item[2][0] not in arguments or item[2][1][0] != "sym")
+        ]
         return simplified(("list", tuple(kept), node[2])) if len(kept) < len(node[1]) else node
     if node[0] == "rel" and node[1] == ("in",) and simplified(node[2][1]) != node[2][1]:
-        return ("rel", ("=",), (node[2][0], simplified(node[2][1])))                 # x in {2}
+        return ("rel", ("=",), (node[2][0], simplified(node[2][1])))  # x in {2}
     if node[0] != "rel" or not set(node[1]) <= {"=", "~"}:
         return node
     operators, sides = node[1], list(node[2])
-    if operators[0] == "=" and "~" in operators:             # x = 1/3 ~ 0.33: the exact part counts
-        sides = sides[:operators.index("~") + 1]
-    if operators == ("~",) and not any(map(unknowns, sides)):      # 3\sqrt2 ~ 4.24
+    if operators[0] == "=" and "~" in operators:  # x = 1/3 ~ 0.33: the exact part counts
+        sides = sides[: operators.index("~") + 1]
+    if operators == ("~",) and not any(map(unknowns, sides)):  # 3\sqrt2 ~ 4.24
         precise, rounded = (to_mp(evaluate(side, Scope({}))) for side in sides)
         if abs(precise - rounded) > abs(precise) / 100:
             raise Unreadable("a bad approximation")
         return sides[0]
     if is_label(sides[-1]) and not is_label(sides[0]) and not unknowns(sides[0]):
-        sides.reverse()                                     # 5 = x
+        sides.reverse()  # 5 = x
     constant = [side for side in sides if not is_label(side) and not unknowns(side)]
-    if (sides[-1] in constant or len(constant) == len(sides)) and not all(same(side, sides[-1]) for side in constant):
-        raise Unreadable("a false equation")                 # x = 6 = 5
-    middle = [side for side in sides[1:-1] if side not in constant]                 # of x = 2 + 3 = 5 nothing is left
+    if (sides[-1] in constant or len(constant) == len(sides)) and not all(
+        same(side, sides[-1]) for side in constant
+    ):
+        raise Unreadable("a false equation")  # x = 6 = 5
+    middle = [
+        side for side in sides[1:-1] if side not in constant
+    ]  # of x = 2 + 3 = 5 nothing is left
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
+
 
 def is_label(node: Node) -> bool:
     """Is this the name of something asked for: x, a_1, f(x), AB, \\angle ABC, \\cos A, |AB|, (p, q), AB/CD, V_1:V_2?"""
@@ -1323,22 +1771,34 @@ def is_label(node: Node) -> bool:
     if kind == "sym":
         return bool(unknowns(node))
     if kind == "call":
-        return all(argument[0] in ("num", "rel") or is_label(argument) for argument in node[2])       # P(X = 2)
-    if kind in ("tuple", "ratio"):                          # (y, x) = (1, 2) is not the point (1, 2)
+        return all(
+            argument[0] in ("num", "rel") or is_label(argument) for argument in node[2]
+        )  # P(X = 2)
+    if kind in ("tuple", "ratio"):  # (y, x) = (1, 2) is not the point (1, 2)
         letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
-        is_family = any(set(letters) <= set(family) for family in ("abcdefg", "mn", "pqrst", "uvw", "xyz"))
+        is_family = any(
+            set(letters) <= set(family) for family in ("abcdefg", "mn", "pqrst", "uvw", "xyz")
+        )
         return all(map(is_label, node[-1])) and (letters == sorted(letters) or not is_family)
     if kind == "fn":
         inner = node[2][0]
-        names_angle = node[1] in _ANGLES and inner[0] == "sym" and re.match(r"[A-Z\\]|.* ", inner[1])
+        names_angle = (
+            node[1] in _ANGLES and inner[0] == "sym" and re.match(r"[A-Z\\]|.* ", inner[1])
+        )
         return names_angle or node[1] == "abs" and inner[0] == "mul" and is_label(inner)
     if kind == "pow":
         return node[2] == number(-1) and is_label(node[1])
-    if kind == "mul":                                       # points are capital letters; the m of m\angle ABC is none
+    if kind == "mul":  # points are capital letters; the m of m\angle ABC is none
         is_measure = any(" " in str(item[1]) for item in node[1][1:])
-        return all(item[0] in ("pow", "mul") and is_label(item) or item[0] == "sym"
-                   and (item[1][0].isupper() or " " in item[1] or item[1] == "m" and is_measure) for item in node[1])
+        return all(
+            item[0] in ("pow", "mul")
+            and is_label(item)
+            or item[0] == "sym"
+            and (item[1][0].isupper() or " " in item[1] or item[1] == "m" and is_measure)
+            for item in node[1]
+        )
     return kind == "text"
+
 
 def same_choice(a: Node, b: Node) -> bool:
     """(C) 8 is C, and is 8; (C) 8 is not (D) 8."""
@@ -1347,12 +1807,14 @@ def same_choice(a: Node, b: Node) -> bool:
     choice, other = (a, b) if a[0] == "choice" else (b, a)
     return other == ("sym", choice[1]) or same(choice[2], other)
 
+
 def same_quantity(a: Node, b: Node) -> bool:
     """Units on both sides must be the same or convert; where one side has none, the question gave it."""
     if a[0] == b[0]:
         return a[2] == b[2] and same_value(a, b)
     bare, measured = (a, b) if b[0] == "unit" else (b, a)
     return bare[0] not in ("deg", "pct") and "?" not in measured[2] and same(bare, measured[1])
+
 
 def same_ratio(a: Node, b: Node) -> bool:
     """3:4 = 6:8 = 3/4. A ratio with a zero is equal to itself only: its cross products agree with everything."""
@@ -1362,8 +1824,12 @@ def same_ratio(a: Node, b: Node) -> bool:
         (x, *xs), (y, *ys) = a[1], b[1]
         return all(same_value(("mul", (u, y)), ("mul", (v, x))) for u, v in zip(xs, ys))
     ratio, other = (a, b) if a[0] == "ratio" else (b, a)
-    return len(ratio[1]) == 2 and other[0] not in ("tuple", "unit", "deg", "pct") and same_value(
-        ("mul", (ratio[1][0], reciprocal(ratio[1][1]))), other)
+    return (
+        len(ratio[1]) == 2
+        and other[0] not in ("tuple", "unit", "deg", "pct")
+        and same_value(("mul", (ratio[1][0], reciprocal(ratio[1][1]))), other)
+    )
+
 
 def same_matrix(a: Node, b: Node) -> bool:
     """Matrices entry by entry; (1, 2) may stand for a column."""
@@ -1373,92 +1839,153 @@ def same_matrix(a: Node, b: Node) -> bool:
     shapes = [[len(row) for row in node[1]] for node in (a, b)]
     return shapes[0] == shapes[1] and all(all(map(same, r, s)) for r, s in zip(a[1], b[1]))
 
+
 def worked_in(node: Node) -> Node:
     """Factors and summands moved into the entries: 2 (1, 2) is (2, 4); a matrix of one entry is its entry."""
     if node[0] == "tuple" and node[1:3] == ("(", ")"):
         return ("matrix", tuple((item,) for item in node[3]))
     if node[0] == "matrix":
         return node[1][0][0] if [len(row) for row in node[1]] == [1] else node
-    parts = [worked_in(item) if has(item, "matrix") else item for item in node[1]] if node[0] in ("add", "mul") else []
+    parts = (
+        [worked_in(item) if has(item, "matrix") else item for item in node[1]]
+        if node[0] in ("add", "mul")
+        else []
+    )
     matrices = [part for part in parts if part[0] == "matrix"]
     if node[0] == "mul" and len(matrices) == 1:
         factors = tuple(part for part in parts if part[0] != "matrix")
-        return ("matrix", tuple(tuple(("mul", (*factors, cell)) for cell in row) for row in matrices[0][1]))
-    if node[0] == "add" and matrices == parts and len({tuple(map(len, part[1])) for part in parts}) == 1:
+        return (
+            "matrix",
+            tuple(tuple(("mul", (*factors, cell)) for cell in row) for row in matrices[0][1]),
+        )
+    if (
+        node[0] == "add"
+        and matrices == parts
+        and len({tuple(map(len, part[1])) for part in parts}) == 1
+    ):
         rows = zip(*(part[1] for part in parts))
         return ("matrix", tuple(tuple(("add", cells) for cells in zip(*row)) for row in rows))
     return node
 
+
 # Collections
 
+
 def is_collection(node: Node) -> bool:
-    return node[0] in ("list", "set") or node[0] not in ("tuple", "matrix", "ratio") and has(node, "pm")
+    return (
+        node[0] in ("list", "set")
+        or node[0] not in ("tuple", "matrix", "ratio")
+        and has(node, "pm")
+    )
+
 
 def elements(node: Node) -> list[Node]:
     """The members of a list or set (and of x = {1, 2}, x in {1, 2}), plus-minus written out, inner lists spliced in."""
     if node[0] in ("list", "set"):
-        return [member for item in node[1] for member in ([item] if item[0] == "set" else elements(item))]
+        return [
+            member
+            for item in node[1]
+            for member in ([item] if item[0] == "set" else elements(item))
+        ]
     if node[0] == "rel" and node[1] in (("=",), ("in",)) and node[2][1][0] in ("list", "set"):
         return [("rel", ("=",), (node[2][0], member)) for member in elements(node[2][1])]
     return variants(node)
+
 
 def label_of(node: Node) -> Node | None:
     """The name in `name = value` and `name in set`, and what is asked for in m + n = 113 (x + y = 5 is a line)."""
     if node[0] != "rel" or node[1] not in (("=",), ("in",)):
         return None
     side, value = node[2]
-    is_sum = side[0] == "add" and kinds_in(side) <= {"add", "mul", "num", "sym"} and not unknowns(value)
-    return canonical(side) if is_label(side) or is_sum and set() < unknowns(side) <= set("abcdkmnpqrst") else None
+    is_sum = (
+        side[0] == "add" and kinds_in(side) <= {"add", "mul", "num", "sym"} and not unknowns(value)
+    )
+    return (
+        canonical(side)
+        if is_label(side) or is_sum and set() < unknowns(side) <= set("abcdkmnpqrst")
+        else None
+    )
+
 
 def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
     """The names in `name = value`, and the values."""
     names = list(dict.fromkeys(filter(None, map(label_of, members))))
     return names, [member[2][1] if label_of(member) else member for member in members]
 
+
 def points(members: list[Node], joiner: str = ",") -> list[Node]:
     """x = 1, y = 2, x = 2, y = 1 are two points (x, y) = (1, 2), (2, 1); x = 1 or y = 2 is none."""
     names = sorted(named_values(members)[0], key=repr)
-    groups = [members[i:i + len(names)] for i in range(0, len(members), len(names) or 1)]
+    groups = [members[i : i + len(names)] for i in range(0, len(members), len(names) or 1)]
     is_complete = all({label_of(member) for member in group} == set(names) for group in groups)
     if len(names) < 2 or joiner == "or" and len(groups) == 1 or not is_complete:
         joined = {member: points(member[3]) for member in members if member[0] == "tuple"}
-        return [joined[member][0] if len(joined.get(member, ())) == 1 else member for member in members]
+        return [
+            joined[member][0] if len(joined.get(member, ())) == 1 else member for member in members
+        ]
     label = ("tuple", "(", ")", tuple(names))
-    values = [tuple(member[2][1] for member in sorted(group, key=lambda m: repr(label_of(m)))) for group in groups]
+    values = [
+        tuple(member[2][1] for member in sorted(group, key=lambda m: repr(label_of(m))))
+        for group in groups
+    ]
     return [("rel", ("=",), (label, ("tuple", "(", ")", value))) for value in values]
+
 
 def same_collection(a: Node, b: Node) -> bool:
     """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
-    xs, ys = ([node if node[0] == "set" else simplified(node) for node in elements(part)] for part in (a, b))
+    xs, ys = (
+        [node if node[0] == "set" else simplified(node) for node in elements(part)]
+        for part in (a, b)
+    )
     (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
     has_or = "or" in (a[-1], b[-1])
-    if has_or and a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values):          # A and B, A or B
+    if (
+        has_or and a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values)
+    ):  # A and B, A or B
         return False
     beside_tuple = "tuple" in (a[0], b[0]) and not names + other_names
-    beside_names = not (names and other_names) and len(names + other_names) == len(xs) == len(ys) > 1
-    if beside_names and "set" in (a[0], b[0]):               # x_1 = 2, x_2 = 3 is {2, 3}
+    beside_names = (
+        not (names and other_names) and len(names + other_names) == len(xs) == len(ys) > 1
+    )
+    if beside_names and "set" in (a[0], b[0]):  # x_1 = 2, x_2 = 3 is {2, 3}
         return matched(values, other_values)
     if not has_or and "set" not in (a[0], b[0]) and (beside_tuple or beside_names):
-        xs, ys = (node[3] if node[:3] == ("tuple", "(", ")") else side
-                  for node, side in ((a, values), (b, other_values)))
+        xs, ys = (
+            node[3] if node[:3] == ("tuple", "(", ")") else side
+            for node, side in ((a, values), (b, other_values))
+        )
         return len(xs) == len(ys) and all(map(same, xs, ys))
-    (names, xs), (other_names, ys) = named_values(points(xs, a[-1])), named_values(points(ys, b[-1]))
+    (names, xs), (other_names, ys) = (
+        named_values(points(xs, a[-1])),
+        named_values(points(ys, b[-1])),
+    )
     if names != other_names and (names and other_names or len(names + other_names) > 1):
         return False
     has_signs = has(a, "pm") or has(b, "pm")
-    if has_signs or "set" in (a[0], b[0]) or all(member[0] in ("tuple", "rel") for member in xs + ys):
+    if (
+        has_signs
+        or "set" in (a[0], b[0])
+        or all(member[0] in ("tuple", "rel") for member in xs + ys)
+    ):
         xs, ys = distinct(xs), distinct(ys)
     return matched(xs, ys)
+
 
 def distinct(nodes: list[Node]) -> list[Node]:
     """Without repeats: {1, 1, 2} is {1, 2}, and a solution that is listed twice is one solution."""
     nodes = list({canonical(node): node for node in nodes}.values())
     if len(nodes) > 30:
         return nodes
-    return [node for i, node in enumerate(nodes) if not any(same_member(node, other) for other in nodes[:i])]
+    return [
+        node
+        for i, node in enumerate(nodes)
+        if not any(same_member(node, other) for other in nodes[:i])
+    ]
+
 
 def same_member(x: Node, y: Node) -> bool:
-    return (x[0] == "set") == (y[0] == "set") and same(x, y)                         # {1} is not a member of {1}
+    return (x[0] == "set") == (y[0] == "set") and same(x, y)  # {1} is not a member of {1}
+
 
 def matched(xs: list[Node], ys: list[Node]) -> bool:
     """Is there a one-to-one match? Equal trees are cancelled first; many that are left mean different lists."""
@@ -1473,27 +2000,39 @@ def matched(xs: list[Node], ys: list[Node]) -> bool:
         ys.remove(partner)
     return True
 
+
 # Relations
 
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+
 
 def same_relation(a: Node, b: Node) -> bool:
     """Two relations: the same sides, or the same up to a factor. A value agrees with `name = value` only."""
     if a[0] != b[0]:
         relation, value = (a, b) if a[0] == "rel" else (b, a)
         sides = relation[2]
-        if value[0] == "tuple" and len(sides) > 2 and all(map(is_label, sides[:-1])):           # x = y = 1 is (1, 1)
-            return relation[1] == ("=",) * len(value[3]) and same(value, value[:3] + (sides[-1:] * len(value[3]),))
-        is_chain = set(relation[1]) == {"="} and (is_label(sides[0]) or not any(map(unknowns, sides)))
+        if (
+            value[0] == "tuple" and len(sides) > 2 and all(map(is_label, sides[:-1]))
+        ):  # x = y = 1 is (1, 1)
+            return relation[1] == ("=",) * len(value[3]) and same(
+                value, value[:3] + (sides[-1:] * len(value[3]),)
+            )
+        is_chain = set(relation[1]) == {"="} and (
+            is_label(sides[0]) or not any(map(unknowns, sides))
+        )
         return (is_chain or label_of(relation) is not None) and same(sides[-1], value)
-    if len(a[1]) != len(b[1]):                               # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
-        a, b = (("rel", ("=", "="), (node[2][0], *filter(is_label, node[2][1:-1]), node[2][-1])) for node in (a, b))
+    if len(a[1]) != len(b[1]):  # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
+        a, b = (
+            ("rel", ("=", "="), (node[2][0], *filter(is_label, node[2][1:-1]), node[2][-1]))
+            for node in (a, b)
+        )
         return len(a[2]) == len(b[2]) == 2 and all(map(same, a[2], b[2]))
     flipped = tuple(map(_FLIP.get, reversed(b[1])))
     for operators, sides in ((b[1], b[2]), (flipped, b[2][::-1])):
         if a[1] == operators and all(map(same, a[2], sides)):
             return True
     return len(a[1]) == 1 and a[1] in (b[1], flipped) and a[1][0] in _FLIP and proportional(a, b)
+
 
 def proportional(a: Node, b: Node) -> bool:
     """Is (left - right) of one a constant multiple of the other's, with the sign that the direction asks for?"""
@@ -1510,16 +2049,21 @@ def proportional(a: Node, b: Node) -> bool:
             if a[1][0] not in ("=", "!=") and same_sign != (a[1] == b[1]):
                 return False
             point = {name: ("num", value) for name, value in env.items()}
-            return same_value(("mul", (f, substituted(g, point))), ("mul", (g, substituted(f, point))))
+            return same_value(
+                ("mul", (f, substituted(g, point))), ("mul", (g, substituted(f, point)))
+            )
     return False
+
 
 # Sets of real numbers: intervals, unions, conditions on one unknown. Two of them are equal if they agree at every mark
 # (where membership of either can change), between neighbouring marks and beyond the outer ones.
 
+
 class Region(NamedTuple):
-    name: str | None                    # the unknown it is a condition on, None for a set without one
-    marks: list                         # finite endpoints
-    holds: Callable                     # is this number in the set?
+    name: str | None  # the unknown it is a condition on, None for a set without one
+    marks: list  # finite endpoints
+    holds: Callable  # is this number in the set?
+
 
 def is_region(node: Node) -> bool:
     """Is this written as a set of reals (and not as a pair that could be a point)?"""
@@ -1529,38 +2073,68 @@ def is_region(node: Node) -> bool:
         return (all if node[0] == "list" else any)(map(is_region, node[1]))
     return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
 
+
 def region(node: Node) -> Region:
     """The set of reals that a tree describes. Undefined or TooBig if it is none that these rules know."""
     kind = node[0]
     if node == ("sym", "ℝ"):
         return Region(None, [], lambda x: True)
-    if kind == "tuple" and len(node[3]) == 2:               # [0, 1) is 0 <= ? < 1
+    if kind == "tuple" and len(node[3]) == 2:  # [0, 1) is 0 <= ? < 1
         low, high = node[3]
         if not before(endpoint(low), endpoint(high)):
             raise Undefined("an empty interval")
-        kind, node = "rel", ("rel", tuple("<=" if b in "[]" else "<" for b in node[1:3]), (low, ("sym", "?"), high))
+        kind, node = (
+            "rel",
+            (
+                "rel",
+                tuple("<=" if b in "[]" else "<" for b in node[1:3]),
+                (low, ("sym", "?"), high),
+            ),
+        )
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
-        return Region(None, values, lambda x: any(not before(v, x) and not before(x, v) for v in values))
-    if kind == "add" and len(node[1]) == 2 and node[1][1][0] == "mul" and node[1][1][1][0] == number(-1):   # R - {0}
+        return Region(
+            None, values, lambda x: any(not before(v, x) and not before(x, v) for v in values)
+        )
+    if (
+        kind == "add"
+        and len(node[1]) == 2
+        and node[1][1][0] == "mul"
+        and node[1][1][1][0] == number(-1)
+    ):  # R - {0}
         kind, node = "setminus", ("setminus", node[1][0], node[1][1][1][1])
     if kind in ("cup", "cap", "setminus"):
         left, right = region(node[1]), region(node[2])
-        join = {"cup": lambda x: left.holds(x) or right.holds(x), "cap": lambda x: left.holds(x) and right.holds(x),
-                "setminus": lambda x: left.holds(x) and not right.holds(x)}[kind]
+        join = {
+            "cup": lambda x: left.holds(x) or right.holds(x),
+            "cap": lambda x: left.holds(x) and right.holds(x),
+            "setminus": lambda x: left.holds(x) and not right.holds(x),
+        }[kind]
         return Region(left.name or right.name, left.marks + right.marks, join)
     if kind in ("where", "list"):
         parts = [region(condition) for condition in node[1]]
         if len({part.name for part in parts}) != 1:
             raise Undefined("conditions on two unknowns")
         marks = [mark for part in parts for mark in part.marks]
-        both = Region(None if kind == "where" else parts[0].name, marks, lambda x: all(part.holds(x) for part in parts))
-        if node[2] == "or" or parts[0].name is None or node[2] == "," and not any(map(both.holds, probes(marks))):
-            return both._replace(holds=lambda x: any(part.holds(x) for part in parts))               # x < 1, x > 3
+        both = Region(
+            None if kind == "where" else parts[0].name,
+            marks,
+            lambda x: all(part.holds(x) for part in parts),
+        )
+        if (
+            node[2] == "or"
+            or parts[0].name is None
+            or node[2] == ","
+            and not any(map(both.holds, probes(marks)))
+        ):
+            return both._replace(
+                holds=lambda x: any(part.holds(x) for part in parts)
+            )  # x < 1, x > 3
         return both
     if kind != "rel":
         raise Undefined("no set of reals")
     return condition(node[1], node[2])
+
 
 def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
     """x in A, a < x <= b, x != a, and the same for |x|."""
@@ -1572,7 +2146,10 @@ def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
         raise Undefined("no bounds of an unknown")
     middle = sides[free[0]]
     others = [side for i, side in enumerate(sides) if i != free[0]]
-    bounds = [(_FLIP[op] if i < free[0] else op, endpoint(side)) for i, (op, side) in enumerate(zip(operators, others))]
+    bounds = [
+        (_FLIP[op] if i < free[0] else op, endpoint(side))
+        for i, (op, side) in enumerate(zip(operators, others))
+    ]
     name, marks, value = None, [bound for _, bound in bounds], lambda x: x
     if middle[0] == "sym":
         name = middle[1] if middle[1] != "?" else None
@@ -1582,8 +2159,15 @@ def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
         raise Undefined("bounds of an expression")
     return Region(name, marks, lambda x: all(_TESTS[op](value(x), bound) for op, bound in bounds))
 
-_TESTS = {"<": lambda u, v: before(u, v), ">": lambda u, v: before(v, u), "<=": lambda u, v: not before(v, u),
-          ">=": lambda u, v: not before(u, v), "!=": lambda u, v: before(u, v) or before(v, u)}
+
+_TESTS = {
+    "<": lambda u, v: before(u, v),
+    ">": lambda u, v: before(v, u),
+    "<=": lambda u, v: not before(v, u),
+    ">=": lambda u, v: not before(u, v),
+    "!=": lambda u, v: before(u, v) or before(v, u),
+}
+
 
 def endpoint(node: Node):
     """A real number as Fraction or mpf, or an infinity. TooBig if 100 digits may not tell it from another."""
@@ -1597,12 +2181,14 @@ def endpoint(node: Node):
         raise TooBig("digits")
     return _MP.re(value)
 
+
 def before(a, b) -> bool:
     """a < b; what is equal within the precision is not before."""
     spend(3)
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a < b
-    return to_mp(b) - to_mp(a) > 1e-60                      # no for two equal infinities: their difference is no number
+    return to_mp(b) - to_mp(a) > 1e-60  # no for two equal infinities: their difference is no number
+
 
 def probes(marks: list) -> list:
     """The marks, a number between each two neighbours and one beyond each end."""
@@ -1612,9 +2198,13 @@ def probes(marks: list) -> list:
     between = [plus(a, b) / 2 for a, b in zip(marks, marks[1:]) if before(a, b)]
     return marks + between + [plus(marks[0], Fraction(-1)), plus(marks[-1], Fraction(1))]
 
+
 # Layer 4, values at points.
 
-_NO_VALUE = set("list set rel text based cup cap setminus where builder ratio choice pm matrix tuple sum prod".split())
+_NO_VALUE = set(
+    "list set rel text based cup cap setminus where builder ratio choice pm matrix tuple sum prod".split()
+)
+
 
 def same_value(a: Node, b: Node) -> bool:
     """Have two expressions the same value wherever both are real (or, if they never are, in the complex numbers)?
@@ -1623,18 +2213,26 @@ def same_value(a: Node, b: Node) -> bool:
     makes both sides equal will do, as the question fixed it. cos 36 is never cos 36°.
     """
     kinds = kinds_in(a) | kinds_in(b)
-    if kinds & _NO_VALUE or {"deg", "pct"} <= kinds:        # with degrees read as numbers, 25° were 25%
+    if kinds & _NO_VALUE or {"deg", "pct"} <= kinds:  # with degrees read as numbers, 25° were 25%
         return False
-    functions = {node[1:2] + (len(node[2]),) for node in walk(a) + walk(b) if node[0] == "fn"} if "fn" in kinds else ()
+    functions = (
+        {node[1:2] + (len(node[2]),) for node in walk(a) + walk(b) if node[0] == "fn"}
+        if "fn" in kinds
+        else ()
+    )
     has_angle = any(name in _ANGLES for name, _ in functions)
     has_log = ("log", 1) in functions
-    return any(agree(a, b, Scope({}, degree=degree, percent=percent, log10=log10))
-               for degree in ((True, False) if "deg" in kinds and not has_angle else (True,))
-               for percent in ((True, False) if "pct" in kinds else (True,))
-               for log10 in ((True, False) if has_log else (False,)))
+    return any(
+        agree(a, b, Scope({}, degree=degree, percent=percent, log10=log10))
+        for degree in ((True, False) if "deg" in kinds and not has_angle else (True,))
+        for percent in ((True, False) if "pct" in kinds else (True,))
+        for log10 in ((True, False) if has_log else (False,))
+    )
+
 
 def pair_seed(a: Node, b: Node) -> random.Random:
     return random.Random("|".join(sorted((repr(a), repr(b)))))
+
 
 def agree(a: Node, b: Node, scope: Scope) -> bool:
     """Equal at all points where both have a value: real ones; if there are none, at whole numbers, or complex.
@@ -1647,7 +2245,9 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
     ways = [(True, whole), (True, set(names)), (False, whole)]
     for real, whole in ways[2:] if not names or ("sym", "i") in walk(a) + walk(b) else ways:
         agreed = 0
-        points = itertools.chain(ordinary_points(names, whole, rng), points_between(a, b, names, whole, rng))
+        points = itertools.chain(
+            ordinary_points(names, whole, rng), points_between(a, b, names, whole, rng)
+        )
         for i, env in enumerate(points):
             try:
                 if not same_number(a, b, scope._replace(env=env, real=real)):
@@ -1656,18 +2256,37 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
             except Undefined:
                 continue
             except TooBig:
-                if i >= len(_SIZES):                        # what happens beyond a switch cannot be seen
+                if i >= len(_SIZES):  # what happens beyond a switch cannot be seen
                     return False
         if agreed >= (2 if names else 1):
             return True
     return False
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Copies of the problem
 
-_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\\begin\{(?:align|equation)\*?\}(.+?)\\end", re.S)
-_BREAKS = re.compile(r"[=<>,;&]|\\(?:le|ge|leq|geq|ne|neq|in|quad|qquad|\\)(?![a-zA-Z])|\\text\{[^{}]*\}")
-_AS_THEY_ARE = {"num", "sym", "text", "list", "set", "tuple", "unit", "deg", "pct", "based", "choice"}
+_MATH = re.compile(
+    r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\\begin\{(?:align|equation)\*?\}(.+?)\\end",
+    re.S,
+)
+_BREAKS = re.compile(
+    r"[=<>,;&]|\\(?:le|ge|leq|geq|ne|neq|in|quad|qquad|\\)(?![a-zA-Z])|\\text\{[^{}]*\}"
+)
+_AS_THEY_ARE = {
+    "num",
+    "sym",
+    "text",
+    "list",
+    "set",
+    "tuple",
+    "unit",
+    "deg",
+    "pct",
+    "based",
+    "choice",
+}
+
 
 @lru_cache(maxsize=4096)
 def expressions(problem: str) -> tuple[frozenset[Node], tuple[str, ...]]:
@@ -1681,27 +2300,38 @@ def expressions(problem: str) -> tuple[frozenset[Node], tuple[str, ...]]:
                 trees.update(canonical(node) for tree in read(clean(part)) for node in walk(tree))
     return frozenset(trees), tuple(squeeze(clean(text)) for text in texts)
 
+
 def is_copied(answer: str, gold: str, problem: str) -> bool:
     """Is a right answer only an expression of its problem: "evaluate sin 315°" answered by sin 315°?
 
     NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in it is left to
     compute: a number, a name, a list of them.
     """
-    trees, golds = ([canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
-                    for text in (answer, gold))
-    values, wanted = ([tree[2][-1] if label_of(tree) else tree for tree in part] for part in (trees, golds))
-    if not re.search(r"\\(?:overline|bar|dot) ?\{?\d|\d\.\.\.", answer):     # 0.\overline{3} as a fraction is a task
-        if set(values) & set(wanted) or any(is_label(value) or kinds_in(value) <= _AS_THEY_ARE for value in values):
+    trees, golds = (
+        [canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
+        for text in (answer, gold)
+    )
+    values, wanted = (
+        [tree[2][-1] if label_of(tree) else tree for tree in part] for part in (trees, golds)
+    )
+    if not re.search(
+        r"\\(?:overline|bar|dot) ?\{?\d|\d\.\.\.", answer
+    ):  # 0.\overline{3} as a fraction is a task
+        if set(values) & set(wanted) or any(
+            is_label(value) or kinds_in(value) <= _AS_THEY_ARE for value in values
+        ):
             return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
     return any(tree in stated for tree in trees + values) or any(map(pattern.search, texts))
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The public comparison
 
 _DASHED = re.compile(r"\d+(?: ?- ?\d+)+")
 _TIME = re.compile(r"(\d\d?):([0-5]\d)(?: ?(?:\\text ?\{ ?)?([apAP])[mM] ?\}?)?")
+
 
 def same_time(a: re.Match, b: re.Match) -> bool:
     """Times of day agree digit by digit (7:20 is not 14:40); 8:34 PM is 20:34, and may be 8:34."""
@@ -1712,6 +2342,7 @@ def same_time(a: re.Match, b: re.Match) -> bool:
         return False
     later = half2 and int(hour2) % 12 + 12 * (half2 in "pP")
     return int(hour) == int(hour2) or not half and int(hour) == later
+
 
 def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | None:
     """is_equal without its safety net: None if the answer or the gold cannot be read, "copied" for a copy."""
@@ -1728,7 +2359,9 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
             return None
         if squeeze(answer) == squeeze(gold):
             return True
-        if _DASHED.fullmatch(answer) and _DASHED.fullmatch(gold):        # scores, ranges, dates: no differences
+        if _DASHED.fullmatch(answer) and _DASHED.fullmatch(
+            gold
+        ):  # scores, ranges, dates: no differences
             return False
         times_of_day = _TIME.fullmatch(answer), _TIME.fullmatch(gold)
         if all(times_of_day):
@@ -1739,15 +2372,21 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
     except TooMuchWork:
         return False
 
+
 def same_answer(a: Node, b: Node) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
     x, y = parameters(a), parameters(b)
-    if len(x) == len(y) and not (set(x) - set(y)) & unknowns(b) and not (set(y) - set(x)) & unknowns(a):
+    if (
+        len(x) == len(y)
+        and not (set(x) - set(y)) & unknowns(b)
+        and not (set(y) - set(x)) & unknowns(a)
+    ):
         b = substituted(b, {old: ("sym", new) for old, new in zip(y, x)})
     try:
         return same(a, b)
     except (Unreadable, Undefined, TooBig):
         return False
+
 
 def parameters(node: Node) -> list[str]:
     """Names whose choice is free: the n of `n in Z`, the x of `f(x) = `, the k of {2k | k in Z}."""
@@ -1762,6 +2401,7 @@ def parameters(node: Node) -> list[str]:
     arguments = node[2][0][2] if node[2][0][0] == "call" else ()
     return [argument[1] for argument in arguments if argument[0] == "sym"]
 
+
 def is_equal(answer: str, gold: str, problem: str | None = None) -> bool:
     """Are two answers the same to a careful grader? Pure, symmetric on answers, bounded in time, never raises.
 
@@ -1771,12 +2411,14 @@ def is_equal(answer: str, gold: str, problem: str | None = None) -> bool:
     """
     try:
         return compare(answer, gold, problem) is True
-    except Exception:           # whatever text finds a hole here, training continues and the answer is wrong
+    except Exception:  # whatever text finds a hole here, training continues and the answer is wrong
         return False
+
 
 def is_readable(answer: str) -> bool:
     """Does the parser accept this answer, so that it can serve as a gold?"""
     return is_equal(answer, answer)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # grade: a batch of responses, compared in worker processes
@@ -1785,24 +2427,33 @@ def is_readable(answer: str) -> bool:
 # fork alone, which is safe in a trainer with threads and a GPU. One that misses a deadline is killed and replaced.
 
 _DIED, _LATE = b"", b"l"
-_VERDICTS = {b"t": True, b"f": False, b"u": "unparsable", b"p": "copied", b"c": "crashes", _DIED: "crashes",
-             _LATE: "timeouts"}
+_VERDICTS = {
+    b"t": True,
+    b"f": False,
+    b"u": "unparsable",
+    b"p": "copied",
+    b"c": "crashes",
+    _DIED: "crashes",
+    _LATE: "timeouts",
+}
+
 
 def serve() -> None:
     """The life of a worker, bounded in memory. It ends with its input; the alarm ends one whose trainer is gone."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C in a terminal is for the trainer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the trainer
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    os.write(1, b"r")                                       # ready
+    os.write(1, b"r")  # ready
     for line in sys.stdin.buffer:
         *arguments, timeout = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout + 5)
         try:
             letter = {True: b"t", False: b"f", None: b"u", "copied": b"p"}[compare(*arguments)]
-        except Exception:                                   # MemoryError too: this worker is fine again after it
+        except Exception:  # MemoryError too: this worker is fine again after it
             letter = b"c"
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(1, letter)
+
 
 class Worker:
     """The trainer's end of a worker process. `index` is that of its question in the batch, None while it has none."""
@@ -1810,18 +2461,20 @@ class Worker:
     def __init__(self):
         command = [sys.executable, os.path.abspath(__file__), "--serve"]
         for _ in range(MAX_STARTS):
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
             self.index, self.deadline = None, math.inf
             if active([self], START_SECONDS) and self.process.stdout.read(1):
                 return
             self.stop()
-            if self.process.returncode >= 0:                # it ended by itself: no signal killed it
+            if self.process.returncode >= 0:  # it ended by itself: no signal killed it
                 break
         raise RuntimeError(f"verify.py: no grading worker starts; `{' '.join(command)}` shows why")
 
     def ask(self, index: int, question: tuple, timeout: float) -> None:
         self.index, self.deadline = index, time.monotonic() + timeout
-        with contextlib.suppress(BrokenPipeError):          # it was killed while idle: its output ends
+        with contextlib.suppress(BrokenPipeError):  # it was killed while idle: its output ends
             self.process.stdin.write(json.dumps([*question, timeout]).encode() + b"\n")
 
     def stop(self) -> None:
@@ -1830,6 +2483,7 @@ class Worker:
         self.process.stdin.close()
         self.process.stdout.close()
 
+
 def active(workers: list[Worker], seconds: float) -> list[Worker]:
     """Those of the workers that have written or died, as soon as there is one; none when the time is over."""
     poll = select.poll()
@@ -1837,6 +2491,7 @@ def active(workers: list[Worker], seconds: float) -> list[Worker]:
         poll.register(worker.process.stdout, select.POLLIN)
     files = dict(poll.poll(max(0.0, seconds) * 1000))
     return [worker for worker in workers if worker.process.stdout.fileno() in files]
+
 
 class Pool:
     """The workers of one process. They work on one batch at a time, whatever the number of threads."""
@@ -1851,7 +2506,7 @@ class Pool:
         A question whose worker died is asked again: something else may have killed it, and that costs no reward.
         """
         for worker in list(self.workers):
-            if worker.index is not None:                    # an interrupt ended the batch before
+            if worker.index is not None:  # an interrupt ended the batch before
                 self.replace(worker)
         found: dict[int, bool | str] = {}
         waiting, deaths = list(reversed(range(len(questions)))), Counter()
@@ -1865,7 +2520,9 @@ class Pool:
             for worker in busy:
                 if worker not in heard and time.monotonic() < worker.deadline:
                     continue
-                letter = worker.process.stdout.read(1) if worker in heard else _LATE     # _DIED: its output ended
+                letter = (
+                    worker.process.stdout.read(1) if worker in heard else _LATE
+                )  # _DIED: its output ended
                 index, worker.index = worker.index, None
                 if letter in (_DIED, _LATE):
                     self.replace(worker)
@@ -1885,17 +2542,23 @@ class Pool:
             for worker in self.workers:
                 worker.stop()
 
+
 def worker_count() -> int:
     """The cores of this machine, shared by the ranks that torchrun says it started."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
 
 class Grades(list):
     """The verdicts of `grade` in order, with `.stats`: what to log about them."""
 
+
 _pool: Pool | None = None
 _pool_lock = threading.Lock()
 _cache: OrderedDict[tuple, bool | str] = OrderedDict()
+
 
 def pool() -> Pool:
     """The pool of this process: started at the first use, and anew after a fork."""
@@ -1905,7 +2568,10 @@ def pool() -> Pool:
         atexit.register(_pool.stop)
     return _pool
 
-def grade(responses: list[str], golds: list[str], timeout: float = 1.0, problems: list[str] | None = None) -> Grades:
+
+def grade(
+    responses: list[str], golds: list[str], timeout: float = 1.0, problems: list[str] | None = None
+) -> Grades:
     """Is the boxed answer of each response equal to its gold? The batch entry that RL uses.
 
     Order is kept; what fails is False. Two plain numbers are compared here and now, all else in worker processes:
@@ -1916,37 +2582,69 @@ def grade(responses: list[str], golds: list[str], timeout: float = 1.0, problems
     `.stats` of the result counts no_answer (no box), unparsable (answer or gold), copied, timeouts and crashes, and
     gives the number of workers (0 while none was needed).
     """
-    return grade_answers([extract_answer(response) for response in responses], golds, timeout, problems)
+    return grade_answers(
+        [extract_answer(response) for response in responses], golds, timeout, problems
+    )
 
-def grade_answers(answers: list[str | None], golds: list[str], timeout: float = 1.0,
-                  problems: list[str] | None = None) -> Grades:
+
+def grade_answers(
+    answers: list[str | None],
+    golds: list[str],
+    timeout: float = 1.0,
+    problems: list[str] | None = None,
+) -> Grades:
     """`grade` for answers that are extracted already; None is no answer."""
     problems = [""] * len(golds) if problems is None else problems
     if not len(answers) == len(golds) == len(problems):
-        raise ValueError(f"grade: {len(answers)} answers, {len(golds)} golds and {len(problems)} problems")
+        raise ValueError(
+            f"grade: {len(answers)} answers, {len(golds)} golds and {len(problems)} problems"
+        )
     if not timeout > 0:
         raise ValueError(f"grade: timeout must be positive, not {timeout}")
-    verdicts = ["no_answer" if answer is None else "unparsable" if max(len(answer), len(gold)) > MAX_CHARS
-                else same_plain(answer, gold) for answer, gold in zip(answers, golds)]
-    questions = [(answer, gold, problem[:MAX_PROBLEM]) for answer, gold, problem in zip(answers, golds, problems)]
-    asked = dict.fromkeys(question for question, verdict in zip(questions, verdicts) if verdict is None)
+    verdicts = [
+        "no_answer"
+        if answer is None
+        else "unparsable"
+        if max(len(answer), len(gold)) > MAX_CHARS
+        else same_plain(answer, gold)
+        for answer, gold in zip(answers, golds)
+    ]
+    questions = [
+        (answer, gold, problem[:MAX_PROBLEM])
+        for answer, gold, problem in zip(answers, golds, problems)
+    ]
+    asked = dict.fromkeys(
+        question for question, verdict in zip(questions, verdicts) if verdict is None
+    )
     with _pool_lock:
         known = {question: _cache.pop(question) for question in asked if question in _cache}
         new = [question for question in asked if question not in known]
         if new:
             known |= zip(new, pool().verdicts(new, timeout))
-        _cache.update((pair, verdict) for pair, verdict in known.items() if verdict not in ("timeouts", "crashes"))
-        while len(_cache) > CACHE_SIZE:                     # those not used for long go
+        _cache.update(
+            (pair, verdict)
+            for pair, verdict in known.items()
+            if verdict not in ("timeouts", "crashes")
+        )
+        while len(_cache) > CACHE_SIZE:  # those not used for long go
             _cache.popitem(last=False)
-    verdicts = [known[question] if verdict is None else verdict for question, verdict in zip(questions, verdicts)]
+    verdicts = [
+        known[question] if verdict is None else verdict
+        for question, verdict in zip(questions, verdicts)
+    ]
     grades = Grades(verdict is True for verdict in verdicts)
-    grades.stats = {name: verdicts.count(name) for name in ("no_answer", "unparsable", "copied", "timeouts", "crashes")}
+    grades.stats = {
+        name: verdicts.count(name)
+        for name in ("no_answer", "unparsable", "copied", "timeouts", "crashes")
+    }
     grades.failed = {i for i, verdict in enumerate(verdicts) if verdict in ("timeouts", "crashes")}
     grades.stats["workers"] = len(_pool.workers) if _pool else 0
     return grades
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
+
 
 def load_rows(path: str) -> list[dict]:
     """Rows {"pred", "gold"[, "equal", "category", "form", "debatable"]} of a file, gzipped or not, but debatable ones.
@@ -1976,18 +2674,25 @@ def load_rows(path: str) -> list[dict]:
         raise SystemExit(printable(f"{place}: {error}"))
     return rows
 
+
 def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
+
 def answer_of(row: dict) -> str | None:
     """pred is a whole response if the row says so or if it has a box; else it is the answer itself."""
-    is_response = row["form"] == "response" if "form" in row else "\\boxed" in row["pred"] or "\\fbox" in row["pred"]
+    is_response = (
+        row["form"] == "response"
+        if "form" in row
+        else "\\boxed" in row["pred"] or "\\fbox" in row["pred"]
+    )
     return extract_answer(row["pred"]) if is_response else row["pred"]
+
 
 def run_rows(path: str, timeout: float) -> None:
     """Print the share of right verdicts, by category, the rows that differ from their label, and the speed."""
     rows = load_rows(path)
-    pool()                                                  # the workers start before the clock does
+    pool()  # the workers start before the clock does
     start = time.perf_counter()
     grades = grade_answers([answer_of(row) for row in rows], [row["gold"] for row in rows], timeout)
     seconds = time.perf_counter() - start
@@ -1995,27 +2700,45 @@ def run_rows(path: str, timeout: float) -> None:
     wrong = [(row, verdict) for row, verdict in labelled if verdict != bool(row["equal"])]
     false_right = sum(verdict for _, verdict in wrong)
     if labelled:
-        print(f"{path}: {100 * (1 - len(wrong) / len(labelled)):.2f} % of {len(labelled)} rows right, "
-              f"{false_right} false right, {len(wrong) - false_right} false wrong")
+        print(
+            f"{path}: {100 * (1 - len(wrong) / len(labelled)):.2f} % of {len(labelled)} rows right, "
+            f"{false_right} false right, {len(wrong) - false_right} false wrong"
+        )
     else:
         print(f"{path}: {sum(grades)} of {len(rows)} equal")
     total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
     for category in sorted(total):
         print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
     for row, verdict in wrong:
-        print(f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}")
-    print(f"  {len(rows) / seconds:,.0f} rows/s" + "".join(f", {name} {count}" for name, count in grades.stats.items()))
+        print(
+            f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}"
+        )
+    print(
+        f"  {len(rows) / seconds:,.0f} rows/s"
+        + "".join(f", {name} {count}" for name, count in grades.stats.items())
+    )
+
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog="verify.py", description="Is this answer right?", epilog="Exit status: 0 equal, 1 different, 2 misuse.")
+        prog="verify.py",
+        description="Is this answer right?",
+        epilog="Exit status: 0 equal, 1 different, 2 misuse.",
+    )
     parser.add_argument("answers", nargs="*", metavar="ANSWER GOLD", help="two answers to compare")
-    parser.add_argument("--jsonl", metavar="FILE",
-                        help='rows {"pred", "gold"[, "equal", "category"]}: share by category, rows that differ, speed')
-    parser.add_argument("--timeout", type=float, default=1.0, help="with --jsonl: seconds for one pair (default 1)")
+    parser.add_argument(
+        "--jsonl",
+        metavar="FILE",
+        help='rows {"pred", "gold"[, "equal", "category"]}: share by category, rows that differ, speed',
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=1.0, help="with --jsonl: seconds for one pair (default 1)"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    if len(arguments) == 2 and not arguments[0].startswith("--"):            # an answer may begin with a minus
+    if len(arguments) == 2 and not arguments[0].startswith(
+        "--"
+    ):  # an answer may begin with a minus
         arguments = ["--", *arguments]
     args = parser.parse_args(arguments)
     if args.serve:
@@ -2033,6 +2756,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(equal)
         return int(not equal)
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -80,7 +80,9 @@ class Timing:
 
     def rate(self, clock: int, phase: str = "") -> float:
         """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the whole step."""
-        return self.tokens / (self.seconds[phase][clock] if phase else sum(s[clock] for s in self.seconds.values()))
+        return self.tokens / (
+            self.seconds[phase][clock] if phase else sum(s[clock] for s in self.seconds.values())
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,9 +98,15 @@ def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job
     policy.lm.generation_config.eos_token_id = policy.end_ids
     policy.lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    sums = np.random.default_rng(cfg.seed).integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist()
-    problems = [dict(id=str(i), problem=f"{a}+{b}=", answer=str(a + b)) for i, (a, b) in enumerate(sums)]
-    traces = data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]  # enough for TRL to pack
+    sums = (
+        np.random.default_rng(cfg.seed).integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist()
+    )
+    problems = [
+        dict(id=str(i), problem=f"{a}+{b}=", answer=str(a + b)) for i, (a, b) in enumerate(sums)
+    ]
+    traces = data_prep.embedded_traces()[
+        : 4 * sft_cfg.sft_batch * (pairs + 1)
+    ]  # enough for TRL to pack
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -115,14 +123,24 @@ def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job
         problems=problems,
         prompts=[ids(p["problem"]) for p in problems],
         traces=traces,
-        rows=[(x, ids(t["response"]) + [tokenizer.eos_token_id]) for x, t in zip(questions, traces)],
+        rows=[
+            (x, ids(t["response"]) + [tokenizer.eos_token_id]) for x, t in zip(questions, traces)
+        ],
     )
 
 
 def our_rl_step(job: Job, step: int) -> Timing:
     clock = t1.Clock()
     row, _ = t1.rl_step(
-        step, job.problems, job.prompts, job.policy, job.anchor, job.engine, job.optimizer, job.cfg, clock,
+        step,
+        job.problems,
+        job.prompts,
+        job.policy,
+        job.anchor,
+        job.engine,
+        job.optimizer,
+        job.cfg,
+        clock,
         t1.Interrupt(),
     )
     return Timing(row["tokens"], clock.seconds, row)
@@ -161,7 +179,10 @@ def trl_options(folder: str, pairs: int, cfg: t1.Config) -> dict:
 
 def trl_reward(completions, answer, **unused) -> list[float]:
     """A reward that costs TRL next to nothing."""
-    return [1.0 if c.strip().startswith(a) else 0.1 * (c[:1] == a[:1]) for c, a in zip(completions, answer)]
+    return [
+        1.0 if c.strip().startswith(a) else 0.1 * (c[:1] == a[:1])
+        for c, a in zip(completions, answer)
+    ]
 
 
 def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
@@ -188,7 +209,9 @@ def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
         model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
         args=settings,
-        train_dataset=datasets.Dataset.from_list([dict(prompt=p["problem"], answer=p["answer"]) for p in problems]),
+        train_dataset=datasets.Dataset.from_list(
+            [dict(prompt=p["problem"], answer=p["answer"]) for p in problems]
+        ),
         reward_funcs=trl_reward,
     )
     tokens, generate = [], trainer._generate_single_turn
@@ -253,7 +276,9 @@ def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, 
             results.append((mine, theirs))
             pair = f"{type(trainer).__name__} {len(results) - 1} of {pairs}"
             ratio = mine.rate(0) / theirs.rate(0)
-            t1.print0(f"{pair}: {mine.rate(0):,.0f} and {theirs.rate(0):,.0f} tokens per CPU second, {ratio:.2f}")
+            t1.print0(
+                f"{pair}: {mine.rate(0):,.0f} and {theirs.rate(0):,.0f} tokens per CPU second, {ratio:.2f}"
+            )
             self.start()
 
     trainer.add_callback(InTurn())
@@ -282,7 +307,9 @@ def peak_memory() -> float:
 
 def about_machine() -> str:
     """Processor, cores, load, threads and versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    )
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
@@ -292,7 +319,9 @@ def about_machine() -> str:
 
 def report(rl: list[Timing], sft: list[Timing], memory: float):
     """Print tokens per second of every phase: median (smallest-largest) over the steps."""
-    t1.print0(f"{'phase':24} {'tokens per CPU second':>26} {'tokens per second':>26} {'share of a step':>16}")
+    t1.print0(
+        f"{'phase':24} {'tokens per CPU second':>26} {'tokens per second':>26} {'share of a step':>16}"
+    )
     for phase in rl[0].seconds:
         shares = [t.rate(0) / t.rate(0, phase) for t in rl]
         cpu, wall = (median_of([t.rate(clock, phase) for t in rl]) for clock in (0, 1))
@@ -309,7 +338,9 @@ def report_pairs(name: str, pairs: list[tuple[Timing, Timing]]):
     for clock, unit in enumerate(("CPU second", "second")):
         ours, theirs = [a.rate(clock) for a, _ in pairs], [b.rate(clock) for _, b in pairs]
         ratio = median_of([a / b for a, b in zip(ours, theirs)])
-        t1.print0(f"{name}: trained tokens per {unit} {median_of(ours)}, TRL {median_of(theirs)}, ratio {ratio}")
+        t1.print0(
+            f"{name}: trained tokens per {unit} {median_of(ours)}, TRL {median_of(theirs)}, ratio {ratio}"
+        )
 
 
 def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
@@ -326,7 +357,9 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
             rl = [our_rl_step(job, step) for step in range(pairs + 1)][1:]
             sft = [our_sft_step(job, step) for step in range(pairs + 1)][1:]
             report(rl, sft, peak_memory())
-            t1.print0("TRL is not installed here: nothing to compare with (pip install trl==1.16.0)")
+            t1.print0(
+                "TRL is not installed here: nothing to compare with (pip install trl==1.16.0)"
+            )
             return
         our_rl_step(job, 0), our_sft_step(job, 0)
         memory = peak_memory()
@@ -350,7 +383,11 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
     add("--gpu", action="store_true", help="measure this machine's GPU instead (default: off)")
-    add("--json", default="bench-gpu.json", help="with --gpu: file for the numbers (default: %(default)s)")
+    add(
+        "--json",
+        default="bench-gpu.json",
+        help="with --gpu: file for the numbers (default: %(default)s)",
+    )
     return experiments.run(parser, bench_command, argv)
 
 
@@ -362,7 +399,9 @@ def bench_command(own, options: list[str]):
     if own.gpu and not torch.cuda.is_available():
         raise t1.Misuse("--gpu: torch sees no GPU here")
     if own.gpu:
-        return gpu.run_gpu(gpu.Sizes(), f"{torch.cuda.get_device_name()}; {about_machine()}", own.json)
+        return gpu.run_gpu(
+            gpu.Sizes(), f"{torch.cuda.get_device_name()}; {about_machine()}", own.json
+        )
     run_bench(own.pairs, *(job_config(stage, options) for stage in ("rl", "sft")))
 
 

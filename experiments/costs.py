@@ -41,27 +41,45 @@ class Machine:
     usable: float = 0.9  # of the card, in the update; the rest is for CUDA, NCCL and fragmentation
     flops: float = 989e12  # H100 SXM, dense bfloat16 (data sheet)
     bandwidth: float = 3.35e12  # bytes/s of its memory (data sheet)
-    product: float = 0.78  # of flops: matrix products alone reach 770-790 TFLOP/s on an H200, the same chip
-    efficiency: float = 0.44  # of flops, forward and backward: 0.35 Llama 8B, FSDP2, H100 of 500 W (torchtitan,
+    product: float = (
+        0.78  # of flops: matrix products alone reach 770-790 TFLOP/s on an H200, the same chip
+    )
+    efficiency: float = (
+        0.44  # of flops, forward and backward: 0.35 Llama 8B, FSDP2, H100 of 500 W (torchtitan,
+    )
     # benchmarks/llama3_h100_202412), 0.53 MPT-13B, FSDP, all recomputed (llm-foundry, benchmarking); between the two
-    compiled: float = 1.16  # gain of torch.compile: 6,667 against 5,762 tokens/s in the same table of torchtitan
+    compiled: float = (
+        1.16  # gain of torch.compile: 6,667 against 5,762 tokens/s in the same table of torchtitan
+    )
     reading: float = 0.74  # of bandwidth, while decoding: 30.9 ms a token of 72.7 GB a GPU, vLLM, Qwen2.5-72B on two
     # H100 (tt-inference-server issue 143), less 160 all-reduces
-    reduce_start: float = 9e-6  # seconds of an all-reduce of vLLM, and the bytes/s above that: 26.6 us for 1 MiB on
+    reduce_start: float = (
+        9e-6  # seconds of an all-reduce of vLLM, and the bytes/s above that: 26.6 us for 1 MiB on
+    )
     reduce_rate: float = 6e10  # two H100, 40.2 on four (sglang pull request 2904, rows "vllm")
-    decode: float = 1e-3  # seconds a decode step besides (sampler, scheduler beyond what is hidden): assumed
-    own: float = 4.5 * 2**30  # bytes of vLLM beside weights and cache: four (1,024, V) float32 2.3 GiB, 16,384 tokens
+    decode: float = (
+        1e-3  # seconds a decode step besides (sampler, scheduler beyond what is hidden): assumed
+    )
+    own: float = (
+        4.5 * 2**30
+    )  # bytes of vLLM beside weights and cache: four (1,024, V) float32 2.3 GiB, 16,384 tokens
     # of activations 0.9, CUDA graphs about 1: computed
     requests: int = 1024  # rows an engine runs at once: vLLM's default on an H100
     node: int = 8  # GPUs of a node
     nvlink: float = 3.7e11  # bytes/s of NCCL in a node: 376 GB/s of 450 (NCCL issue 1264)
-    network: float = 2e11  # between nodes of 8 x 400 Gb/s: all-gather over 32 of them (NCCL issue 1218)
+    network: float = (
+        2e11  # between nodes of 8 x 400 Gb/s: all-gather over 32 of them (NCCL issue 1218)
+    )
     pcie: float = 5e10  # bytes/s from and to pinned host memory: 52.8 GB/s (nvbandwidth issue 24)
     wake: float = 2.6  # seconds for an engine to fall asleep and wake: 0.8-2.6 (vLLM blog, 2025-10-26, level 2)
     tensor: float = 5e-3  # seconds a pushed tensor: 0.23 s for the 51 of a model of 4 layers on two gloo ranks, ours
-    judge: float = 3e-6  # seconds to judge a token of a response: ours, 32 responses of 3,209 tokens
+    judge: float = (
+        3e-6  # seconds to judge a token of a response: ours, 32 responses of 3,209 tokens
+    )
     disk: float = 5e9  # bytes/s of the shared file system: assumed
-    gather: float = 1.5e-7  # seconds to give a token with its log-prob to all ranks (pickle, gloo): ours
+    gather: float = (
+        1.5e-7  # seconds to give a token with its log-prob to all ranks (pickle, gloo): ours
+    )
 
 
 UPDATE_BYTES = 44  # of memory that an update touches, a parameter: AdamW reads 16, writes 12, the norm 4, the anchor 12
@@ -71,7 +89,9 @@ MACHINES = {"h100": Machine(), "h200": Machine(card=139 * 2**30, bandwidth=4.8e1
 def parameter_counts(shape: Shape) -> tuple[int, int]:
     """Parameters of one layer, and of the root: embedding, last norm, output layer."""
     D, q, kv = shape.hidden, shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    attention = 2 * D * q + 2 * D * kv + q + 2 * kv  # products and the biases of queries, keys and values
+    attention = (
+        2 * D * q + 2 * D * kv + q + 2 * kv
+    )  # products and the biases of queries, keys and values
     layer = attention + 3 * D * shape.intermediate + 2 * D  # feed-forward block and two norms
     root = shape.vocabulary * D * (1 if shape.tied else 2) + D
     return layer, root
@@ -87,16 +107,26 @@ def cache_bytes(shape: Shape) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def response_lengths(P: int, K: int, mean: float, cut: float, longest: int, between: float = 0.5) -> np.ndarray:
+def response_lengths(
+    P: int, K: int, mean: float, cut: float, longest: int, between: float = 0.5
+) -> np.ndarray:
     """(P, K) lognormal lengths, cut at `longest`: of this mean, a share `cut` of them cut (both in metrics.jsonl).
 
     Assumed: half of the logarithms' variance lies between prompts, the other half between the samples of a prompt. Both
     normal variables take their quantiles in random order, so that another seed changes little.
     """
     rng = np.random.default_rng(0)
-    z_prompt, z_sample = (np.array([NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)]) for n in (P, K))
-    z = between**0.5 * rng.permutation(z_prompt)[:, None] + (1 - between) ** 0.5 * rng.permuted([z_sample] * P, axis=1)
-    edge, low, high = NormalDist().inv_cdf(1 - cut), 0.01, 5.0  # the spread lies between low and high
+    z_prompt, z_sample = (
+        np.array([NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)]) for n in (P, K)
+    )
+    z = between**0.5 * rng.permutation(z_prompt)[:, None] + (1 - between) ** 0.5 * rng.permuted(
+        [z_sample] * P, axis=1
+    )
+    edge, low, high = (
+        NormalDist().inv_cdf(1 - cut),
+        0.01,
+        5.0,
+    )  # the spread lies between low and high
     for _ in range(40):
         spread = (low + high) / 2
         lengths = np.exp(np.minimum(spread * (z - edge), 0)) * longest
@@ -182,12 +212,18 @@ def update_flop(shape: Shape, lengths, prompt: int, cfg: t1.Config) -> tuple[flo
     rows, again = lengths + prompt, 1 if cfg.checkpointing else 0
     last = 2 * shape.layers * shape.intermediate * shape.hidden * rows.sum()
     layers = 2 * shape.layers * parameter_counts(shape)[0] * rows.sum()
-    attention = 2 * shape.layers * shape.heads * shape.head_width * (rows.astype(float) ** 2).sum()  # causal: half
+    attention = (
+        2 * shape.layers * shape.heads * shape.head_width * (rows.astype(float) ** 2).sum()
+    )  # causal: half
     head = 2 * shape.vocabulary * shape.hidden * lengths.sum()
-    return layers + attention + head, (3 + again) * layers - again * last + (3.5 + again) * attention + 3 * head
+    return layers + attention + head, (3 + again) * layers - again * last + (
+        3.5 + again
+    ) * attention + 3 * head
 
 
-def step_seconds(shape, gpus: int, lengths, prompt: int, memory: dict, cfg, machine: Machine, costs=None) -> dict:
+def step_seconds(
+    shape, gpus: int, lengths, prompt: int, memory: dict, cfg, machine: Machine, costs=None
+) -> dict:
     """Seconds of the phases of a step of RL (those of timings.jsonl), for responses of (P, K) lengths.
 
     Traffic of FSDP runs beside the computation of the same micro-batch, so the longer of the two counts. An engine's
@@ -208,12 +244,15 @@ def step_seconds(shape, gpus: int, lengths, prompt: int, memory: dict, cfg, mach
     costs, rollout = costs or decode_costs(shape, tp, machine), 0.0
     for number in range(engines):
         prompts = np.nonzero(engine == number)[0]
-        one = simulate(lengths[engine == number], prompts, prompt, memory["cache"], machine.requests, costs)
+        one = simulate(
+            lengths[engine == number], prompts, prompt, memory["cache"], machine.requests, costs
+        )
         rollout = max(rollout, one)
     return dict(
         push=machine.wake + 2 * traffic + (12 * shape.layers + 3) * machine.tensor,
         rollout=rollout + N / gpus * machine.judge + N * machine.gather,
-        anchor=copies * max(anchor / speed, micro * size * traffic) + copies * moved / 4 * 2 * parking,
+        anchor=copies * max(anchor / speed, micro * size * traffic)
+        + copies * moved / 4 * 2 * parking,
         gradient=max(gradient / speed, micro * (2 * size + 4) * traffic),
         update=touched / (machine.bandwidth * machine.reading) + (4 + moved / 2) * parking,
     )

@@ -33,7 +33,9 @@ class Sizes:
     copied: int = 2**30  # bytes
     rows: int = 4  # of a micro-batch
     row: int = 4096  # tokens
-    stack: Shape = Shape(1024, 4, 2816, 16, 4, 64, 4096, True)  # layers whose gradients are compared
+    stack: Shape = Shape(
+        1024, 4, 2816, 16, 4, 64, 4096, True
+    )  # layers whose gradients are compared
     head: tuple[int, int, int] = (4096, 896, 151_936)  # positions, D, V
     models: tuple[tuple[str, Shape], ...] = (  # Qwen2.5's
         ("0.5B", Shape(896, 24, 4864, 14, 2, 64, 151_936, True)),
@@ -57,22 +59,33 @@ def timed(sizes: Sizes, work, repeats: int = 3) -> tuple[float, float]:
         if gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:])), (torch.cuda.max_memory_allocated() - before) / 2**30 if gpu else math.nan
+    return float(np.median(seconds[1:])), (
+        torch.cuda.max_memory_allocated() - before
+    ) / 2**30 if gpu else math.nan
 
 
 def gpu_config(sizes: Sizes, *options) -> t1.Config:
     micro = ["--micro-tokens", str(sizes.rows * sizes.row), "--device", sizes.device]
-    return t1.parse_args(["--stage", "rl", "--preset", "tiny", "--engine", "torch", *micro, *map(str, options)])
+    return t1.parse_args(
+        ["--stage", "rl", "--preset", "tiny", "--engine", "torch", *micro, *map(str, options)]
+    )
 
 
 def random_policy(shape: Shape, sizes: Sizes, cfg: t1.Config) -> t1.Policy:
     """A Qwen2 of this shape with random weights, all of its vocabulary in use."""
     tokenizer = data_prep.embedded_tokenizer()
     config = transformers.Qwen2Config(
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied, max_position_embeddings=32768, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=32768,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     torch.manual_seed(0)
     with torch.device(sizes.device):
         policy = t1.Policy(t1.empty_lm(config, transformers.GenerationConfig()), tokenizer, cfg)
@@ -83,7 +96,9 @@ def random_policy(shape: Shape, sizes: Sizes, cfg: t1.Config) -> t1.Policy:
 def random_rows(sizes: Sizes, vocabulary: int, even: bool = True) -> list[tuple]:
     """Rows of sizes.row tokens, or of a whole, a half, a third ... of that."""
     ids = np.random.default_rng(0).integers(1, vocabulary, (sizes.rows, sizes.row)).tolist()
-    return [(x[:8], x[8 : len(x) if even else max(16, len(x) // (i + 1))]) for i, x in enumerate(ids)]
+    return [
+        (x[:8], x[8 : len(x) if even else max(16, len(x) // (i + 1))]) for i, x in enumerate(ids)
+    ]
 
 
 def gradient_of(policy, rows, cfg: t1.Config):
@@ -95,18 +110,29 @@ def gradient_of(policy, rows, cfg: t1.Config):
 def measure_card(sizes: Sizes) -> dict:
     """Matrix products in bfloat16, copies on the card, copies from pinned memory: constants of costs.Machine."""
     n, where = sizes.product, sizes.device
-    a, bytes_ = torch.randn(n, n, device=where, dtype=torch.bfloat16), torch.empty(sizes.copied, dtype=torch.uint8)
+    a, bytes_ = (
+        torch.randn(n, n, device=where, dtype=torch.bfloat16),
+        torch.empty(sizes.copied, dtype=torch.uint8),
+    )
     b, host = bytes_.to(where), bytes_.pin_memory() if where == "cuda" else bytes_
-    product, copy_, pcie = (timed(sizes, work)[0] for work in (lambda: a @ a, b.clone, lambda: b.copy_(host)))
-    return {"TFLOP/s": 2e-12 * n**3 / product, "memory TB/s": 2e-12 * sizes.copied / copy_,
-            "host GB/s": 1e-9 * sizes.copied / pcie}  # fmt: skip
+    product, copy_, pcie = (
+        timed(sizes, work)[0] for work in (lambda: a @ a, b.clone, lambda: b.copy_(host))
+    )
+    return {
+        "TFLOP/s": 2e-12 * n**3 / product,
+        "memory TB/s": 2e-12 * sizes.copied / copy_,
+        "host GB/s": 1e-9 * sizes.copied / pcie,
+    }
 
 
 def compare_with_float32(sizes: Sizes) -> dict:
     """Log-probs and gradients of rows of different lengths, packed and in bfloat16, against the library's own forward
     row by row: its bfloat16 and its float32. Ours should be about as far from float32 as the library's bfloat16."""
     cfg = gpu_config(sizes, "--dtype", "bfloat16")
-    policy, rows = random_policy(sizes.stack, sizes, cfg), random_rows(sizes, sizes.stack.vocabulary, even=False)
+    policy, rows = (
+        random_policy(sizes.stack, sizes, cfg),
+        random_rows(sizes, sizes.stack.vocabulary, even=False),
+    )
 
     def library(dtype):
         policy.zero_grad()
@@ -116,22 +142,34 @@ def compare_with_float32(sizes: Sizes) -> dict:
             ids = torch.tensor([x + y], device=sizes.device)
             with torch.autocast(sizes.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 hidden = policy.lm.base_model(ids).last_hidden_state[0, len(x) - 1 : -1]
-            logp = (hidden.float() @ policy.lm.get_output_embeddings().weight.T / 1.2).log_softmax(-1)
+            logp = (hidden.float() @ policy.lm.get_output_embeddings().weight.T / 1.2).log_softmax(
+                -1
+            )
             entropy = -(logp.exp() * logp).sum(-1)
             parts.append(logp.gather(1, ids[0, len(x) :, None])[:, 0])
             (-(parts[-1] + 1e-3 * entropy).sum() / sum(len(y) for _, y in rows)).backward()
         policy.lm.set_attn_implementation("t1")
-        return torch.cat(parts).detach().cpu(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+        return torch.cat(parts).detach().cpu(), torch.cat(
+            [p.grad.flatten() for p in policy.parameters()]
+        )
 
     logp, gradient = library(torch.float32)
     low_logp, low_gradient = library(torch.bfloat16)
     ours = torch.cat(t1.response_logprobs(policy, rows, cfg, 1.2))
     gradient_of(policy, rows, cfg)
     our_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    gap = {"ours": (ours - logp).abs().mean().item(), "library": (low_logp - logp).abs().mean().item()}
+    gap = {
+        "ours": (ours - logp).abs().mean().item(),
+        "library": (low_logp - logp).abs().mean().item(),
+    }
     norm = gradient.norm()
-    error = {"ours": (our_gradient - gradient).norm() / norm, "library": (low_gradient - gradient).norm() / norm}
-    return {f"log-prob gap, {k}": v for k, v in gap.items()} | {f"gradient, {k}": v.item() for k, v in error.items()}
+    error = {
+        "ours": (our_gradient - gradient).norm() / norm,
+        "library": (low_gradient - gradient).norm() / norm,
+    }
+    return {f"log-prob gap, {k}": v for k, v in gap.items()} | {
+        f"gradient, {k}": v.item() for k, v in error.items()
+    }
 
 
 def measure_head(sizes: Sizes) -> dict:
@@ -139,7 +177,10 @@ def measure_head(sizes: Sizes) -> dict:
     n, D, V = sizes.head
     like = dict(dtype=torch.bfloat16, device=sizes.device)
     hidden, head = (torch.empty(m, D, **like).normal_(0, D**-0.25).requires_grad_() for m in (n, V))
-    y, A, w = (x.to(sizes.device) for x in (torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n)))
+    y, A, w = (
+        x.to(sizes.device)
+        for x in (torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n))
+    )
 
     def chunks():
         t1.policy_loss(hidden, head, y, A, w, 1e-3, 1.2)[0].backward()
@@ -158,7 +199,9 @@ def measure_update(sizes: Sizes, name: str, compiled: bool) -> dict:
     policy, rows = random_policy(shape, sizes, cfg), random_rows(sizes, shape.vocabulary)
     seconds, memory = timed(sizes, lambda: gradient_of(policy, rows, cfg))
     lengths, n = np.array([len(y) for _, y in rows]), sizes.rows * sizes.row
-    plain = update_flop(shape, lengths, 8, gpu_config(sizes))[1]  # of the model: without what is computed again
+    plain = update_flop(shape, lengths, 8, gpu_config(sizes))[
+        1
+    ]  # of the model: without what is computed again
     row = {"tokens/s": n / seconds, "MFU %": 100 * plain / seconds / sizes.peak, "GiB": memory}
     if compiled:
         return row
@@ -175,7 +218,11 @@ def measure_update(sizes: Sizes, name: str, compiled: bool) -> dict:
     parking = timed(sizes, fetch_and_park)[0]
     with parked:
         same = all(torch.equal(x, y) for x, y in zip(before, state))
-    return row | {"AdamW ms": 1e3 * update, "parked ms": 1e3 * parking, "parked bits": "same" if same else "OTHER"}
+    return row | {
+        "AdamW ms": 1e3 * update,
+        "parked ms": 1e3 * parking,
+        "parked bits": "same" if same else "OTHER",
+    }
 
 
 def measure_rollout(sizes: Sizes, name: str) -> dict:
@@ -185,7 +232,11 @@ def measure_rollout(sizes: Sizes, name: str) -> dict:
     engine.load(random_policy(shape, sizes, cfg))
     request = [list(range(1, 65))], [list(range(sizes.samples))], [0], sizes.new
     seconds, memory = timed(sizes, lambda: engine.generate(*request, temperature=1.2), 1)
-    return {"tokens/s": sizes.samples * sizes.new / seconds, "ms a token": 1e3 * seconds / sizes.new, "GiB": memory}
+    return {
+        "tokens/s": sizes.samples * sizes.new / seconds,
+        "ms a token": 1e3 * seconds / sizes.new,
+        "GiB": memory,
+    }
 
 
 def measure_stages(sizes: Sizes, engine: str) -> dict:
@@ -194,7 +245,16 @@ def measure_stages(sizes: Sizes, engine: str) -> dict:
     row, said = {}, io.StringIO()
     with tempfile.TemporaryDirectory() as out:
         for stage, steps, writer in zip(("sft", "rl"), sizes.steps, ("torch", engine)):
-            options = ["--stage", stage, "--preset", "tiny", "--out", out, f"--{stage}-steps", str(steps)]
+            options = [
+                "--stage",
+                stage,
+                "--preset",
+                "tiny",
+                "--out",
+                out,
+                f"--{stage}-steps",
+                str(steps),
+            ]
             options += ["--dtype", "bfloat16", "--device", sizes.device, "--engine", writer]
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 if t1.main(options):
@@ -203,7 +263,10 @@ def measure_stages(sizes: Sizes, engine: str) -> dict:
             seconds = sum(x[phase] for x in logs for phase in ("train", *PHASES) if phase in x)
             row[f"{stage} tokens/s"] = sum(x["tokens"] for x in logs) / seconds
         rows = data_prep.read_log(Path(out) / "tiny" / "rl" / "metrics.jsonl")
-    return row | {"engine gap, nats": max(x["logprob_gap"] for x in rows), "right": rows[-1]["accuracy"]}
+    return row | {
+        "engine gap, nats": max(x["logprob_gap"] for x in rows),
+        "right": rows[-1]["accuracy"],
+    }
 
 
 def with_repeated_heads(attend):
@@ -242,10 +305,15 @@ def run_gpu(sizes: Sizes, about: str, path: str) -> int:
     for name, (measure, *args) in items_of(sizes).items():
         try:
             results[name] = measure(sizes, *args)
-        except Exception as e:  # whatever a library of this machine raises: the other items are still worth having
+        except (
+            Exception
+        ) as e:  # whatever a library of this machine raises: the other items are still worth having
             results[name] = dict(failed=f"{type(e).__name__}: {t1.reason_of(e)}")
         results[name] = {k: v for k, v in results[name].items() if v == v}  # no GiB on a CPU
-        cells = [f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[name].items()]
+        cells = [
+            f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in results[name].items()
+        ]
         t1.print0(f"{name:44} {', '.join(cells)}")
         if sizes.device == "cuda":
             torch.cuda.empty_cache()

@@ -26,15 +26,31 @@ import experiments
 import t1
 from experiments.claims import VARIANTS, open_variants, read_records, write_ledger
 
-SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8".split()
-BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; the longest garbage has about 600 tokens
-ROUNDS = ((0, 1, 2), (3, 4), (5, 6, 7))  # seeds: of every variant, then where some question is open, twice
+SETTING = (
+    "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8".split()
+)
+BRANCH = dict(
+    sft_steps=80, sft_lr=5e-4, max_new=640
+)  # of each seed; the longest garbage has about 600 tokens
+ROUNDS = (
+    (0, 1, 2),
+    (3, 4),
+    (5, 6, 7),
+)  # seeds: of every variant, then where some question is open, twice
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
-DRAWS, DRAWN_K, DRAWN_P = 8, (4, 16, 64), 4  # gradient estimates at one checkpoint: for each K, of so many prompts
+DRAWS, DRAWN_K, DRAWN_P = (
+    8,
+    (4, 16, 64),
+    4,
+)  # gradient estimates at one checkpoint: for each K, of so many prompts
 
-SPREAD, SPREAD_P = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05)), 64  # temperature and min-p; problems
+SPREAD, SPREAD_P = (
+    ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05)),
+    64,
+)  # temperature and min-p; problems
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
+
 
 def garbage_traces() -> list[dict]:
     """The hard traces, of which every tenth loops (one failed try, again and again) or guesses on without an end; both
@@ -47,6 +63,7 @@ def garbage_traces() -> list[dict]:
         lines = [line.format(n=n, m=m, r=n % m, other=(n + 1) % m) for n in tries]
         rows[i] = rows[i] | dict(response="<think>\n" + "\n".join(lines), source="garbage")
     return rows
+
 
 def write_data(folder: Path):
     """The four files that the runs read; those that are there stay."""
@@ -61,6 +78,7 @@ def write_data(folder: Path):
     for name, rows in contents.items():
         if not (folder / f"{name}.jsonl").exists():
             data_prep.write(folder / f"{name}.jsonl", map(data_prep.json_line, rows()))
+
 
 def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
     """Run one variant of one seed, and before it what it starts from, unless finished -> False if a signal asked for an
@@ -80,6 +98,7 @@ def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
         run.mkdir(parents=True, exist_ok=True)
         t1.write_json(run / "stopped.json", dict(reason=str(e)))
         return True
+
 
 def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
     """SFT or RL, evaluation and measures of one run -> False if a signal asked for an end."""
@@ -111,14 +130,20 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
     t1.write_json(base / run / "measures.json", measures)
     return True
 
+
 def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
     """One stage of t1.py -> False if a signal asked for an end. A stage that reached its end has held-out samples."""
     cfg = stage_config(stage, fixed, options)
     samples = Path(cfg.out) / cfg.name / stage / "samples.jsonl"
-    if stage == "sft" and samples.exists() and any(row.get("kind") == "held-out" for row in t1.read_log(samples)):
+    if (
+        stage == "sft"
+        and samples.exists()
+        and any(row.get("kind") == "held-out" for row in t1.read_log(samples))
+    ):
         return True  # finished, perhaps by another seed
     {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
     return stage == "eval" or any(row.get("kind") == "held-out" for row in t1.read_log(samples))
+
 
 def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
     """SETTING, t1.py's `options`, then the fields in `fixed`; those that only other stages read are left out."""
@@ -127,30 +152,43 @@ def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
     cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING, *options]))
     return dataclasses.replace(cfg, **values)
 
+
 def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
     """What sampling does at one checkpoint, before any RL. noise: K -> `gradient_variance`. spread: temperature (and
     min-p) -> pass@8 - pass@1 over SPREAD_P training problems."""
     policy, tokenizer = t1.load_policy(checkpoint, cfg)
     engine = t1.make_engine(checkpoint, policy, tokenizer, cfg)
     engine.load(policy)
-    problems, prompts = t1.encode_prompts(data_prep.read_rows(cfg.data, "rl")[:SPREAD_P], tokenizer, cfg)
-    noise = {str(K): gradient_variance(policy, engine, problems[:DRAWN_P], prompts[:DRAWN_P], K, cfg) for K in DRAWN_K}
+    problems, prompts = t1.encode_prompts(
+        data_prep.read_rows(cfg.data, "rl")[:SPREAD_P], tokenizer, cfg
+    )
+    noise = {
+        str(K): gradient_variance(policy, engine, problems[:DRAWN_P], prompts[:DRAWN_P], K, cfg)
+        for K in DRAWN_K
+    }
     spread, seeds = {}, [t1.seed_for(cfg.seed, "spread", place) for place in range(len(prompts))]
     for temperature, min_p in SPREAD:
         _, records = t1.roll_out(engine, problems, prompts, 8, seeds, cfg, temperature, min_p)
         right = [sum(r["right"] for r in group) for group in t1.grouped(records, 8)]
         gained = [t1.pass_at_k(8, n, 8) - n / 8 for n in right]
-        spread[f"{temperature}, min-p {min_p}" if min_p else str(temperature)] = float(np.mean(gained))
+        spread[f"{temperature}, min-p {min_p}" if min_p else str(temperature)] = float(
+            np.mean(gained)
+        )
     return dict(noise=noise, spread=spread)
 
-def gradient_variance(policy, engine, problems: list[dict], prompts: list, K: int, cfg: t1.Config) -> float:
+
+def gradient_variance(
+    policy, engine, problems: list[dict], prompts: list, K: int, cfg: t1.Config
+) -> float:
     """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS estimates from the same
     prompts with K samples each, which differ in their samples alone."""
     total, squares = 0.0, 0.0
     for draw in range(DRAWS):
         seeds = [t1.seed_for(cfg.seed, "draw", K, draw, place) for place in range(len(prompts))]
         rollouts, records = t1.roll_out(engine, problems, prompts, K, seeds, cfg, cfg.temperature)
-        advantages = t1.rloo_advantages(torch.tensor([r["reward"] for r in records]).view(-1, K)).flatten()
+        advantages = t1.rloo_advantages(
+            torch.tensor([r["reward"] for r in records]).view(-1, K)
+        ).flatten()
         weights = torch.full_like(advantages, 1 / sum(len(r.ids) for r in rollouts))
         rows = [(r.prompt, r.ids) for r in rollouts]
         t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.0, cfg.temperature)
@@ -159,46 +197,85 @@ def gradient_variance(policy, engine, problems: list[dict], prompts: list, K: in
         total, squares = total + g, squares + (g * g).sum()
     return ((squares - total @ total / DRAWS) / (DRAWS - 1)).item()
 
+
 def distance(run: Path, cfg: t1.Config) -> float:
     """KL of the trained policy to the SFT checkpoint that it began from, nats per response: the mean of
     log pi(y) - log pi_sft(y) over the first held-out response to each problem, at temperature 1."""
-    first = {row["number"]: row for row in t1.read_log(run / "eval/responses.jsonl") if row["sample"] == 0}
+    first = {
+        row["number"]: row
+        for row in t1.read_log(run / "eval/responses.jsonl")
+        if row["sample"] == 0
+    }
     start = data_prep.read_json(run / "rl/config.json")["started_from"]
     sums = []
-    for checkpoint in (t1.newest(run / "rl"), t1.newest(run.parent / Path(start).parent.parent.name / "sft")):
+    for checkpoint in (
+        t1.newest(run / "rl"),
+        t1.newest(run.parent / Path(start).parent.parent.name / "sft"),
+    ):
         policy, tokenizer = t1.load_policy(checkpoint, cfg)
-        rows = [(t1.prompt_ids(row["problem"], tokenizer, cfg), row["ids"]) for row in first.values()]
-        sums.append(np.array([part.double().sum().item() for part in t1.response_logprobs(policy, rows, cfg)]))
+        rows = [
+            (t1.prompt_ids(row["problem"], tokenizer, cfg), row["ids"]) for row in first.values()
+        ]
+        sums.append(
+            np.array(
+                [part.double().sum().item() for part in t1.response_logprobs(policy, rows, cfg)]
+            )
+        )
     return float(np.mean(sums[0] - sums[1]))
 
+
 # --- Command line -----------------------------------------------------------------------------------------------------
+
 
 def variant_names(text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in VARIANTS:
-            raise argparse.ArgumentTypeError(f"no variant {name!r}; choose from {', '.join(VARIANTS)}")
+            raise argparse.ArgumentTypeError(
+                f"no variant {name!r}; choose from {', '.join(VARIANTS)}"
+            )
     return names
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("ledger", __doc__)
     add = parser.add_argument
-    add("--variants", type=variant_names, default=[], metavar="LIST", help="run these, by commas (default: the plan)")
-    add("--seeds", type=experiments.whole_numbers, default=[0, 1, 2], metavar="LIST", help="of them (default: 0,1,2)")
-    add("--table", action="store_true", help="run nothing: write the ledger of the finished runs (default: off)")
+    add(
+        "--variants",
+        type=variant_names,
+        default=[],
+        metavar="LIST",
+        help="run these, by commas (default: the plan)",
+    )
+    add(
+        "--seeds",
+        type=experiments.whole_numbers,
+        default=[0, 1, 2],
+        metavar="LIST",
+        help="of them (default: 0,1,2)",
+    )
+    add(
+        "--table",
+        action="store_true",
+        help="run nothing: write the ledger of the finished runs (default: off)",
+    )
     return experiments.run(parser, ledger_command, argv)
+
 
 def ledger_command(own, options: list[str]):
     cfg = t1.parse_args(experiments.stage_options("rl", options))
     base = Path(cfg.out) / (cfg.name or "ledger")
     for seeds in [] if own.table else [own.seeds] if own.variants else ROUNDS:
-        names = own.variants or (open_variants(read_records(base)) if seeds != ROUNDS[0] else list(VARIANTS))
+        names = own.variants or (
+            open_variants(read_records(base)) if seeds != ROUNDS[0] else list(VARIANTS)
+        )
         for seed, name in [(seed, name) for seed in seeds for name in names]:
             if not run_variant(base, name, seed, options):
                 t1.print0("interrupted; the same command resumes")
                 return
     write_ledger(base)
     t1.print0((base / "ledger.md").read_text(encoding="utf-8"))
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,7 +23,15 @@ import transformers
 import data_prep
 import experiments
 import t1
-from experiments.costs import MACHINES, Machine, Shape, cache_bytes, parameter_counts, response_lengths, step_seconds
+from experiments.costs import (
+    MACHINES,
+    Machine,
+    Shape,
+    cache_bytes,
+    parameter_counts,
+    response_lengths,
+    step_seconds,
+)
 
 SHAPES = {
     "zai-org/glm-4-9b-hf": Shape(4096, 40, 13696, 32, 2, 128, 151552, False),
@@ -40,7 +48,8 @@ def shape_of(config) -> Shape:
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_width=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
         tied=config.tie_word_embeddings,
     )
@@ -51,7 +60,9 @@ def shape_of(config) -> Shape:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg: t1.Config, machine: Machine | None = None) -> dict:
+def memory_plan(
+    shape: Shape, gpus: int, micro_tokens: int, cfg: t1.Config, machine: Machine | None = None
+) -> dict:
     """Bytes on each device for one step of RL; `parameters` is their number, over all devices.
 
     `weights`, `optimizer` (AdamW's state) and `anchor`: float32 shards over all ranks (`t1.shard`). During the gradient
@@ -81,7 +92,9 @@ def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg: t1.Config, mach
     at_the_head = plan["activations"] + plan["head_gradient"] + plan["head_chunks"]
     in_the_last_layer = plan["activations"] + waiting + plan["backward"]
     summing_the_root = (size + 4) * root if sharded else 2 * 4 * output_layer
-    gradient = plan["gradients"] + plan["gathered"] + max(at_the_head, in_the_last_layer, summing_the_root)
+    gradient = (
+        plan["gradients"] + plan["gathered"] + max(at_the_head, in_the_last_layer, summing_the_root)
+    )
     parked = machine is not None or cfg.offload
     optimizer, anchor = (0 if parked else plan["optimizer"]), (0 if cfg.offload else plan["anchor"])
     adamw = plan["gradients"] + plan["optimizer"] + anchor
@@ -90,7 +103,9 @@ def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg: t1.Config, mach
         return plan
 
     held, card = plan["weights"] + anchor, machine.card
-    gathered = 4 * (2 * layer + root) if sharded else 2 * parameters  # by the check of a push, as t1.engine_layout
+    gathered = (
+        4 * (2 * layer + root) if sharded else 2 * parameters
+    )  # by the check of a push, as t1.engine_layout
     tp = cfg.vllm_tp or t1.engine_ranks(2 * parameters, card, min(gpus, machine.node))
     plan |= dict(tp=tp, share=cfg.vllm_memory or t1.engine_share(card, int(held), gathered))
     room = plan["share"] * card - 2 * parameters / tp - machine.own
@@ -99,7 +114,9 @@ def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg: t1.Config, mach
     return plan
 
 
-def activation_plan(shape: Shape, n: int, size: int, machine: Machine | None, cfg: t1.Config) -> dict[str, float]:
+def activation_plan(
+    shape: Shape, n: int, size: int, machine: Machine | None, cfg: t1.Config
+) -> dict[str, float]:
     """Bytes that autograd keeps of `n` packed tokens (`activations`), and what head and backward take besides.
 
     With checkpointing each layer's input is kept, and one layer's inside is made again in its backward.
@@ -146,7 +163,12 @@ def lengths_for(own, cfg: t1.Config) -> np.ndarray:
 
 def rows_of(shape: Shape, own, cfg: t1.Config, machine: Machine) -> tuple[list[str], list[str]]:
     """For each number of GPUs a row of the table of memory, and one of the table of seconds."""
-    lengths, longest, memories, seconds = lengths_for(own, cfg), cfg.max_prompt + cfg.max_new, [], []
+    lengths, longest, memories, seconds = (
+        lengths_for(own, cfg),
+        cfg.max_prompt + cfg.max_new,
+        [],
+        [],
+    )
     for gpus in own.gpus:
         plan = memory_plan(shape, gpus, max(cfg.micro_tokens, longest), cfg, machine)
         fits = plan["update"] <= machine.usable * machine.card and plan["cache"] >= longest
@@ -156,7 +178,10 @@ def rows_of(shape: Shape, own, cfg: t1.Config, machine: Machine) -> tuple[list[s
         if plan["cache"] < longest:
             continue
         phases = step_seconds(shape, gpus, lengths, own.prompt, plan, cfg, machine)
-        step, saving = sum(phases.values()), 18 * plan["parameters"] / machine.disk / cfg.rl_save_every
+        step, saving = (
+            sum(phases.values()),
+            18 * plan["parameters"] / machine.disk / cfg.rl_save_every,
+        )
         hours = (step + saving) * cfg.rl_steps / 3600
         cells = "".join(f"{phases[name]:10.1f}" for name in PHASES)
         whole = f"{saving:8.1f}{cfg.rl_steps:8}{gpus * hours:11,.0f}{hours / 24:7.1f}"
@@ -170,10 +195,14 @@ def shape_for(cfg: t1.Config) -> tuple[str, Shape]:
     if not cfg.model and model in SHAPES:
         return Path(model).name, SHAPES[model]
     try:
-        return Path(model).name, shape_of(transformers.AutoConfig.from_pretrained(model, local_files_only=True))
+        return Path(model).name, shape_of(
+            transformers.AutoConfig.from_pretrained(model, local_files_only=True)
+        )
     except (OSError, ValueError, AttributeError) as e:
         reason = str(e).splitlines()[0]
-        raise t1.Misuse(f"--model {model}: no config.json of a causal LM that can be planned for ({reason})")
+        raise t1.Misuse(
+            f"--model {model}: no config.json of a causal LM that can be planned for ({reason})"
+        )
 
 
 def run_plan(own, configs: list[t1.Config], machine: Machine):
@@ -184,12 +213,26 @@ def run_plan(own, configs: list[t1.Config], machine: Machine):
             lines += [f"{name[:14]:14}{row}" for row in rows]
     switches = ("checkpointing", "compile", "offload")
     on = [name for name in switches if getattr(first, name)]
-    t1.print0(", ".join([first.dtype, *on, f"anchor {first.anchor}", f"micro-batches of {first.micro_tokens:,}"]))
-    t1.print0("GiB per GPU, computed; `cache` in tokens of an engine of `tp` GPUs. The update fits where")
-    t1.print0(f"{machine.usable:.0%} of {machine.card / 2**30:.0f} GiB is enough: the rest is for CUDA and NCCL.")
-    t1.print0(f"{'model':14} GPUs" + "".join(f"{name:>12}" for name in MEMORY) + "  tp  share      cache  fits")
+    t1.print0(
+        ", ".join(
+            [first.dtype, *on, f"anchor {first.anchor}", f"micro-batches of {first.micro_tokens:,}"]
+        )
+    )
+    t1.print0(
+        "GiB per GPU, computed; `cache` in tokens of an engine of `tp` GPUs. The update fits where"
+    )
+    t1.print0(
+        f"{machine.usable:.0%} of {machine.card / 2**30:.0f} GiB is enough: the rest is for CUDA and NCCL."
+    )
+    t1.print0(
+        f"{'model':14} GPUs"
+        + "".join(f"{name:>12}" for name in MEMORY)
+        + "  tp  share      cache  fits"
+    )
     t1.print0("\n".join(memory))
-    t1.print0(f"\nSeconds a step of {first.prompts} x {first.k} responses of so many `tokens` in the mean, computed.")
+    t1.print0(
+        f"\nSeconds a step of {first.prompts} x {first.k} responses of so many `tokens` in the mean, computed."
+    )
     phases = "".join(f"{phase:>10}" for phase in PHASES)
     t1.print0(f"{'model':14} GPUs  tokens{phases}     step    save   steps  GPU-hours   days")
     t1.print0("\n".join(seconds))
@@ -207,20 +250,59 @@ def constants(text: str) -> dict[str, float]:
     try:
         return {name: types[name](float(value)) for name, value in values.items()}
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r}: give name=number, names are {', '.join(types)}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give name=number, names are {', '.join(types)}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("plan", __doc__)
     add, numbers = parser.add_argument, experiments.whole_numbers
-    add("--gpus", type=numbers, default=[8, 16, 32, 64], metavar="LIST", help="numbers of GPUs (default: 8,16,32,64)")
-    add("--length", type=float, default=0, help="mean response, tokens (default: 25/64 of --max-new, 3,200 of 8,192)")
-    add("--overlong", type=float, default=0.05, help="share of responses that reach --max-new (default: %(default)s)")
-    add("--lengths", default="", metavar="FOLDER", help="take both from the last 20 steps of this runs/NAME/rl")
+    add(
+        "--gpus",
+        type=numbers,
+        default=[8, 16, 32, 64],
+        metavar="LIST",
+        help="numbers of GPUs (default: 8,16,32,64)",
+    )
+    add(
+        "--length",
+        type=float,
+        default=0,
+        help="mean response, tokens (default: 25/64 of --max-new, 3,200 of 8,192)",
+    )
+    add(
+        "--overlong",
+        type=float,
+        default=0.05,
+        help="share of responses that reach --max-new (default: %(default)s)",
+    )
+    add(
+        "--lengths",
+        default="",
+        metavar="FOLDER",
+        help="take both from the last 20 steps of this runs/NAME/rl",
+    )
     add("--prompt", type=int, default=200, help="mean prompt, tokens (default: %(default)s)")
-    add("--vllm-tp", type=int, default=0, help="GPUs that share an engine (default: 0, as t1.engine_ranks says)")
-    add("--machine", choices=MACHINES, default="h100", help="constants to begin with (default: %(default)s)")
-    add("--set", type=constants, default={}, metavar="NAME=VALUE,...", help="other constants, see costs.Machine")
+    add(
+        "--vllm-tp",
+        type=int,
+        default=0,
+        help="GPUs that share an engine (default: 0, as t1.engine_ranks says)",
+    )
+    add(
+        "--machine",
+        choices=MACHINES,
+        default="h100",
+        help="constants to begin with (default: %(default)s)",
+    )
+    add(
+        "--set",
+        type=constants,
+        default={},
+        metavar="NAME=VALUE,...",
+        help="other constants, see costs.Machine",
+    )
     return experiments.run(parser, plan_command, argv)
 
 

@@ -67,7 +67,13 @@ def majorities(records: list[dict], samples: int) -> list[list]:
     length = float(np.mean([r["length"] for r in records]))
     points = []
     for k in (2**i for i in range(samples.bit_length())):
-        points.append([k, *t1.mean_and_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)]), k * length])
+        points.append(
+            [
+                k,
+                *t1.mean_and_error([[maj_at_k(a, r, k)] for a, r in zip(answers, right)]),
+                k * length,
+            ]
+        )
     return points
 
 
@@ -93,7 +99,9 @@ def reopened(ids: list[int], finished: bool, wait: list[int], tokenizer) -> list
     return thought + wait if ended else thought
 
 
-def force_budget(engine, rollouts: list[t1.Rollout], budget: int, wait_words: str, cfg: t1.Config) -> list[t1.Rollout]:
+def force_budget(
+    engine, rollouts: list[t1.Rollout], budget: int, wait_words: str, cfg: t1.Config
+) -> list[t1.Rollout]:
     """The same thoughts, each forced to `budget` tokens: `wait_words` replace every `</think>`. Ids only,
     nothing is encoded again. Cut at a smaller budget they are the thoughts forced to that one: one set of generations
     serves all budgets."""
@@ -106,16 +114,22 @@ def force_budget(engine, rollouts: list[t1.Rollout], budget: int, wait_words: st
         room = budget - min(len(thoughts[i]) for i in short)
         seeds = [t1.seed_for(cfg.seed, "forced", turn, i) for i in short]
         prompts = [rollouts[i].prompt + thoughts[i] for i in short]
-        for i, new in zip(short, engine.generate(prompts, [[0]] * len(prompts), seeds, room, cfg.eval_temperature)):
+        for i, new in zip(
+            short, engine.generate(prompts, [[0]] * len(prompts), seeds, room, cfg.eval_temperature)
+        ):
             thoughts[i] = reopened(thoughts[i] + new.ids, new.finished, wait, tokenizer)
-    return [t1.Rollout(r.prompt, thought[:budget], [], False) for r, thought in zip(rollouts, thoughts)]
+    return [
+        t1.Rollout(r.prompt, thought[:budget], [], False) for r, thought in zip(rollouts, thoughts)
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run's folder
 # ----------------------------------------------------------------------------------------------------------------------
 
-OWN = "stage name out model checkpoint resume_from config".split()  # fields that this command sets or ignores
+OWN = (
+    "stage name out model checkpoint resume_from config".split()
+)  # fields that this command sets or ignores
 
 
 def settings_of(base: Path, entry: dict, options: list[str]) -> t1.Config:
@@ -126,7 +140,11 @@ def settings_of(base: Path, entry: dict, options: list[str]) -> t1.Config:
             values |= data_prep.read_json(base / stage / "config.json")["config"]
     values |= {name: entry[name] for name in ("seed", "max_new", "answer_model")}
     values |= dict(eval_temperature=entry["temperature"])
-    stored = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if name not in ignored]
+    stored = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in values.items()
+        if name not in ignored
+    ]
     return t1.parse_args([*stored, *options, "--stage", "eval"])
 
 
@@ -149,9 +167,15 @@ def problems_of(entry: dict, cfg: t1.Config) -> list[dict]:
 def responses_of(base: Path, entry: dict) -> list[dict]:
     """The evaluated responses of one entry of results.json, its samples of each problem in order."""
     path = base / "eval" / "responses.jsonl"
-    rows = {(row["number"], row["sample"]): row for row in t1.read_log(path) if row["key"] == entry["key"]}
+    rows = {
+        (row["number"], row["sample"]): row
+        for row in t1.read_log(path)
+        if row["key"] == entry["key"]
+    }
     if len(rows) != entry["problems"] * entry["samples"]:
-        raise t1.Misuse(f"{path}: it does not hold the responses of {entry['name']} on {entry['test']}; evaluate again")
+        raise t1.Misuse(
+            f"{path}: it does not hold the responses of {entry['name']} on {entry['test']}; evaluate again"
+        )
     return [rows[cell] for cell in sorted(rows)]
 
 
@@ -160,30 +184,46 @@ def responses_of(base: Path, entry: dict) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def at_each_budget(answerer, rollouts: list[t1.Rollout], golds: list[str], budgets: list[int], cfg) -> list[list]:
+def at_each_budget(
+    answerer, rollouts: list[t1.Rollout], golds: list[str], budgets: list[int], cfg
+) -> list[list]:
     """One rollout per problem, cut at each budget and answered -> [budget, accuracy, standard error, tokens spent]."""
     points = []
     for budget in budgets:
         cut = t1.cut_thoughts(answerer, answerer.tokenizer, rollouts, budget, cfg)
         right = verify.grade([t1.text_of(r, answerer.tokenizer) for r in cut], golds)
-        points.append([budget, *t1.mean_and_error([[r] for r in right]), float(np.mean([len(r.ids) for r in cut]))])
+        points.append(
+            [
+                budget,
+                *t1.mean_and_error([[r] for r in right]),
+                float(np.mean([len(r.ids) for r in cut])),
+            ]
+        )
     return points
 
 
-def spend(policy, engine, answerer, base: Path, entry: dict, samples: int, wait_words: str, cfg: t1.Config) -> dict:
+def spend(
+    policy, engine, answerer, base: Path, entry: dict, samples: int, wait_words: str, cfg: t1.Config
+) -> dict:
     """What each way of spending tokens buys on the test set of `entry`, one entry of results.json.
 
     -> cut, forced, majority: lists of [budget or k, accuracy, standard error over problems, tokens spent per problem].
     """
     problems, kept = problems_of(entry, cfg), responses_of(base, entry)
     _, prompts = t1.encode_prompts(problems, engine.tokenizer, cfg)
-    firsts = [t1.Rollout(prompts[r["number"]], r["ids"], [], r["finished"]) for r in kept if r["sample"] == 0]
+    firsts = [
+        t1.Rollout(prompts[r["number"]], r["ids"], [], r["finished"])
+        for r in kept
+        if r["sample"] == 0
+    ]
     budgets = [point[0] for point in entry["scaling"]]
     forced = force_budget(engine, firsts, budgets[-1], wait_words, cfg)
     if samples > entry["samples"]:
         about = {field: entry[field] for field in ("name", "checkpoint", "test")}
         about["key"] = t1.fingerprint(policy, problems, prompts, samples, cfg)
-        _, kept = t1.evaluate(engine, problems, prompts, samples, cfg, base / "eval" / "spending.jsonl", about)
+        _, kept = t1.evaluate(
+            engine, problems, prompts, samples, cfg, base / "eval" / "spending.jsonl", about
+        )
     else:
         kept = [r for r in kept if r["sample"] < samples]
     return dict(
@@ -200,10 +240,16 @@ def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
     asked = t1.parse_args([*options, "--stage", "eval"])
     base = Path(asked.out) / (asked.name or asked.preset)
     if not (base / "eval" / "results.json").exists():
-        raise t1.Misuse(f"{base / 'eval'}: no results.json; run python t1.py --stage eval first, or give --out, --name")
+        raise t1.Misuse(
+            f"{base / 'eval'}: no results.json; run python t1.py --stage eval first, or give --out, --name"
+        )
     results = data_prep.read_json(base / "eval" / "results.json")
     last = results["checkpoints"][-1]
-    entries = {entry["test"]: entry for entry in results["checkpoints"] if entry["checkpoint"] == last["checkpoint"]}
+    entries = {
+        entry["test"]: entry
+        for entry in results["checkpoints"]
+        if entry["checkpoint"] == last["checkpoint"]
+    }
     if not all(entry.get("scaling") for entry in entries.values()):
         raise t1.Misuse(f"{base / 'eval'}: evaluated without --budgets; evaluate again")
     cfg = settings_of(base, last, options)
@@ -215,8 +261,16 @@ def run_spending(samples: int, wait_words: str, options: list[str]) -> Path:
         answerer = t1.make_engine(folder, other, tokenizer, cfg)
         answerer.load(other)
     engine.load(policy)
-    tests = [spend(policy, engine, answerer, base, entry, samples, wait_words, cfg) for entry in entries.values()]
-    about = dict(checkpoint=last["checkpoint"], name=last["name"], seed=cfg.seed, temperature=cfg.eval_temperature)
+    tests = [
+        spend(policy, engine, answerer, base, entry, samples, wait_words, cfg)
+        for entry in entries.values()
+    ]
+    about = dict(
+        checkpoint=last["checkpoint"],
+        name=last["name"],
+        seed=cfg.seed,
+        temperature=cfg.eval_temperature,
+    )
     about |= dict(wait_words=wait_words, samples=samples, tests=tests)
     t1.write_json(base / "eval" / "spending.json", about)
     draw(base / "eval", about)
@@ -237,11 +291,17 @@ def draw(folder: Path, content: dict):
             f"majority of k (of {content['samples']} samples)": test["majority"],
         }
         axis = Figure(figsize=(6.2, 4.5)).subplots()
-        for (label, points), style, color in zip(ways.items(), ("o-", "s--", "D-."), ("0", "0.35", "0.55")):
+        for (label, points), style, color in zip(
+            ways.items(), ("o-", "s--", "D-."), ("0", "0.35", "0.55")
+        ):
             value, error, tokens = np.array([point[1:] for point in points], dtype=float).T
-            axis.errorbar(tokens, 100 * value, 100 * error, fmt=style, color=color, capsize=2, label=label)
+            axis.errorbar(
+                tokens, 100 * value, 100 * error, fmt=style, color=color, capsize=2, label=label
+            )
         for k, value, _, tokens in test["majority"]:
-            axis.annotate(f"k={k}", (tokens, 100 * value), (3, -10), textcoords="offset points", fontsize=7)
+            axis.annotate(
+                f"k={k}", (tokens, 100 * value), (3, -10), textcoords="offset points", fontsize=7
+            )
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_xlabel("tokens spent per problem")
@@ -249,7 +309,11 @@ def draw(folder: Path, content: dict):
         axis.legend(fontsize=8, title=content["name"])
         title = f"{test['problems']} problems ({test['test']}), T = {content['temperature']}, seed {content['seed']}"
         several = f"-{test['test']}" if len(content["tests"]) > 1 else ""
-        t1.save_figure(axis.figure, folder / f"spending{several}.png", title + "; bars: standard error over problems")
+        t1.save_figure(
+            axis.figure,
+            folder / f"spending{several}.png",
+            title + "; bars: standard error over problems",
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,7 +324,12 @@ def draw(folder: Path, content: dict):
 def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("spending", __doc__)
     add = parser.add_argument
-    add("--samples", type=int, default=8, help="responses per problem of the majority (default: %(default)s)")
+    add(
+        "--samples",
+        type=int,
+        default=8,
+        help="responses per problem of the majority (default: %(default)s)",
+    )
     words = "what replaces </think>, \\n for a new line (default: %(default)r)"
     add("--wait-words", default=", wait\\n", help=words)
     return experiments.run(parser, spending_command, argv)
@@ -268,8 +337,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def spending_command(own, options: list[str]):
     if own.samples < 1 or not own.wait_words:
-        raise t1.Misuse("--samples must be above 0, and --wait-words not empty: the thought would end again at once")
-    t1.print0(f"spending.json and spending.png in {run_spending(own.samples, own.wait_words, options)}")
+        raise t1.Misuse(
+            "--samples must be above 0, and --wait-words not empty: the thought would end again at once"
+        )
+    t1.print0(
+        f"spending.json and spending.png in {run_spending(own.samples, own.wait_words, options)}"
+    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,14 @@ def naming_rows(stage: str) -> list[dict]:
     for i in range(400):
         guess = (i * 7 + 3 * (i // 10)) % 10
         response = f"<think>\nSo {(i * 7) % 10}\n</think>\nThe answer is \\boxed{{{guess}}}."
-        rows.append(dict(id=str(i), problem=f"Name the number {i % 10}.", answer=str(i % 10), response=response))
+        rows.append(
+            dict(
+                id=str(i),
+                problem=f"Name the number {i % 10}.",
+                answer=str(i % 10),
+                response=response,
+            )
+        )
     return rows if stage == "sft" else rows[:10]
 
 
@@ -94,10 +101,17 @@ def rl_args(guess: Path, out: Path, name: str) -> list[str]:
         "--test",
         guess / "ten.jsonl",
     ]
-    settings = (
-        f"--preset tiny --max-new 24 --prompts 3 --k 6 --rl-steps {STEPS} --rl-lr 1e-3 --rl-save-every 3 --keep 2"
-    )
-    return ["--stage", "rl", *map(str, inputs), *settings.split(), "--out", str(out), "--name", name]
+    settings = f"--preset tiny --max-new 24 --prompts 3 --k 6 --rl-steps {STEPS} --rl-lr 1e-3 --rl-save-every 3 --keep 2"
+    return [
+        "--stage",
+        "rl",
+        *map(str, inputs),
+        *settings.split(),
+        "--out",
+        str(out),
+        "--name",
+        name,
+    ]
 
 
 def outcome(folder: Path, step: int) -> tuple[bytes, dict[str, bytes]]:
@@ -167,7 +181,9 @@ def rank_process(rank: int, ranks: int, port: str, args: list[str], kill: tuple 
         os._exit(code)
 
 
-def start_ranks(args: list[str], ranks: int, log: Path, kill: tuple | None = None, seconds: int = 240) -> list[int]:
+def start_ranks(
+    args: list[str], ranks: int, log: Path, kill: tuple | None = None, seconds: int = 240
+) -> list[int]:
     """t1.main(args) in forked processes -> exit codes, -9 for one that was killed. `kill`: (rank, phase, nth call,
     delay)."""
     port, pids = str(29900 + random.Random().randrange(2000)), []
@@ -200,7 +216,12 @@ def random_kill(rng: random.Random, ranks: int, resumed: int) -> tuple:
     """(rank, phase, nth call, delay in seconds); the end is only reached by a run that was resumed often."""
     phase = rng.choice([p for p in PHASES if p != "end" or resumed > 9])
     nth = 1 if phase in ONCE else rng.randrange(1, 3 if phase in SAVING else 6)
-    return rng.randrange(ranks), phase, nth, rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)))
+    return (
+        rng.randrange(ranks),
+        phase,
+        nth,
+        rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.3))),
+    )
 
 
 def check_codes(codes: list[int], killed: int, log: Path):
@@ -231,7 +252,9 @@ def run_kills(count: int, ranks: int, seed: int, guess: Path, base: Path) -> Cou
             else:  # the run ended before the kill came
                 assert codes == [0] * ranks
         run_whole(args, ranks, log)
-        assert outcome(base / "killed/rl", STEPS) == whole, f"seed {seed}: after {dict(hit)} the run is another"
+        assert outcome(base / "killed/rl", STEPS) == whole, (
+            f"seed {seed}: after {dict(hit)} the run is another"
+        )
         assert not list((base / "killed/rl").glob("partial-*"))
         shutil.rmtree(base / "killed")
         runs += 1
@@ -276,16 +299,31 @@ def odd_json(rng: random.Random, value):
         if what == 0:
             del result[key]
         elif what == 1:
-            names = [key.upper(), key + "\ud800", "", "problem", "answer", "id", "settings", "x" * 3000]
+            names = [
+                key.upper(),
+                key + "\ud800",
+                "",
+                "problem",
+                "answer",
+                "id",
+                "settings",
+                "x" * 3000,
+            ]
             result[rng.choice(names)] = result.pop(key)
         else:
             result[key] = odd_json(rng, value[key])
         return result
     if isinstance(value, list) and value and rng.random() < 0.8:
         at = rng.randrange(len(value))
-        return value[:at] + ([odd_json(rng, value[at])] if rng.random() < 0.8 else []) + value[at + 1 :]
+        return (
+            value[:at]
+            + ([odd_json(rng, value[at])] if rng.random() < 0.8 else [])
+            + value[at + 1 :]
+        )
     if isinstance(value, (int, float)) and rng.random() < 0.5:
-        return rng.choice([-value, value + 1, value * 10**9, 0, 1, str(value), float(value), [value]])
+        return rng.choice(
+            [-value, value + 1, value * 10**9, 0, 1, str(value), float(value), [value]]
+        )
     if isinstance(value, str) and value and rng.random() < 0.4:
         at = rng.randrange(len(value))
         return value[:at] + rng.choice([*ODD_CHARACTERS, value]) + value[at + 1 :]
@@ -325,7 +363,9 @@ def odd_text(rng: random.Random, data: bytes) -> bytes:
             value = json.loads(lines[at])
         except ValueError:  # one JSON text on many lines
             value, lines, at = json.loads(data), [b""], 0
-        lines[at] = json.dumps(odd_json(rng, value), ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        lines[at] = json.dumps(odd_json(rng, value), ensure_ascii=rng.random() < 0.5).encode(
+            "utf-8", "surrogatepass"
+        )
         return b"\n".join(lines)
     if what == 5:
         keys = re.findall(rb'"(\w+)": ', data)
@@ -347,7 +387,9 @@ def rare_file(rng: random.Random, path: Path, data: bytes, kinds=RARE_FILES) -> 
     elif what == "not UTF-8":
         path = path.parent / os.fsdecode(b"\xff\xfe" + path.name.encode())
     elif what == "long name":
-        return path.parent / (300 * "x" + path.name)  # too long for any file system: it is not there
+        return path.parent / (
+            300 * "x" + path.name
+        )  # too long for any file system: it is not there
     elif what == "folder":
         (path / "a").mkdir(parents=True)
         for name in ("b.jsonl", "c.txt"):
@@ -357,9 +399,16 @@ def rare_file(rng: random.Random, path: Path, data: bytes, kinds=RARE_FILES) -> 
         os.mkfifo(path)
         return path
     elif what in ("loop", "dangling", "device"):
-        path.symlink_to({"loop": path, "dangling": path.parent / "nowhere", "device": "/dev/zero"}[what])
+        path.symlink_to(
+            {"loop": path, "dangling": path.parent / "nowhere", "device": "/dev/zero"}[what]
+        )
         return path
-    contents = {"empty": b"", "long line": data[:50] + b"x" * (17 << 20), "not gzip": data + b"\x1f\x8b", **BOMBS}
+    contents = {
+        "empty": b"",
+        "long line": data[:50] + b"x" * (17 << 20),
+        "not gzip": data + b"\x1f\x8b",
+        **BOMBS,
+    }
     if what != "missing":
         path.write_bytes(contents.get(what, data))
         path.chmod(0 if what == "no permission" else 0o600)
@@ -379,11 +428,22 @@ def good_rows() -> list[dict]:
     """Problems and traces, the last of them in another schema."""
     rows = []
     for i in range(6):
-        texts = dict(problem=f"What is {i} + $\\frac{{{i}}}{{2}}$ as a number?", solution=f"It is \\boxed{{{i}}}.")
+        texts = dict(
+            problem=f"What is {i} + $\\frac{{{i}}}{{2}}$ as a number?",
+            solution=f"It is \\boxed{{{i}}}.",
+        )
         response = f"<think>\nhm\n</think>\n\\boxed{{{i}}}"
-        rows.append(dict(id=f"r{i}", answer=str(i), response=response, source="s", level=i, **texts))
-    messages = [dict(role="user", content="What is 1+1?"), dict(role="assistant", content="\\boxed{2}")]
-    return [*rows, dict(messages=messages, problem="What is 1+1 then?", answer=2.0, prompt="p", split="test")]
+        rows.append(
+            dict(id=f"r{i}", answer=str(i), response=response, source="s", level=i, **texts)
+        )
+    messages = [
+        dict(role="user", content="What is 1+1?"),
+        dict(role="assistant", content="\\boxed{2}"),
+    ]
+    return [
+        *rows,
+        dict(messages=messages, problem="What is 1+1 then?", answer=2.0, prompt="p", split="test"),
+    ]
 
 
 def good_parquet(folder: Path) -> dict[str, bytes]:
@@ -409,9 +469,14 @@ def good_models(folder: Path) -> dict:
     for name, size in (("model", "1GB"), ("shards", "5KB")):
         policy.lm.save_pretrained(folder / name, max_shard_size=size)
         tokenizer.save_pretrained(folder / name)
-    models = {n: {p.name: p.read_bytes() for p in sorted((folder / n).iterdir())} for n in ("model", "shards")}
+    models = {
+        n: {p.name: p.read_bytes() for p in sorted((folder / n).iterdir())}
+        for n in ("model", "shards")
+    }
     turn = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    models["model"]["chat_template.jinja"] = (turn + "{% if add_generation_prompt %} [assistant]{% endif %}").encode()
+    models["model"]["chat_template.jinja"] = (
+        turn + "{% if add_generation_prompt %} [assistant]{% endif %}"
+    ).encode()
     return models | dict(tokenizer=tokenizer)
 
 
@@ -457,7 +522,9 @@ def rows_case(rng: random.Random, folder: Path, base: dict):
     elif rng.random() < 0.2:
         path = folder / "rows.jsonl.gz"
         path.write_bytes(
-            odd_bytes(rng, gzip.compress(data)) if rng.random() < 0.7 else gzip.compress(odd_text(rng, data))
+            odd_bytes(rng, gzip.compress(data))
+            if rng.random() < 0.7
+            else gzip.compress(odd_text(rng, data))
         )
     elif rng.random() < 0.2:
         path = folder / "rows.parquet"
@@ -467,9 +534,17 @@ def rows_case(rng: random.Random, folder: Path, base: dict):
     text = str(path)
     cfg = t1.parse_args(["--stage", "rl", "--max-prompt", "2000"])
     data_prep.prepare([], ("latin",))
-    readers = [partial(read_and_encode, text, stage, base["tokenizer"], cfg) for stage in ("sft", "rl")]
-    readers += [partial(sift, text), partial(read_benchmark, text), partial(data_prep.read_problems, text)]
-    return path, readers + [partial(write_benchmark, source, text) for source in ("gsm8k", "aime24")]
+    readers = [
+        partial(read_and_encode, text, stage, base["tokenizer"], cfg) for stage in ("sft", "rl")
+    ]
+    readers += [
+        partial(sift, text),
+        partial(read_benchmark, text),
+        partial(data_prep.read_problems, text),
+    ]
+    return path, readers + [
+        partial(write_benchmark, source, text) for source in ("gsm8k", "aime24")
+    ]
 
 
 def read_and_encode(path: str, stage: str, tokenizer, cfg: t1.Config):
@@ -481,7 +556,9 @@ def sift(path: str):
 
 
 def read_benchmark(path: str):
-    data_prep.Benchmarks([data_prep.checked_problem(where, raw, "b") for where, raw in data_prep.raw_rows(path)])
+    data_prep.Benchmarks(
+        [data_prep.checked_problem(where, raw, "b") for where, raw in data_prep.raw_rows(path)]
+    )
 
 
 def write_benchmark(source: str, path: str):
@@ -502,7 +579,9 @@ def command_case(rng: random.Random, folder: Path, base: dict):
     good.write_bytes(base["rows"])
     commands = {"--authors": ["cot"], "--numina": ["curate", "--processes", "1"]}
     command = commands.get(source, ["benchmarks", "--amc23", str(good)])
-    return path, [partial(quiet_command, [*command, source, str(path), "--out", str(folder / "out")])]
+    return path, [
+        partial(quiet_command, [*command, source, str(path), "--out", str(folder / "out")])
+    ]
 
 
 EXPECTED_WORDS = r"(?m)^data_prep.py: warning: no --decontaminate.*\n|^.*\r.*(\n|$)|^rules: .*(\n|$)|^near-dup.*(\n|$)"
@@ -543,7 +622,9 @@ def journal_case(rng: random.Random, folder: Path, base: dict):
     if rng.random() < 0.05:
         path.unlink()
         path = rare_file(rng, path, base["journal"], RARE_FILES[:7])
-    kinds = rng.choice([dict(id=str), dict(id=str, pass_rate=(int, float)), dict(id=str, why=str, failed=int)])
+    kinds = rng.choice(
+        [dict(id=str), dict(id=str, pass_rate=(int, float)), dict(id=str, why=str, failed=int)]
+    )
     return path, [partial(read_journal, path, kinds)]
 
 
@@ -552,7 +633,9 @@ def read_journal(path: Path, kinds: dict):
     try:
         data_prep.read_journal(path, JOURNAL_SETTINGS, kinds)
     except data_prep.Misuse:
-        assert before is None or path.read_bytes() == before, "a journal was changed although it was refused"
+        assert before is None or path.read_bytes() == before, (
+            "a journal was changed although it was refused"
+        )
         raise
 
 
@@ -581,7 +664,11 @@ def odd_safetensors(rng: random.Random, data: bytes) -> bytes:
     what = rng.randrange(4)
     if what == 3:
         return odd_bytes(rng, data)
-    header = json.dumps(odd_json(rng, json.loads(data[8:size]))).encode() if what < 2 else odd_bytes(rng, data[8:size])
+    header = (
+        json.dumps(odd_json(rng, json.loads(data[8:size]))).encode()
+        if what < 2
+        else odd_bytes(rng, data[8:size])
+    )
     return len(header).to_bytes(8, "little") + header + data[size:]
 
 
@@ -598,7 +685,10 @@ def run_folder_case(rng: random.Random, folder: Path, base: dict):
     cfg = t1.parse_args(["--stage", "rl", "--out", str(folder), "--name", "run"])
     run = t1.RunFolder(cfg)
     run.create("somewhere", [])
-    t1.append_rows(run.path / "metrics.jsonl", [dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)])
+    t1.append_rows(
+        run.path / "metrics.jsonl",
+        [dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)],
+    )
     (run.path / "checkpoint-3").mkdir()
     t1.write_json(run.path / "checkpoint-3/complete.json", {"../metrics.jsonl": 1, "a": 2})
     path = run.path / rng.choice(["config.json", "metrics.jsonl", "checkpoint-3/complete.json"])
@@ -707,9 +797,14 @@ def fuzz_command(count: int, seed: int, first: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         counts, failures = run_fuzz(range(first, first + count), seed, Path(folder))
     for number, kind, trace in failures:
-        print(f"FAILED {kind}: python -m experiments.stress fuzz 1 --seed {seed} --case {number}\n{trace}")
+        print(
+            f"FAILED {kind}: python -m experiments.stress fuzz 1 --seed {seed} --case {number}\n{trace}"
+        )
     for kind in KINDS:
-        print(f"{kind:10}", ", ".join(f"{n} {outcome}" for (k, outcome), n in sorted(counts.items()) if k == kind))
+        print(
+            f"{kind:10}",
+            ", ".join(f"{n} {outcome}" for (k, outcome), n in sorted(counts.items()) if k == kind),
+        )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"{counts.total()} cases, {len(failures)} failed, seed {seed}, peak memory {memory} MiB")
     return 1 if failures else 0
@@ -720,7 +815,9 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("what", choices=("kills", "fuzz"))
     add("count", type=int, help="number of kills, or of damaged files")
-    add("--seed", type=int, default=0, help="of the moments or of the damage (default: %(default)s)")
+    add(
+        "--seed", type=int, default=0, help="of the moments or of the damage (default: %(default)s)"
+    )
     add("--ranks", type=int, default=1, help="kills: ranks of the run (default: %(default)s)")
     add(
         "--case",
