@@ -1,28 +1,29 @@
-"""T1: advancing language model reasoning through reinforcement learning and inference scaling (arXiv 2501.11651).
+"""T1: advancing language model reasoning through reinforcement learning and inference scaling
+(arXiv 2501.11651). T1 = RLOO + K = 64 samples per prompt at a temperature above 1 + an exact
+entropy bonus + a KL to a moving anchor + reward -1 for unexpected patterns.
 
-    torchrun t1.py --stage sft         cold start on traces that try, err and verify themselves
-    torchrun t1.py --stage rl          reinforcement learning from the SFT checkpoint
-    torchrun t1.py --stage eval        pass@1, and accuracy against thinking budget, one curve per checkpoint
-    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl --engine vllm --vllm-tp 2
-    python t1.py --help                every field of Config: unit, default, the paper's value
+    torchrun t1.py --stage sft       cold start on traces that try, err and verify themselves
+    torchrun t1.py --stage rl        reinforcement learning from the SFT checkpoint
+    torchrun t1.py --stage eval      pass@1, and accuracy against thinking budget
+    torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl
+    python t1.py --help              every option: unit, default, the paper's value
 
-T1 as a difference from GRPO:
-  1. advantage    leave-one-out: reward minus the mean of the other K-1 samples; no division by the standard deviation
-  2. exploration  K = 64 samples per prompt at a temperature above 1, and an exact entropy bonus at every token
-  3. KL           inside the reward, centred over the K samples of its prompt, against a moving average of the policy
-  4. penalties    -1 for over-long, repetitive or garbled responses, whatever their answer
-  5. on-policy    one update per batch of rollouts: no ratio, no clipping, no value network
+The objective, with P prompts per step and K samples per prompt:
 
-  A_i  = LOO(r'_i) - beta (d_i - mean_K d)      d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x),   r'_i in {-1, 0, 1}
+  A_i  = LOO(r'_i) - beta (d_i - mean_K d)   d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x)
   loss = -(1/N) sum_i sum_t [ A_i log pi_theta(y_it | x, y_i<t) + alpha H(pi_theta(. | x, y_i<t)) ]
 
-Letters: P prompts per step, K samples per prompt, B = P*K rows, T response positions, N generated tokens of the whole
-batch over all ranks, V vocabulary, D hidden width. Per-response tensors are (P, K), packed token tensors (N,).
+LOO is leave-one-out: a reward minus the mean of the other K-1. r' is 1 (right), 0 (wrong) or -1
+(over-long, repetitive or garbled). Each batch is used for one update: no ratio, no clipping, no
+value network.
 
-The file in order: Config, 1 mathematics, 2 rewards, 3 forward and update, 4 rollouts, 5 SFT, 6 RL, 7 evaluation and
-inference scaling; then the machinery. "(section 2)" is the paper's. `NOT IN PAPER` marks what the paper leaves open.
-Under torchrun every rank runs this file: each knows the whole batch, works on its share of the rows (`deal`), and the
-sums over ranks are those of one process."""
+Letters: B = P*K responses, T positions, N generated tokens of the whole batch over all ranks, V
+vocabulary, D hidden width. Tensors of responses are (P, K), packed tensors of tokens (N,).
+
+How to read this file. Sections 1 to 4 are the paper: `rl_step` is its algorithm, one block a step.
+Skip section 5 (how it is computed) at first, and all below the banner: that is what a run needs
+around it. "(section 2)" is the paper's. `NOT IN PAPER` marks what the paper leaves open. Under
+torchrun every rank runs this file; the sums over ranks are those of one process."""
 
 import argparse
 import atexit
@@ -38,6 +39,7 @@ import gc
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -49,10 +51,11 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -71,412 +74,976 @@ from tqdm import tqdm
 
 import data_prep
 import verify
-from data_prep import (
-    Misuse,
-    Stop,
-    append_rows,
-    batch_indices,
-    read_json,
-    read_log,
-    read_rows,
-    seed_for,
-    write_json,
-)
+from data_prep import Misuse, Stop, append_rows, batch_indices, read_json, read_log, read_rows
+from data_prep import seed_for, write_json
 
 
-# ------------------------------- Config: every knob, with unit, default and the paper's value; `--help` is made from it
-def knob(default, doc: str, paper: str = ""):
-    """A field of Config: its default (that of the preset `tiny`), its meaning and unit, and the paper's value."""
-    return field(
-        default=default,
-        metadata=dict(help=f"{doc} (default: {default!r}{'; paper: ' * bool(paper)}{paper})"),
-    )
+# ------------------------------------------------------------------------------ the method's options
+def knob(default, doc, paper="", stage="", zero=False, free=False, inherit=False):
+    """An option. paper: its value there; stage: the one that uses it, others reject it; zero: may
+    be 0; free: may change when a run resumes; inherit: the next stages of a run keep its value."""
+    words = f"{doc} (default: {default!r}{'; paper: ' if paper else ''}{paper})"
+    rules = dict(help=words, stage=stage, zero=zero, free=free, inherit=inherit)
+    return field(default=default, metadata=rules)
 
 
 @dataclass
-class Config:
-    """Everything that a run depends on. Defaults are the preset `tiny`; PRESETS holds the changes of the others. A
-    field without a paper's value, or with "not stated", is NOT IN PAPER: our choice, made on the embedded problems."""
+class Method:
+    """The paper's method. Defaults are those of the preset `tiny`, PRESETS changes them."""
 
-    stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
-    preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
-        "",
-        "values for a kind of model, see PRESETS; empty: pretrained for --model on own data, else tiny",
-    )
-    name: str = knob("", "name of the run's folder; empty: the preset's name")
-    out: str = knob("runs", "folder that holds all runs")
-    seed: int = knob(0, "seed of data order, sampling and the tiny model's weights")
-    # inputs
-    model: str = knob(
-        "",
-        "folder or hub name of a causal LM; empty: in sft the preset's, in rl and eval the run's own",
-    )
-    data: str = knob(
-        "",
-        "traces (sft) or problems (rl): .jsonl[.gz], .parquet or a folder; empty: the embedded ones",
-    )
-    test: str = knob(
-        "", "problems to evaluate on; empty: a held-out part of --data, or the embedded test set"
-    )
-    resume_from: int = knob(
-        0, "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N; 0: off"
-    )
-    checkpoint: str = knob(
-        "", "folders to evaluate, by commas; empty: the run's last SFT and all its RL checkpoints"
-    )
-    prompt_template: str = knob(
-        "", "text around {problem}; empty: the chat template, or '{problem}\\n' without one"
-    )
-    system: str = knob("", "system prompt, for chat templates")
-    max_prompt: int = knob(
-        256, "longest prompt, tokens", "not stated; 1,024 in the authors' later code"
-    )
-    max_new: int = knob(
-        160, "longest response, tokens", "not stated; 8,192 in the authors' later code"
-    )
-    reward: str = knob(
-        "",
-        "FILE.py:FUNCTION(response, row) -> float in place of right or wrong; the penalties stay",
-    )
-    keep_rollouts: bool = knob(False, "keep every response in rollouts.jsonl.gz")
-    tensorboard: bool = knob(
-        False, "write the columns of metrics.jsonl for TensorBoard, too (pip install tensorboard)"
-    )
-    # numerics
-    dtype: Literal["float32", "bfloat16"] = knob(
-        "float32", "activations; weights, log-probs, entropy stay float32"
-    )
-    device: Literal["", "cpu", "cuda"] = knob("", "empty: cuda where there is one")
-    micro_tokens: int = knob(4096, "tokens of one micro-batch (prompts and responses)")
-    checkpointing: bool = knob(
-        False, "keep only each layer's input for the backward pass: memory for time"
-    )
-    compile: bool = knob(False, "torch.compile each layer of the trainer")
-    offload: bool = knob(
-        False, "anchor and AdamW's state lie in CPU memory between uses; AdamW's always beside vllm"
-    )
-    timeout: int = knob(30, "minutes after which a rank gives up waiting for the others")
+    max_prompt: int = knob(256, "longest prompt, tokens", "not stated", inherit=True)
+    max_new: int = knob(160, "longest response, tokens", "not stated", inherit=True)
+    warmup: int = knob(10, "steps of linear warm-up of the rate", "not stated", zero=True)
+    weight_decay: float = knob(0.0, "AdamW's weight decay", "not stated", zero=True)
     grad_clip: float = knob(1.0, "largest gradient norm", "not stated")
-    weight_decay: float = knob(
-        0.0, "AdamW's weight decay", "not stated; 0.1 in the authors' later code"
-    )
-    warmup: int = knob(10, "steps of linear warm-up before the cosine decay")
-    # checkpoints
-    keep: int = knob(10, "number of last checkpoints that are kept")
-    keep_every: int = knob(
-        0, "also keep those whose step is a multiple of this, without the trainer's state; 0: none"
-    )
-    # stage sft
-    sft_lr: float = knob(1.5e-3, "peak learning rate of SFT", "1e-5")
-    sft_epochs: int = knob(3, "passes over the traces", "3")
-    sft_steps: int = knob(0, "steps of SFT; 0: those of sft_epochs")
-    sft_batch: int = knob(32, "traces per step", "not stated")
-    traces: Literal["trial-and-error", "correct-only"] = knob(
-        "trial-and-error", "embedded traces: with failed tries?"
-    )
-    sft_save_every: int = knob(500, "steps between checkpoints (the last step is always saved)")
-    # stage rl
-    rl_lr: float = knob(2e-4, "peak learning rate of RL", "1.5e-6")
-    rl_steps: int = knob(60, "updates")
-    prompts: int = knob(32, "P, prompts per step over all ranks", "32")
-    k: int = knob(16, "K, samples per prompt (at least 2)", "64")
-    temperature: float = knob(
-        1.1, "temperature of rollouts and of the trained distribution", "above 1; 1.2 stable"
-    )
-    min_p: float = knob(
-        0.0, "drop tokens less likely than min_p times the likeliest; 0: off", "ablated"
-    )
-    kl_coef: float = knob(2e-4, "beta, weight of the KL term in the advantage", "2e-4")
-    kl_center: bool = knob(
-        True, "subtract the prompt's mean KL (on-policy KL normalisation)", "true"
-    )
-    anchor: Literal["ema", "fixed", "none"] = knob(
-        "ema", "the reference policy of the KL term", "ema"
-    )
+    # cold start
+    sft_lr: float = knob(1.5e-3, "peak learning rate", "1e-5", "sft")
+    sft_epochs: int = knob(3, "passes over the traces", "3", "sft")
+    sft_batch: int = knob(32, "traces per step", "not stated", "sft")
+    # reinforcement learning
+    prompts: int = knob(32, "P, prompts per step over all ranks", "32", "rl")
+    k: int = knob(16, "K, samples per prompt (at least 2)", "64", "rl")
+    temperature: float = knob(1.1, "of rollouts, loss and KL", "above 1; 1.2 stable", "rl")
+    min_p: float = knob(0.0, "drop tokens below min_p x the likeliest", "ablated", "rl", zero=True)
+    rl_lr: float = knob(2e-4, "peak learning rate", "1.5e-6", "rl")
+    rl_steps: int = knob(60, "updates", "not stated", "rl")
+    entropy_coef: float = knob(1e-3, "alpha of the entropy bonus", "not stated", "rl", zero=True)
+    kl_coef: float = knob(2e-4, "beta, weight of the KL in the advantage", "2e-4", "rl", zero=True)
+    kl_center: bool = knob(True, "subtract the prompt's mean KL", "true", "rl")
     ema_decay: float = knob(
-        0.95, "decay of the EMA anchor, per step", "not stated; 0.992 in the authors' later code"
+        0.95, "anchor's decay per step; 1: fixed", "not stated", "rl", zero=True
     )
-    entropy_coef: float = knob(1e-3, "alpha, weight of the entropy bonus", "on; value not stated")
-    penalties: bool = knob(
-        True, "reward -1 for over-long, repetitive and garbled responses", "true"
-    )
-    repeat_ngram: int = knob(8, "repetition: a block of this many tokens ...")
-    repeat_count: int = knob(3, "... that occurs this many times in one response, without overlap")
-    loss_norm: Literal["tokens", "responses"] = knob(
-        "tokens", "mean over all tokens, or per response", "not stated"
-    )
-    entropy_floor: float = knob(0.01, "warn below this mean entropy, nats per token")
-    kl_ceiling: float = knob(50.0, "warn above this mean KL to the anchor, nats per response")
-    rl_save_every: int = knob(18, "steps between checkpoints (the last step is always saved)")
-    # rollout engine
-    engine: Literal["auto", "torch", "vllm"] = knob(
-        "auto", "auto: vllm where it is installed and there is a GPU"
-    )
-    rollout_rows: int = knob(1024, "torch engine: rows generated at once")
-    vllm_tp: int = knob(
-        0, "vllm engine: ranks that share one engine (tensor parallel); 0: see engine_ranks"
-    )
-    vllm_memory: float = knob(
-        0.0, "vllm engine: share of the GPU for its weights and cache; 0: see engine_share"
-    )
-    tis_cap: float = knob(
-        0.0, "weigh each token by min(pi_trainer / pi_engine, this): for bfloat16 engines; 0: off"
-    )
-    probe_tolerance: float = knob(
-        0.0, "largest log-prob gap of engine and trainer after a push, nats; 0: by dtype"
-    )
-    # stage eval
-    eval_samples: int = knob(
-        0, "samples per problem; 0: 4 on --test, 32 on AIME, else 1", "32 on AIME"
-    )
-    eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy")
-    benchmarks: str = knob(
-        "", "instead of --test: math500, aime24, omni500, gpqa, gsm8k, amc23 and others, by commas"
-    )
-    benchmark_dir: str = knob(
-        "benchmarks", "folder of those files, written by data_prep.py benchmarks"
-    )
-    budgets: str = knob(
-        "16,32,64,96,128,160",
-        "thinking budgets, tokens; empty: no inference scaling",
-        "1024 to 16384",
-    )
+    penalties: bool = knob(True, "reward -1 for unexpected patterns", "true")
+    repeat_ngram: int = knob(8, "repetition: a block of this many tokens ...", "not stated")
+    repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
+    loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
+    # inference scaling
+    budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
     answer_prefix: str = knob(
-        "</think>\\nThe answer is \\boxed{", "closes a cut thought (\\n: new line)", "not stated"
+        "</think>\\nThe answer is \\boxed{", "closes a cut thought (\\n: new line)", "", "eval"
     )
-    answer_model: str = knob(
-        "", "folder or hub name of the model that answers from a cut thought; empty: the policy"
-    )
-    answer_tokens: int = knob(
-        32, "longest answer after a cut thought, tokens; a long one leaves room to think on"
-    )
-    # the embedded model
-    tiny_layers: int = knob(3, "layers of the embedded model")
-    tiny_width: int = knob(128, "hidden width of the embedded model")
+    answer_tokens: int = knob(32, "longest answer after a cut thought, tokens", "", "eval")
 
 
-PAPER = dict(
-    max_prompt=1024,
-    max_new=8192,
-    dtype="bfloat16",
-    micro_tokens=16384,
-    checkpointing=True,
-    compile=True,
-    offload=True,
-    tis_cap=2.0,
-    keep=2,
-    keep_every=550,
-    k=64,
-    weight_decay=0.1,
-    sft_lr=1e-5,
-    sft_batch=64,
-    rl_lr=1.5e-6,
-    rl_steps=1875,
-    rl_save_every=10,
-    temperature=1.2,
-    ema_decay=0.992,
-    repeat_ngram=20,
-    repeat_count=20,
-    budgets="1024,2048,4096,8192",
-    answer_tokens=64,
-)
-PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
-    max_prompt=1024,
-    max_new=1024,
-    dtype="bfloat16",
-    micro_tokens=16384,
-    checkpointing=True,
-    tis_cap=2.0,
-    keep=2,
-    weight_decay=0.1,
-    sft_lr=1e-5,
-    rl_lr=1e-6,
-    rl_steps=200,
-    ema_decay=0.99,
-    repeat_ngram=20,
-    repeat_count=20,
-    rl_save_every=20,
-    budgets="128,256,512,1024",
-    answer_tokens=64,
-)
-PRESETS = {
-    "tiny": {},
-    "pretrained": PRETRAINED,
-    "glm4-9b": PAPER
-    | dict(
-        model="zai-org/glm-4-9b-hf", max_new=7168, budgets="1024,2048,4096,7040"
-    ),  # context 8,192
-    "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
-    "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
-}
-
-STAGE_FIELDS = {  # fields that one stage alone reads: the others refuse them, and do not compare them on resume
-    "sft": "sft_lr sft_epochs sft_steps sft_batch traces sft_save_every",
-    "rl": "rl_lr rl_steps prompts k temperature min_p kl_coef kl_center anchor ema_decay entropy_coef loss_norm tis_cap"
-    " entropy_floor kl_ceiling rl_save_every",
-    "eval": "checkpoint eval_samples benchmarks benchmark_dir budgets answer_prefix answer_model answer_tokens",
-}
-
-
-# --------------------------------------------------------------------------------------- 1. Mathematics: pure functions
+# --------------------------------------------------------------- 1. Mathematics: pure functions
 def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(P, K) -> (P, K): each reward minus the mean of the other K-1 of its prompt (section 2, leave-one-out).
+    """(P, K) -> (P, K): each reward minus the mean of the other K-1 of its prompt (section 2).
 
         rloo_advantages([[1, 0, 0]]) = [[1, -1/2, -1/2]]
 
-    A baseline without the sample itself keeps the policy gradient unbiased. GRPO divides by the group's standard
-    deviation, T1 does not: that would give most weight to prompts that are nearly always or nearly never solved, and
-    the estimate would no longer be the gradient of the expected reward."""
+    A baseline that leaves out the sample itself keeps the policy gradient unbiased. GRPO divides by
+    the standard deviation of the group and T1 does not: the division gives most weight to prompts
+    that are nearly always or nearly never solved, and the estimate is no longer the gradient of the
+    expected reward."""
     K = rewards.shape[1]
-    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (K - 1)
+    others = (rewards.sum(1, keepdim=True) - rewards) / (K - 1)  # (P, K)
+    return rewards - others
 
 
 def center_kl(kl: torch.Tensor) -> torch.Tensor:
     """(P, K) -> (P, K): d_i - mean_K d, the on-policy KL normalisation (section 2).
-    Why the KL is part of the reward: E[d grad log pi] is the gradient of KL(pi || pi_ref), while the gradient of the
-    sampled d itself, E[grad log pi], is zero. Why it is centred: KL is positive on average, and a negative mean of the
-    advantages would push every sample of the prompt down, whatever its reward."""
-    return kl - kl.mean(1, keepdim=True)  # (K-1)/K times leave-one-out: a beta that much smaller
+
+    The KL is part of the reward because E[d grad log pi] is the gradient of KL(pi || pi_ref), while
+    the gradient of the sampled d itself, E[grad log pi], is zero. It is centred because a constant
+    has no gradient in expectation: it only adds variance. Centring equals leave-one-out with
+    beta * (K-1)/K."""
+    return kl - kl.mean(1, keepdim=True)
 
 
-def advantages_of(
-    rewards: torch.Tensor, kl: torch.Tensor, kl_coef: float, kl_center: bool = True
-) -> torch.Tensor:
-    """A = LOO(r') - beta (d - mean_K d), all (P, K) (section 2)."""
-    return rloo_advantages(rewards) - kl_coef * (center_kl(kl) if kl_center else kl)
-
-
-def log_softmax_min_p(z: torch.Tensor, min_p: float) -> torch.Tensor:
-    """(n, V) logits -> log-probs, -inf for tokens less likely than min_p times the likeliest; the rest renormalised."""
-    logp = z.log_softmax(-1)
+def log_softmax_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
+    """(n, V) logits -> (n, V) log-probs; -inf for tokens less likely than min_p times the likeliest,
+    the others renormalised."""
+    logp = logits.log_softmax(-1)
     if min_p <= 0:
         return logp
-    return logp.masked_fill(
-        logp < logp.amax(-1, keepdim=True) + math.log(min_p), -math.inf
-    ).log_softmax(-1)
+    threshold = logp.amax(-1, keepdim=True) + math.log(min_p)
+    return logp.masked_fill(logp < threshold, -math.inf).log_softmax(-1)
 
 
 def policy_loss_reference(
     hidden, lm_head, targets, advantages, weights, entropy_coef=0.0, temperature=1.0, min_p=0.0
 ):
-    """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N.
-    hidden (n, D), lm_head (V, D), targets, advantages and weights (n,) -> scalar. H is differentiated at the prefixes
-    that were sampled; how the policy reaches more uncertain prefixes is left out, as in the paper's loss.
-    NOT IN PAPER: pi is the sampled distribution here, in the KL and in the entropy: at its temperature and min-p.
-    To be read: it holds several (n, V) tensors, 12 GB at n = 4,096 and V = 151,936. `policy_loss` is what trains."""
-    logp = log_softmax_min_p((hidden @ lm_head.T).float() / temperature, min_p)  # (n, V)
+    """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], with w_t = 1/N.
+
+    hidden (n, D), lm_head (V, D); targets, advantages, weights (n,) -> scalar. H is differentiated at
+    the sampled prefixes; how the policy could reach other prefixes is left out, as in the paper.
+    NOT IN PAPER: pi is the sampled distribution everywhere, at its temperature and min-p.
+    This form holds several (n, V) tensors: 12 GB at n = 4,096 and V = 151,936. `policy_loss` computes
+    the same in chunks, for training."""
+    logits = (hidden @ lm_head.T).float() / temperature  # (n, V)
+    logp = log_softmax_min_p(logits, min_p)  # (n, V)
     logprob = logp.gather(1, targets[:, None])[:, 0]  # (n,)
-    entropy = -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(
-        -1
-    )  # (n,) exact, over the whole vocabulary
+    entropy = -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(-1)  # (n,) over the vocabulary
     return -(weights * (advantages * logprob + entropy_coef * entropy)).sum()
 
 
-def policy_loss(
-    hidden,
-    lm_head,
-    targets,
-    advantages,
-    weights,
-    entropy_coef: float = 0.0,
-    temperature: float = 1.0,
-    min_p: float = 0.0,
-    sampler_logprobs=None,
-    tis_cap: float = 0.0,
-    chunk: int = 0,
-):
-    """`policy_loss_reference`, chunk by chunk of positions -> loss; log-probs and entropies (n,), without gradient.
-    With w_t = 1/N, N the generated tokens of the whole batch, any split of a batch into calls adds up to the same
-    gradient. A = 1 and alpha = 0 is SFT. Log-probs and entropy are float32 whatever the type of hidden and lm_head.
-    NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not quite from pi; with its
-    log-probs `sampler_logprobs` (n,), A_t is weighed by min(pi/mu, tis_cap), a constant in the gradient: unbiased up to
-    the cap, which bounds the variance. (The loss that is returned is without these weights.)"""
-    a, b = advantages * weights, entropy_coef * weights
-    return _PolicyLoss.apply(
-        hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs, tis_cap
+@torch.no_grad()
+def ema_update_(anchor, policy, decay: float):
+    """anchor <- decay * anchor + (1 - decay) * policy, in place (section 2, dynamic anchor).
+    Each rank updates its own shards."""
+    for a, p in zip(anchor.parameters(), policy.parameters(), strict=True):
+        local(a).lerp_(local(p).to(a.dtype), 1 - decay)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then a cosine from the peak down to a tenth of it.
+    NOT IN PAPER: the warm-up, the last tenth, and any decay in RL."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+# ------------------------------------------------------------------------------------ 2. Rewards
+@dataclass
+class Problem:
+    """A row of a data file ("problem", "answer", "id", ...) and the token ids of its prompt."""
+
+    row: dict
+    prompt: list[int]
+
+
+@dataclass
+class Rollout:
+    """One response to a problem: first what to sample, then what was sampled, then its judgement.
+    The update trains on `ids`, never on re-tokenised text."""
+
+    problem: Problem
+    seed: int = 0  # of the problem's samples ...
+    sample: int = 0  # ... of which this is number 0..K-1: the two decide its random numbers
+    ids: list[int] = field(default_factory=list)  # with the end token, if there is one
+    logprobs: list[float] = field(default_factory=list)  # log pi(y_t | x, y_<t), when sampled
+    finished: bool = False  # ended by an end token within max_new
+    text: str = ""
+    right: bool = False
+    ungraded: bool = False  # the grader gave up; counts as wrong
+    pattern: str | None = None  # see unexpected_pattern
+    reward: float = 0.0
+    behaviour: dict = field(default_factory=dict)  # see behaviour_of
+
+
+def repeats(ids: list[int], n: int) -> int:
+    """How often the most frequent block of n tokens occurs in ids, counted without overlap."""
+    count = {}
+    end = {}  # of the block's last occurrence that was counted
+    for i in range(len(ids) - n + 1):
+        block = tuple(ids[i : i + n])
+        if i >= end.get(block, 0):
+            count[block] = count.get(block, 0) + 1
+            end[block] = i + n
+    return max(count.values(), default=0)
+
+
+def garbled(text: str, prompt: str = "") -> bool:
+    """Mixed languages or random characters: more than 1 % of the characters are broken; 60 Latin
+    letters follow each other; or at least 5 letters, and 5 % of all letters, are of a script used
+    neither in mathematics nor in the prompt."""
+    broken = text.count("\ufffd")  # the replacement character
+    for c in text:
+        if c < " ":
+            broken += c not in "\n\t\r"
+        elif c > "~":  # control, unassigned, private use, half of a surrogate pair
+            broken += unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs")
+    if broken > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
+        return True
+    strange = len(data_prep.foreign(text, prompt))
+    letters = sum(map(str.isalpha, text))
+    return strange >= 5 and strange > 0.05 * letters
+
+
+def unexpected_pattern(
+    text: str, ids: list[int], finished: bool, repeat_ngram=20, repeat_count=20, prompt=""
+) -> str | None:
+    """The first that applies of "overlong", "repetition", "garbled", or None (section 2).
+
+    NOT IN PAPER: the rules. Over-long: no end token within the limit. Repetition: a block of
+    `repeat_ngram` tokens occurs `repeat_count` times. Garbled: see there."""
+    if not finished:
+        return "overlong"
+    if repeats(ids, repeat_ngram) >= repeat_count:
+        return "repetition"
+    if garbled(text, prompt):
+        return "garbled"
+    return None
+
+
+def penalised_reward(right: float, pattern: str | None, penalties: bool = True) -> float:
+    """r': 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern whatever the answer
+    (section 2). The -1 takes part in leave-one-out, as the paper's formula reads."""
+    if pattern and penalties:
+        return -1.0
+    return float(right)
+
+
+def opens_thought(prompt: list[int], tokenizer) -> bool:
+    """Does the prompt end in <think>, so that the response begins inside a thought?"""
+    return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+
+
+def text_of(rollout: Rollout, tokenizer) -> str:
+    """The response without its end token. Special tokens stay: <think> may be one. If the prompt
+    opened <think>, it is prepended, so that a box inside the thought is not taken as the answer."""
+    ids = rollout.ids
+    if rollout.finished and ids[-1] in tokenizer.all_special_ids:
+        ids = ids[:-1]
+    text = tokenizer.decode(ids)
+    if opens_thought(rollout.problem.prompt, tokenizer):
+        text = "<think>" + text
+    return text
+
+
+def grade(rollouts: list[Rollout], tokenizer):
+    """Fill in text, right and ungraded of each rollout."""
+    texts = [text_of(r, tokenizer) for r in rollouts]
+    golds = [r.problem.row["answer"] for r in rollouts]
+    problems = [r.problem.row["problem"] for r in rollouts]
+    grades = verify.grade(texts, golds, problems=problems)
+    for i, r in enumerate(rollouts):
+        r.text = texts[i]
+        r.right = grades[i]
+        r.ungraded = i in grades.failed
+
+
+def judge(rollouts: list[Rollout], tokenizer, cfg: Method) -> torch.Tensor:
+    """Fill in text, right, pattern, reward and behaviour of each rollout -> rewards r', (B,).
+    Each rank judges a share."""
+    share = rollouts[rank() :: world()]
+    with clock("judge"), all_ranks_or_none():
+        grade(share, tokenizer)
+        for r in share:
+            problem = r.problem.row["problem"]
+            block, count = cfg.repeat_ngram, cfg.repeat_count
+            r.pattern = unexpected_pattern(r.text, r.ids, r.finished, block, count, problem)
+            value = own_reward(cfg.reward, r) if cfg.reward else r.right
+            r.reward = penalised_reward(value, r.pattern, cfg.penalties)
+            r.behaviour = behaviour_of(problem, r.text, r.right)
+    exchange(rollouts, share)
+    return torch.tensor([r.reward for r in rollouts])
+
+
+# ------------------------------------------------------- 3. Reinforcement learning, and cold start
+def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tuple[dict, list]:
+    """One step of T1 (section 2) -> its row of metrics.jsonl, and its rollouts."""
+    P = cfg.prompts
+    K = cfg.k
+
+    # 1. Oversample: K responses to each of P prompts, at a temperature above 1. All are trained on.
+    batch = [problems[i] for i in batch_indices(len(problems), P, step, cfg.seed)]
+    rollouts = sample_responses(engine, policy, batch, step, cfg)  # B = P * K
+
+    # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern.
+    rewards = judge(rollouts, policy.tokenizer, cfg).view(P, K)
+
+    # 3. KL to the moving anchor: d = log pi - log pi_ref.
+    kl = kl_to_anchor(anchor, rollouts, cfg).view(P, K)
+
+    # 4. Advantage: leave-one-out reward minus centred KL.
+    kl_term = center_kl(kl) if cfg.kl_center else kl
+    advantages = rloo_advantages(rewards) - cfg.kl_coef * kl_term  # (P, K)
+
+    # 5. One update on exactly these samples: -(1/N) sum_t [A log pi + alpha H].
+    sums = accumulate_gradient(policy, rollouts, advantages.flatten(), cfg)
+    lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
+    norm = update(policy, optimizer, lr, cfg)
+
+    # 6. The anchor follows the policy.
+    with clock("update"), anchor.parked:
+        ema_update_(anchor, policy, cfg.ema_decay)
+    return rl_metrics(step, rollouts, rewards, kl, sums, norm, lr), rollouts
+
+
+def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) -> list[Rollout]:
+    """K responses to each problem with the policy's present weights, (P * K,), on every rank."""
+    with clock("push"):
+        push_weights(engine, policy, problems[0], cfg)
+    rollouts = []
+    for place, problem in enumerate(problems):
+        seed = seed_for(cfg.seed, "rollout", step, place)
+        rollouts += [Rollout(problem, seed, sample) for sample in range(cfg.k)]
+    with clock("rollout"):
+        generate(engine, rollouts, cfg.max_new, cfg.temperature, cfg.min_p)
+        engine.sleep()
+    return rollouts
+
+
+def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
+    """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,), summed over tokens.
+
+    NOT IN PAPER: the sampler's log-probs stand for the policy's own, which are known only after the
+    gradient pass, which already needs A. In float32 the two agree to 1e-6 per token; in bfloat16
+    their distance, `logprob_gap`, is noise in A (but not in `kl` of metrics.jsonl)."""
+    share = share_of_rank(rollouts)
+    rows = [row_of(rollouts[i]) for i in share]
+    with clock("anchor"), anchor.parked:
+        reference = response_logprobs(anchor, rows, cfg, cfg.temperature, cfg.min_p)
+    kl = torch.zeros(len(rollouts), dtype=torch.float64)
+    for i, logprobs in zip(share, reference):
+        kl[i] = sum(rollouts[i].logprobs) - logprobs.double().sum()
+    return all_sum(kl).float()
+
+
+def rl_metrics(step: int, rollouts, rewards, kl, sums: dict, norm: float, lr: float) -> dict:
+    """A row of metrics.jsonl; docs/metrics.md defines each column."""
+    N = sums["tokens"]
+    flat = [(group == group[0]).all().item() for group in rewards]
+    row = dict(step=step, **means(rollouts))
+    row["kl"] = kl.mean().item() + sums["bias"] / len(rollouts)  # of the trainer's log-probs
+    row["entropy"] = sums["entropy"] / N
+    row["nll"] = sums["nll"] / N
+    row["logprob_gap"] = sums["gap"] / N
+    row["logprob_gap_p99"] = sums["gap_p99"]
+    row["flat_groups"] = np.mean(flat).item()
+    row["grad_norm"] = norm
+    row["lr"] = lr
+    row["tokens"] = N
+    return row
+
+
+def run_rl(cfg):
+    folder = RunFolder(cfg)
+    source = folder.source() or latest(cfg.model) or newest(folder.path.parent / "sft")
+    if not source:
+        what = "run --stage sft first, or give --model"
+        raise Misuse(f"no SFT checkpoint beside {folder.path}: {what}")
+    rows, tests = read_data(cfg)
+    whole, tokenizer = load_whole(source, cfg)
+    tests = encode_prompts(tests, tokenizer, cfg)
+    problems = encode_prompts(rows, tokenizer, cfg)
+    folder.create(source, problems)
+    print0(f"{len(problems)} problems; the policy starts from {source}")
+
+    # Both start from the SFT model. On one rank `shard` keeps the model, on several it makes a copy.
+    whole_anchor = copy.deepcopy(whole) if world() == 1 else whole
+    anchor = shard(whole_anchor, tokenizer, cfg).requires_grad_(False)
+    if cfg.offload:
+        anchor.parked = Parked(anchor.parameters())
+    policy = shard(whole, tokenizer, cfg)
+    del whole
+    optimizer = make_optimizer(policy, cfg)
+    start = folder.resume(policy, optimizer, anchor)
+    engine = make_engine(source, policy, tokenizer, cfg)
+
+    for step in folder.steps(start, cfg.rl_steps):
+        row, rollouts = rl_step(step, problems, policy, anchor, engine, optimizer, cfg)
+        folder.log(row, rollouts)
+        warn(row)
+        folder.after_step(step + 1, cfg.rl_steps, policy, optimizer, anchor)
+    finish_stage(folder, policy, engine, tests, "eval")
+
+
+def sft_step(step: int, steps: int, traces: list[Rollout], policy, optimizer, cfg) -> dict:
+    """One step of SFT (section 1) -> its row of metrics.jsonl.
+
+    SFT is the loss of RL with A = 1, alpha = 0 and temperature 1, on responses from the data.
+    NOT IN PAPER: every response token of the batch weighs the same."""
+    batch = [traces[i] for i in batch_indices(len(traces), cfg.sft_batch, step, cfg.seed)]
+    plain = dict(entropy_coef=0.0, temperature=1.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
+    cfg = dataclasses.replace(cfg, **plain)
+    sums = accumulate_gradient(policy, batch, torch.ones(len(batch)), cfg)
+    lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
+    norm = update(policy, optimizer, lr, cfg)
+    N = sums["tokens"]
+    loss = sums["loss"]
+    return dict(step=step, loss=loss, entropy=sums["entropy"] / N, grad_norm=norm, lr=lr, tokens=N)
+
+
+def run_sft(cfg):
+    folder = RunFolder(cfg)
+    rows, tests = read_data(cfg)
+    source = folder.source() or latest(cfg.model)
+    whole, tokenizer = load_whole(source, cfg)
+    tests = encode_prompts(tests, tokenizer, cfg)
+    problems = encode_prompts(rows, tokenizer, cfg)
+    traces = encode_responses(problems, tokenizer, cfg)
+    folder.create(source, problems)
+    policy = shard(whole, tokenizer, cfg)
+    del whole
+    steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(traces) / cfg.sft_batch)
+    print0(
+        f"{len(traces)} traces, {steps} steps; the policy starts from {source or 'random weights'}"
     )
+    optimizer = make_optimizer(policy, cfg)
+    start = folder.resume(policy, optimizer)
+
+    for step in folder.steps(start, steps):
+        row = sft_step(step, steps, traces, policy, optimizer, cfg)
+        folder.log(row)
+        folder.after_step(step + 1, steps, policy, optimizer)
+    finish_stage(folder, policy, make_engine(folder.source(), policy, tokenizer, cfg), tests, "rl")
+
+
+# ---------------------------------------- 4. Inference scaling (section 3), evaluation (section 4)
+def thought_length(ids: list[int], tokenizer) -> int | None:
+    """Tokens up to and including the one that completes `</think>`; None if it never comes."""
+    if "</think>" not in tokenizer.decode(ids):
+        return None
+
+    def closed(n):
+        return "</think>" in tokenizer.decode(ids[:n])
+
+    return bisect.bisect_left(range(len(ids)), True, key=closed)
+
+
+def thought_of(rollout: Rollout, tokenizer) -> float:
+    """`thought_length`. Without `</think>` all of a finished response is thought, and the thought of
+    an unfinished one never ends."""
+    length = thought_length(rollout.ids, tokenizer)
+    if length is not None:
+        return length
+    return len(rollout.ids) if rollout.finished else math.inf
+
+
+def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> list[Rollout]:
+    """The responses if their thoughts had been cut after `budget` tokens (section 3).
+
+    thoughts: `thought_of` each. A thought that ended within the budget keeps its own answer.
+    Another is cut and closed with `answer_prefix`, and `answerer`, an engine, writes the answer.
+    NOT IN PAPER: finished thoughts keep their answer; the prefix; a short greedy answer."""
+    prefix_text = cfg.answer_prefix.replace("\\n", "\n")
+    prefix = tokenizer(prefix_text, add_special_tokens=False).input_ids
+    late = [i for i, thought in enumerate(thoughts) if thought > budget]
+    answers = []
+    for i in late:
+        problem = rollouts[i].problem
+        cut = problem.prompt + rollouts[i].ids[:budget] + prefix
+        answers.append(Rollout(Problem(problem.row, cut)))
+    generate(answerer, answers, cfg.answer_tokens, temperature=0.0)
+    result = list(rollouts)
+    for i, answer in zip(late, answers):
+        ids = rollouts[i].ids[:budget] + prefix + answer.ids
+        result[i] = Rollout(rollouts[i].problem, ids=ids, finished=answer.finished)
+    return result
+
+
+def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[list]:
+    """[budget, pass@1, standard error, mean length] for each thinking budget."""
+    thoughts = [thought_of(r, tokenizer) for r in rollouts]
+    points = []
+    for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
+        cut = cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget, cfg)
+        share = cut[rank() :: world()]
+        grade(share, tokenizer)
+        exchange(cut, share)
+        right = grouped([r.right for r in cut], samples)
+        length = float(np.mean([len(r.ids) for r in cut]))
+        points.append([budget, *mean_and_error(right), length])
+    return points
+
+
+def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
+    """Mean over problems of the mean over each problem's samples, and its standard error (None for
+    one problem). The error is over PROBLEMS: the samples of one problem are not independent."""
+    per_problem = np.array([np.mean(v) for v in values], dtype=float)
+    n = len(per_problem)
+    error = (per_problem.std(ddof=1) / n**0.5).item() if n > 1 else None
+    return per_problem.mean().item(), error
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, include a right one."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def grouped(values, n: int) -> list[list]:
+    """Consecutive values, n per problem -> one list per problem."""
+    return [list(values[i : i + n]) for i in range(0, len(values), n)]
+
+
+def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout]:
+    """`samples` judged responses to each problem, one problem after the other."""
+    rollouts = []
+    for i, problem in enumerate(problems):
+        seed = seed_for(cfg.seed, "eval", i)
+        rollouts += [Rollout(problem, seed, sample) for sample in range(samples)]
+    generate(engine, rollouts, cfg.max_new, cfg.eval_temperature)
+    judge(rollouts, engine.tokenizer, cfg)
+    return rollouts
+
+
+def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tuple[dict, list]:
+    """A policy on a test set -> its entry of results.json (docs/metrics.md), and its responses."""
+    tokenizer = engine.tokenizer
+    rollouts = evaluate(engine, problems, samples, cfg)
+    right = grouped([r.right for r in rollouts], samples)
+    value, error = mean_and_error(right)
+    answers = [r.behaviour["answer"] for r in rollouts]
+    ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
+    ks = [2**i for i in range(samples.bit_length())]
+    chances = {k: [[pass_at_k(samples, sum(r), k)] for r in right] for k in ks}
+    result = dict(
+        problems=len(problems),
+        samples=samples,
+        temperature=cfg.eval_temperature,
+        seed=cfg.seed,
+        max_new=cfg.max_new,
+        answer_model=cfg.answer_model,
+        pass_at_1=value,
+        standard_error=error,
+        **means(rollouts),
+        ungradable=float(np.mean(ungradable)),
+        pass_at_k=[[k, *mean_and_error(chances[k])] for k in ks],
+    )
+    if not (cfg.test or cfg.data or cfg.benchmarks):
+        result["habits"] = data_prep.habit_shares([vars(r) for r in rollouts])
+    if cfg.budgets:
+        result["scaling"] = accuracy_within(answerer, tokenizer, rollouts, samples, cfg)
+    return result, rollouts
+
+
+# ------------------------------------------------------------------------- 5. How it is computed
+Row = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
+
+
+def row_of(rollout: Rollout) -> Row:
+    return rollout.problem.prompt, rollout.ids
+
+
+class Policy(torch.nn.Module):
+    """A Hugging Face causal LM: packed rows in, hidden states out, and the weight of its head.
+    FSDP wraps it as it is (`shard`); the root unit keeps embedding, last norm and head gathered."""
+
+    def __init__(self, lm, tokenizer, cfg, device=None):
+        super().__init__()
+        self.lm = lm.eval()  # no dropout: the trained distribution is the sampled one
+        self.tokenizer = tokenizer
+        self.device = device or device_of(cfg)
+        self.bfloat16 = cfg.dtype == "bfloat16"
+        self.parked = Parked()
+        rows = lm.get_input_embeddings().num_embeddings
+        self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, rows)
+        ends = lm.generation_config.eos_token_id
+        if ends is None:
+            ends = []
+        self.end_ids = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+
+    @property
+    def head(self) -> torch.Tensor:
+        """(V, D) without the rows that pad the vocabulary: ids beyond the tokenizer are neither
+        sampled nor trained. On a GPU in cfg.dtype, for the tensor cores."""
+        weight = self.lm.get_output_embeddings().weight[: self.vocabulary]
+        return weight.bfloat16() if self.bfloat16 and weight.is_cuda else weight
+
+    def forward(self, batch: "Packed") -> torch.Tensor:
+        """-> (N, D), the hidden states that predict the response tokens."""
+        inputs = dict(input_ids=batch.ids, position_ids=batch.position)
+        hidden = self.backbone(**inputs, use_cache=False, pack=batch)
+        return hidden[0].index_select(0, batch.predict)
+
+    def backbone(self, **inputs) -> torch.Tensor:
+        """The transformer without its head: ids (B, T) -> (B, T, D)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.lm.base_model(**inputs).last_hidden_state
+
+
+@dataclass
+class Packed:
+    """Rows end to end, without padding: n tokens, of which N predict a response token. Example of
+    two rows, prompts a b and d, responses c E and e E; the last token of a row predicts nothing:
+
+        ids      a b c d e        position  0 1 2 0 1
+        predict  1 2 3 4          targets   c E e E       to_grid  0 1 2 / 3 4 4"""
+
+    ids: torch.Tensor  # (1, n) without each row's last token
+    position: torch.Tensor  # (1, n) place in its row
+    predict: torch.Tensor  # (N,) places in 0..n-1 that predict the response tokens
+    targets: torch.Tensor  # (N,) response tokens, the end token included
+    to_grid: (
+        torch.Tensor
+    )  # (B * T,) token of each cell of a (B, T) grid; short rows repeat their last
+    to_packed: torch.Tensor  # (n,) cell of each token
+    ends: torch.Tensor  # (B + 1,) int32, where each row begins, and the end
+    shape: tuple[int, int]  # (B, T), T the longest row
+
+
+def pack(rows: list[Row], device) -> Packed:
+    lengths = np.array([len(prompt) + len(response) - 1 for prompt, response in rows])  # (B,)
+    ends = np.cumsum([0, *lengths])  # (B + 1,)
+    B = len(rows)
+    T = int(lengths.max())
+    ids = [(prompt + response)[:-1] for prompt, response in rows]
+    position = np.concatenate([np.arange(length) for length in lengths])
+    predict = []
+    for start, (prompt, response) in zip(ends, rows):
+        predict.append(start + len(prompt) - 1 + np.arange(len(response)))
+    column = np.minimum(np.arange(T), lengths[:, None] - 1)  # (B, T)
+    arrays = dict(
+        ids=np.concatenate(ids)[None],
+        position=position[None],
+        predict=np.concatenate(predict),
+        targets=np.concatenate([response for _, response in rows]),
+        to_grid=(ends[:-1, None] + column).ravel(),
+        to_packed=np.repeat(np.arange(B), lengths) * T + position,
+        ends=ends.astype(np.int32),
+    )
+    tensors = {name: torch.as_tensor(x, device=device) for name, x in arrays.items()}
+    return Packed(**tensors, shape=(B, T))
+
+
+def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused):
+    """The attention of every forward in this file, registered with transformers as "t1".
+
+    With `pack`: q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh); each row attends to itself.
+    Without: q (B, Hq, T, Dh) is a prefill from position 0, or one position against a cache.
+    No mask is built and key-value heads are not repeated. -> (B, T, Hq, Dh)"""
+    heads = q.shape[1]
+    kv_heads = k.shape[1]
+    if pack is None and q.shape[2] == 1:
+        # Decoding: the query heads that share a key-value head stand as T queries of one head.
+        q = q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3])
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        return out.reshape(-1, 1, heads, v.shape[3]), None
+    if pack is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh)
+        if q.is_cuda and torch.is_autocast_enabled("cuda"):
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+            rows = (pack.ends, pack.ends, pack.shape[1], pack.shape[1])
+            causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
+            return varlen_attn(q, k, v, *rows, **causal)[None], None
+        # Elsewhere rows are laid out as a padded (B, T) grid. Padding comes last, so that the causal
+        # mask hides it.
+        q, k, v = (x.index_select(0, pack.to_grid) for x in (q, k, v))
+        q, k, v = (x.unflatten(0, pack.shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, Dh)
+    gqa = heads != kv_heads
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+    out = out.transpose(1, 2)  # (B, T, Hq, Dh)
+    if pack is not None:
+        out = out.flatten(0, 1).index_select(0, pack.to_packed)[None]  # (1, n, Hq, Dh)
+    return out, None
+
+
+transformers.AttentionInterface.register("t1", attention)
+
+
+def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int], float]]:
+    """Row indices sorted by length and cut where the token budget is full, each group with weight 1.
+    Sharded layers are gathered by all ranks together, so all run the same number of micro-batches:
+    a rank with fewer repeats its shortest row with weight 0."""
+    sizes = [len(prompt) + len(response) for prompt, response in rows]
+    groups = []
+    room = 0
+    for i in sorted(range(len(rows)), key=sizes.__getitem__):
+        if sizes[i] > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(i)
+        room -= sizes[i]
+    result = [(group, 1.0) for group in groups]
+    if isinstance(policy, FSDPModule):
+        for _ in range(max(gather([len(groups)])) - len(groups)):
+            result.append((groups[0][:1], 0.0))
+    return result
+
+
+def share_of_rank(rollouts: list[Rollout]) -> list[int]:
+    """Indices of the responses that this rank trains on: about the same tokens on each rank."""
+    return deal([len(r.problem.prompt) + len(r.ids) for r in rollouts], world())[rank()]
+
+
+def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dict:
+    """Add the gradient of the objective on this rank's responses to .grad (section 2).
+
+    advantages (B,), one per response of the whole batch. -> sums over the batch's tokens, over all
+    ranks. Raises Stop on all ranks if a sum is not finite."""
+    N = sum(len(r.ids) for r in rollouts)  # the one division, by the tokens of the whole batch
+    B = len(rollouts)
+    weights = torch.tensor([1 / N for r in rollouts])  # (B,) of each token of a response
+    if cfg.loss_norm == "responses":
+        weights = torch.tensor([1 / (B * len(r.ids)) for r in rollouts])
+    share = share_of_rank(rollouts)
+    rows = [row_of(rollouts[i]) for i in share]
+    sampled = [torch.tensor(rollouts[i].logprobs) for i in share]
+    ranks = world() if isinstance(policy, FSDPModule) else 1  # FSDP takes the mean over ranks
+    sums = torch.zeros(3, dtype=torch.float64)
+    gaps = [torch.zeros(0)]
+    with clock("gradient"), all_ranks_or_none():
+        for group, real in micro_batches(policy, rows, cfg.micro_tokens):
+            batch = pack([rows[i] for i in group], policy.device)
+            sizes = torch.tensor([len(rows[i][1]) for i in group])
+            of_batch = [share[i] for i in group]
+            A = advantages[of_batch].repeat_interleave(sizes).to(policy.device)  # (N,)
+            w = (
+                (real * ranks * weights[of_batch]).repeat_interleave(sizes).to(policy.device)
+            )  # (N,)
+            mu = torch.cat([sampled[i] for i in group]).to(policy.device)  # (N,), or empty in SFT
+            head = policy.head
+            options = (cfg.entropy_coef, cfg.temperature, cfg.min_p, mu, cfg.tis_cap)
+            hidden = policy(batch)
+            loss, logprob, entropy = policy_loss(hidden, head, batch.targets, A, w, *options)
+            loss.backward()
+            if real:
+                part = torch.stack([loss.detach() / ranks, -logprob.sum(), entropy.sum()])
+                sums += part.double().cpu()
+                if len(mu):
+                    gaps.append((logprob - mu).cpu())
+        if not sums.isfinite().all():
+            raise Stop(f"rank {rank()}: loss, log-prob or entropy is not finite: {sums.tolist()}")
+    gaps = torch.cat(gaps)  # log pi of the trainer - log pi of the sampler
+    noise = torch.stack([gaps.double().sum(), gaps.double().abs().sum()])
+    loss, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
+    p99 = np.quantile(gaps.abs().numpy(), 0.99).item() if len(gaps) else 0.0
+    sums = dict(loss=loss, nll=nll, entropy=entropy, bias=bias, gap=gap, tokens=N)
+    return sums | dict(gap_p99=max(gather([p99])))
+
+
+@torch.no_grad()
+def response_logprobs(policy, rows: list[Row], cfg, temperature: float = 1.0, min_p: float = 0.0):
+    """log pi(y_t | x, y_<t) of each row's response: a list of (T,) tensors, float32, on the CPU."""
+    result = [torch.zeros(0)] * len(rows)
+    for group, _ in micro_batches(policy, rows, cfg.micro_tokens):
+        batch = pack([rows[i] for i in group], policy.device)
+        hidden = policy(batch)
+        options = (temperature, min_p)
+        logprob, _ = token_logprobs_and_entropy(hidden, policy.head, batch.targets, *options)
+        sizes = [len(rows[i][1]) for i in group]
+        for i, part in zip(group, logprob.cpu().split(sizes)):
+            result[i] = part
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # no backward pass follows that would do it; gathered weights are stale soon
+    return result
+
+
+def update(policy, optimizer, lr: float, cfg) -> float:
+    """Clip and step -> the gradient's norm before clipping. A gradient that is not finite raises Stop
+    before the weights change."""
+    with clock("update"):
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not math.isfinite(norm):
+            what = f"rank {rank()}: the gradient's norm is {norm}"
+            raise Stop(f"{what}: stopped before the weights changed; lower the rate")
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with optimizer.parked:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# Sampling. An engine has load(policy) -> True if weights were copied; generate(rollouts, ...), which
+# fills them in; sleep(). `make_engine` chooses TorchEngine or, on GPUs, VLLMEngine.
+
+
+def sample(logits, temperature: float, min_p: float, uniform):
+    """(B, V) logits, (B,) uniform numbers in [0, 1) -> tokens and their log-probs, (B,), of the
+    distribution that is trained. Temperature 0 is greedy, with the log-probs of temperature 1."""
+    logp = log_softmax_min_p(logits.float() / (temperature or 1.0), min_p)
+    if temperature == 0:
+        token = logp.argmax(-1)
+    else:  # the inverse of the cumulative distribution
+        cumulative = logp.exp().double().cumsum(-1)
+        threshold = uniform * cumulative[:, -1]
+        token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+    return token, logp.gather(1, token[:, None])[:, 0]
+
+
+def generate(engine, rollouts, max_new: int, temperature: float, min_p: float = 0.0):
+    """Sample all rollouts, of all problems. Each engine draws its share of the samples of every
+    problem, so that the work is even; then every rank holds all of them."""
+    engines = world() // engine.ranks
+    share = rollouts[rank() // engine.ranks :: engines]
+    with all_ranks_or_none():
+        engine.generate(share, max_new, temperature, min_p)
+    exchange(rollouts, share, engine.ranks)
+
+
+class TorchEngine:
+    """Sampling in plain torch, on any device. Nothing is padded: the shared prompt length is prefilled
+    in one pass, the rest of longer prompts is fed token by token while shorter ones already answer.
+    Rows that ended leave the batch. The random numbers of a sample depend on nothing but its seed and
+    number, so it depends neither on its batch nor on the number of ranks."""
+
+    ranks = 1  # that share this engine
+
+    def __init__(self, tokenizer, cfg):
+        self.tokenizer = tokenizer
+        self.cfg = cfg
+        self.policy = None
+
+    def load(self, policy) -> bool:
+        if not isinstance(policy, FSDPModule):
+            self.policy = policy  # the trainer's own weights
+            return False
+        if (
+            self.policy is None
+        ):  # each rank holds a whole copy: for small models; large ones need vLLM
+            lm = empty_lm(policy.lm.config, policy.lm.generation_config)
+            self.policy = Policy(lm, self.tokenizer, self.cfg)
+            self.policy.to(self.policy.device)
+        weights = self.policy.lm.state_dict()
+        for name, w in full_weights(policy):
+            weights[name].copy_(w)
+        return True
+
+    def sleep(self):
+        pass
+
+    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
+        """Fill in ids, logprobs and finished. The rollouts of one problem stand together."""
+        groups = [list(g) for _, g in itertools.groupby(rollouts, key=lambda r: id(r.problem))]
+        groups.sort(key=lambda group: len(group[0].problem.prompt))  # similar lengths together
+        samples = max(map(len, groups), default=1)
+        per_batch = max(1, self.cfg.rollout_rows // samples)
+        for start in range(0, len(groups), per_batch):
+            self._generate(groups[start : start + per_batch], max_new, temperature, min_p)
+        return rollouts
+
+    @torch.no_grad()
+    def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p):
+        """One batch of B rows, grouped by prompt. `row`, 0..B-1, identifies a sample permanently;
+        `slot`, 0..b-1, is its index among the b that still run. Position t counts from the prompt's
+        start."""
+        policy = self.policy
+        device = policy.device
+        rows = [r for group in groups for r in group]
+        counts = torch.tensor([len(group) for group in groups], device=device)  # samples per prompt
+        tokens, lengths, uniform = self._inputs(groups, max_new)  # (B, longest), (B,), (B, max_new)
+        logprobs = torch.zeros(tokens.shape, device=device)
+        end = lengths + max_new  # (B,) one past the last token
+        end_tokens = torch.tensor(policy.end_ids, device=device)
+        head = float32_head(policy.head)
+
+        # Prefill what all prompts have in length, once per prompt, and repeat it for the samples.
+        B, longest = tokens.shape
+        prefix = int(lengths.min())
+        first = counts.cumsum(0) - counts  # row of each prompt's first sample
+        cache = Cache(policy.lm.config.num_hidden_layers)
+        hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache)
+        hidden = hidden.repeat_interleave(counts, 0)  # (B, D)
+        cache.extend(counts, longest)
+
+        row_of_slot = torch.arange(B, device=device)  # (b,)
+        for t in range(prefix, longest):
+            # The token at position t: sampled, or the prompt's where the prompt is longer.
+            place = t - lengths[row_of_slot]  # (b,) place in the response; below 0: in the prompt
+            logits = logits_of(hidden.to(head.dtype), head)
+            draw = uniform[row_of_slot, place.clamp(min=0)]
+            token, logprob = sample(logits, temperature, min_p, draw)
+            token = torch.where(place < 0, tokens[row_of_slot, t], token)
+            tokens[row_of_slot, t] = token
+            logprobs[row_of_slot, t] = logprob
+
+            # Rows that ended leave: slots from the end take their places.
+            stopped = (place >= 0) & torch.isin(token, end_tokens)
+            end[row_of_slot] = torch.where(stopped, t + 1, end[row_of_slot])
+            running = end[row_of_slot] > t + 1
+            left = int(running.sum())
+            if left == 0:
+                break
+            if left < len(row_of_slot):
+                ended = (~running[:left]).nonzero()[:, 0]
+                moved = left + running[left:].nonzero()[:, 0]
+                row_of_slot[ended] = row_of_slot[moved]
+                token[ended] = token[moved]
+                row_of_slot = row_of_slot[:left]
+                token = token[:left]
+                cache.keep(left, ended, moved)
+            hidden = self._last_hidden(token[:, None], [t], cache)
+
+        parts = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), end.tolist())
+        for rollout, ids, logps, start, stop in parts:
+            rollout.ids = ids[start:stop]
+            rollout.logprobs = logps[start:stop]
+            rollout.finished = ids[stop - 1] in policy.end_ids
+
+    def _inputs(self, groups: list[list[Rollout]], max_new: int):
+        """-> tokens (B, longest) that begin with the prompts, lengths of the prompts (B,), and a
+        uniform number for each token to be sampled (B, max_new)."""
+        prompts = []
+        draws = []
+        for group in groups:
+            prompts += [torch.tensor(r.problem.prompt) for r in group]
+            numbers = [r.sample for r in group]
+            random = np.random.default_rng(group[0].seed)
+            draws.append(random.random((max(numbers) + 1, max_new))[numbers])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = prompt
+        uniform = torch.from_numpy(np.concatenate(draws))
+        device = self.policy.device
+        return tokens.to(device), lengths.to(device), uniform.to(device)
+
+    def _last_hidden(self, ids, positions, cache) -> torch.Tensor:
+        """ids (b, T) at T positions -> the last hidden state of each row, (b, D)."""
+        positions = torch.tensor([list(positions)], device=ids.device)
+        inputs = dict(input_ids=ids, position_ids=positions, past_key_values=cache)
+        return self.policy.backbone(**inputs, use_cache=True)[:, -1]
+
+
+# The head. Log-probs and entropy of N tokens need N x V logits, 2.5 GB at N = 4,096 and V = 151,936.
+# They are made chunk by chunk of positions. On-policy the loss is linear in log p and H, with the
+# coefficients a = w A and b = w alpha known before the forward pass: the backward pass of each chunk
+# runs at once, while its logits exist.
+
+
+def policy_loss(
+    hidden, lm_head, targets, advantages, weights, entropy_coef: float = 0.0,
+    temperature: float = 1.0, min_p: float = 0.0, sampler_logprobs=None, tis_cap: float = 0.0,
+    chunk: int = 0,
+):  # fmt: skip
+    """`policy_loss_reference` in chunks -> loss; log-probs and entropies (n,), without gradient.
+
+    Log-probs and entropy are float32 whatever the dtype of hidden and lm_head.
+    NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
+    from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
+    constant in the gradient: unbiased up to the cap, which bounds the variance. They act on the
+    gradient, not on the loss that is returned."""
+    a = advantages * weights
+    b = entropy_coef * weights
+    options = (temperature, min_p, chunk, sampler_logprobs, tis_cap)
+    return _PolicyLoss.apply(hidden, lm_head, targets, a, b, *options)
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """On-policy, the loss -sum(a log p + b H) is linear, with a = w A and b = w alpha known before the forward pass:
-    the backward pass of each chunk runs at once, while its logits exist, and nothing is computed twice."""
-
     @staticmethod
-    def forward(ctx, hidden, lm_head, targets, a, b, *options):
-        grad_hidden, grad_head, logprob, entropy = _head_gradient(
-            hidden, lm_head, targets, -a, -b, *options
-        )
+    def forward(ctx, hidden, lm_head, targets, a, b, temperature, min_p, chunk, mu, tis_cap):
+        dtype = torch.promote_types(lm_head.dtype, torch.float32)
+        head = float32_head(lm_head)
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros_like(head, dtype=dtype)
+        logprob = torch.empty(len(targets), dtype=dtype, device=hidden.device)
+        entropy = torch.empty_like(logprob)
+        for s in _chunks(hidden, head, chunk):
+            h = hidden[s].to(head.dtype)
+            y = targets[s]
+            z, p, lse, logprob[s], entropy[s] = _chunk_stats(h, head, y, temperature, min_p)
+            coefficient = -a[s]
+            if tis_cap:
+                coefficient = coefficient * (logprob[s] - mu[s]).exp().clamp(max=tis_cap)
+            g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, -b[s], temperature)  # (c, V)
+            del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
+            g = g.to(h.dtype)
+            grad_hidden[s] = g @ head
+            if g.is_cuda and g.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
+                torch.addmm(grad_head, g.T, h, out_dtype=torch.float32, out=grad_head)
+            else:
+                grad_head.addmm_(g.T, h)
+            del z, g  # before those of the next chunk are made
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(logprob, entropy)
         return -(a * logprob + b * entropy).sum(), logprob, entropy
 
     @staticmethod
-    def backward(ctx, g, *unused):
+    def backward(ctx, grad_loss, *unused):
         grad_hidden, grad_head = ctx.saved_tensors
-        return (
-            grad_hidden.mul_(g),
-            grad_head.mul_(g),
-            *[None] * 8,
-        )  # autograd gives them the type of the inputs
+        others = [None] * 8
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *others
 
 
+@torch.no_grad()
 def token_logprobs_and_entropy(
     hidden, lm_head, targets, temperature: float = 1.0, min_p: float = 0.0, chunk: int = 0
 ):
-    """(n, D), (V, D), (n,) -> log-prob of each target and entropy of each distribution, (n,) and (n,), float32.
-    The distribution is the sampled one: softmax(hidden lm_head^T / temperature), renormalised on the min-p support
-    (the support itself is held constant in the gradient). Gradients of both outputs reach hidden and lm_head."""
-    return _TokenStats.apply(hidden, lm_head, targets, temperature, min_p, chunk)
-
-
-class _TokenStats(torch.autograd.Function):
-    """log p and H; the backward pass (training needs none) computes each chunk's logits again: (n, V) is never held."""
-
-    @staticmethod
-    def forward(ctx, hidden, lm_head, targets, temperature, min_p, chunk):
-        ctx.save_for_backward(hidden, lm_head, targets)
-        ctx.options, stats, lm_head = (temperature, min_p, chunk), [], wide(lm_head)
-        for s in _chunks(hidden, lm_head, chunk):
-            stats.append(
-                _chunk_stats(hidden[s].to(lm_head.dtype), lm_head, targets[s], temperature, min_p)[
-                    -2:
-                ]
-            )
-        return torch.cat([logprob for logprob, _ in stats]), torch.cat(
-            [entropy for _, entropy in stats]
-        )
-
-    @staticmethod
-    def backward(ctx, a, b):
-        hidden, lm_head, targets = ctx.saved_tensors
-        grad_hidden, grad_head, _, _ = _head_gradient(hidden, lm_head, targets, a, b, *ctx.options)
-        return grad_hidden, grad_head, None, None, None, None
-
-
-def _head_gradient(
-    hidden, lm_head, targets, a, b, temperature, min_p, chunk, sampler_logprobs=None, tis_cap=0.0
-):
-    """Gradients of sum(a log p + b H), chunk by chunk -> (n, D) as hidden, (V, D) in float32 or more; log p, H (n,)"""
-    grad_hidden, lm_head = torch.empty_like(hidden), wide(lm_head)
-    grad_head = torch.zeros_like(lm_head, dtype=torch.promote_types(lm_head.dtype, torch.float32))
-    logprob, entropy = torch.empty(2, len(targets), dtype=grad_head.dtype, device=hidden.device)
-    for s in _chunks(hidden, lm_head, chunk):
-        h, y, coefficient = hidden[s].to(lm_head.dtype), targets[s], a[s]
-        z, p, lse, logprob[s], entropy[s] = _chunk_stats(h, lm_head, y, temperature, min_p)
-        if tis_cap and sampler_logprobs is not None:
-            coefficient = coefficient * (logprob[s] - sampler_logprobs[s]).exp().clamp(max=tis_cap)
-        g = _chunk_gradient(
-            z, p, lse, entropy[s], y, coefficient, b[s], temperature
-        )  # (c, V), in the memory of z
-        del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
-        g = g.to(h.dtype)
-        grad_hidden[s] = g @ lm_head
-        if g.is_cuda and g.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
-            torch.addmm(grad_head, g.T, h, out_dtype=torch.float32, out=grad_head)
-        else:
-            grad_head.addmm_(g.T, h)
-        del z, g  # before those of the next chunk are made
-    return grad_hidden, grad_head, logprob, entropy
+    """(n, D), (V, D), (n,) -> log-prob of each target and entropy of each distribution, (n,) and
+    (n,), float32, without gradient. The distribution is the sampled one: softmax(logits /
+    temperature), renormalised on the min-p support."""
+    head = float32_head(lm_head)
+    stats = []
+    for s in _chunks(hidden, head, chunk):
+        h = hidden[s].to(head.dtype)
+        stats.append(_chunk_stats(h, head, targets[s], temperature, min_p)[-2:])
+    logprobs, entropies = zip(*stats)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def logits_of(hidden, lm_head):
@@ -486,8 +1053,8 @@ def logits_of(hidden, lm_head):
     return hidden @ lm_head.T
 
 
-def wide(lm_head):
-    """The head as `logits_of` wants it: a bfloat16 one, where there is no such product, as float32."""
+def float32_head(lm_head):
+    """Cast a bfloat16 head to float32 on CPUs, which have no bfloat16 product with float32 sums."""
     return (
         lm_head
         if lm_head.is_cuda
@@ -496,24 +1063,24 @@ def wide(lm_head):
 
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
-    """One chunk: (c, D) -> z (c, V), logits / temperature shifted so that each row's maximum is 0; p = exp(z), 0 off
-    the min-p support; lse (the log of p's sum), log-prob of the target and entropy, (c,) each."""
+    """One chunk of c positions: z (c, V), logits / temperature with each row's maximum at 0; p =
+    exp(z), 0 off the min-p support; lse (c,), the log of p's sum; log-prob of the target and entropy,
+    (c,) each."""
     z = logits_of(hidden, lm_head)
     if temperature != 1:
         z /= temperature
     z -= z.amax(-1, keepdim=True)
     p = z.exp()
-    if (
-        min_p > 0
-    ):  # the target stays: at the very edge rounding may put it on the other side than when it was sampled
+    if min_p > 0:  # keep the sampled token: rounding may put it just below the threshold here
         p_target = p.gather(1, targets[:, None])
         F.threshold_(p, min_p, 0.0).scatter_(1, targets[:, None], p_target)
     total = p.sum(-1)
     lse = total.log()
     logprob = z.gather(1, targets[:, None])[:, 0] - lse
-    pz = (
-        (p * z).sum(-1) if z.is_cuda else torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]
-    )  # CPU: no third (c, V) buffer
+    if z.is_cuda:
+        pz = (p * z).sum(-1)
+    else:  # without a third (c, V) buffer
+        pz = torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]
     return z, p, lse, logprob, lse - pz / total  # entropy: -sum p log p
 
 
@@ -531,8 +1098,9 @@ def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
 
 
 def head_chunk(vocabulary: int, device) -> int:
-    """Positions of the head per chunk: one float32 buffer (c, V) takes 128 MiB, on a GPU 1 GiB; two or three exist."""
-    return max(1, 2 ** (30 if torch.device(device).type == "cuda" else 27) // (4 * vocabulary))
+    """Positions per chunk: one float32 buffer (c, V) takes 128 MiB, on a GPU 1 GiB."""
+    bits = 30 if torch.device(device).type == "cuda" else 27
+    return max(1, 2**bits // (4 * vocabulary))
 
 
 def _chunks(hidden, lm_head, chunk: int) -> list[slice]:
@@ -540,1049 +1108,472 @@ def _chunks(hidden, lm_head, chunk: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
 
-@torch.no_grad()
-def ema_update_(anchor, policy, decay: float):
-    """anchor <- decay anchor + (1 - decay) policy, in place, each rank its own shards (section 2, dynamic anchor)."""
-    for a, p in zip(anchor.parameters(), policy.parameters(), strict=True):
-        local(a).lerp_(local(p).to(a.dtype), 1 - decay)
+# ================================================================================================
+# T1 ends here. Below is what a run needs around it.
+# ================================================================================================
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine from the peak (0.55 + 0.45) down to a tenth of it (0.55 - 0.45).
-    NOT IN PAPER: the warm-up, the last tenth, and the decay of RL (the authors' later code has one)."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+@dataclass
+class Config(Method):
+    """All options: those of the method, and those of a run around it."""
+
+    stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
+    preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
+        "", "values for a kind of model; empty: pretrained for --model on own data, else tiny"
+    )
+    name: str = knob("", "name of the run's folder; empty: the preset's name", free=True)
+    out: str = knob("runs", "folder that holds all runs", free=True)
+    seed: int = knob(0, "seed of data order, sampling and the tiny model's weights", zero=True)
+    # inputs
+    model: str = knob(
+        "", "folder or hub name of a causal LM; empty: in sft the preset's, later the run's own"
+    )
+    data: str = knob(
+        "", "traces (sft) or problems (rl): .jsonl[.gz], .parquet or a folder; empty: embedded ones"
+    )
+    test: str = knob("", "problems to evaluate on; empty: a held-out part of --data, or embedded")
+    resume_from: int = knob(
+        0, "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N", zero=True
+    )
+    checkpoint: str = knob(
+        "", "folders, by commas; empty: the run's last SFT and all its RL checkpoints", "", "eval"
+    )
+    prompt_template: str = knob(
+        "", "text around {problem}; empty: the chat template, or '{problem}\\n'", inherit=True
+    )
+    system: str = knob("", "system prompt, for chat templates", inherit=True)
+    reward: str = knob("", "FILE.py:FUNCTION(response, row) -> float in place of right or wrong")
+    # numerics
+    dtype: Literal["float32", "bfloat16"] = knob(
+        "float32", "activations; weights, log-probs, entropy stay float32", inherit=True
+    )
+    micro_tokens: int = knob(4096, "tokens of one micro-batch, prompts included", free=True)
+    checkpointing: bool = knob(False, "recompute activations in the backward pass", free=True)
+    compile: bool = knob(False, "torch.compile each layer of the trainer", free=True)
+    offload: bool = knob(
+        False, "keep anchor and AdamW's state in CPU memory between uses", free=True
+    )
+    timeout: int = knob(30, "minutes after which a rank gives up waiting for others", free=True)
+    # checkpoints and logs
+    keep: int = knob(10, "number of last checkpoints that are kept", free=True)
+    keep_every: int = knob(
+        0, "also keep the weights of every N-th step; 0: none", zero=True, free=True
+    )
+    keep_rollouts: bool = knob(False, "keep every response in rollouts.jsonl.gz", free=True)
+    tensorboard: bool = knob(False, "write metrics for TensorBoard, too", free=True)
+    # stages
+    sft_steps: int = knob(0, "steps of SFT; 0: those of sft_epochs", "", "sft", zero=True)
+    sft_save_every: int = knob(500, "steps between checkpoints", "", "sft")
+    rl_save_every: int = knob(18, "steps between checkpoints", "", "rl")
+    eval_samples: int = knob(
+        0,
+        "samples per problem; 0: 4 on --test, 32 on AIME, else 1",
+        "32 on AIME",
+        "eval",
+        zero=True,
+    )
+    eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy", zero=True)
+    benchmarks: str = knob(
+        "", "instead of --test: math500, aime24, omni500, gpqa, ... from benchmarks/", "", "eval"
+    )
+    answer_model: str = knob(
+        "",
+        "folder or hub name of the model that answers cut thoughts; empty: the policy",
+        "",
+        "eval",
+    )
+    # rollout engine
+    engine: Literal["auto", "torch", "vllm"] = knob("auto", "auto: vllm, if installed, on a GPU")
+    rollout_rows: int = knob(1024, "torch engine: rows generated at once", free=True)
+    vllm_tp: int = knob(0, "ranks that share a vllm engine; 0: engine_ranks", zero=True, free=True)
+    vllm_memory: float = knob(
+        0.0, "vllm engine: share of the GPU; 0: engine_share", zero=True, free=True
+    )
+    tis_cap: float = knob(
+        0.0, "weigh tokens by min(pi_trainer / pi_engine, this); 0: off", "", "rl", zero=True
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- 2. Rewards
-def penalised_reward(right: float, pattern: str | None, penalties: bool = True) -> float:
-    """r': 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern whatever the answer (section 2).
-    The -1 takes part in leave-one-out, as the paper's formula reads; the authors' later code sets A to -1 after it."""
-    return -1.0 if pattern and penalties else float(right)
+PAPER = dict(
+    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
+    compile=True, offload=True, tis_cap=2.0, keep=2, keep_every=550, k=64, weight_decay=0.1,
+    sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=10, temperature=1.2,
+    ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192",
+    answer_tokens=64,
+)  # fmt: skip
+PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
+    max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
+    tis_cap=2.0, keep=2, weight_decay=0.1, sft_lr=1e-5, rl_lr=1e-6, rl_steps=200, ema_decay=0.99,
+    repeat_ngram=20, repeat_count=20, rl_save_every=20, budgets="128,256,512,1024",
+    answer_tokens=64,
+)  # fmt: skip
+GLM_BUDGETS = "1024,2048,4096,7040"  # the context is 8,192 tokens
+PRESETS = {
+    "tiny": {},
+    "pretrained": PRETRAINED,
+    "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf", max_new=7168, budgets=GLM_BUDGETS),
+    "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
+    "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
+}
+TINY = dict(layers=3, width=128)  # of the embedded model
+BENCHMARKS = Path("benchmarks")  # written by data_prep.py benchmarks
+ENTROPY_FLOOR = 0.01  # nats per token: warn below
+KL_CEILING = 50.0  # nats per response: warn above
+PUSH_TOLERANCE = dict(float32=1e-3, bfloat16=0.1)  # nats: largest log-prob gap after a push
 
 
-def unexpected_pattern(
-    text, token_ids, finished: bool, repeat_ngram=20, repeat_count=20, prompt=""
-) -> str | None:
-    """ "overlong", "repetition", "garbled" (the first that applies) or None (section 2: such a response is rewarded -1).
-    NOT IN PAPER: the rules. Over-long: no end token within the limit. Repetition: a block of `repeat_ngram` tokens
-    occurs `repeat_count` times without overlap. Garbled: data_prep.py; the scripts of `prompt` are never foreign."""
-    if not finished:
-        return "overlong"
-    if data_prep.repeats(token_ids, repeat_ngram) >= repeat_count:
-        return "repetition"
-    return "garbled" if data_prep.garbled(text, prompt) else None
+# ------------------------------------------------------------------- problems, prompts and rewards
+def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
+    """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in fifty
+    of --data, by a hash of its text: every stage holds out the same."""
+    if not cfg.data:
+        tests = read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
+        if cfg.stage == "sft":
+            return data_prep.embedded_traces(), tests
+        return data_prep.embedded_problems("train"), tests
+    rows = read_rows(cfg.data, cfg.stage)
+    if cfg.test:
+        return rows, read_rows(cfg.test, "eval")
+    held = {}
+    rest = []
+    for row in rows:
+        if seed_for(0, row["problem"]) % 50:
+            rest.append(row)
+        elif row.get("answer"):
+            held[row["problem"]] = row
+    what = f"{len(held)} problems held out for evaluation (--test FILE for others)"
+    print0(f"{cfg.data}: {what}, {len(rest)} rows left")
+    if not rest:
+        return rows, []
+    return rest, list(held.values())
 
 
-def opens_thought(prompt: list[int], tokenizer) -> bool:
-    """Does the prompt's template end in <think>, so that the response begins inside a thought?"""
-    return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
+    """(name, problems, samples per problem) of the benchmarks, or of the run's own test set."""
+    if not cfg.benchmarks:
+        if cfg.preset != "tiny" and not (cfg.test or cfg.data):
+            what = "on which problems? Give --test FILE, --benchmarks NAMES or the run's --data"
+            raise Misuse(f"--stage eval: {what}")
+        name = cfg.test or cfg.data or "embedded"
+        return [(name, read_data(cfg)[1], cfg.eval_samples or 4)]
+    sets = []
+    for name in cfg.benchmarks.split(","):
+        path = BENCHMARKS / f"{name}.jsonl"
+        if not path.exists():
+            extra = "--gpqa YOUR_COPY.csv " if name == "gpqa" else ""
+            command = f"python data_prep.py benchmarks {extra}--out {BENCHMARKS}"
+            raise Misuse(f"there is no {path}; write it: {command}")
+        usual = 32 if name.startswith("aime") else 1
+        sets.append((name, read_rows(str(path), "eval"), cfg.eval_samples or usual))
+    return sets
 
 
-def text_of(rollout, tokenizer) -> str:
-    """The response as the policy wrote it, without its end token. Special tokens stay (<think> may be one), and a
-    thought that the prompt has opened is open: a box inside it is no answer."""
-    ended = rollout.finished and rollout.ids[-1] in tokenizer.all_special_ids
-    ids = rollout.ids[:-1] if ended else rollout.ids
-    return "<think>" * opens_thought(rollout.prompt, tokenizer) + tokenizer.decode(ids)
+def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
+    """The problem as the model sees it. NOT IN PAPER: the template; a model was trained on its own chat
+    template."""
+    if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
+        messages = [dict(role="user", content=problem)]
+        if cfg.system:
+            messages.insert(0, dict(role="system", content=cfg.system))
+        options = dict(add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(messages, **options)
+    template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
+    return tokenizer(template.replace("{problem}", problem)).input_ids
+
+
+def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[Problem]:
+    """A prompt is never cut: those longer than max_prompt are counted and left out."""
+    problems = [Problem(row, prompt_ids(row["problem"], tokenizer, cfg)) for row in rows]
+    kept = [p for p in problems if 0 < len(p.prompt) <= cfg.max_prompt]
+    if len(kept) < len(rows):
+        first = next(p.row for p in problems if not 0 < len(p.prompt) <= cfg.max_prompt)
+        where = first.get("where") or first.get("id")
+        bad = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than"
+        bad += f" --max-prompt {cfg.max_prompt}"
+        if not kept:
+            raise Misuse(f"{bad}, the first is {where}; nothing is left")
+        print0(f"{bad} tokens, the first is {where}: left out")
+    return kept
+
+
+def encode_responses(problems: list[Problem], tokenizer, cfg) -> list[Rollout]:
+    """Traces as rollouts that are already there. Those longer than max_new are counted and left out."""
+    traces = []
+    for problem in problems:
+        response = problem.row["response"]
+        if opens_thought(problem.prompt, tokenizer):  # the prompt has written the tag
+            response = response.removeprefix("<think>").lstrip("\n")
+        ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        traces.append(Rollout(problem, ids=ids, finished=True))
+    kept = [trace for trace in traces if len(trace.ids) <= cfg.max_new]
+    if not kept:
+        shortest = min(len(trace.ids) for trace in traces)
+        what = f"every response is longer than --max-new {cfg.max_new} tokens"
+        raise Misuse(f"{what} (the shortest has {shortest})")
+    if len(kept) < len(traces):
+        print0(
+            f"{len(traces) - len(kept)} of {len(traces)} responses are longer than --max-new {cfg.max_new}: left out"
+        )
+    return kept
 
 
 python_file = functools.cache(runpy.run_path)  # path -> its names
 
 
-def own_reward(spec: str, response: str, row: dict) -> float:
+def own_reward(spec: str, rollout: Rollout) -> float:
     """The value of --reward FILE.py:FUNCTION."""
     file, _, name = spec.rpartition(":")
+    row = rollout.problem.row
     try:
-        value = float(python_file(file)[name](response, row))
+        value = float(python_file(file)[name](rollout.text, row))
         if not math.isfinite(value):
             raise ValueError(f"{value} is no reward")
         return value
     except Exception as e:
-        raise Stop(
-            f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {row.get('where') or row.get('id')}"
-        )
+        where = row.get("where") or row.get("id")
+        raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {where}")
 
 
-def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[dict]:
-    """A record per rollout, one of each of the problems: response, reward, right or not, pattern, and its behaviour
-    (data_prep.py). `ungraded`: the grader gave up on this response, which counts as wrong."""
-    texts, records = [text_of(r, tokenizer) for r in rollouts], []
-    grades = verify.grade(
-        texts, [p["answer"] for p in problems], problems=[p["problem"] for p in problems]
+# ------------------------------------------------------------------------ measures of a response
+REFLECTION = re.compile(
+    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check"
+    r"|double-check|let me (?:check|verify|try))\b",
+    re.I,
+)
+
+
+def behaviour_of(problem: str, response: str, right: bool) -> dict:
+    """What RL may teach, measured on one response: reflection words (section 3) and, in embedded
+    problems, checks such as `12 mod 5 = 2 not 3`.
+
+    honoured: the final answer was checked, and no check of it said no. first_right, corrected: a
+    right answer that was the first candidate tried, or that replaced another one."""
+    checks = data_prep.read_checks(problem, response)  # (candidate, verdict, honest) of each
+    answer = verify.extract_answer(response)
+    verdicts = [yes for candidate, yes, _ in checks if candidate == answer]
+    first = bool(checks) and checks[0][0] == answer
+    return dict(
+        answer=answer,
+        reflections=len(REFLECTION.findall(response)),
+        checks=len(checks),
+        honest=sum(honest for _, _, honest in checks),
+        honoured=bool(verdicts) and all(verdicts),
+        first_right=right and first,
+        corrected=right and bool(checks) and not first,
     )
-    for i, (r, p, text, right) in enumerate(zip(rollouts, problems, texts, grades)):
-        pattern = unexpected_pattern(
-            text, r.ids, r.finished, cfg.repeat_ngram, cfg.repeat_count, p["problem"]
-        )
-        value = own_reward(cfg.reward, text, p) if cfg.reward else right
-        reward = penalised_reward(value, pattern, cfg.penalties)
-        record = dict(
-            id=p.get("id"),
-            problem=p["problem"],
-            response=text,
-            reward=reward,
-            right=right,
-            pattern=pattern,
-        )
-        record |= data_prep.behaviour(p["problem"], text, right)
-        records.append(record | dict(length=len(r.ids), ungraded=i in grades.failed))
-    return records
 
 
-# -------------------------------------------------------------------------- 3. Forward and update, shared by SFT and RL
-Row = tuple[list[int], list[int]]  # prompt ids, response ids
+def means(rollouts: list[Rollout]) -> dict:
+    """Means over judged responses (docs/metrics.md). None: there is nothing to take a mean of."""
+    n = len(rollouts)
+    tokens = sum(len(r.ids) for r in rollouts)
+
+    def total(name):
+        return sum(r.behaviour[name] for r in rollouts)
+
+    def of_checked(name):  # share of the responses that hold checks
+        checked = sum(r.behaviour["checks"] > 0 for r in rollouts)
+        return total(name) / checked if checked else None
+
+    def share(pattern):
+        return sum(r.pattern == pattern for r in rollouts) / n
+
+    return dict(
+        accuracy=sum(r.right for r in rollouts) / n,
+        honest=total("honest") / total("checks") if total("checks") else None,
+        reward=sum(r.reward for r in rollouts) / n,
+        length=tokens / n,
+        checks=total("checks") / n,
+        overlong=share("overlong"),
+        repetition=share("repetition"),
+        garbled=share("garbled"),
+        honoured=of_checked("honoured"),
+        first_right=of_checked("first_right"),
+        corrected=of_checked("corrected"),
+        reflections=total("reflections") / (tokens / 100),
+        ungraded=sum(r.ungraded for r in rollouts) / n,
+    )
 
 
-@dataclass
-class Packed:
-    """Rows end to end, without padding: n tokens, of which N predict a response token. Made by `pack`."""
-
-    ids: torch.Tensor  # (1, n) without each row's last token, which predicts nothing
-    position: torch.Tensor  # (1, n) place in its row
-    predict: torch.Tensor  # (N,) places in 0..n-1 that predict the response tokens
-    targets: torch.Tensor  # (N,) response tokens, the end token included
-    to_grid: (
-        torch.Tensor
-    )  # (B * T,) token of each cell of a (B, T) grid; cells past a row's end repeat its last token
-    to_packed: torch.Tensor  # (n,) cell of each token
-    ends: torch.Tensor  # (B + 1,) int32, where each row begins, and the end
-    shape: tuple[int, int]  # (B, T), T the longest row
+def record_of(rollout: Rollout) -> dict:
+    """A judged response as it is logged."""
+    row = rollout.problem.row
+    record = dict(id=row.get("id"), problem=row["problem"], response=rollout.text)
+    record |= dict(reward=rollout.reward, right=rollout.right, pattern=rollout.pattern)
+    return record | rollout.behaviour | dict(length=len(rollout.ids), ungraded=rollout.ungraded)
 
 
-def pack(rows: list[Row], device) -> Packed:
-    lengths = np.array([len(x) + len(y) - 1 for x, y in rows])  # (B,)
-    ends = np.cumsum([0, *lengths])
-    T = int(lengths.max())
-    position = np.concatenate([np.arange(n) for n in lengths])
-    arrays = dict(
-        ids=np.concatenate([(x + y)[:-1] for x, y in rows])[None],
-        position=position[None],
-        predict=np.concatenate(
-            [s + len(x) - 1 + np.arange(len(y)) for s, (x, y) in zip(ends, rows)]
+def warn(row: dict):
+    """A line for each thing of a step of RL that looks wrong."""
+    overlong, ungraded, gap = row["overlong"], row["ungraded"], row["logprob_gap"]
+    warnings = [
+        (
+            overlong > 0.5,
+            f"{overlong:.0%} of the responses reached --max-new: no answer is rewarded there; raise it",
         ),
-        targets=np.concatenate([y for _, y in rows]),
-        to_grid=(ends[:-1, None] + np.minimum(np.arange(T), lengths[:, None] - 1)).ravel(),
-        to_packed=np.repeat(np.arange(len(rows)), lengths) * T + position,
-        ends=ends.astype(np.int32),
-    )
-    return Packed(
-        **{name: torch.as_tensor(x, device=device) for name, x in arrays.items()},
-        shape=(len(rows), T),
-    )
-
-
-class Policy(torch.nn.Module):
-    """A Hugging Face causal LM as this file uses it: packed rows in, hidden states out, the head's weight beside them.
-    FSDP wraps it as it is (`shard`); its forward leaves embedding, last norm and head gathered for the loss."""
-
-    def __init__(self, lm, tokenizer, cfg: Config, device=None):
-        super().__init__()
-        self.lm = lm.eval()  # no dropout: the trained distribution is the sampled one
-        self.device = device or device_of(cfg)
-        self.bfloat16 = cfg.dtype == "bfloat16"
-        self.parked = Parked()
-        self.vocabulary = min(
-            max(tokenizer.get_vocab().values()) + 1, lm.get_input_embeddings().num_embeddings
-        )
-        ends = lm.generation_config.eos_token_id
-        self.end_ids = [
-            tokenizer.eos_token_id,
-            *(ends if isinstance(ends, list) else [] if ends is None else [ends]),
-        ]
-
-    @property
-    def head(self) -> torch.Tensor:
-        """(V, D) without the rows that pad the vocabulary: ids beyond the tokenizer are neither sampled nor trained.
-        On a GPU in cfg.dtype, for the tensor cores; logits are float32 all the same."""
-        weight = self.lm.get_output_embeddings().weight[: self.vocabulary]
-        return weight.bfloat16() if self.bfloat16 and weight.is_cuda else weight
-
-    def forward(self, batch: Packed) -> torch.Tensor:
-        """-> (N, D), the hidden states that predict the response tokens."""
-        hidden = self.backbone(
-            input_ids=batch.ids, position_ids=batch.position, use_cache=False, pack=batch
-        )
-        return hidden[0].index_select(0, batch.predict)
-
-    def backbone(self, **inputs) -> torch.Tensor:
-        """The transformer without its head: ids (B, T) -> (B, T, D)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.lm.base_model(**inputs).last_hidden_state
-
-
-def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int], float]]:
-    """Row indices sorted by length and cut where the token budget is full, each group with its weight. All ranks gather
-    sharded layers together, so each runs as many groups as the busiest: it repeats its shortest row with weight 0."""
-    sizes, groups, room = [len(x) + len(y) for x, y in rows], [], 0
-    for i in sorted(range(len(rows)), key=sizes.__getitem__):
-        if sizes[i] > room:
-            groups.append([])
-            room = budget
-        groups[-1].append(i)
-        room -= sizes[i]
-    extra = max(gather([len(groups)])) - len(groups) if isinstance(policy, FSDPModule) else 0
-    return [(group, 1.0) for group in groups] + [(groups[0][:1], 0.0)] * extra
-
-
-def accumulate_gradient(
-    policy, rows, advantages, weights, cfg, alpha=0.0, temperature=1.0, min_p=0.0, sampled=None
-):
-    """Add the gradient of the objective on this rank's rows to .grad. advantages, weights: one per row; `sampled`: the
-    engine's log-probs of each row. -> sums over the tokens of loss, -log p and entropy, (3,); log p - sampled, (N,).
-    Raises Stop on all ranks if one of the sums is not finite."""
-    sums, gaps, error = torch.zeros(3, dtype=torch.float64), [torch.zeros(0)], None
-    ranks = (
-        world() if isinstance(policy, FSDPModule) else 1
-    )  # FSDP takes the mean over ranks; the objective is a sum
-    for group, real in micro_batches(policy, rows, cfg.micro_tokens):
-        batch = pack([rows[i] for i in group], policy.device)
-        sizes = torch.tensor([len(rows[i][1]) for i in group])
-        A = advantages[group].repeat_interleave(sizes).to(policy.device)  # (N,)
-        w = (real * ranks * weights[group]).repeat_interleave(sizes).to(policy.device)  # (N,)
-        mu = (
-            torch.cat([torch.tensor(sampled[i]) for i in group]).to(policy.device)
-            if sampled
-            else None
-        )  # (N,)
-        hidden, options = policy(batch), (alpha, temperature, min_p, mu, cfg.tis_cap)  # (N, D)
-        loss, logprob, entropy = policy_loss(hidden, policy.head, batch.targets, A, w, *options)
-        loss.backward()
-        if not real:
-            continue
-        part = torch.stack([loss.detach() / ranks, -logprob.sum(), entropy.sum()]).double().cpu()
-        if not part.isfinite().all() and not error:
-            error = Stop(
-                f"rank {rank()}: loss, log-prob or entropy of rows {group[:8]} is not finite: {part.tolist()}"
-            )
-        sums += part
-        if sampled:
-            gaps.append((logprob - mu).cpu())
-    all_ranks_agree(error)
-    return sums, torch.cat(gaps)
-
-
-@torch.no_grad()
-def response_logprobs(
-    policy, rows: list[Row], cfg: Config, temperature: float = 1.0, min_p: float = 0.0
-) -> list:
-    """log pi(y_t | x, y_<t) of the tokens of each row's response: a list of (T,) tensors, float32, on the CPU."""
-    result = [torch.zeros(0)] * len(rows)
-    for group, _ in micro_batches(policy, rows, cfg.micro_tokens):
-        batch = pack([rows[i] for i in group], policy.device)
-        logprob, _ = token_logprobs_and_entropy(
-            policy(batch), policy.head, batch.targets, temperature, min_p
-        )
-        for i, part in zip(group, logprob.cpu().split([len(rows[i][1]) for i in group])):
-            result[i] = part
-    if isinstance(policy, FSDPModule):
-        policy.reshard()  # no backward pass comes that would do it, and gathered weights do not follow the next update
-    return result
-
-
-def update(policy, optimizer, lr: float, cfg: Config) -> float:
-    """Clip and step; -> the gradient's norm before clipping. A gradient that is not finite changes nothing."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not math.isfinite(norm):
-        raise Stop(
-            f"rank {rank()}: the gradient's norm is {norm}: stopped before the weights changed; lower the rate"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    with optimizer.parked:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-# ---------------------------------------------------------------------------------------------------------- 4. Rollouts
-# An engine has load(policy) -> were weights copied?, generate(prompts, samples, seeds, ...) -> rollouts, and sleep().
-# `make_engine` chooses between two: TorchEngine, for any device, and VLLMEngine, for GPUs (in the machinery).
-
-
-@dataclass
-class Rollout:
-    """One sampled response. The update trains on these ids, never on re-tokenised text."""
-
-    prompt: list[int]
-    ids: list[int]  # with the end token, if there is one
-    logprobs: list[float]  # log pi(y_t | x, y_<t) under the sampled distribution
-    finished: bool  # ended by an end token within max_new
-
-
-def sample(logits, temperature: float, min_p: float, uniform):
-    """(B, V) logits, (B,) uniform numbers in [0, 1) -> tokens and their log-probs, (B,), of the very distribution that
-    is trained: same temperature, same min-p support. Temperature 0 is greedy, with the log-probs of temperature 1."""
-    logp = log_softmax_min_p(logits.float() / (temperature or 1.0), min_p)
-    if temperature == 0:
-        token = logp.argmax(-1)
-    else:  # the inverse of the cumulative distribution
-        cumulative = logp.exp().double().cumsum(-1)
-        token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[
-            :, 0
-        ]
-    return token, logp.gather(1, token[:, None])[:, 0]
-
-
-class TorchEngine:
-    """Sampling in plain torch, on any device. Nothing is padded: the shared prompt length is prefilled in one pass, the
-    rest of longer prompts is fed token by token while shorter ones already answer. Rows that ended leave the batch.
-    Each sample has random numbers of its own, so it depends neither on its batch nor on the number of ranks."""
-
-    ranks = 1  # that share this engine
-
-    def __init__(self, tokenizer, cfg: Config):
-        self.tokenizer, self.cfg, self.policy = tokenizer, cfg, None
-
-    def load(self, policy) -> bool:
-        if not isinstance(policy, FSDPModule):
-            self.policy = policy  # the trainer's own weights: nothing to copy
-            return False
-        if (
-            self.policy is None
-        ):  # each rank holds a whole copy: for small models; large ones need vLLM
-            self.policy = Policy(
-                empty_lm(policy.lm.config, policy.lm.generation_config), self.tokenizer, self.cfg
-            )
-            self.policy.to(self.policy.device)
-        weights = self.policy.lm.state_dict()
-        for name, w in full_weights(policy):
-            weights[name].copy_(w)
-        return True
-
-    def sleep(self):
-        pass
-
-    def generate(
-        self, prompts, samples, seeds, max_new: int, temperature=1.0, min_p=0.0
-    ) -> list[Rollout]:
-        """Samples of each prompt (token ids), prompt by prompt. `samples`: per prompt the numbers, 0..K-1, of those to
-        draw; number and prompt's seed decide the random numbers. Temperature 0 is greedy."""
-        per_batch = max(1, self.cfg.rollout_rows // max(map(len, samples), default=1))
-        order = sorted(
-            range(len(prompts)), key=lambda i: len(prompts[i])
-        )  # similar lengths together
-        result = [[]] * len(prompts)
-        for start in range(0, len(order), per_batch):
-            part = order[start : start + per_batch]
-            batch = ([x[i] for i in part] for x in (prompts, samples, seeds))
-            rollouts = iter(self._generate(*batch, max_new, temperature, min_p))
-            for i in part:
-                result[i] = [next(rollouts) for _ in samples[i]]
-        return [r for group in result for r in group]
-
-    @torch.no_grad()
-    def _generate(self, prompts, samples, seeds, max_new, temperature, min_p):
-        """One batch of B rows. A row, 0..B-1, is a sample for good; a slot, 0..b-1, is its place among the b that still
-        run, in the cache and in every tensor marked (b,). Position t counts from the start of the prompt."""
-        policy, device = self.policy, self.policy.device
-        draws = [
-            np.random.default_rng(seed).random((max(js) + 1, max_new))[js]
-            for seed, js in zip(seeds, samples)
-        ]
-        uniform = torch.from_numpy(np.concatenate(draws)).to(
-            device
-        )  # (B, max_new), one number per token
-        counts = torch.tensor([len(js) for js in samples], device=device)  # samples per prompt
-        lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(
-            counts
-        )  # (B,) of prompts
-        prefix, longest, B = int(lengths.min()), int(lengths.max()) + max_new, len(lengths)
-        tokens = torch.zeros(B, longest, dtype=torch.long, device=device)
-        first = counts.cumsum(0) - counts  # row of each prompt's first sample
-        for i, n, p in zip(first.tolist(), counts.tolist(), prompts):
-            tokens[i : i + n, : len(p)] = torch.tensor(p, device=device)
-        logprobs = torch.zeros(B, longest, device=device)
-        end = lengths + max_new  # (B,) one past the last token
-        end_tokens, head = torch.tensor(policy.end_ids, device=device), wide(policy.head)
-        cache = Cache(policy.lm.config.num_hidden_layers)
-        hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache).repeat_interleave(
-            counts, 0
-        )  # (B, D)
-        cache.extend(counts, longest)
-        row_of = torch.arange(B, device=device)  # (b,) slot -> row
-        for t in range(prefix, longest):
-            place = (
-                t - lengths[row_of]
-            )  # (b,) place in the response; below 0: still inside the prompt
-            logits = logits_of(hidden.to(head.dtype), head)
-            token, logprob = sample(logits, temperature, min_p, uniform[row_of, place.clamp(min=0)])
-            token = torch.where(place < 0, tokens[row_of, t], token)
-            tokens[row_of, t], logprobs[row_of, t] = token, logprob
-            stopped = (place >= 0) & torch.isin(token, end_tokens)
-            end[row_of] = torch.where(stopped, t + 1, end[row_of])
-            running = end[row_of] > t + 1
-            left = int(running.sum())
-            if left == 0:
-                break
-            if left < len(row_of):  # slots from the end take the places of those that stopped
-                free, moved = (
-                    (~running[:left]).nonzero()[:, 0],
-                    left + running[left:].nonzero()[:, 0],
-                )
-                row_of[free], token[free] = row_of[moved], token[moved]
-                row_of, token = row_of[:left], token[:left]
-                cache.keep(left, free, moved)
-            hidden = self._last_hidden(token[:, None], [t], cache)
-        rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), end.tolist())
-        return [
-            Rollout(
-                ids[:start],
-                ids[start:stop],
-                logps[start:stop],
-                finished=ids[stop - 1] in policy.end_ids,
-            )
-            for ids, logps, start, stop in rows
-        ]
-
-    def _last_hidden(self, ids, positions, cache) -> torch.Tensor:
-        """ids (b, T) at T positions -> the last hidden state of each row, (b, D)."""
-        positions = torch.tensor([list(positions)], device=ids.device)
-        return self.policy.backbone(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
-        )[:, -1]
-
-
-def roll_out(
-    engine, problems, prompts, k: int, seeds, cfg: Config, temperature: float, min_p: float = 0.0
-):
-    """-> k rollouts of each problem, and a record of each, in the order of the problems, on every rank. Each engine
-    draws its share of the samples of every problem: the work is even. The ranks of an engine each judge a part."""
-    engines, (number, place) = world() // engine.ranks, divmod(rank(), engine.ranks)
-    samples = [
-        [j for j in range(k) if (i * k + j) % engines == number] for i in range(len(prompts))
-    ]
-    asked = [i for i, js in enumerate(samples) if js]
-    cells = [(i, j) for i in asked for j in samples[i]][
-        place :: engine.ranks
-    ]  # that this rank judges
-    batch, error = ([x[i] for i in asked] for x in (prompts, samples, seeds)), None
-    try:
-        rollouts = engine.generate(*batch, cfg.max_new, temperature, min_p)[place :: engine.ranks]
-        records = judge(rollouts, [problems[i] for i, _ in cells], engine.tokenizer, cfg)
-    except Stop as e:
-        error = e
-    all_ranks_agree(error)
-    parts = sorted(gather(list(zip(cells, rollouts, records))), key=lambda part: part[0])
-    return [rollout for _, rollout, _ in parts], [record for _, _, record in parts]
-
-
-# --------------------------------------------------------------------------------- 5. Stage sft: cold start (section 1)
-def sft_step(step: int, steps: int, rows: list[Row], policy, optimizer, cfg: Config) -> dict:
-    """One step of SFT -> its row of metrics.jsonl."""
-    batch = [rows[i] for i in batch_indices(len(rows), cfg.sft_batch, step, cfg.seed)]
-    mine = deal([len(x) + len(y) for x, y in batch], world())[rank()]
-    # NOT IN PAPER: the loss is taken on the response only, and every token of the batch weighs the same
-    N = sum(len(y) for _, y in batch)  # tokens of the batch over all ranks: the one division
-    ones = torch.ones(len(mine))
-    sums, _ = accumulate_gradient(
-        policy, [batch[i] for i in mine], ones, torch.full_like(ones, 1 / N), cfg
-    )
-    loss, _, entropy = all_sum(sums).tolist()
-    lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
-    norm = update(policy, optimizer, lr, cfg)
-    return dict(step=step, loss=loss, entropy=entropy / N, grad_norm=norm, lr=lr, tokens=N)
-
-
-def run_sft(cfg: Config):
-    folder = RunFolder(cfg)
-    traces, tests = read_data(cfg)
-    source = folder.source() or latest(cfg.model)
-    whole, tokenizer = load_whole(source, cfg)
-    tests, rows = encode_prompts(tests, tokenizer, cfg), []
-    for trace, x in zip(*encode_prompts(traces, tokenizer, cfg)):
-        response = trace["response"]
-        if opens_thought(x, tokenizer):  # the prompt's template has written the tag
-            response = response.removeprefix("<think>").lstrip("\n")
-        rows.append(
-            (x, tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
-        )
-    kept = [row for row in rows if len(row[1]) <= cfg.max_new]
-    if not kept:
-        shortest = min(len(y) for _, y in rows)
-        raise Misuse(
-            f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {shortest})"
-        )
-    folder.create(source, traces)
-    policy = shard(whole, tokenizer, cfg)
-    del whole
-    steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
-    print0(
-        f"{len(kept)} traces ({len(rows) - len(kept)} longer than --max-new left out), {steps} steps; the policy "
-        f"starts from {source or 'random weights'}"
-    )
-    optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(policy, optimizer)
-    with Interrupt() as interrupt:
-        bar = tqdm(
-            range(start, steps),
-            "sft",
-            initial=start,
-            total=steps,
-            disable=rank() > 0,
-            mininterval=1,
-        )
-        for step in bar:
-            clock = Clock()
-            row = sft_step(step, steps, kept, policy, optimizer, cfg)
-            clock.lap("train")
-            folder.log(row, clock)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {clock.speed(row)}", False
-            )
-            if folder.after_step(
-                step + 1, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer
-            ):
-                return
-    finish_stage(
-        folder,
-        steps,
-        policy,
-        make_engine(folder.source(), policy, tokenizer, cfg),
-        *tests,
-        cfg,
-        "rl",
-    )
-
-
-# ---------------------------------------------------------------------------------------------- 6. Stage rl (section 2)
-def rl_step(
-    step, problems, prompts, policy, anchor, engine, optimizer, cfg: Config, clock, interrupt
-):
-    """One step of T1 -> its row of metrics.jsonl, and a record of each response.
-    problems and prompts (token ids) are the whole training set; each rank works on its rows of the batch (`mine`).
-    Nones, with nothing changed, if a signal came before the gradient: the same step can be taken again."""
-    P, K = cfg.prompts, cfg.k
-
-    # 1. Oversample: with the policy's weights K responses to each of P prompts, at a temperature above 1.
-    if engine.load(policy):
-        check_push(engine, policy, prompts[0], cfg)
-    clock.lap("push")
-    batch = batch_indices(len(problems), P, step, cfg.seed)
-    batch_problems, batch_prompts = [problems[i] for i in batch], [prompts[i] for i in batch]
-    seeds = [seed_for(cfg.seed, "rollout", step, place) for place in range(P)]
-    rollouts, records = roll_out(
-        engine, batch_problems, batch_prompts, K, seeds, cfg, cfg.temperature, cfg.min_p
-    )
-    engine.sleep()
-    rows = [(r.prompt, r.ids) for r in rollouts]  # B = P * K
-    mine = deal([len(x) + len(y) for x, y in rows], world())[
-        rank()
-    ]  # indices of the rows that this rank works on
-    clock.lap("rollout")
-    if interrupt.received():
-        return None, None
-
-    # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern; `roll_out` had them judged.
-    rewards = torch.tensor([r["reward"] for r in records]).view(P, K)  # (P, K)
-
-    # 3. KL of each response to the anchor.
-    kl = kl_to_anchor(anchor, rollouts, mine, cfg).view(P, K)  # d_i, (P, K)
-    clock.lap("anchor")
-    if interrupt.received():
-        return None, None
-
-    # 4. Advantage: leave-one-out reward minus centred KL.
-    advantages = advantages_of(rewards, kl, cfg.kl_coef, cfg.kl_center).flatten()  # (P, K) -> (B,)
-
-    # 5. One update, on exactly these samples: -(1/N) sum_t [A log pi + alpha H].
-    N, B = sum(len(y) for _, y in rows), len(rows)
-    weights = torch.tensor(
-        [1 / N if cfg.loss_norm == "tokens" else 1 / (B * len(y)) for _, y in rows]
-    )  # (B,)
-    my_rows, sampled = [rows[i] for i in mine], [rollouts[i].logprobs for i in mine]
-    loss_of = cfg.entropy_coef, cfg.temperature, cfg.min_p, sampled
-    sums, gaps = accumulate_gradient(
-        policy, my_rows, advantages[mine], weights[mine], cfg, *loss_of
-    )
-    clock.lap("gradient")
-    lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
-    norm = update(policy, optimizer, lr, cfg)
-
-    # 6. The anchor follows the policy.
-    if cfg.anchor == "ema":
-        with anchor.parked:
-            ema_update_(anchor, policy, cfg.ema_decay)
-    clock.lap("update")
-
-    noise = torch.stack(
-        [gaps.double().sum(), gaps.double().abs().sum()]
-    )  # of the engine: log pi - its log-prob
-    _, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
-    kl_mean = kl.mean().item() + (bias / B if anchor else 0)  # of the trainer's log-probs
-    row = dict(step=step, **data_prep.means(records), kl=kl_mean, entropy=entropy / N, nll=nll / N)
-    row |= dict(
-        logprob_gap=gap / N,
-        logprob_gap_p99=max(gather([np.quantile(gaps.abs().numpy(), 0.99).item()])),
-    )
-    row["flat_groups"] = np.mean(
-        [(r == r[0]).all().item() for r in rewards]
-    ).item()  # rewards teach nothing there
-    return row | dict(grad_norm=norm, lr=lr, tokens=N), records
-
-
-def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
-    """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
-    NOT IN PAPER: the sampler's log-probs stand for the policy's, which come with the gradient, after A is needed. In
-    float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A (not in metrics.jsonl's `kl`)."""
-    kl = torch.zeros(len(rollouts), dtype=torch.float64)
-    if anchor is not None:
-        rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
-        with anchor.parked:
-            reference = response_logprobs(anchor, rows, cfg, cfg.temperature, cfg.min_p)
-        for i, logprobs in zip(mine, reference):
-            kl[i] = sum(rollouts[i].logprobs) - logprobs.double().sum()
-    return all_sum(kl).float()
-
-
-def run_rl(cfg: Config):
-    folder = RunFolder(cfg)
-    source = folder.source() or latest(cfg.model) or newest(folder.path.parent / "sft")
-    if not source:
-        raise Misuse(
-            f"no SFT checkpoint beside {folder.path}: run --stage sft first, or give --model"
-        )
-    problems, tests = read_data(cfg)
-    whole, tokenizer = load_whole(source, cfg)
-    tests = encode_prompts(tests, tokenizer, cfg)
-    problems, prompts = encode_prompts(problems, tokenizer, cfg)
-    folder.create(source, problems)
-    print0(f"{len(problems)} problems; the policy starts from {source}")
-    anchor = None
-    if cfg.anchor != "none":
-        own = (
-            copy.deepcopy(whole) if world() == 1 else whole
-        )  # `shard` makes a copy on several ranks
-        anchor = shard(own, tokenizer, cfg).requires_grad_(False)
-        if cfg.offload:
-            anchor.parked = Parked(anchor.parameters())
-    policy = shard(whole, tokenizer, cfg)
-    del whole
-    optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(
-        policy, optimizer, anchor
-    )  # on resume: all three as they were, in float32
-    engine, state = (
-        make_engine(source, policy, tokenizer, cfg),
-        (policy, tokenizer, optimizer, anchor),
-    )
-    with Interrupt() as interrupt:
-        bar = tqdm(
-            range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0
-        )
-        for step in bar:
-            clock = Clock()
-            row, records = rl_step(
-                step, problems, prompts, policy, anchor, engine, optimizer, cfg, clock, interrupt
-            )
-            if row:
-                folder.log(row, clock, records)
-                report_step(bar, row, clock, cfg)
-            if folder.after_step(
-                step + bool(row), cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state
-            ):
-                return
-    finish_stage(folder, cfg.rl_steps, policy, engine, *tests, cfg, "eval")
-
-
-def report_step(bar, row: dict, clock, cfg: Config):
-    """The console line of a step, and a warning where something looks wrong."""
-    bar.set_postfix_str(
-        f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f} entropy "
-        f"{row['entropy']:.3f} kl {row['kl']:.2f} overlong {row['overlong']:.2f} repeat "
-        f"{row['repetition']:.2f} flat {row['flat_groups']:.2f} ungraded {row['ungraded']:.2f} gap "
-        f"{row['logprob_gap']:.0e} {clock.speed(row)}"
-    )
-    say = f"step {row['step']}:"
-    if row["overlong"] > 0.5:
-        print0(
-            say,
-            f"{row['overlong']:.0%} of the responses reached --max-new and teach only brevity; raise it",
-        )
-    if row["ungraded"] > 0.01:
-        print0(
-            say, f"the grader gave up on {row['ungraded']:.1%} of the answers, which count as wrong"
-        )
-    if row["flat_groups"] == 1:
-        print0(
-            say,
+        (
+            ungraded > 0.01,
+            f"the grader gave up on {ungraded:.1%} of the answers, which count as wrong",
+        ),
+        (
+            row["flat_groups"] == 1,
             "all groups have equal rewards, only entropy and KL act; take other problems, or a larger --k",
-        )
-    if row["logprob_gap"] > 0.02:
-        print0(
-            say,
-            f"engine and trainer are {row['logprob_gap']:.3g} nats per token apart; see --tis-cap",
-        )
-    if row["entropy"] < cfg.entropy_floor:
-        print0(
-            say,
-            f"entropy {row['entropy']:.3g} is below --entropy-floor; raise --temperature or --entropy-coef",
-        )
-    if row["kl"] > cfg.kl_ceiling:
-        print0(say, f"KL {row['kl']:.3g} is above --kl-ceiling; lower --rl-lr, or raise --kl-coef")
-
-
-# ---------------------------------- 7. Stage eval: pass@1 (section 4), and accuracy against thinking budget (section 3)
-def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
-    """Mean over problems of the mean over each problem's samples, and its standard error (None for one problem).
-    The error is over PROBLEMS: the samples of one problem are not independent."""
-    per_problem = np.array([np.mean(v) for v in values], dtype=float)
-    n = len(per_problem)
-    return per_problem.mean().item(), (per_problem.std(ddof=1) / n**0.5).item() if n > 1 else None
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, include a right one: 1 - C(n - c, k) / C(n, k)."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def grouped(values, n: int) -> list[list]:
-    """Consecutive values, n per problem -> one list per problem."""
-    return [list(values[i : i + n]) for i in range(0, len(values), n)]
-
-
-def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
-    """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in fifty of --data, by a
-    hash of its text: every stage holds out the same."""
-    if not cfg.data:
-        correct_only = cfg.traces == "correct-only"
-        sft = cfg.stage == "sft"
-        rows = (
-            data_prep.embedded_traces(correct_only=correct_only)
-            if sft
-            else data_prep.embedded_problems("train")
-        )
-        return rows, read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems(
-            "test"
-        )
-    rows = read_rows(cfg.data, cfg.stage)
-    if cfg.test:
-        return rows, read_rows(cfg.test, "eval")
-    out = {
-        row["problem"] for row in rows if seed_for(0, row["problem"]) % 50 == 0
-    }  # traces without answers, too
-    held = {row["problem"]: row for row in rows if row["problem"] in out and row.get("answer")}
-    rest = [row for row in rows if row["problem"] not in out]
-    print0(
-        f"{cfg.data}: {len(held)} problems held out for evaluation (--test FILE for others), {len(rest)} rows left"
-    )
-    return rest or rows, list(held.values()) if rest else []
-
-
-def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
-    """(name, problems, samples per problem) of every set to evaluate on: the benchmarks, or the run's own test set."""
-    if not cfg.benchmarks:
-        if cfg.preset != "tiny" and not (cfg.test or cfg.data):
-            raise Misuse(
-                "--stage eval: on which problems? Give --test FILE, --benchmarks NAMES or the run's --data"
-            )
-        return [(cfg.test or cfg.data or "embedded", read_data(cfg)[1], cfg.eval_samples or 4)]
-    sets = []
-    for name in cfg.benchmarks.split(","):
-        path = Path(cfg.benchmark_dir) / f"{name}.jsonl"
-        if not path.exists():
-            own = "--gpqa YOUR_COPY.csv " * (name == "gpqa")
-            raise Misuse(
-                f"there is no {path}; write it: python data_prep.py benchmarks {own}--out {cfg.benchmark_dir}"
-            )
-        sets.append(
-            (
-                name,
-                read_rows(str(path), "eval"),
-                cfg.eval_samples or (32 if name.startswith("aime") else 1),
-            )
-        )
-    return sets
-
-
-def evaluate(
-    engine,
-    problems: list[dict],
-    prompts: list[list[int]],
-    samples: int,
-    cfg: Config,
-    path=None,
-    about=None,
-):
-    """-> rollouts and their records, `samples` consecutive ones per problem.
-    With `path` every response is appended there, with `about` and its "key", in chunks of `rollout_rows`. What is there
-    is not generated again, and seeds are stateless: a killed evaluation that is resumed ends with the same bits."""
-    on_disk = from_rank0(
-        read_log(path) if path and rank() == 0 else []
-    )  # every rank decides from what rank 0 sees
-    kept = {(row["number"], row["sample"]): row for row in on_disk if row["key"] == about["key"]}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
-    seeds = [seed_for(cfg.seed, "eval", i) for i in range(len(prompts))]
-    size, done = max(1, cfg.rollout_rows // samples) * world() if path else len(order), {}
-    for start in tqdm(range(0, len(order), size), "eval", disable=rank() > 0 or not path):
-        part = order[start : start + size]
-        cells = [(i, j) for i in part for j in range(samples)]
-        if all(cell in kept for cell in cells):
-            rollouts = [
-                Rollout(prompts[i], kept[i, j]["ids"], [], kept[i, j]["finished"]) for i, j in cells
-            ]
-            records = judge(rollouts, [problems[i] for i, _ in cells], engine.tokenizer, cfg)
-        else:
-            batch, part_seeds = (
-                [[x[i] for i in part] for x in (problems, prompts)],
-                [seeds[i] for i in part],
-            )
-            rollouts, records = roll_out(
-                engine, *batch, samples, part_seeds, cfg, cfg.eval_temperature
-            )
-        done |= zip(cells, zip(rollouts, records))
-        if path and rank() == 0:
-            rows = [
-                dict(number=i, sample=j, finished=r.finished) | record | dict(ids=r.ids)
-                for (i, j), r, record in zip(cells, rollouts, records)
-                if (i, j) not in kept
-            ]
-            append_rows(path, [about | row for row in rows])
-    pairs = [done[i, j] for i in range(len(prompts)) for j in range(samples)]
-    return [rollout for rollout, _ in pairs], [record for _, record in pairs]
-
-
-def thought_length(ids: list[int], tokenizer) -> int | None:
-    """Tokens up to and including the one that completes `</think>`; None if it never comes."""
-    if "</think>" not in tokenizer.decode(ids):
-        return None
-    return bisect.bisect_left(
-        range(len(ids)), True, key=lambda n: "</think>" in tokenizer.decode(ids[:n])
-    )
-
-
-def cut_thoughts(
-    engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None
-) -> list[Rollout]:
-    """The responses had their thoughts been cut after `budget` tokens (section 3); `lengths`: their `thought_length`s.
-    A thought that ended within the budget keeps its own answer. Another is cut and closed with `answer_prefix`, and
-    `engine` (the policy, or another model) writes the answer. NOT IN PAPER: the first; the prefix; greedy and short."""
-    prefix = tokenizer(cfg.answer_prefix.replace("\\n", "\n"), add_special_tokens=False).input_ids
-    lengths = lengths or [thought_length(r.ids, tokenizer) for r in rollouts]
-    # no </think>: all of a finished response is thought, and an unfinished one has none that ended
-    thoughts = [n or (len(r.ids) if r.finished else math.inf) for r, n in zip(rollouts, lengths)]
-    late = [i for i, n in enumerate(thoughts) if n > budget]
-    prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in late]
-    answers = engine.generate(
-        prompts, [[0]] * len(prompts), [0] * len(prompts), cfg.answer_tokens, temperature=0.0
-    )
-    result = list(rollouts)
-    for i, answer in zip(late, answers):
-        ids = rollouts[i].ids[:budget] + prefix + answer.ids
-        result[i] = Rollout(rollouts[i].prompt, ids, [], answer.finished)
-    return result
-
-
-def cut_and_answer(
-    engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None
-) -> list[str]:
-    """The texts of `cut_thoughts`: each response with a thought of at most `budget` tokens."""
-    return [
-        text_of(r, tokenizer)
-        for r in cut_thoughts(engine, tokenizer, rollouts, budget, cfg, lengths)
+        ),
+        (gap > 0.02, f"engine and trainer are {gap:.3g} nats per token apart; see --tis-cap"),
+        (
+            row["entropy"] < ENTROPY_FLOOR,
+            f"entropy {row['entropy']:.3g} is low; raise --temperature or --entropy-coef",
+        ),
+        (
+            row["kl"] > KL_CEILING,
+            f"KL {row['kl']:.3g} is high; lower --rl-lr, or raise --kl-coef",
+        ),
     ]
+    for wrong, words in warnings:
+        if wrong:
+            print0(f"step {row['step']}:", words)
 
 
-def measure(
-    policy,
-    engine,
-    answerer,
-    problems,
-    samples: int,
-    prompts,
-    about: dict,
-    folder: Path,
-    cfg: Config,
-) -> dict:
-    """The entry of one checkpoint and test set in results.json (docs/metrics.md defines each field)."""
-    tokenizer = engine.tokenizer
-    golds, asked = (
-        [p[name] for p in problems for _ in range(samples)] for name in ("answer", "problem")
-    )
-    about = dict(key=fingerprint(policy, problems, prompts, samples, cfg), **about)
-    rollouts, records = evaluate(
-        engine, problems, prompts, samples, cfg, folder / "responses.jsonl", about
-    )
-    right = grouped([r["right"] for r in records], samples)
-    value, error = mean_and_error(right)
-    result = about | dict(
-        problems=len(problems), samples=samples, temperature=cfg.eval_temperature, seed=cfg.seed
-    )
-    result |= dict(
-        max_new=cfg.max_new, answer_model=cfg.answer_model, pass_at_1=value, standard_error=error
-    )
-    result |= data_prep.means(records)
-    result["ungradable"] = float(
-        np.mean([r["answer"] is None or not verify.is_readable(r["answer"]) for r in records])
-    )
-    result["pass_at_k"] = []
-    for k in (2**i for i in range(samples.bit_length())):
-        result["pass_at_k"].append(
-            [k, *mean_and_error([[pass_at_k(samples, sum(r), k)] for r in right])]
-        )
-    if about["test"] == "embedded":
-        result["habits"] = data_prep.habit_shares(records)
-    lengths = [thought_length(r.ids, tokenizer) for r in rollouts]
-    for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
-        cut = cut_thoughts(answerer, tokenizer, rollouts, budget, cfg, lengths)
-        graded = grouped(
-            verify.grade([text_of(r, tokenizer) for r in cut], golds, problems=asked), samples
-        )
-        point = [budget, *mean_and_error(graded), float(np.mean([len(r.ids) for r in cut]))]
-        result.setdefault("scaling", []).append(point)
-    return result
-
-
-def fingerprint(policy, problems, prompts, samples: int, cfg: Config) -> str:
-    """Identifies responses by what they depend on: problems, settings, a sample of every weight tensor."""
-    settings = [
-        getattr(cfg, f) for f in ("seed", "max_new", "eval_temperature", "rollout_rows", "dtype")
-    ]
-    about = settings, samples, prompts, [p["answer"] for p in problems]
-    digest = hashlib.blake2b(repr(about).encode(), digest_size=8)
-    for _, w in full_weights(policy):
-        digest.update(w.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
+# ---------------------------------------------------------------------- evaluation of checkpoints
 def run_eval(cfg: Config):
-    base = Path(cfg.out) / (cfg.name or cfg.preset)
-    own = from_rank0([str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")])
-    folders = [latest(c) for c in (cfg.checkpoint or cfg.model).split(",") if c] or own
-    if not folders:
-        raise Misuse(
-            f"no checkpoint in {base}: run --stage sft and --stage rl first, or give --checkpoint or --model"
-        )
-    for path in folders:
-        data_prep.check_model_folder(path)
-    names = [
-        " ".join([*Path(p).parts[-2:-1], Path(p).name.removeprefix("checkpoint-")]) for p in folders
-    ]
-    names = names if len(set(names)) == len(names) else folders
-    tests, folder, results, engine = test_sets(cfg), base / "eval", [], None
-    other, other_tokenizer = (
-        load_whole(latest(cfg.answer_model), cfg) if cfg.answer_model else (None, None)
-    )
-    for path, name in zip(folders, names):
-        whole = policy = None  # one checkpoint in memory at a time
-        if isinstance(engine, TorchEngine) and world() == 1:
-            engine.policy = None
-        gc.unfreeze()  # vLLM froze what was alive when it started,
-        gc.collect()  # and a policy refers to itself (FSDP's hooks, `checkpoint`)
+    """Checkpoints one after the other -> results.json and its pictures."""
+    folder = Path(cfg.out) / (cfg.name or cfg.preset) / "eval"
+    paths = checkpoints_to_evaluate(folder.parent, cfg)
+    sets = test_sets(cfg)
+    results = []
+    engine = None
+    for path, name in paths.items():
+        release(engine)
         whole, tokenizer = load_whole(path, cfg)
-        encoded = [
-            encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests
-        ]  # misuse shows before writing
+        encoded = [encode_prompts(rows, tokenizer, cfg) for _, rows, _ in sets]
         policy = shard(whole, tokenizer, cfg)
-        if other_tokenizer and other_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise Misuse(
-                f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}; ids are passed on"
-            )
+        del whole
         if engine is None:
-            lock = on_rank0(locked_folder, folder)  # held until the stage ends
-            engine = answerer = make_engine(path, policy, tokenizer, cfg)
-            if other_tokenizer:  # vLLM's groups of ranks are those of its first engine; this one takes the memory left
-                options = dict(
-                    vllm_tp=engine.ranks, vllm_memory=cfg.vllm_memory / 2, answer_model=""
-                )
-                other, second = shard(other, tokenizer, cfg), dataclasses.replace(cfg, **options)
-                answerer = make_engine(latest(cfg.answer_model), other, tokenizer, second)
-                answerer.load(other)
-                other = None
+            lock = on_rank0(locked_folder, folder)  # noqa: F841 held until the stage ends
+            engine = make_engine(path, policy, tokenizer, cfg)
+            answerer = answer_engine(engine, tokenizer, cfg) if cfg.answer_model else engine
         engine.tokenizer = tokenizer
-        if engine.load(policy):
-            check_push(engine, policy, encoded[0][1][0], cfg)
-        for (test, _, samples), (problems, prompts) in zip(tests, encoded):
-            about = dict(name=name, checkpoint=path, test=test)
-            result = measure(
-                policy, engine, answerer, problems, samples, prompts, about, folder, cfg
-            )
-            results.append(result)
-            within = "".join(
-                f", {v:.1%} within {budget} tokens" for budget, v, *_ in result.get("scaling", [])
-            )
-            print0(
-                f"{path}, {test}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
-                f"{result['length']:.0f} tokens, over-long {result['overlong']:.1%}{within}"
-            )
+        push_weights(engine, policy, encoded[0][0], cfg)
+        del policy
+        for (test, _, samples), problems in zip(sets, encoded):
+            entry = dict(name=name, checkpoint=path, test=test)
+            result, rollouts = measure(engine, answerer, problems, samples, cfg)
+            results.append(entry | result)
+            report(entry | result)
+            if rank() == 0:
+                rows = [entry | record_of(r) | dict(sample=r.sample, ids=r.ids) for r in rollouts]
+                append_rows(folder / "responses.jsonl", rows)
     if rank() == 0:
-        before = (
-            read_json(folder / "results.json")["checkpoints"]
-            if (folder / "results.json").exists()
-            else []
-        )
-        new = {(r["checkpoint"], r["test"]) for r in results}
-        before = [r for r in before if (r["checkpoint"], r["test"]) not in new]
-        write_json(folder / "results.json", dict(checkpoints=before + results))
-        draw_results(folder)
+        write_results(folder, results)
     print0(f"results and pictures in {folder}")
 
 
-def finish_stage(
-    folder, steps: int, policy, engine, tests, test_prompts, cfg: Config, next_stage: str
-):
-    """Evaluate on the held-out problems; say what was reached, where it is and what the next command is."""
+def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
+    """Path -> name in the pictures."""
+    paths = [latest(c) for c in (cfg.checkpoint or cfg.model).split(",") if c]
+    if not paths:
+        found = checkpoints(run / "sft")[-1:] + checkpoints(run / "rl")
+        paths = from_rank0([str(path) for path in found])
+    if not paths:
+        what = "run --stage sft and --stage rl first, or give --checkpoint or --model"
+        raise Misuse(f"no checkpoint in {run}: {what}")
+    for path in paths:
+        data_prep.check_model_folder(path)
+    names = []
+    for path in map(Path, paths):
+        names.append(" ".join([*path.parts[-2:-1], path.name.removeprefix("checkpoint-")]))
+    return dict(zip(paths, names if len(set(names)) == len(names) else paths))
+
+
+def release(engine):
+    """Let go of the policy that was evaluated last: one checkpoint in memory at a time."""
+    if isinstance(engine, TorchEngine) and world() == 1:
+        engine.policy = None
+    gc.unfreeze()  # vLLM froze what was alive when it started,
+    gc.collect()  # and a policy refers to itself (FSDP's hooks, `checkpoint`)
+
+
+def answer_engine(engine, tokenizer, cfg: Config):
+    """The engine of --answer-model. It shares the ranks of the first, and gets the memory left."""
+    path = latest(cfg.answer_model)
+    whole, other_tokenizer = load_whole(path, cfg)
+    if other_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise Misuse(f"--answer-model {cfg.answer_model}: its tokenizer is not the policy's")
+    policy = shard(whole, other_tokenizer, cfg)
+    options = dict(vllm_tp=engine.ranks, vllm_memory=cfg.vllm_memory / 2, answer_model="")
+    answerer = make_engine(path, policy, tokenizer, dataclasses.replace(cfg, **options))
+    answerer.load(policy)
+    return answerer
+
+
+def report(result: dict):
+    """The console line of a checkpoint and test set."""
+    line = f"{result['checkpoint']}, {result['test']}: pass@1 {result['pass_at_1']:.1%}"
+    line += f" ± {result['standard_error'] or 0:.1%}, {result['length']:.0f} tokens"
+    line += f", over-long {result['overlong']:.1%}"
+    for budget, value, *_ in result.get("scaling", []):
+        line += f", {value:.1%} within {budget} tokens"
+    print0(line)
+
+
+def write_results(folder: Path, results: list[dict]):
+    """Add to results.json, replacing older entries of the same checkpoint and test set; draw."""
+    path = folder / "results.json"
+    new = {(r["checkpoint"], r["test"]) for r in results}
+    before = read_json(path)["checkpoints"] if path.exists() else []
+    kept = [r for r in before if (r["checkpoint"], r["test"]) not in new]
+    write_json(path, dict(checkpoints=kept + results))
+    draw_results(folder)
+
+
+def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: str):
+    """Evaluate on the held-out problems; say what was reached and what the next command is."""
+    cfg = folder.cfg
     print0(f"checkpoint, metrics and curves.png are in {folder.path}")
-    if tests:
+    if problems:
         engine.load(policy)
-        _, records = evaluate(engine, tests, test_prompts, 1, cfg)
-        value, error = mean_and_error([[r["right"]] for r in records])
-        about = f"{len(tests)} problems of {cfg.test or cfg.data or 'the embedded test set'}, one sample each"
-        print0(
-            f"held-out pass@1 {value:.1%} ± {error or 0:.1%} ({about} at T = {cfg.eval_temperature})"
-        )
+        rollouts = evaluate(engine, problems, 1, cfg)
+        value, error = mean_and_error([[r.right] for r in rollouts])
+        what = f"{len(problems)} problems of {cfg.test or cfg.data or 'the embedded test set'}"
+        what += f", one sample each at T = {cfg.eval_temperature}"
+        print0(f"held-out pass@1 {value:.1%} ± {error or 0:.1%} ({what})")
         if rank() == 0:
-            some = records[:: max(1, len(records) // 8)]
-            append_rows(
-                folder.path / "samples.jsonl",
-                [dict(step=steps - 1, kind="held-out", **r) for r in some],
-            )
-    usual = dataclasses.asdict(
-        Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset))
-    )  # without flags
+            some = rollouts[:: max(1, len(rollouts) // 8)]
+            rows = [dict(step=folder.last, kind="held-out", **record_of(r)) for r in some]
+            append_rows(folder.path / "samples.jsonl", rows)
+    print0(next_command(folder, next_stage))
+
+
+def next_command(folder, stage: str) -> str:
+    """The command of the next stage: this one's options that differ from the preset's."""
+    cfg = folder.cfg
+    usual = Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset))
     data = cfg.data if folder.has_answers or not cfg.data else "PROBLEMS.jsonl"
-    mine = dataclasses.asdict(dataclasses.replace(cfg, name=folder.path.parent.name, data=data))
-    own = (
-        *" ".join(STAGE_FIELDS.values()).split(),
-        "stage",
-        "model",
-        "resume_from",
-    )  # of this stage alone
-    flags = {
-        k.replace("_", "-"): shlex.quote(str(v))
-        for k, v in mine.items()
-        if k not in own and v != usual[k]
-    }
-    nodes, ranks = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    where = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" * (
-        nodes not in (None, "1")
-    )
-    where += f" --nproc-per-node {ranks}" * (world() > 1)
-    print0(
-        f"next: torchrun{where} t1.py --stage {next_stage}",
-        *(f"--{k} {v}" for k, v in flags.items()),
-    )
+    cfg = dataclasses.replace(cfg, name=folder.path.parent.name, data=data)
+    words = ["next: torchrun"]
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if nodes != "1":
+        words.append(f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500")
+    if world() > 1:
+        words.append(f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}")
+    words.append(f"t1.py --stage {stage}")
+    for option in dataclasses.fields(cfg):
+        value = getattr(cfg, option.name)
+        of_stage = option.metadata["stage"] or option.name in ("stage", "model", "resume_from")
+        if not of_stage and value != getattr(usual, option.name):
+            words.append(f"--{option.name.replace('_', '-')} {shlex.quote(str(value))}")
+    return " ".join(words)
 
 
-# ---------------------------------------------------------------------------------------- machinery: the vLLM engine
+# ------------------------------------------------------------------------------- the vLLM engine
 class VLLMEngine:
     """vLLM inside the trainer's processes: under torchrun every `vllm_tp` ranks share one engine.
-    New weights come tensor by tensor; on a GPU the engine hands its memory back while the update runs. A call's random
-    numbers depend on its first sample alone, so samples change with the number of engines."""
+    New weights arrive tensor by tensor; on a GPU the engine frees its memory while the update runs.
+    The random numbers of a call depend on its first sample alone, so that samples change with the
+    number of engines."""
 
     def __init__(self, folder: str, policy, tokenizer, cfg: Config):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-            "0"  # in this process: weights need no copy to reach it
-        )
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = (
-            "0"  # V2: other logits processors, and numpy seeds that no call sets
-        )
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        warnings.filterwarnings("ignore", module="vllm")
-        import vllm
+        vllm = import_vllm()
         from vllm.v1.sample.logits_processor import LogitsProcessor
 
         class KnownIds(LogitsProcessor):
@@ -1595,20 +1586,17 @@ class VLLMEngine:
                 logits[:, known:] = -math.inf
                 return logits
 
-        self.tokenizer, self.cfg, gpu = tokenizer, cfg, device_of(cfg).type == "cuda"
-        self.end_ids, self.sampling_params, self.dtype = (
-            policy.end_ids,
-            vllm.SamplingParams,
-            getattr(torch, cfg.dtype),
-        )
-        config, backbone = policy.lm.config, type(policy.lm.base_model)
+        self.tokenizer = tokenizer
+        self.cfg = cfg
+        self.end_ids = policy.end_ids
+        self.sampling_params = vllm.SamplingParams
+        self.dtype = getattr(torch, cfg.dtype)
         self.ranks, memory = engine_layout(policy, cfg)
-        longest = max(
-            cfg.max_new, *(int(b) for b in cfg.budgets.split(",") if b and cfg.stage == "eval"), 0
-        )
-        room = (
-            cfg.max_prompt + longest + cfg.answer_tokens + 64
-        )  # 64: the text that closes a cut thought
+        budgets = [int(b) for b in cfg.budgets.split(",") if b and cfg.stage == "eval"]
+        closing = 64  # tokens at most of the text that closes a cut thought
+        room = cfg.max_prompt + max(cfg.max_new, *budgets, 0) + cfg.answer_tokens + closing
+        context = getattr(policy.lm.config, "max_position_embeddings", room)
+        backbone = type(policy.lm.base_model)
         init = backbone.__init__
         with self.failing("could not be started"):
             self.llm = vllm.LLM(
@@ -1617,19 +1605,18 @@ class VLLMEngine:
                 seed=cfg.seed,
                 tensor_parallel_size=self.ranks,
                 **memory,
-                max_model_len=min(room, getattr(config, "max_position_embeddings", room)),
+                max_model_len=min(room, context),
                 distributed_executor_backend="external_launcher" if world() > 1 else None,
-                logprobs_mode="processed_logprobs",  # of the sampled distribution: after temperature and min-p
+                logprobs_mode="processed_logprobs",  # after temperature and min-p, as sampled
                 logits_processors=[KnownIds],
                 generation_config="vllm",
-                enforce_eager=not gpu,
+                enforce_eager=device_of(cfg).type != "cuda",
                 disable_log_stats=True,
                 hf_overrides=dict(head_dtype="float32"),  # as the trainer's logits
             )
-        backbone.__init__, backbone.do_not_compile = (
-            init,
-            True,
-        )  # vLLM decorates the trainer's own class of some (Glm)
+        # vLLM decorates the class of some models (Glm), which the trainer uses as well.
+        backbone.__init__ = init
+        backbone.do_not_compile = True
 
     @contextlib.contextmanager
     def failing(self, what: str):
@@ -1641,9 +1628,8 @@ class VLLMEngine:
     def load(self, policy) -> bool:
         with self.failing("did not take the new weights"):
             self.llm.wake_up(tags=["weights"])  # does nothing to an engine that is awake
-            self.llm.collective_rpc(
-                "reload_weights", kwargs=dict(weights_iterator=full_weights(policy, self.dtype))
-            )
+            weights = dict(weights_iterator=full_weights(policy, self.dtype))
+            self.llm.collective_rpc("reload_weights", kwargs=weights)
             self.llm.reset_prefix_cache()
             self.llm.wake_up(tags=["kv_cache"])
         return True
@@ -1654,62 +1640,69 @@ class VLLMEngine:
             with self.failing("did not fall asleep"):
                 self.llm.sleep(level=2)
 
-    def generate(
-        self, prompts, samples, seeds, max_new: int, temperature=1.0, min_p=0.0
-    ) -> list[Rollout]:
-        """As TorchEngine.generate; the ranks that share the engine must call it together, with the same prompts."""
+    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
+        """As TorchEngine.generate. The ranks that share the engine call it together."""
+        groups = [list(g) for _, g in itertools.groupby(rollouts, key=lambda r: id(r.problem))]
+        options = dict(temperature=temperature, min_p=min_p, max_tokens=max_new, logprobs=0)
+        options |= dict(stop_token_ids=self.end_ids, flat_logprobs=True, detokenize=False)
+        prompts = [{"prompt_token_ids": group[0].problem.prompt} for group in groups]
+        params = [self.sampling_params(n=len(group), **options) for group in groups]
         answers = []
-        options = dict(
-            temperature=temperature, min_p=min_p, max_tokens=max_new, stop_token_ids=self.end_ids
-        )
-        options |= dict(logprobs=0, flat_logprobs=True, detokenize=False)
-        with self.failing("failed"):
-            if prompts:
-                torch.manual_seed(seeds[0] + samples[0][0])
-                params = [self.sampling_params(n=len(js), **options) for js in samples]
-                answers = self.llm.generate(
-                    [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
-                )
-        outputs = [
-            (list(a.prompt_token_ids), o)
-            for a in answers
-            for o in sorted(a.outputs, key=lambda o: o.index)
-        ]
-        return [
-            Rollout(
-                prompt,
-                list(o.token_ids),
-                list(o.logprobs.logprobs),
-                finished=o.finish_reason == "stop",
-            )
-            for prompt, o in outputs
-        ]
+        if groups:
+            torch.manual_seed(rollouts[0].seed + rollouts[0].sample)
+            with self.failing("failed"):
+                answers = self.llm.generate(prompts, params, use_tqdm=False)
+        for group, answer in zip(groups, answers):
+            outputs = sorted(answer.outputs, key=lambda output: output.index)
+            for rollout, output in zip(group, outputs):
+                rollout.ids = list(output.token_ids)
+                rollout.logprobs = list(output.logprobs.logprobs)
+                rollout.finished = output.finish_reason == "stop"
+        return rollouts
+
+
+def import_vllm():
+    environment = dict(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process: weights need no copy to reach it
+        VLLM_USE_V2_MODEL_RUNNER="0",  # V2: other logits processors, seeds that no call sets
+    )
+    os.environ.update(environment)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    warnings.filterwarnings("ignore", module="vllm")
+    return importlib.import_module("vllm")
 
 
 def uses_vllm(cfg: Config) -> bool:
-    auto = (
-        cfg.engine == "auto"
-        and device_of(cfg).type == "cuda"
-        and importlib.util.find_spec("vllm") is not None
-    )
-    return cfg.engine == "vllm" or auto
+    if cfg.engine == "auto":
+        return device_of(cfg).type == "cuda" and installed("vllm")
+    return cfg.engine == "vllm"
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def sleeps(cfg: Config) -> bool:
-    """Does the engine hand its memory to the update, and get the memory of AdamW's state during rollouts?"""
+    """Does the engine free its memory for the update? AdamW's state is offloaded during rollouts then."""
     return cfg.stage == "rl" and uses_vllm(cfg) and device_of(cfg).type == "cuda"
 
 
 def engine_ranks(weights: int, card: int, ranks: int) -> int:
-    """NOT IN PAPER: the fewest ranks (1, 2, 4 or 8; `ranks`: of a machine) that must share an engine for its weights in
-    bfloat16 to take at most a quarter of each card, so that most of it is cache. In bytes."""
+    """NOT IN PAPER: the fewest ranks (1, 2, 4 or 8; `ranks`: of a machine) that must share an engine
+    for its bfloat16 weights to take at most a quarter of each card, so that most of it is cache.
+    weights and card in bytes."""
     fitting = [n for n in (1, 2, 4, 8) if ranks % n == 0]
-    return next((n for n in fitting if weights / n <= card / 4), fitting[-1])
+    for n in fitting:
+        if weights / n <= card / 4:
+            return n
+    return fitting[-1]
 
 
 def engine_share(card: int, held: int, gathered: int) -> float:
-    """Share of a card for the engine: what the trainer does not hold then, less the weights that `check_push` gathers
-    while the engine is awake, less 4 GiB for activations, CUDA and NCCL. In bytes."""
+    """Share of a card for the engine: what the trainer does not hold then, less the weights that
+    `check_push` gathers while the engine is awake, less 4 GiB for activations, CUDA and NCCL. In
+    bytes."""
     return max(0.01, (card - held - gathered - 2**32) / card)
 
 
@@ -1721,85 +1714,59 @@ def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     free, card = torch.cuda.mem_get_info()
     layers = [sum(p.numel() for p in layer.parameters()) for layer in policy.lm.base_model.layers]
     parameters = sum(p.numel() for p in policy.parameters())
-    # FSDP gathers the root and two layers, each in a buffer and its copy; on one rank autocast copies all
-    gathered = 4 * (parameters - sum(layers[2:])) if world() > 1 else 2 * parameters
+    # FSDP gathers the root and two layers, each in a buffer and its copy; on one rank autocast copies
+    # all.
+    gathered = 2 * parameters
+    if world() > 1:
+        gathered = 4 * (parameters - sum(layers[2:]))
     share = cfg.vllm_memory or min(gather([engine_share(card, card - free, gathered)]))
     engines = 2 if cfg.answer_model and cfg.stage == "eval" else 1
     memory = dict(gpu_memory_utilization=share / engines, enable_sleep_mode=sleeps(cfg))
-    return cfg.vllm_tp or engine_ranks(
-        2 * parameters, card, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ), memory
+    of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return cfg.vllm_tp or engine_ranks(2 * parameters, card, of_machine), memory
 
 
 def make_engine(folder: str, policy, tokenizer, cfg: Config):
-    """Choose an engine, which gets the policy's weights by `load`; vLLM starts from those of `folder`."""
-    return (
-        VLLMEngine(folder, policy, tokenizer, cfg)
-        if uses_vllm(cfg)
-        else TorchEngine(tokenizer, cfg)
-    )
+    """The engine gets the policy's weights by `load`; vLLM starts from those of `folder`."""
+    if uses_vllm(cfg):
+        return VLLMEngine(folder, policy, tokenizer, cfg)
+    return TorchEngine(tokenizer, cfg)
+
+
+def push_weights(engine, policy, problem: Problem, cfg: Config):
+    if engine.load(policy):
+        check_push(engine, policy, problem.prompt, cfg)
 
 
 def check_push(engine, policy, prompt: list[int], cfg: Config):
-    """After a push, engine and trainer must give the same log-probs to one greedy answer. A push that fails silently
-    would leave the rollouts to an old policy for the rest of the run."""
-    (probe,) = engine.generate([prompt], [[0]], [0], 16, temperature=0.0)
-    (ours,) = response_logprobs(policy, [(probe.prompt, probe.ids)], cfg)
+    """After a push, engine and trainer must give the same log-probs to one greedy answer. A push that
+    fails silently would leave the rollouts to an old policy for the rest of the run."""
+    probe = Rollout(Problem({}, prompt))
+    engine.generate([probe], 16, temperature=0.0)
+    (ours,) = response_logprobs(policy, [row_of(probe)], cfg)
     gap = (torch.tensor(probe.logprobs) - ours).abs().mean().item()
-    tolerance = cfg.probe_tolerance or dict(float32=1e-3, bfloat16=0.1)[cfg.dtype]
-    error = Stop(
-        f"rank {rank()}: engine and trainer are {gap:.2g} nats per token apart after a push of weights "
-        f"(--probe-tolerance {tolerance}): it failed, or they compute differently"
-    )
-    all_ranks_agree(None if gap <= tolerance else error)
-
-
-# ---------------------------------------------------------------------------------------- machinery: model and sharding
-def attention(module, q, k, v, attention_mask, scaling=None, pack: Packed | None = None, **unused):
-    """The attention of every forward in this file, registered with transformers as "t1"; no mask is ever built.
-    With `pack`, q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh): each row attends to itself, on a GPU in bfloat16 by flash
-    attention for packed rows, elsewhere laid out as (B, T) and packed again. Without: q (B, Hq, 1, Dh) against a cache
-    (decoding), or one block from position 0 (prefill). Key-value heads are never repeated."""
-    if pack is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh)
-        if q.is_cuda and torch.is_autocast_enabled("cuda"):
-            lengths = (pack.ends, pack.ends, pack.shape[1], pack.shape[1])
-            causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
-            return varlen_attn(q.bfloat16(), k.bfloat16(), v.bfloat16(), *lengths, **causal)[
-                None
-            ], None
-        q, k, v = (
-            x.index_select(0, pack.to_grid).unflatten(0, pack.shape).transpose(1, 2)
-            for x in (q, k, v)
-        )
-    heads, kv_heads, Dh = q.shape[1], k.shape[1], q.shape[3]
-    if (
-        pack is None and q.shape[2] == 1
-    ):  # the heads of a group are a block of queries: each sees the whole cache
-        q = q.reshape(-1, kv_heads, heads // kv_heads, Dh)
-        return F.scaled_dot_product_attention(q, k, v, scale=scaling).reshape(
-            -1, 1, heads, Dh
-        ), None
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads
-    )
-    out = out.transpose(1, 2)  # (B, T, Hq, Dh)
-    return (out if pack is None else out.flatten(0, 1).index_select(0, pack.to_packed)[None]), None
-
-
-transformers.AttentionInterface.register("t1", attention)
+    tolerance = PUSH_TOLERANCE[cfg.dtype]
+    error = None
+    if not gap <= tolerance:
+        what = f"{gap:.2g} nats per token apart after a push of weights (tolerance {tolerance})"
+        error = Stop(f"rank {rank()}: engine and trainer are {what}: it failed, or they differ")
+    all_ranks_agree(error)
 
 
 class Cache:
-    """The cache of TorchEngine, with the methods that transformers' layers call: per layer one preallocated tensor of
-    keys and values, (2, b, Hkv, longest, Dh), of which the first `n` positions are filled."""
+    """The cache of TorchEngine, with the methods that transformers' layers call: per layer one
+    preallocated tensor of keys and values, (2, b, Hkv, longest, Dh), of which the first `n` positions
+    are filled."""
 
     def __init__(self, layers: int):
-        self.kv, self.n = [None] * layers, [0] * layers
+        self.kv = [None] * layers
+        self.n = [0] * layers
 
     def update(self, k, v, layer: int, *args, **kwargs):
-        n, new = self.n[layer], torch.stack([k, v])
-        self.n[layer] = end = n + k.shape[2]
+        n = self.n[layer]
+        end = n + k.shape[2]
+        self.n[layer] = end
+        new = torch.stack([k, v])
         if n == 0:  # prefill
             self.kv[layer] = new
         else:
@@ -1812,32 +1779,22 @@ class Cache:
     def extend(self, counts, longest: int):
         """Repeat each prompt's prefix for its samples and make room for `longest` positions."""
         for layer, x in enumerate(self.kv):
-            self.kv[layer] = x.new_empty(2, int(counts.sum()), x.shape[2], longest, x.shape[4])
-            self.kv[layer][:, :, :, : x.shape[3]] = x.repeat_interleave(counts, 1)
+            room = x.new_empty(2, int(counts.sum()), x.shape[2], longest, x.shape[4])
+            room[:, :, :, : x.shape[3]] = x.repeat_interleave(counts, 1)
+            self.kv[layer] = room
 
-    def keep(self, left: int, free, moved):
-        """Keep the first `left` slots, after the slots `moved` took the places `free`."""
-        for layer, (x, n) in enumerate(zip(self.kv, self.n)):
-            x[:, free, :, :n] = x[:, moved, :, :n]
+    def keep(self, left: int, ended, moved):
+        """Keep the first `left` slots, after the slots `moved` took the places of those that ended."""
+        for layer, x in enumerate(self.kv):
+            n = self.n[layer]
+            x[:, ended, :, :n] = x[:, moved, :, :n]
             self.kv[layer] = x[:, :left]
 
 
+# ------------------------------------------------------------------------ model and sharding
 def device_of(cfg: Config) -> torch.device:
-    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
-    """The problem as the model sees it. NOT IN PAPER: the template; a model was trained on its own chat template."""
-    if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
-        messages = [dict(role="system", content=cfg.system)] * bool(cfg.system) + [
-            dict(role="user", content=problem)
-        ]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
-    template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
-    return tokenizer(template.replace("{problem}", problem)).input_ids
 
 
 def load_policy(folder: str, cfg: Config, device=None):
@@ -1930,9 +1887,9 @@ def tiny_policy(cfg: Config, device=None):
     tokenizer = data_prep.embedded_tokenizer()
     torch.manual_seed(seed_for(cfg.seed, "weights"))
     sizes = dict(
-        hidden_size=cfg.tiny_width,
-        intermediate_size=3 * cfg.tiny_width,
-        num_hidden_layers=cfg.tiny_layers,
+        hidden_size=TINY["width"],
+        intermediate_size=3 * TINY["width"],
+        num_hidden_layers=TINY["layers"],
     )
     sizes |= dict(
         vocab_size=len(tokenizer),
@@ -2064,24 +2021,7 @@ def make_optimizer(policy, cfg: Config):
     return optimizer
 
 
-# --------------------------------------------------------------------------- machinery: data, run folders, checkpoints
-def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict], list[list[int]]]:
-    """-> rows and their prompt ids. A prompt is never cut: those longer than max_prompt are counted and left out."""
-    encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
-    fits = [0 < len(ids) <= cfg.max_prompt for ids in encoded]
-    if not all(fits):
-        first = rows[fits.index(False)]
-        what = f"{fits.count(False)} of {len(rows)} prompts are empty or longer than --max-prompt {cfg.max_prompt}"
-        if not any(fits):
-            raise Misuse(
-                f"{what}, the first is {first.get('where') or first.get('id')}; nothing is left"
-            )
-        print0(f"{what} tokens, the first is {first.get('where') or first.get('id')}: left out")
-    return [row for row, fit in zip(rows, fits) if fit], [
-        ids for ids, fit in zip(encoded, fits) if fit
-    ]
-
-
+# ------------------------------------------------------------------- run folders, checkpoints
 def is_whole(folder: Path) -> bool:
     """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
     try:
@@ -2155,11 +2095,6 @@ class RunFolder:
     timings.jsonl; samples.jsonl; checkpoint-N; curves.png. The same command resumes from its last whole checkpoint."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
-    # fields that may differ on resume, besides those of other stages: only sums round differently, or vLLM deals anew
-    free = set(
-        "out name timeout keep keep_every keep_rollouts tensorboard entropy_floor kl_ceiling micro_tokens"
-        " checkpointing compile offload rollout_rows vllm_tp vllm_memory probe_tolerance".split()
-    )
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)
@@ -2179,12 +2114,11 @@ class RunFolder:
                 f"{self.branch} is no whole checkpoint with the trainer's state; there are: {there}"
             )
             raise Misuse(f"--resume-from {cfg.resume_from}: {what}")
-        others = " ".join(
-            names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage
-        ).split()
-        self.values = {
-            k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free.union(others)
-        }
+        self.values = {}  # what decides the run
+        for option in dataclasses.fields(cfg):
+            rules = option.metadata
+            if not rules["free"] and rules["stage"] in ("", cfg.stage):
+                self.values[option.name] = getattr(cfg, option.name)
         if not os.path.lexists(self.path / "config.json"):
             return
         try:
@@ -2208,12 +2142,11 @@ class RunFolder:
         """The checkpoint that this stage resumes from, or the empty string."""
         return newest(self.path) or (str(self.branch) if self.cfg.resume_from else "")
 
-    def create(self, source: str, rows: list[dict]):
+    def create(self, source: str, problems: list[Problem]):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data."""
-        self.lock, self.has_answers = (
-            on_rank0(locked_folder, self.path),
-            all(row.get("answer") for row in rows),
-        )
+        self.lock = on_rank0(locked_folder, self.path)
+        rows = [problem.row for problem in problems]
+        self.has_answers = all(row.get("answer") for row in rows)
         lock, tries = self.path / "lock", 60  # a network file system may show a new folder late
         written = from_rank0(rank() == 0 and lock.read_text())
         while not (lock.exists() and lock.read_text() == written) and (tries := tries - 1):
@@ -2257,54 +2190,56 @@ class RunFolder:
                 str(self.path)
             )
 
-    def log(self, row: dict, clock, records=()):
-        """A row of metrics.jsonl; seconds, which differ from run to run, in a file of their own; the best, worst and
-        longest response of every tenth step."""
+    def steps(self, start: int, steps: int):
+        """The steps that are left, with a progress bar."""
+        about = dict(initial=start, total=steps, disable=rank() > 0, mininterval=1)
+        self.last = steps - 1
+        with Interrupt() as self.interrupt, tqdm(desc=self.cfg.stage, **about) as self.bar:
+            for step in range(start, steps):
+                clock.take()
+                yield step
+                self.bar.update()
+
+    def log(self, row: dict, rollouts: list[Rollout] = ()):
+        """A row of metrics.jsonl; seconds, which differ from run to run, in a file of their own; the
+        best, worst and longest response of every tenth step."""
+        wall = {phase: seconds[1] for phase, seconds in clock.take().items()}
         if rank() > 0:
             return
-        step, seconds = row["step"], {name: wall for name, (_, wall) in clock.seconds.items()}
+        step = row["step"]
+        self.bar.set_postfix_str(console_words(row, wall), False)
         append_rows(self.path / "metrics.jsonl", [row])
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         memory = dict(resident=resident, gpu_peak=torch.cuda.max_memory_allocated())
-        append_rows(
-            self.path / "timings.jsonl",
-            [dict(step=step, **seconds, tokens=row["tokens"], **memory)],
-        )
-        if records and step % 10 == 0:
-            by_reward, longest = (
-                sorted(records, key=lambda r: r["reward"]),
-                max(records, key=lambda r: r["length"]),
-            )
-            samples = dict(best=by_reward[-1], worst=by_reward[0], longest=longest)
-            append_rows(
-                self.path / "samples.jsonl",
-                [dict(step=step, kind=k, **r) for k, r in samples.items()],
-            )
-        if self.cfg.keep_rollouts and records:
+        times = dict(step=step, **wall, tokens=row["tokens"], **memory)
+        append_rows(self.path / "timings.jsonl", [times])
+        if rollouts and step % 10 == 0:
+            by_reward = sorted(rollouts, key=lambda r: r.reward)
+            longest = max(rollouts, key=lambda r: len(r.ids))
+            some = dict(best=by_reward[-1], worst=by_reward[0], longest=longest)
+            rows = [dict(step=step, kind=kind, **record_of(r)) for kind, r in some.items()]
+            append_rows(self.path / "samples.jsonl", rows)
+        if self.cfg.keep_rollouts and rollouts:
             with gzip.open(self.path / "rollouts.jsonl.gz", "at", encoding="utf-8") as f:
-                f.writelines(data_prep.json_line(dict(step=step) | r) for r in records)
-        for name in row if self.cfg.tensorboard else ():
-            self.board.add_scalar(name, math.nan if row[name] is None else row[name], step)
+                f.writelines(data_prep.json_line(dict(step=step) | record_of(r)) for r in rollouts)
+        if self.cfg.tensorboard:
+            for name, value in row.items():
+                self.board.add_scalar(name, math.nan if value is None else value, step)
 
-    def after_step(
-        self, done: int, steps: int, draw_every: int, save_every: int, interrupt, *what
-    ) -> bool:
-        """Draw and save (`what`: the arguments of `save`) when it is time, at the end, and on a signal. -> stop now?"""
-        signalled = interrupt.received()
+    def after_step(self, done: int, steps: int, policy, optimizer, anchor=None):
+        """Draw and save when it is time, at the end, and on a signal, which then ends the run."""
+        every = self.cfg.rl_save_every if self.cfg.stage == "rl" else self.cfg.sft_save_every
+        signalled = self.interrupt.received()
         now = done == steps or signalled
-        if now or done % draw_every == 0:
+        if now or done % (10 if self.cfg.stage == "rl" else 100) == 0:
             draw_steps(self.path)
-        if (
-            done
-            and (now or done % save_every == 0)
-            and not from_rank0(is_whole(self.path / f"checkpoint-{done}"))
-        ):
-            self.save(done, *what)
+        if now or done % every == 0:
+            self.save(done, policy, policy.tokenizer, optimizer, anchor)
         if signalled:
             print0(
                 f"{signalled}: stopped after step {done} of {steps}; the same command resumes there"
             )
-        return bool(signalled)
+            raise Interrupted
 
     def save(self, step: int, policy, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
@@ -2425,9 +2360,25 @@ def trainer_state(policy, optimizer, anchor=None):
         yield state
 
 
-# ----------------------------------------------------------------------------------- machinery: ranks, seeds, signals
-# Where ranks agree (`all_ranks_agree`), a Stop of one ends all with its line. A rank that ends otherwise breaks the
-# next collective of the others: they say that they lost contact (`main`). One that hangs is given up after cfg.timeout.
+def console_words(row: dict, wall: dict) -> str:
+    """A row of metrics.jsonl, and seconds per phase, for the progress bar."""
+    total = sum(wall.values())
+    shares = ", ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in wall.items())
+    speed = f"{row['tokens'] / total:,.0f} tokens/s ({shares})"
+    if "loss" in row:
+        return f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {speed}"
+    words = f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f}"
+    words += f" entropy {row['entropy']:.3f} kl {row['kl']:.2f} overlong {row['overlong']:.2f}"
+    words += f" repeat {row['repetition']:.2f} flat {row['flat_groups']:.2f}"
+    return words + f" ungraded {row['ungraded']:.2f} gap {row['logprob_gap']:.0e} {speed}"
+
+
+# --------------------------------------------------------------- ranks, the clock, signals
+# A Stop of one rank ends all with its line (`all_ranks_agree`). A rank that ends otherwise breaks the
+# next collective of the others, which say that they lost contact (`main`). One that hangs is given up
+# after cfg.timeout.
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -2450,6 +2401,13 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
+def exchange(rollouts: list[Rollout], share: list[Rollout], together: int = 1):
+    """Every `together` ranks completed one share, each n-th rollout: now all ranks get all of them."""
+    shares = gather([share] if rank() % together == 0 else [])
+    for i, part in enumerate(shares):
+        rollouts[i :: len(shares)] = part
+
+
 def all_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks of a float64 tensor on the CPU."""
     if world() > 1:
@@ -2466,26 +2424,35 @@ def from_rank0(value):
 
 def on_rank0(function, *args):
     """Call on rank 0 alone -> its result there; its Stop is raised on all ranks."""
-    result = error = None
-    if rank() == 0:
-        try:
+    result = None
+    with all_ranks_or_none():
+        if rank() == 0:
             result = function(*args)
-        except Stop as e:
-            error = e
-    all_ranks_agree(error)
     return result
 
 
+@contextlib.contextmanager
+def all_ranks_or_none():
+    """If any rank raises Stop inside, all ranks raise it, so that none waits for one that stopped."""
+    error = None
+    try:
+        yield
+    except Stop as e:
+        error = e
+    all_ranks_agree(error)
+
+
 def all_ranks_agree(error: Stop | None = None):
-    """If any rank failed, raise its error on all ranks, so that none waits for one that stopped. Also a barrier."""
-    errors = [e for e in gather([error]) if e]
-    if errors:
-        raise errors[0]
+    """Raise the first rank's error on all ranks. Also a barrier."""
+    for e in gather([error]):
+        if e is not None:
+            raise e
 
 
 def deal(work: list[int], shares: int) -> list[list[int]]:
-    """Item indices per rank, balanced greedily: the largest item first, each to the rank with the least work so far."""
-    items, load = [[] for _ in range(shares)], [0] * shares
+    """Item indices per share, balanced greedily: the largest item first, each to the smallest share."""
+    items = [[] for _ in range(shares)]
+    load = [0] * shares
     for i in sorted(range(len(work)), key=lambda i: -work[i]):
         least = load.index(min(load))
         items[least].append(i)
@@ -2499,31 +2466,44 @@ def reason_of(e: BaseException, line: int = 0) -> str:
 
 
 class Clock:
-    """CPU and wall seconds of the phases of a step."""
+    """Seconds of the phases of a step: `with clock("rollout"): ...`."""
 
     def __init__(self):
-        self.seconds, self.last = {}, (time.process_time(), time.perf_counter())
+        self.seconds = {}  # phase -> (CPU, wall)
 
-    def lap(self, name: str):
-        now = (time.process_time(), time.perf_counter())
-        self.seconds[name], self.last = (now[0] - self.last[0], now[1] - self.last[1]), now
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        cpu = time.process_time()
+        wall = time.perf_counter()
+        yield
+        before = self.seconds.get(phase, (0.0, 0.0))
+        cpu = before[0] + time.process_time() - cpu
+        self.seconds[phase] = (cpu, before[1] + time.perf_counter() - wall)
 
-    def speed(self, row: dict) -> str:
-        wall = {name: seconds[1] for name, seconds in self.seconds.items()}
-        shares = ", ".join(f"{name} {s / sum(wall.values()):.0%}" for name, s in wall.items())
-        return f"{row['tokens'] / sum(wall.values()):,.0f} tokens/s ({shares})"
+    def take(self) -> dict:
+        """The seconds so far; the clock begins anew."""
+        seconds = self.seconds
+        self.seconds = {}
+        return seconds
+
+
+clock = Clock()  # one of the process, as its CPU time is
+
+
+class Interrupted(Exception):
+    """A signal came and the checkpoint is saved: the run ends in good order."""
 
 
 class Interrupt:
-    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the current step, in
-    RL also after rollout and anchor. A second one within 10 s is ignored (launchers send two), a later one kills."""
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the
+    current step. A second one within 10 s is ignored (launchers send two), a later one kills."""
 
-    name, at = "", math.inf
+    name = ""
+    at = math.inf
 
     def __enter__(self):
-        self.before = {
-            s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self.before = {s: signal.signal(s, self.note) for s in signals}
         return self
 
     def __exit__(self, *unused):
@@ -2535,7 +2515,8 @@ class Interrupt:
             self.__exit__()
             os.kill(os.getpid(), number)
         if not self.name:
-            self.name, self.at = signal.Signals(number).name, time.monotonic()
+            self.name = signal.Signals(number).name
+            self.at = time.monotonic()
             os.write(2, b"\nstopping: a checkpoint is saved first\n")
 
     def received(self) -> str:
@@ -2543,7 +2524,7 @@ class Interrupt:
         return max(gather([self.name]))
 
 
-# ------------------------------------------------------------------------ machinery: pictures, from a run's files alone
+# ---------------------------------------------------------- pictures, from the files of a run alone
 PANELS = {  # stage -> panels of curves.png: label with unit, and columns of metrics.jsonl
     "sft": {
         "loss (nats per token)": "loss",
@@ -2570,44 +2551,45 @@ WORDS = dict(
 )
 
 
+def column(rows: list[dict], name: str) -> np.ndarray:
+    """A column of metrics.jsonl; NaN where it is empty."""
+    values = [row.get(name) for row in rows]
+    return np.array([math.nan if value is None else value for value in values], dtype=float)
+
+
 def draw_steps(folder: Path, suffix: str = ".png"):
-    """curves.png from metrics.jsonl: steps are faint, a centred mean over 5 % is strong; empty columns get no panel."""
+    """curves.png from metrics.jsonl: steps are faint, a centred mean over 5 % of them is strong.
+    Empty columns get no panel."""
     rows = read_log(folder / "metrics.jsonl") if rank() == 0 else []
     if not rows:
         return
-    panels = [(label, names.split()) for label, names in PANELS[folder.name].items()]
-    panels = [
-        (label, names)
-        for label, names in panels
-        if any(row.get(names[0]) is not None for row in rows)
-    ]
-    height, window, x = (
-        math.ceil(len(panels) / 3),
-        max(1, len(rows) // 20),
-        np.array([row["step"] + 1 for row in rows]),
-    )
+    panels = []
+    for label, names in PANELS[folder.name].items():
+        if not np.isnan(column(rows, names.split()[0])).all():
+            panels.append((label, names.split()))
+    height = math.ceil(len(panels) / 3)
+    window = max(1, len(rows) // 20)
+    steps = column(rows, "step") + 1
     figure = Figure(figsize=(12.6, 3 * height))
     for i, (label, names) in enumerate(panels):
         axis = figure.add_subplot(height, 3, i + 1, xlabel="step", ylabel=label)
         for name, style in zip(names, ("-", "--", ":")):
-            y = np.array(
-                [math.nan if row.get(name) is None else row[name] for row in rows], dtype=float
-            )
-            line = axis.plot(x, y, lw=0.6, alpha=0.35)[0]
-            mean = np.convolve(y, np.ones(window) / window, "valid")
-            style = dict(ls=style, color=line.get_color(), label=WORDS.get(name, name))
-            axis.plot(x[window // 2 :][: len(mean)], mean, **style)
+            values = column(rows, name)
+            faint = axis.plot(steps, values, lw=0.6, alpha=0.35)[0]
+            mean = np.convolve(values, np.ones(window) / window, "valid")
+            x = steps[window // 2 :][: len(mean)]
+            axis.plot(x, mean, ls=style, color=faint.get_color(), label=WORDS.get(name, name))
         if axis.dataLim.y0 == axis.dataLim.y1 == 0:
             axis.set_ylim(0, 1)
         if len(names) > 1:
             axis.legend(fontsize=8)
-    save_figure(
-        figure, folder / f"curves{suffix}", f"stage {folder.name} of run {folder.parent.name}"
-    )
+    title = f"stage {folder.name} of run {folder.parent.name}"
+    save_figure(figure, folder / f"curves{suffix}", title)
 
 
 def draw_results(folder: Path, suffix: str = ".png"):
-    """inference_scaling.png of each test set: accuracy against thinking budget, a curve per checkpoint (section 3)."""
+    """inference_scaling.png of each test set: accuracy against thinking budget, a curve per
+    checkpoint (section 3)."""
     by_test = {}
     for entry in read_json(folder / "results.json")["checkpoints"]:
         if entry.get("scaling"):
@@ -2617,23 +2599,16 @@ def draw_results(folder: Path, suffix: str = ".png"):
         for i, entry in enumerate(entries):
             budgets, value, error, _ = np.array(entry["scaling"], dtype=float).T
             style = dict(marker="osD^vPX*"[i % 8], ls=("-", "--", "-.", ":")[i % 4], capsize=2)
-            colour = colormaps["viridis_r"](
-                (i + 1) / len(entries)
-            )  # darker with each checkpoint, in print, too
-            axis.errorbar(
-                budgets, 100 * value, 100 * error, label=entry["name"], color=colour, **style
-            )
+            style["color"] = colormaps["viridis_r"]((i + 1) / len(entries))  # darker with each
+            axis.errorbar(budgets, 100 * value, 100 * error, label=entry["name"], **style)
         axis.set(xscale="log", xlabel="thinking budget (tokens)", ylabel="pass@1 (%)")
         axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets], rotation=45)
         axis.minorticks_off()
         axis.legend(fontsize=8, title="checkpoint")
-        title = f"{test}: {entry['problems']} problems x {entry['samples']} samples at T = {entry['temperature']}"
-        which = re.sub(r"\W+", "-", f"-{Path(test).stem}") * (len(by_test) > 1)
-        save_figure(
-            axis.figure,
-            folder / f"inference_scaling{which}{suffix}",
-            title + "; bars: standard error",
-        )
+        title = f"{test}: {entry['problems']} problems x {entry['samples']} samples"
+        title += f" at T = {entry['temperature']}; bars: standard error"
+        which = re.sub(r"\W+", "-", f"-{Path(test).stem}") if len(by_test) > 1 else ""
+        save_figure(axis.figure, folder / f"inference_scaling{which}{suffix}", title)
 
 
 def save_figure(figure: Figure, path: Path, title: str):
@@ -2646,44 +2621,59 @@ def save_figure(figure: Figure, path: Path, title: str):
     beside.rename(path)
 
 
-# ---------------------------------------------------------------------------------------------- machinery: command line
+# ------------------------------------------------------------------------------- the command line
 STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
-MAY_BE_ZERO = set(
-    "probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
-    " ema_decay entropy_coef weight_decay eval_temperature eval_samples vllm_tp vllm_memory".split()
-)
 RESUMES = "the same command resumes from the last checkpoint"
-KEPT = {
-    "prompt_template",
-    "system",
-    "max_prompt",
-    "max_new",
-    "dtype",
-}  # the next stages of a run keep these, too
 
 
-class Parser(transformers.HfArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One argument for each option of Config, as its `knob` declares it."""
+
+    def __init__(self):
+        raw = argparse.RawDescriptionHelpFormatter
+        about = dict(description=__doc__, formatter_class=raw, allow_abbrev=False)
+        super().__init__(prog="t1.py", **about)
+        for option in dataclasses.fields(Config):
+            names = {f"--{option.name.replace('_', '-')}", f"--{option.name}"}
+            choices = get_args(option.type)  # of a Literal
+            rules = dict(help=option.metadata["help"], default=option.default)
+            if choices:
+                rules |= dict(choices=choices)
+            elif option.type is bool:
+                rules |= dict(type=truth, nargs="?", const=True)
+            else:
+                rules |= dict(type=option.type)
+            self.add_argument(*sorted(names), **rules)
+
     def error(self, message):
-        words = re.findall(r"--?[\w-]+", message) if "unrecognized" in message else []
-        close = difflib.get_close_matches(words[0], self._option_string_actions) if words else []
-        hint = (
-            f"did you mean {close[0]}?"
-            if close
-            else "is --stage missing? python t1.py --help lists every field"
-        )
+        hint = "is --stage missing? python t1.py --help lists every field"
+        words = re.findall(r"--?[\w-]+", message)
+        if "unrecognized" in message and words:
+            close = difflib.get_close_matches(words[0], self._option_string_actions)
+            if close:
+                hint = f"did you mean {close[0]}?"
         raise Misuse(f"{message}; {hint}")
 
 
+def truth(text: str) -> bool:
+    return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+
+
+def options_with(rule: str) -> set[str]:
+    """The names of the options whose `knob` sets this rule."""
+    return {f.name for f in dataclasses.fields(Config) if f.metadata[rule]}
+
+
 def settings_before(args) -> dict:
-    """The settings of the stage that made the model which this one takes, from its config.json; {} if no stage did."""
-    given, run = (
-        (args.checkpoint or args.model).split(",")[0],
-        Path(args.out) / (args.name or args.preset or "tiny"),
-    )
-    made = Path(given).parent if Path(given).name.startswith("checkpoint-") else Path(given)
-    for path in (
-        folder / "config.json" for folder in ([made] if given else [run / "rl", run / "sft"])
-    ):
+    """The config of the stage that produced this stage's input model, {} if no stage did."""
+    given = (args.checkpoint or args.model).split(",")[0]
+    run = Path(args.out) / (args.name or args.preset or "tiny")
+    folders = [run / "rl", run / "sft"]
+    if given:
+        inside = Path(given).name.startswith("checkpoint-")
+        folders = [Path(given).parent if inside else Path(given)]
+    for folder in folders:
+        path = folder / "config.json"
         settings = read_json(path).get("config") if path.is_file() else None
         if isinstance(settings, dict) and settings.get("preset") in PRESETS:
             return settings
@@ -2691,130 +2681,101 @@ def settings_before(args) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Config from the command line: the preset's values, KEPT of the stage before, then the options that are given."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        Config, prog="t1.py", description=__doc__, formatter_class=raw, allow_abbrev=False
-    )
-    first = parser.parse_args(argv)
-    before = settings_before(first)
-    own = (first.model or first.checkpoint) and (first.data or first.test or first.benchmarks)
-    preset = first.preset or before.get("preset") or ("pretrained" if own else "tiny")
+    """The preset's values, then what the stage before hands on, then the options that are given."""
+    parser = Parser()
+    given = parser.parse_args(argv)
+    before = settings_before(given)
+    of_user = (given.model or given.checkpoint) and (given.data or given.test or given.benchmarks)
+    preset = given.preset or before.get("preset") or ("pretrained" if of_user else "tiny")
     values = dict(PRESETS[preset])
-    if first.stage != "sft":
-        values.pop(
-            "model", None
-        )  # a preset's model is where SFT starts; the other stages take the run's checkpoints
+    if given.stage != "sft":
+        values.pop("model", None)  # where SFT starts; later stages take the run's checkpoints
     if before.get("preset") == preset:
-        values |= {name: before[name] for name in KEPT.intersection(before)}
+        for name in options_with("inherit") & set(before):
+            values[name] = before[name]
     parser.set_defaults(**values)
-    cfg = Config(**vars(parser.parse_args(argv)) | dict(preset=preset))
+    values = vars(parser.parse_args(argv))
+    cfg = Config(**values | dict(preset=preset))
     check_config(cfg)
     return cfg
 
 
 def check_config(cfg: Config):
+    """Misuse for values that no run can have."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    usual = Config(**PRESETS[cfg.preset])
 
     def need(holds, name, what):
         if not holds:
             raise Misuse(f"--{name.replace('_', '-')} {getattr(cfg, name)!r}: {what}")
 
     need(cfg.stage in STAGES, "stage", f"choose from {', '.join(STAGES)}")
-    usual = Config(**PRESETS[cfg.preset])
-    for stage, names in STAGE_FIELDS.items():
-        for name in names.split() * (cfg.stage != stage):
-            need(getattr(cfg, name) == getattr(usual, name), name, f"only --stage {stage} reads it")
-    for name, value in dataclasses.asdict(cfg).items():
+    for option in dataclasses.fields(cfg):
+        name = option.name
+        value = getattr(cfg, name)
+        stage = option.metadata["stage"] or cfg.stage
+        if stage != cfg.stage:
+            need(value == getattr(usual, name), name, f"only --stage {stage} uses it")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")
-            need(value > 0 or name in MAY_BE_ZERO, name, "must be above 0")
+            need(value > 0 or option.metadata["zero"], name, "must be above 0")
         elif isinstance(value, str):
             need(value == value.encode(errors="replace").decode(), name, "is not UTF-8 text")
     need(cfg.k >= 2, "k", "leave-one-out needs at least 2 samples per prompt")
     need(cfg.min_p < 1, "min_p", "must be below 1")
     need(cfg.ema_decay <= 1, "ema_decay", "must be at most 1")
     need(cfg.repeat_count > 1, "repeat_count", "must be at least 2: every block occurs once")
+    numbers = r"([1-9]\d*(,[1-9]\d*)*)?"
     need(
-        cfg.tiny_width % 8 == 0,
-        "tiny_width",
-        "must be a multiple of 8: four heads of an even width",
+        re.fullmatch(numbers, cfg.budgets), "budgets", "must be whole numbers, with commas between"
     )
-    need(cfg.device != "cuda" or torch.cuda.is_available(), "device", "torch sees no GPU here")
-    need(
-        re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.budgets),
-        "budgets",
-        "must be whole numbers, separated by commas",
-    )
-    need(
-        re.fullmatch(r"([\w-]+(,[\w-]+)*)?", cfg.benchmarks),
-        "benchmarks",
-        "must be names, separated by commas",
-    )
-    need(
-        "{problem}" in (cfg.prompt_template or "{problem}"),
-        "prompt_template",
-        "must contain {problem}",
-    )
+    names = r"([\w-]+(,[\w-]+)*)?"
+    need(re.fullmatch(names, cfg.benchmarks), "benchmarks", "must be names, with commas between")
+    template = cfg.prompt_template
+    need(not template or "{problem}" in template, "prompt_template", "must contain {problem}")
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
-    installed = importlib.util.find_spec
-    need(
-        cfg.engine != "vllm" or installed("vllm"),
-        "engine",
-        "not installed here: pip install vllm==0.32.0",
-    )
+    vllm = "not installed here: pip install vllm==0.32.0"
+    need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
-    need(
-        not cfg.tensorboard or installed("tensorboard"),
-        "tensorboard",
-        "not installed here; pip install tensorboard",
-    )
+    board = "not installed here; pip install tensorboard"
+    need(not cfg.tensorboard or installed("tensorboard"), "tensorboard", board)
     need(not cfg.vllm_tp or cfg.engine != "torch", "vllm_tp", "only with --engine vllm")
     need(ranks % (cfg.vllm_tp or 1) == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
-    need(
-        cfg.prompts * cfg.k >= ranks,
-        "prompts",
-        f"each of the {ranks} ranks needs at least one response",
-    )
-    need(cfg.sft_batch >= ranks, "sft_batch", f"each of the {ranks} ranks needs at least one trace")
+    one_each = f"each of the {ranks} ranks needs at least one"
+    need(cfg.prompts * cfg.k >= ranks, "prompts", f"{one_each} response")
+    need(cfg.sft_batch >= ranks, "sft_batch", f"{one_each} trace")
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         cfg = parse_args(argv)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-                torch.set_num_threads(
-                    max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
-                )
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
+        join_ranks(cfg)
         quiet()
-        values, usual = dataclasses.asdict(cfg), dataclasses.asdict(Config())
-        values = ", ".join(
-            f"{k} {v}" for k, v in values.items() if v != usual[k] and k not in ("stage", "preset")
-        )
-        print0(f"preset {cfg.preset}" + f": {values}" * bool(values))
+        usual = Config()
+        values = []
+        for name, value in dataclasses.asdict(cfg).items():
+            if value != getattr(usual, name) and name not in ("stage", "preset"):
+                values.append(f"{name} {value}")
+        print0(": ".join([f"preset {cfg.preset}", ", ".join(values)]).removesuffix(": "))
         STAGES[cfg.stage](cfg)
+        return 0
+    except Interrupted:
         return 0
     except Stop as e:
         return complain(str(e), e.code)
     except OSError as e:
         return complain(f"{e.filename or 'a file'}: {e.strerror or e}; {RESUMES}", 1)
     except (MemoryError, RuntimeError) as e:
+        reason = reason_of(e)
         if isinstance(e, MemoryError) or re.search(
             "out of memory|alloc.*memory|memory.*alloc", str(e)
         ):
-            return complain(
-                f"out of memory ({reason_of(e)}); lower --micro-tokens, --rollout-rows or --vllm-memory",
-                1,
-            )
+            lower = "lower --micro-tokens, --rollout-rows or --vllm-memory"
+            return complain(f"out of memory ({reason}); {lower}", 1)
         if world() > 1 and re.search("gloo|NCCL|[Cc]onnection|Broken pipe|Timed out", str(e)):
-            return complain(f"lost contact with another rank ({reason_of(e)}); {RESUMES}", 1)
+            return complain(f"lost contact with another rank ({reason}); {RESUMES}", 1)
         raise
     finally:
         if "vllm" in sys.modules:  # its groups first: it would look for them at exit
@@ -2823,31 +2784,41 @@ def main(argv: list[str] | None = None) -> int:
             dist.destroy_process_group()
 
 
+def join_ranks(cfg: Config):
+    """Under torchrun: the process group, this rank's GPU and threads."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
+
+
 def quiet():
     """Remarks of libraries stay off the console; failures raise."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings(
-        "ignore", module="torch.distributed.checkpoint"
-    )  # that there is only one process
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # of one process
     logging.disable(logging.WARNING)
 
 
 def complain(message: str, code: int) -> int:
-    """One line on stderr; with several ranks a line of its own, whatever the progress bar of rank 0 is doing."""
-    print(
-        f"\nt1.py, rank {rank()}: {message}" if world() > 1 else f"t1.py: {message}",
-        file=sys.stderr,
-    )
+    """One line on stderr; with several ranks on a line of its own, below rank 0's progress bar."""
+    who = f"\nt1.py, rank {rank()}" if world() > 1 else "t1.py"
+    print(f"{who}: {message}", file=sys.stderr)
     return code
 
 
 def leave(code: int):
-    """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a tensor to release asks
-    for the interpreter's lock there, and Python ends such a thread in a way that aborts the process (exit -6)."""
-    if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1 and "vllm" not in sys.modules
-    ):  # which has shared memory to remove
+    """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a tensor
+    to release asks for the interpreter's lock there, and Python ends such a thread in a way that
+    aborts the process (exit -6)."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and "vllm" not in sys.modules:  # which has shared memory to remove
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(code)
