@@ -395,23 +395,6 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
     return all_sum(kl).float()
 
 
-def rl_metrics(step: int, rollouts, rewards, kl, sums: dict, norm: float, lr: float) -> dict:
-    """A row of metrics.jsonl; docs/metrics.md defines each column."""
-    N = sums["tokens"]
-    flat = [(group == group[0]).all().item() for group in rewards]
-    row = dict(step=step, **means(rollouts))
-    row["kl"] = kl.mean().item() + sums["bias"] / len(rollouts)  # of the trainer's log-probs
-    row["entropy"] = sums["entropy"] / N
-    row["nll"] = sums["nll"] / N
-    row["logprob_gap"] = sums["gap"] / N
-    row["logprob_gap_p99"] = sums["gap_p99"]
-    row["flat_groups"] = np.mean(flat).item()
-    row["grad_norm"] = norm
-    row["lr"] = lr
-    row["tokens"] = N
-    return row
-
-
 def run_rl(cfg):
     folder = RunFolder(cfg)
     sft = str(folder.path.parent / "sft")
@@ -588,36 +571,6 @@ def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout
     generate(engine, rollouts, cfg.max_new, cfg.eval_temperature)
     judge(rollouts, engine.tokenizer, cfg)
     return rollouts
-
-
-def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tuple[dict, list]:
-    """A policy on a test set -> its entry of results.json (docs/metrics.md), and its responses."""
-    tokenizer = engine.tokenizer
-    rollouts = evaluate(engine, problems, samples, cfg)
-    right = grouped([r.right for r in rollouts], samples)
-    value, error = mean_and_error(right)
-    answers = [r.behaviour["answer"] for r in rollouts]
-    ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
-    ks = [2**i for i in range(samples.bit_length())]
-    chances = {k: [[pass_at_k(samples, sum(r), k)] for r in right] for k in ks}
-    result = dict(
-        problems=len(problems),
-        samples=samples,
-        temperature=cfg.eval_temperature,
-        seed=cfg.seed,
-        max_new=cfg.max_new,
-        answer_model=cfg.answer_model,
-        pass_at_1=value,
-        standard_error=error,
-        **means(rollouts),
-        ungradable=float(np.mean(ungradable)),
-        pass_at_k=[[k, *mean_and_error(chances[k])] for k in ks],
-    )
-    if not (cfg.test or cfg.data or cfg.benchmarks):
-        result["habits"] = data_prep.habit_shares([vars(r) for r in rollouts])
-    if cfg.budgets:
-        result["scaling"] = accuracy_within(answerer, tokenizer, rollouts, samples, cfg)
-    return result, rollouts
 
 
 # ------------------------------------------------------------------------- 5. How it is computed
@@ -1532,6 +1485,23 @@ def means(rollouts: list[Rollout]) -> dict:
     )
 
 
+def rl_metrics(step: int, rollouts, rewards, kl, sums: dict, norm: float, lr: float) -> dict:
+    """A row of metrics.jsonl; docs/metrics.md defines each column."""
+    N = sums["tokens"]
+    flat = [(group == group[0]).all().item() for group in rewards]
+    row = dict(step=step, **means(rollouts))
+    row["kl"] = kl.mean().item() + sums["bias"] / len(rollouts)  # of the trainer's log-probs
+    row["entropy"] = sums["entropy"] / N
+    row["nll"] = sums["nll"] / N
+    row["logprob_gap"] = sums["gap"] / N
+    row["logprob_gap_p99"] = sums["gap_p99"]
+    row["flat_groups"] = np.mean(flat).item()
+    row["grad_norm"] = norm
+    row["lr"] = lr
+    row["tokens"] = N
+    return row
+
+
 def record_of(rollout: Rollout) -> dict:
     """A judged response as it is logged."""
     row = rollout.problem.row
@@ -1648,6 +1618,36 @@ def log_responses(folder: Path, entry: dict, rollouts: list[Rollout]):
         sampled = dict(sample=r.sample, finished=r.finished, ids=r.ids)
         rows.append(entry | record_of(r) | sampled)
     append_rows(path, rows, sync=True)
+
+
+def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tuple[dict, list]:
+    """A policy on a test set -> its entry of results.json (docs/metrics.md), and its responses."""
+    tokenizer = engine.tokenizer
+    rollouts = evaluate(engine, problems, samples, cfg)
+    right = grouped([r.right for r in rollouts], samples)
+    value, error = mean_and_error(right)
+    answers = [r.behaviour["answer"] for r in rollouts]
+    ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
+    ks = [2**i for i in range(samples.bit_length())]
+    chances = {k: [[pass_at_k(samples, sum(r), k)] for r in right] for k in ks}
+    result = dict(
+        problems=len(problems),
+        samples=samples,
+        temperature=cfg.eval_temperature,
+        seed=cfg.seed,
+        max_new=cfg.max_new,
+        answer_model=cfg.answer_model,
+        pass_at_1=value,
+        standard_error=error,
+        **means(rollouts),
+        ungradable=float(np.mean(ungradable)),
+        pass_at_k=[[k, *mean_and_error(chances[k])] for k in ks],
+    )
+    if not (cfg.test or cfg.data or cfg.benchmarks):
+        result["habits"] = data_prep.habit_shares([vars(r) for r in rollouts])
+    if cfg.budgets:
+        result["scaling"] = accuracy_within(answerer, tokenizer, rollouts, samples, cfg)
+    return result, rollouts
 
 
 def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
