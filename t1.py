@@ -182,7 +182,8 @@ def policy_loss_reference(
     logits = (hidden @ lm_head.T).float() / temperature  # (n, V)
     logp = log_softmax_min_p(logits, min_p)  # (n, V)
     logprob = logp.gather(1, targets[:, None])[:, 0]  # (n,)
-    entropy = -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(-1)  # (n,) over the vocabulary
+    p_logp = logp.exp() * logp.masked_fill(logp.isinf(), 0)  # (n, V); 0 log 0 = 0
+    entropy = -p_logp.sum(-1)  # (n,) exact: over the whole vocabulary
     return -(weights * (advantages * logprob + entropy_coef * entropy)).sum()
 
 
@@ -402,13 +403,7 @@ def run_rl(cfg):
     if source == sft:
         what = "run --stage sft first, or give --model"
         raise Misuse(f"no SFT checkpoint beside {folder.path}: {what}")
-    rows, tests = read_data(cfg)
-    whole, tokenizer = load_whole(source, cfg)
-    tests = encode_prompts(tests, tokenizer, cfg)
-    problems = encode_prompts(rows, tokenizer, cfg)
-    prompt = look_at_prompt(problems, tokenizer, cfg)
-    on_rank0(try_export, whole, tokenizer, cfg)
-    folder.create(source, problems, tests, prompt)
+    whole, tokenizer, problems, tests = prepare(folder, source, cfg)
     print0(f"{len(problems)} problems; the policy starts from {source}")
 
     # Both start from the SFT model. On one rank `shard` keeps the model, on several it makes a
@@ -446,21 +441,20 @@ def sft_step(step: int, steps: int, traces: list[Rollout], policy, optimizer, cf
     lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
     N = sums["tokens"]
-    loss = sums["loss"]
-    return dict(step=step, loss=loss, entropy=sums["entropy"] / N, grad_norm=norm, lr=lr, tokens=N)
+    return dict(
+        step=step,
+        loss=sums["loss"],
+        entropy=sums["entropy"] / N,
+        grad_norm=norm,
+        lr=lr,
+        tokens=N,
+    )
 
 
 def run_sft(cfg):
     folder = RunFolder(cfg)
-    rows, tests = read_data(cfg)
     source = folder.source or latest(cfg.model)
-    whole, tokenizer = load_whole(source, cfg)
-    tests = encode_prompts(tests, tokenizer, cfg)
-    problems = encode_prompts(rows, tokenizer, cfg)
-    traces = encode_responses(problems, tokenizer, cfg)
-    prompt = look_at_prompt(problems, tokenizer, cfg)
-    on_rank0(try_export, whole, tokenizer, cfg)
-    folder.create(source, problems, tests, prompt)
+    whole, tokenizer, traces, tests = prepare(folder, source, cfg)
     policy = shard(whole, tokenizer, cfg)
     del whole
     steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(traces) / cfg.sft_batch)
@@ -552,16 +546,6 @@ def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
     return per_problem.mean().item(), error
 
 
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, include a right one."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def grouped(values, n: int) -> list[list]:
-    """Consecutive values, n per problem -> one list per problem."""
-    return [list(values[i : i + n]) for i in range(0, len(values), n)]
-
-
 def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout]:
     """`samples` judged responses to each problem, one problem after the other."""
     rollouts = []
@@ -575,6 +559,12 @@ def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout
 
 # ------------------------------------------------------------------------- 5. How it is computed
 Row = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
+
+
+def by_problem(rollouts: list[Rollout]) -> list[list[Rollout]]:
+    """Consecutive rollouts of one problem -> a list per problem."""
+    groups = itertools.groupby(rollouts, key=lambda rollout: id(rollout.problem))
+    return [list(group) for _, group in groups]
 
 
 def row_of(rollout: Rollout) -> Row:
@@ -662,6 +652,11 @@ def pack(rows: list[Row], device) -> Packed:
     return Packed(**tensors, shape=(B, T))
 
 
+def to_grid(x, pack: Packed):
+    """(n, H, Dh) -> (B, H, T, Dh)"""
+    return x.index_select(0, pack.to_grid).unflatten(0, pack.shape).transpose(1, 2)
+
+
 def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused):
     """The attention of every forward in this file, registered with transformers as "t1".
 
@@ -676,7 +671,7 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         return out.reshape(-1, 1, heads, v.shape[3]), None
     if pack is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh) each
         if q.is_cuda and torch.is_autocast_enabled("cuda"):
             q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
             rows = (pack.ends, pack.ends, pack.shape[1], pack.shape[1])
@@ -684,8 +679,9 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused
             return varlen_attn(q, k, v, *rows, **causal)[None], None
         # Elsewhere rows are laid out as a padded (B, T) grid. Padding comes last, so that the
         # causal mask hides it.
-        q, k, v = (x.index_select(0, pack.to_grid) for x in (q, k, v))
-        q, k, v = (x.unflatten(0, pack.shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, Dh)
+        q = to_grid(q, pack)
+        k = to_grid(k, pack)
+        v = to_grid(v, pack)
     gqa = heads != kv_heads
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
     out = out.transpose(1, 2)  # (B, T, Hq, Dh)
@@ -719,7 +715,8 @@ def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int],
 
 def share_of_rank(rollouts: list[Rollout]) -> list[int]:
     """Indices of the responses that this rank trains on: about the same tokens on each rank."""
-    return deal([len(r.problem.prompt) + len(r.ids) for r in rollouts], world())[rank()]
+    lengths = [len(r.problem.prompt) + len(r.ids) for r in rollouts]
+    return deal(lengths, world())[rank()]
 
 
 def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dict:
@@ -764,8 +761,15 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
     noise = torch.stack([gaps.double().sum(), gaps.double().abs().sum()])
     loss, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
     p99 = np.quantile(gaps.abs().numpy(), 0.99).item() if len(gaps) else 0.0
-    sums = dict(loss=loss, nll=nll, entropy=entropy, bias=bias, gap=gap, tokens=N)
-    return sums | dict(gap_p99=max(gather([p99])))
+    return dict(
+        loss=loss,
+        nll=nll,
+        entropy=entropy,
+        bias=bias,
+        gap=gap,
+        gap_p99=max(gather([p99])),
+        tokens=N,
+    )
 
 
 @torch.no_grad()
@@ -869,7 +873,7 @@ class TorchEngine:
 
     def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
         """Fill in ids, logprobs and finished. The rollouts of one problem stand together."""
-        groups = [list(g) for _, g in itertools.groupby(rollouts, key=lambda r: id(r.problem))]
+        groups = by_problem(rollouts)
         groups.sort(key=lambda group: len(group[0].problem.prompt))  # similar lengths together
         samples = max(map(len, groups), default=1)
         per_batch = max(1, self.cfg.rollout_rows // samples)
@@ -1242,6 +1246,21 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     return rest, list(held.values())
 
 
+def prepare(folder, source: str, cfg: Config):
+    """-> the model of `source` on one rank, its tokenizer, what to train on (rollouts of the traces
+    in sft, problems in rl) and the held-out problems. All is checked before the run's folder is
+    made."""
+    rows, tests = read_data(cfg)
+    whole, tokenizer = load_whole(source, cfg)
+    tests = encode_prompts(tests, tokenizer, cfg)
+    problems = encode_prompts(rows, tokenizer, cfg)
+    examples = encode_responses(problems, tokenizer, cfg) if cfg.stage == "sft" else problems
+    prompt = look_at_prompt(problems, tokenizer, cfg)
+    on_rank0(try_export, whole, tokenizer, cfg)
+    folder.create(source, problems, tests, prompt)
+    return whole, tokenizer, examples, tests
+
+
 def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
     """(name, problems, samples per problem) of the benchmarks, or of the run's own test set."""
     if not cfg.benchmarks:
@@ -1489,25 +1508,35 @@ def rl_metrics(step: int, rollouts, rewards, kl, sums: dict, norm: float, lr: fl
     """A row of metrics.jsonl; docs/metrics.md defines each column."""
     N = sums["tokens"]
     flat = [(group == group[0]).all().item() for group in rewards]
-    row = dict(step=step, **means(rollouts))
-    row["kl"] = kl.mean().item() + sums["bias"] / len(rollouts)  # of the trainer's log-probs
-    row["entropy"] = sums["entropy"] / N
-    row["nll"] = sums["nll"] / N
-    row["logprob_gap"] = sums["gap"] / N
-    row["logprob_gap_p99"] = sums["gap_p99"]
-    row["flat_groups"] = np.mean(flat).item()
-    row["grad_norm"] = norm
-    row["lr"] = lr
-    row["tokens"] = N
-    return row
+    return dict(
+        step=step,
+        **means(rollouts),
+        kl=kl.mean().item() + sums["bias"] / len(rollouts),  # of the trainer's log-probs
+        entropy=sums["entropy"] / N,
+        nll=sums["nll"] / N,
+        logprob_gap=sums["gap"] / N,
+        logprob_gap_p99=sums["gap_p99"],
+        flat_groups=np.mean(flat).item(),
+        grad_norm=norm,
+        lr=lr,
+        tokens=N,
+    )
 
 
 def record_of(rollout: Rollout) -> dict:
     """A judged response as it is logged."""
     row = rollout.problem.row
-    record = dict(id=row.get("id"), problem=row["problem"], response=rollout.text)
-    record |= dict(reward=rollout.reward, right=rollout.right, pattern=rollout.pattern)
-    return record | rollout.behaviour | dict(length=len(rollout.ids), ungraded=rollout.ungraded)
+    return dict(
+        id=row.get("id"),
+        problem=row["problem"],
+        response=rollout.text,
+        reward=rollout.reward,
+        right=rollout.right,
+        pattern=rollout.pattern,
+        **rollout.behaviour,
+        length=len(rollout.ids),
+        ungraded=rollout.ungraded,
+    )
 
 
 def warn(row: dict):
@@ -1620,6 +1649,16 @@ def log_responses(folder: Path, entry: dict, rollouts: list[Rollout]):
     append_rows(path, rows, sync=True)
 
 
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, include a right one."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def grouped(values, n: int) -> list[list]:
+    """Consecutive values, n per problem -> one list per problem."""
+    return [list(values[i : i + n]) for i in range(0, len(values), n)]
+
+
 def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tuple[dict, list]:
     """A policy on a test set -> its entry of results.json (docs/metrics.md), and its responses."""
     tokenizer = engine.tokenizer
@@ -1628,8 +1667,11 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
     value, error = mean_and_error(right)
     answers = [r.behaviour["answer"] for r in rollouts]
     ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
-    ks = [2**i for i in range(samples.bit_length())]
-    chances = {k: [[pass_at_k(samples, sum(r), k)] for r in right] for k in ks}
+    chances = []
+    for i in range(samples.bit_length()):
+        k = 2**i
+        chance = grouped([pass_at_k(samples, sum(group), k) for group in right], 1)
+        chances.append([k, *mean_and_error(chance)])
     result = dict(
         problems=len(problems),
         samples=samples,
@@ -1641,7 +1683,7 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
         standard_error=error,
         **means(rollouts),
         ungradable=float(np.mean(ungradable)),
-        pass_at_k=[[k, *mean_and_error(chances[k])] for k in ks],
+        pass_at_k=chances,
     )
     if not (cfg.test or cfg.data or cfg.benchmarks):
         result["habits"] = data_prep.habit_shares([vars(r) for r in rollouts])
@@ -1664,8 +1706,11 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
         check_model_folder(path)
     names = []
     for path in map(Path, paths):
-        names.append(" ".join([*path.parts[-2:-1], path.name.removeprefix("checkpoint-")]))
-    return dict(zip(paths, names if len(set(names)) == len(names) else paths))
+        step = path.name.removeprefix("checkpoint-")
+        names.append(f"{path.parent.name} {step}".strip())
+    if len(set(names)) < len(names):
+        names = paths
+    return dict(zip(paths, names))
 
 
 def release(engine):
@@ -1816,7 +1861,7 @@ class VLLMEngine:
 
     def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
         """As TorchEngine.generate. The ranks that share the engine call it together."""
-        groups = [list(g) for _, g in itertools.groupby(rollouts, key=lambda r: id(r.problem))]
+        groups = by_problem(rollouts)
         options = dict(temperature=temperature, min_p=min_p, max_tokens=max_new, logprobs=0)
         options |= dict(stop_token_ids=self.end_ids, flat_logprobs=True, detokenize=False)
         prompts = [{"prompt_token_ids": group[0].problem.prompt} for group in groups]
@@ -1946,7 +1991,8 @@ class Cache:
             self.kv[layer] = new
         else:
             self.kv[layer][:, :, :, n:end] = new
-        return self.kv[layer][0, :, :, :end], self.kv[layer][1, :, :, :end]
+        keys, values = self.kv[layer][:, :, :, :end]
+        return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.n[layer]
@@ -1954,7 +2000,8 @@ class Cache:
     def extend(self, counts, longest: int):
         """Repeat each prompt's prefix for its samples and make room for `longest` positions."""
         for layer, x in enumerate(self.kv):
-            room = x.new_empty(2, int(counts.sum()), x.shape[2], longest, x.shape[4])
+            _, _, heads, _, width = x.shape
+            room = x.new_empty(2, int(counts.sum()), heads, longest, width)
             room[:, :, :, : x.shape[3]] = x.repeat_interleave(counts, 1)
             self.kv[layer] = room
 
@@ -2288,9 +2335,10 @@ def make_optimizer(policy, cfg: Config):
     moments = []
     for p in policy.parameters():
         step = torch.zeros((), device=local(p).device)
-        state = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        optimizer.state[p] = state
-        moments += [state["exp_avg"], state["exp_avg_sq"]]
+        mean = torch.zeros_like(p)
+        square = torch.zeros_like(p)
+        optimizer.state[p] = dict(step=step, exp_avg=mean, exp_avg_sq=square)
+        moments += [mean, square]
     optimizer.parked = Parked(moments if cfg.offload or sleeps(cfg) else ())
     return optimizer
 
@@ -2569,7 +2617,9 @@ class RunFolder:
         if nothing else is left."""
         found = from_rank0(on_rank0(manifests, folder))
         steps = []
-        for path, manifest in sorted(found.items(), key=lambda item: -item[1].get("step", 0)):
+        newest_first = sorted(found, key=lambda path: -found[path].get("step", 0))
+        for path in newest_first:
+            manifest = found[path]
             damaged = "" if manifest else "incomplete, or of another run"
             if manifest and model_files(manifest) != manifest["files"]:
                 steps.append(manifest["step"])
@@ -2656,9 +2706,14 @@ class RunFolder:
         step = row["step"]
         self.bar.set_postfix_str(console_words(row, wall), False)
         append_rows(self.path / "metrics.jsonl", [row])
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        memory = dict(resident=resident, gpu_peak=torch.cuda.max_memory_allocated())
-        times = dict(step=step, **wall, tokens=row["tokens"], **memory)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        times = dict(
+            step=step,
+            **wall,
+            tokens=row["tokens"],
+            resident=pages * resource.getpagesize(),
+            gpu_peak=torch.cuda.max_memory_allocated(),
+        )
         append_rows(self.path / "timings.jsonl", [times])
         if rollouts and step % 10 == 0:
             by_reward = sorted(rollouts, key=lambda r: r.reward)
@@ -3127,9 +3182,16 @@ def draw_results(folder: Path, suffix: str = ".png"):
         axis = Figure(figsize=(6.2, 4.5)).subplots()
         for i, entry in enumerate(entries):
             budgets, value, error, _ = np.array(entry["scaling"], dtype=float).T
-            style = dict(marker="osD^vPX*"[i % 8], ls=("-", "--", "-.", ":")[i % 4], capsize=2)
-            style["color"] = colormaps["viridis_r"]((i + 1) / len(entries))  # darker with each
-            axis.errorbar(budgets, 100 * value, 100 * error, label=entry["name"], **style)
+            axis.errorbar(
+                budgets,
+                100 * value,
+                100 * error,
+                label=entry["name"],
+                marker="osD^vPX*"[i % 8],
+                ls=["-", "--", "-.", ":"][i % 4],
+                color=colormaps["viridis_r"]((i + 1) / len(entries)),  # darker with each checkpoint
+                capsize=2,
+            )
         axis.set(xscale="log", xlabel="thinking budget (tokens)", ylabel="pass@1 (%)")
         axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets], rotation=45)
         axis.minorticks_off()
@@ -3185,7 +3247,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def truth(text: str) -> bool:
-    return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+    values = {"true": True, "false": False, "1": True, "0": False}
+    return values[text.lower()]
 
 
 def options_with(rule: str) -> set[str]:
