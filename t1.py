@@ -83,8 +83,7 @@ from tqdm import tqdm
 
 import data_prep
 import verify
-from data_prep import Misuse, Stop, append_rows, batch_indices, read_json, read_log, read_rows
-from data_prep import seed_for, sync, write_json
+from data_prep import Misuse, Stop, append_rows, read_json, read_log, read_rows, sync, write_json
 
 
 # ----------------------------------------------------------------------------- the method's options
@@ -244,10 +243,28 @@ def repeats(ids: list[int], n: int) -> int:
     return max(count.values(), default=0)
 
 
+COMMON_WORDS = set("the of is and to in we so for that it be if are this by with as have".split())
+WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")  # not a command of LaTeX
+CODE = re.compile(r"\[asy\].*?(\[/asy\]|$)|```.*?(```|$)", re.S)
+
+
+def word_salad(text: str, prompt: str) -> bool:
+    """To a prompt in English: 40 words in a row, 20 different ones of them longer than names of
+    points and angles, none of them one of English's commonest; code aside."""
+    if len(COMMON_WORDS.intersection(WORD.findall(prompt.lower()))) < 2:
+        return False
+    run = []
+    for word in WORD.findall(CODE.sub(" ", text).lower()):
+        run = [] if word in COMMON_WORDS else [*run[-39:], word]
+        if len(run) == 40 and len({word for word in run if len(word) > 3}) >= 20:
+            return True
+    return False
+
+
 def garbled(text: str, prompt: str = "") -> bool:
     """Mixed languages or random characters: more than 1 % of the characters are broken; 60 Latin
-    letters follow each other; or at least 5 letters, and 5 % of all letters, are of a script used
-    neither in mathematics nor in the prompt."""
+    letters follow each other; at least 5 letters are of a script used neither in mathematics nor in
+    the prompt, and are 5 % of all or stand in 3 different groups; or a word salad."""
     broken = text.count("\ufffd")  # the replacement character
     for c in text:
         if c < " ":
@@ -256,9 +273,13 @@ def garbled(text: str, prompt: str = "") -> bool:
             broken += unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs")
     if broken > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
         return True
-    strange = len(data_prep.foreign(text, prompt))
-    letters = sum(map(str.isalpha, text))
-    return strange >= 5 and strange > 0.05 * letters
+    strange = data_prep.foreign_letters(text, prompt)
+    if len(strange) >= 5:
+        groups = set(re.findall(f"[{''.join(set(strange))}]{{2,}}", text))
+        letters = sum(map(str.isalpha, text))
+        if len(groups) >= 3 or len(strange) > 0.05 * letters:
+            return True
+    return word_salad(text, prompt)
 
 
 def unexpected_pattern(
@@ -404,7 +425,11 @@ def run_rl(cfg):
         what = "run --stage sft first, or give --model"
         raise Misuse(f"no SFT checkpoint beside {folder.path}: {what}")
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
-    print0(f"{len(problems)} problems; the policy starts from {source}")
+    print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
+
+    if cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
+        block = f"--repeat-ngram {cfg.repeat_ngram} times --repeat-count {cfg.repeat_count}"
+        print0(f"no response can repeat itself: --max-new {cfg.max_new} is less than {block}")
 
     # Both start from the SFT model. On one rank `shard` keeps the model, on several it makes a
     # copy.
@@ -424,7 +449,7 @@ def run_rl(cfg):
         except Interrupted:  # by a signal before the gradient: nothing has changed
             folder.after_step(step, cfg.rl_steps, policy, optimizer, anchor)
         folder.log(row, rollouts)
-        warn(row)
+        warn(row, rollouts)
         folder.after_step(step + 1, cfg.rl_steps, policy, optimizer, anchor)
     finish_stage(folder, policy, engine, tests, "eval")
 
@@ -457,7 +482,7 @@ def run_sft(cfg):
     whole, tokenizer, traces, tests = prepare(folder, source, cfg)
     policy = shard(whole, tokenizer, cfg)
     del whole
-    steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(traces) / cfg.sft_batch)
+    steps = number_of_steps(traces, cfg)
     print0(
         f"{len(traces)} traces, {steps} steps; the policy starts from {source or 'random weights'}"
     )
@@ -548,6 +573,7 @@ def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
 
 def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout]:
     """`samples` judged responses to each problem, one problem after the other."""
+    cfg = dataclasses.replace(cfg, reward="")  # right or wrong is measured
     rollouts = []
     for i, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "eval", i)
@@ -1124,8 +1150,9 @@ class Config(Method):
         "", "folder or hub name of a causal LM; empty: in sft the preset's, later the run's own"
     )
     data: str = knob(
-        "", "traces (sft) or problems (rl): .jsonl[.gz], .parquet or a folder; empty: embedded ones"
+        "", "traces (sft) or problems (rl): .jsonl, .json, .csv, .parquet, folder; empty: embedded"
     )
+    columns: str = knob("", "other names of columns of --data: problem=COLUMN,answer=COLUMN, ...")
     test: str = knob("", "problems to evaluate on; empty: a held-out part of --data, or embedded")
     resume_from: int = knob(
         0, "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N", zero=True
@@ -1223,27 +1250,37 @@ PUSH_TOLERANCE = dict(float32=1e-3, bfloat16=0.1)  # nats: largest log-prob gap 
 # ------------------------------------------------------------------- problems, prompts and rewards
 def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in
-    fifty of --data, by a hash of its text: every stage holds out the same."""
+    fifty of --data by a hash of its text, the same in every stage. No held-out problem is trained
+    on, however it is spelled."""
+    tests = read_rows(cfg.test, "eval", cfg.columns) if cfg.test else []
+    if cfg.stage == "eval" and cfg.test:
+        return [], tests
     if not cfg.data:
-        tests = read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
+        tests = tests or data_prep.embedded_problems("test")
         if cfg.stage == "sft":
             return data_prep.embedded_traces(), tests
         return data_prep.embedded_problems("train"), tests
-    rows = read_rows(cfg.data, cfg.stage)
-    if cfg.test:
-        return rows, read_rows(cfg.test, "eval")
-    held = {}
-    rest = []
-    for row in rows:
-        if seed_for(0, row["problem"]) % 50:
-            rest.append(row)
-        elif row.get("answer"):
-            held[row["problem"]] = row
-    what = f"{len(held)} problems held out for evaluation (--test FILE for others)"
-    print0(f"{cfg.data}: {what}, {len(rest)} rows left")
+    rows = read_rows(cfg.data, cfg.stage, cfg.columns)
+    keys = [text_key(row) for row in rows]
+    out = {text_key(row) for row in tests}
+    if not cfg.test:
+        out = {key for key in keys if seed_for(0, key) % 50 == 0}  # traces without answers, too
+        held = {key: row for key, row in zip(keys, rows) if key in out and row.get("answer")}
+        tests = list(held.values())
+    rest = [row for key, row in zip(keys, rows) if key not in out]
     if not rest:
-        return rows, []
-    return rest, list(held.values())
+        print0(f"{cfg.data}: no row is left beside the problems of the test: nothing is held out")
+        return rows, tests if cfg.test else []
+    what = "held out for evaluation (--test for others)"
+    if cfg.test:
+        what = "are problems of --test"
+    print0(f"{cfg.data}: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
+    return rest, tests
+
+
+def text_key(row: dict) -> str:
+    """The same for a problem in all its spellings."""
+    return data_prep.key(data_prep.tokens(row["problem"]))
 
 
 def prepare(folder, source: str, cfg: Config):
@@ -1257,8 +1294,14 @@ def prepare(folder, source: str, cfg: Config):
     examples = encode_responses(problems, tokenizer, cfg) if cfg.stage == "sft" else problems
     prompt = look_at_prompt(problems, tokenizer, cfg)
     on_rank0(try_export, whole, tokenizer, cfg)
-    folder.create(source, problems, tests, prompt)
+    folder.create(source, problems, tests, prompt, number_of_steps(examples, cfg))
     return whole, tokenizer, examples, tests
+
+
+def number_of_steps(examples: list, cfg: Config) -> int:
+    if cfg.stage == "rl":
+        return cfg.rl_steps
+    return cfg.sft_steps or math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
 
 
 def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
@@ -1268,7 +1311,10 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
             what = "on which problems? Give --test FILE, --benchmarks NAMES or the run's --data"
             raise Misuse(f"--stage eval: {what}")
         name = cfg.test or cfg.data or "embedded"
-        return [(name, read_data(cfg)[1], cfg.eval_samples or 4)]
+        _, problems = read_data(cfg)
+        if not problems:
+            raise Misuse(f"{name}: nothing of it is held out; give --test FILE")
+        return [(name, problems, cfg.eval_samples or 4)]
     sets = []
     for name in cfg.benchmarks.split(","):
         path = BENCHMARKS / f"{name}.jsonl"
@@ -1299,7 +1345,9 @@ def prompt_ids(row: dict, tokenizer, cfg: Config) -> list[int]:
         try:
             return tokenizer.apply_chat_template(messages, **options)
         except Exception as e:  # whatever the template raises
-            raise Misuse(f"the chat template does not take this prompt: {reason_of(e)}")
+            raise Misuse(f"{place_of(row)}: refused by the chat template: {reason_of(e)}")
+    if row.get("system"):
+        problem = f"{row['system']}\n\n{problem}"
     template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
     text = template.replace("{problem}", problem)
     ids = tokenizer(text).input_ids
@@ -1332,7 +1380,7 @@ def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
             print0("the system prompt is the chat template's own; --system TEXT for another")
     for mark in marks:
         if mark and mark in problem and text.count(mark) > problem.count(mark):
-            where = first.row.get("where") or first.row.get("id")
+            where = place_of(first.row)
             what = f"the problem holds {mark!r}, as a prompt does that a template was applied to"
             raise Misuse(
                 f"{where}: {what}; give the bare problem, or --prompt-template '{{problem}}'"
@@ -1396,7 +1444,7 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[Problem]:
     kept = [p for p in problems if 0 < len(p.prompt) <= cfg.max_prompt]
     if len(kept) < len(rows):
         first = next(p.row for p in problems if not 0 < len(p.prompt) <= cfg.max_prompt)
-        where = first.get("where") or first.get("id")
+        where = place_of(first)
         bad = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than"
         bad += f" --max-prompt {cfg.max_prompt}"
         if not kept:
@@ -1426,21 +1474,34 @@ def encode_responses(problems: list[Problem], tokenizer, cfg) -> list[Rollout]:
     return kept
 
 
-python_file = functools.cache(runpy.run_path)  # path -> its names
+@functools.cache
+def reward_function(spec: str):
+    """The function that --reward FILE.py:FUNCTION names; it can import the modules beside its
+    file."""
+    file, _, name = spec.rpartition(":")
+    try:
+        sys.path.insert(0, str(Path(file).resolve().parent))
+        return runpy.run_path(file)[name]
+    except (Exception, SystemExit) as e:
+        reason = f"{type(e).__name__}: {reason_of(e)}"
+        raise Misuse(f"--reward {spec}: {reason}; give FILE.py:FUNCTION")
 
 
 def own_reward(spec: str, rollout: Rollout) -> float:
-    """The value of --reward FILE.py:FUNCTION."""
-    file, _, name = spec.rpartition(":")
+    """The value of --reward FILE.py:FUNCTION; the function gets a copy of the row."""
     row = rollout.problem.row
     try:
-        value = float(python_file(file)[name](rollout.text, row))
+        value = float(reward_function(spec)(rollout.text, copy.deepcopy(row)))
         if not math.isfinite(value):
             raise ValueError(f"{value} is no reward")
         return value
-    except Exception as e:
-        where = row.get("where") or row.get("id")
-        raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {where}")
+    except (Exception, SystemExit) as e:
+        reason = f"{type(e).__name__}: {reason_of(e)}"
+        raise Stop(f"--reward {spec}: {reason}; in {place_of(row)}")
+
+
+def place_of(row: dict) -> str:
+    return row.get("where") or row.get("id")
 
 
 # ------------------------------------------------------------------------ measures of a response
@@ -1539,7 +1600,7 @@ def record_of(rollout: Rollout) -> dict:
     )
 
 
-def warn(row: dict):
+def warn(row: dict, rollouts: list[Rollout]):
     """A line for each thing of a step of RL that looks wrong."""
 
     def say(wrong, words):
@@ -1558,6 +1619,8 @@ def warn(row: dict):
     say(row["entropy"] < ENTROPY_FLOOR, f"{entropy}; raise --temperature or --entropy-coef")
     kl = f"KL {row['kl']:.3g} to the anchor is high"
     say(row["kl"] > KL_CEILING, f"{kl}; lower --rl-lr, or raise --kl-coef")
+    least = min(r.reward for r in rollouts)
+    say(least < -1, f"--reward gave {least:.3g}: less than garbage gets, -1")
 
 
 # ---------------------------------------------------------------------- evaluation of checkpoints
@@ -1773,7 +1836,7 @@ def next_command(folder, stage: str) -> str:
     if nodes != "1":
         words.append(f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500")
     if world() > 1:
-        words.append(f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}")
+        words.append(f"--nproc-per-node {LOCAL_RANKS}")
     words.append(f"t1.py --stage {stage}")
     for option in dataclasses.fields(cfg):
         value = getattr(cfg, option.name)
@@ -1942,8 +2005,7 @@ def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     share = cfg.vllm_memory or min(gather([engine_share(card, card - free, gathered)]))
     engines = 2 if cfg.answer_model and cfg.stage == "eval" else 1
     memory = dict(gpu_memory_utilization=share / engines, enable_sleep_mode=sleeps(cfg))
-    of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return cfg.vllm_tp or engine_ranks(2 * parameters, card, of_machine), memory
+    return cfg.vllm_tp or engine_ranks(2 * parameters, card, LOCAL_RANKS), memory
 
 
 def make_engine(folder: str, policy, tokenizer, cfg: Config):
@@ -2098,8 +2160,8 @@ def mend_generation_config(policy, folder: str):
     try:
         lm.generation_config.validate(strict=True)
     except ValueError as e:
-        kept = "checkpoints keep only the end tokens of generation_config.json"
-        print0(f"{folder}: {kept}: {reason_of(e)}")
+        kept = "checkpoints keep the end tokens alone of generation_config.json"
+        print0(f"{folder}: {kept}: {shortened(' '.join(str(e).split()))}")
         lm.generation_config = transformers.GenerationConfig(eos_token_id=policy.end_ids)
 
 
@@ -2293,14 +2355,15 @@ def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
     tokenizer.save_pretrained(folder)
 
 
-def try_export(policy, tokenizer, cfg: Config):
-    """Write and read back a folder such as checkpoints will be, before anything is trained: weights
-    up to 1 GiB, of larger models their names and shapes. Misuse with the library's reason."""
+def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
+    """Write and read back a folder as checkpoints will be, before anything is trained: with weights
+    of at most `limit` bytes; of a larger model their names and shapes. Misuse with the library's
+    reason."""
     lm = policy.lm
     dtype = getattr(torch, cfg.dtype)
     config = copy.deepcopy(lm.config)
     size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
-    weights = exported_weights(policy, dtype) if size <= 2**30 else {}
+    weights = exported_weights(policy, dtype) if size <= limit else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_model(folder, lm, tokenizer, weights, dtype)
@@ -2474,6 +2537,17 @@ def remove(checkpoint_folder: Path):
         shutil.rmtree(beside)
 
 
+def unfinished(source: str) -> str:
+    """A remark on a checkpoint that is not the last of its stage, or the empty string."""
+    folder = Path(source)
+    config = folder.parent / "config.json"
+    steps = read_json(config).get("steps") if config.is_file() else None
+    step = manifest_of(folder).get("step")
+    if not steps or not step or step >= steps:
+        return ""
+    return f", which is step {step} of {steps}: its stage did not end"
+
+
 def drop_trainer_state(checkpoint_folder: Path):
     """Keep a checkpoint's weights: it can be evaluated and trained from, not resumed."""
     manifest = manifest_of(checkpoint_folder)
@@ -2512,7 +2586,7 @@ def digest(value) -> str:
 
 
 def digest_of_rows(rows: list[dict]) -> str:
-    names = ("problem", "response", "answer")
+    names = ("problem", "response", "answer", "system")
     return digest([[row.get(name) for name in names] for row in rows])
 
 
@@ -2639,7 +2713,7 @@ class RunFolder:
             raise Misuse(f"{asked}{what}; there are: {there}; {mend}")
         return ""
 
-    def create(self, source: str, problems: list[Problem], tests: list[Problem], prompt: str):
+    def create(self, source: str, problems, tests, prompt: str, steps: int):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
         the same contents of --data, --test, --reward and --model, wherever they lie, and the same
         text of the first prompt; another machine or version is said."""
@@ -2666,7 +2740,8 @@ class RunFolder:
         config = self.path / "config.json"
         if rank() == 0 and not config.exists():
             contents["model"] = digest(weights_of(model))
-            run = dict(config=self.values, run=f"{time.time_ns():x}", started_from=source)
+            run = dict(config=self.values, steps=steps, started_from=source)
+            run["run"] = f"{time.time_ns():x}"
             write_json(config, run | machine | dict(contents=contents))
         all_ranks_agree()
         before = read_json(config)
@@ -2909,6 +2984,9 @@ def console_words(row: dict, wall: dict) -> str:
 # after cfg.timeout.
 
 
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine; vLLM overwrites it
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -2993,6 +3071,26 @@ def deal(work: list[int], shares: int) -> list[list[int]]:
         items[least].append(i)
         load[least] += work[i]
     return [sorted(part) for part in items]
+
+
+def seed_for(seed: int, *what) -> int:
+    """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted
+    one would have drawn."""
+    return (
+        int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big")
+        >> 1
+    )
+
+
+def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
+    """The `size` row numbers of step `step` in an endless stream of shuffled epochs over n rows."""
+    rows = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, at = divmod(i, n)
+        if not rows or at == 0:
+            order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(n)
+        rows.append(int(order[at]))
+    return rows
 
 
 def reason_of(e: BaseException, line: int = 0) -> str:
@@ -3327,6 +3425,8 @@ def check_config(cfg: Config):
     need(not template or "{problem}" in template, "prompt_template", "must contain {problem}")
     values = json_object(cfg.chat_template_kwargs)
     need(values is not None, "chat_template_kwargs", "must be a JSON object")
+    if cfg.reward:
+        reward_function(cfg.reward)  # before a model is loaded
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
     vllm = "not installed here: pip install vllm==0.32.0"
     need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
@@ -3416,8 +3516,7 @@ def join_ranks(cfg: Config):
     if ranks == 1:
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // LOCAL_RANKS))
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

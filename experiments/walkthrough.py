@@ -1,6 +1,6 @@
 """One real step of RL on the embedded model, number by number: K = 4 responses to one prompt.
 
-    python -m experiments.walkthrough        writes docs/walkthrough.md; 10 minutes on one thread
+    python -m experiments.walkthrough [OUT]  writes docs/walkthrough.md; 10 minutes on one thread
 
 A cold start of `tiny` (runs/walkthrough) and a few ordinary steps of RL come first, so that policy
 and anchor differ. Then each line of `t1.rl_step` is taken by hand, and what it made is written down.
@@ -16,6 +16,74 @@ import torch
 import t1
 
 PAGE = Path(__file__).parents[1] / "docs" / "walkthrough.md"
+
+
+TEMPLATE = """# One step of T1, number by number
+
+`python -m experiments.walkthrough` wrote this page: the embedded model after its cold start and
+{rl_steps} steps of RL, one prompt, K = 4. Each line names the line of `t1.rl_step` that made it.
+
+## 1. Oversample
+
+`rollouts = sample_responses(engine, policy, batch, step, cfg)`: four responses at temperature
+{temperature} to the prompt
+
+```
+{prompt}
+```
+
+{responses}
+
+## 2. Reward
+
+`rewards = judge(rollouts, policy.tokenizer, cfg).view(P, K)`: 1 right, 0 wrong, -1 pattern.
+
+- patterns: {patterns}
+- rewards: {rewards}
+
+## 3. KL to the anchor
+
+`kl = kl_to_anchor(anchor, rollouts, cfg).view(P, K)`: d = log pi - log pi_ref, summed over the
+tokens of each response, in nats.
+
+- d: {kl}
+
+## 4. Advantage
+
+`advantages = rloo_advantages(rewards) - cfg.kl_coef * kl_term`, with beta = {beta} and kl_term = d -
+mean d.
+
+- A: {advantages}
+
+## 5. One update
+
+`policy_loss_reference` needs log pi and the entropy H of each of the N = {N} tokens. The first
+tokens of response 1:
+
+- tokens: {tokens}
+- log pi: {logprobs}
+- H: {entropies}
+
+The mean of H over all tokens is {mean_entropy}. The loss is -(1/N) sum [A log pi + alpha H], with
+alpha = {alpha}.
+
+- by `policy_loss_reference`: {plain}
+- by `policy_loss`, in chunks: {chunked}
+
+`norm = update(policy, optimizer, lr, cfg)`: the gradient's norm is {norm}, the rate {lr}. log pi of
+the responses moves with the sign of A:
+
+- before: {before}
+- after: {after}
+- change: {changes}
+
+## 6. The anchor follows
+
+`ema_update_(anchor, policy, cfg.ema_decay)`: anchor <- {decay} anchor + (1 - {decay}) policy. log pi
+before the update, minus log pi_ref now:
+
+- {behind}
+"""
 
 
 def warm_up(out: str, sft_steps: int, rl_steps: int):
@@ -76,7 +144,7 @@ def page(out: str = "runs", sft_steps: int = 0, rl_steps: int = 10) -> str:
     policy, anchor, engine, optimizer, problems, cfg = warm_up(out, sft_steps, rl_steps)
     rollouts, rewards = mixed(policy, engine, problems, rl_steps, cfg)
     kl = t1.kl_to_anchor(anchor, rollouts, cfg).view(1, 4)
-    advantages = ADVANTAGES(rewards, kl, cfg)
+    advantages = t1.rloo_advantages(rewards) - cfg.kl_coef * t1.center_kl(kl)
     plain, chunked, logprob, entropy = losses(policy, rollouts, advantages.flatten(), cfg)
     before = logprob_of(policy, rollouts, cfg)
     sums = t1.accumulate_gradient(policy, rollouts, advantages.flatten(), cfg)
@@ -114,78 +182,6 @@ def page(out: str = "runs", sft_steps: int = 0, rl_steps: int = 10) -> str:
         decay=cfg.ema_decay,
         behind=numbers(behind),
     )
-
-
-def ADVANTAGES(rewards, kl, cfg):
-    """The fourth line of `rl_step`."""
-    return t1.rloo_advantages(rewards) - cfg.kl_coef * t1.center_kl(kl)
-
-
-TEMPLATE = """# One step of T1, number by number
-
-`python -m experiments.walkthrough` wrote this page: the embedded model after its cold start and
-{rl_steps} steps of RL, one prompt, K = 4. Each line names the line of `t1.rl_step` that made it.
-
-## 1. Oversample
-
-`rollouts = sample_responses(engine, policy, batch, step, cfg)`: four responses at temperature
-{temperature} to the prompt
-
-```
-{prompt}
-```
-
-{responses}
-
-## 2. Reward
-
-`rewards = judge(rollouts, policy.tokenizer, cfg).view(P, K)`: 1 right, 0 wrong, -1 pattern.
-
-- patterns: {patterns}
-- rewards: {rewards}
-
-## 3. KL to the anchor
-
-`kl = kl_to_anchor(anchor, rollouts, cfg).view(P, K)`: d = log pi - log pi_ref, summed over the
-tokens of each response, in nats.
-
-- d: {kl}
-
-## 4. Advantage
-
-`advantages = ...` from `rloo_advantages` and beta = {beta}.
-
-- A: {advantages}
-
-## 5. One update
-
-`policy_loss_reference` needs log pi and the entropy H of each of the N = {N} tokens. The first
-tokens of response 1:
-
-- tokens: {tokens}
-- log pi: {logprobs}
-- H: {entropies}
-
-The mean of H over all tokens is {mean_entropy}. The loss is -(1/N) sum [A log pi + alpha H], with
-alpha = {alpha}.
-
-- by `policy_loss_reference`: {plain}
-- by `policy_loss`, in chunks: {chunked}
-
-`norm = update(policy, optimizer, lr, cfg)`: the gradient's norm is {norm}, the rate {lr}. log pi of
-the responses moves with the sign of A:
-
-- before: {before}
-- after: {after}
-- change: {changes}
-
-## 6. The anchor follows
-
-`ema_update_(anchor, policy, cfg.ema_decay)`: anchor <- {decay} anchor + (1 - {decay}) policy. log pi
-before the update, minus log pi_ref now:
-
-- {behind}
-"""
 
 
 if __name__ == "__main__":
