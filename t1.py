@@ -427,10 +427,6 @@ def run_rl(cfg):
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
     print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
 
-    if cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
-        block = f"--repeat-ngram {cfg.repeat_ngram} times --repeat-count {cfg.repeat_count}"
-        print0(f"no response can repeat itself: --max-new {cfg.max_new} is less than {block}")
-
     # Both start from the SFT model. On one rank `shard` keeps the model, on several it makes a
     # copy.
     whole_anchor = copy.deepcopy(whole) if world() == 1 else whole
@@ -531,8 +527,7 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
     thoughts: `thought_of` each. A thought that ended within the budget keeps its own answer.
     Another is cut and closed with `answer_prefix`, and `answerer`, an engine, writes the answer.
     NOT IN PAPER: finished thoughts keep their answer; the prefix; a short greedy answer."""
-    prefix_text = cfg.answer_prefix.replace("\\n", "\n")
-    prefix = tokenizer(prefix_text, add_special_tokens=False).input_ids
+    prefix = tokenizer(unescaped(cfg.answer_prefix), add_special_tokens=False).input_ids
     late = [i for i, thought in enumerate(thoughts) if thought > budget]
     starts = [cut_at(rollouts[i].ids, budget, tokenizer) + prefix for i in late]
     answers = []
@@ -683,12 +678,20 @@ def to_grid(x, pack: Packed):
     return x.index_select(0, pack.to_grid).unflatten(0, pack.shape).transpose(1, 2)
 
 
-def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused):
+# What transformers may pass on to an attention and `attention` does not compute.
+NOT_COMPUTED = "attention_mask softcap s_aux position_bias indices block_indices".split()
+
+
+def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others):
     """The attention of every forward in this file, registered with transformers as "t1".
 
     With `pack`: q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh); each row attends to itself.
     Without: q (B, Hq, T, Dh) is a prefill from position 0, or one position against a cache.
     No mask is built and key-value heads are not repeated. -> (B, T, Hq, Dh)"""
+    others["attention_mask"] = attention_mask
+    for name in NOT_COMPUTED:
+        if others.get(name) is not None:
+            raise NotImplementedError(f"its attention has {name}")
     heads = q.shape[1]
     kv_heads = k.shape[1]
     if pack is None and q.shape[2] == 1:
@@ -880,14 +883,15 @@ class TorchEngine:
         self.policy = None
 
     def load(self, policy) -> bool:
-        if not isinstance(policy, FSDPModule):
-            self.policy = policy  # the trainer's own weights
+        if not (policy.bfloat16 or isinstance(policy, FSDPModule)):
+            self.policy = policy  # the trainer's own weights: nothing to copy
             return False
-        if (
-            self.policy is None
-        ):  # each rank holds a whole copy: for small models; large ones need vLLM
+        if self.policy is None:  # a whole copy on each rank: large models need vLLM
             lm = empty_lm(policy.lm.config, policy.lm.generation_config)
             self.policy = Policy(lm, self.tokenizer, self.cfg)
+            for module in lm.base_model.modules():
+                if isinstance(module, torch.nn.Linear) and policy.bfloat16:
+                    module.bfloat16()  # else autocast casts its weights again for every token
             self.policy.to(self.policy.device)
         weights = self.policy.lm.state_dict()
         for name, w in full_weights(policy):
@@ -926,7 +930,7 @@ class TorchEngine:
         B, longest = tokens.shape
         prefix = int(lengths.min())
         first = counts.cumsum(0) - counts  # row of each prompt's first sample
-        cache = Cache(policy.lm.config.num_hidden_layers)
+        cache = Cache(policy)
         hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache)
         hidden = hidden.repeat_interleave(counts, 0)  # (B, D)
         cache.extend(counts, longest)
@@ -1334,88 +1338,85 @@ def prompt_ids(row: dict, tokenizer, cfg: Config) -> list[int]:
     """The problem as the model sees it, with the system message of its row or of --system.
     NOT IN PAPER: the template; a model was trained on its own chat template."""
     problem = row["problem"]
-    system = row.get("system") or cfg.system.replace("\\n", "\n")
+    system = row.get("system", "")
     if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
         messages = [dict(role="user", content=problem)]
-        if system:
-            messages.insert(0, dict(role="system", content=system))
-        options = dict(add_generation_prompt=True, strftime_now=ONE_DAY.strftime)
-        options |= dict(tokenize=True, return_dict=False, padding=False, truncation=False)
-        options |= json_object(cfg.chat_template_kwargs)
+        if system or cfg.system:
+            messages.insert(0, dict(role="system", content=system or unescaped(cfg.system)))
+        options = json_object(cfg.chat_template_kwargs)
+        options |= dict(tokenize=True, return_dict=False, truncation=False)
+        options |= dict(add_generation_prompt=True, strftime_now=ONE_DAY.strftime)
         try:
             return tokenizer.apply_chat_template(messages, **options)
         except Exception as e:  # whatever the template raises
             raise Misuse(f"{place_of(row)}: refused by the chat template: {reason_of(e)}")
-    if row.get("system"):
-        problem = f"{row['system']}\n\n{problem}"
-    template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
-    text = template.replace("{problem}", problem)
+    if system:
+        problem = f"{system}\n\n{problem}"
+    text = (unescaped(cfg.prompt_template) or "{problem}\n").replace("{problem}", problem)
     ids = tokenizer(text).input_ids
-    # Some tokenizers put an end token after a text, and a begin token where the text has one.
-    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    # Some tokenizers put an end token after a text, and begin tokens before one that has them.
+    if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
         ids = ids[:-1]
-    if ids[:2] == 2 * [tokenizer.bos_token_id]:
-        ids = ids[1:]
-    return ids
+    begin = ids[: len(ids) - len(plain)]
+    return plain if plain[: len(begin)] == begin else ids
+
+
+def unescaped(text: str) -> str:
+    return text.replace("\\n", "\n")
 
 
 def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
-    """Print the first prompt as the model sees it; Misuse where options, template or traces cannot
-    have the wanted effect. -> its text, which a resumed run compares."""
+    """Print the first prompt as the model sees it, and what it says about options and traces;
+    Misuse where these cannot have the wanted effect. -> its text, which resuming compares."""
     first = problems[0]
     text = tokenizer.decode(first.prompt)
     about = f"the first of {len(problems)} prompts, {len(first.prompt)} tokens"
     print0(f"{about}: {shortened(repr(text))}")
     print0(f"its ids: {shortened(str(first.prompt))}")
-    chat = not cfg.prompt_template and tokenizer.chat_template
-    check_prompt_options(first, text, chat, tokenizer, cfg)
+    template = "" if cfg.prompt_template else tokenizer.chat_template
+    check_prompt_options(first, text, template, tokenizer, cfg)
 
     # A template around a prompt that has one already.
     problem = first.row["problem"]
-    before, _, after = text.rpartition(problem)
+    _, _, after = text.rpartition(problem)
     marks = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if chat:
+    if template:
         marks.append(after.strip())
-        if not cfg.system and "system" in before.lower():
-            print0("the system prompt is the chat template's own; --system TEXT for another")
     for mark in marks:
         if mark and mark in problem and text.count(mark) > problem.count(mark):
-            where = place_of(first.row)
-            what = f"the problem holds {mark!r}, as a prompt does that a template was applied to"
-            raise Misuse(
-                f"{where}: {what}; give the bare problem, or --prompt-template '{{problem}}'"
-            )
+            what = f"the first problem holds {mark!r}, as a prompt with a template does"
+            raise Misuse(f"{what}; give bare problems, or --prompt-template '{{problem}}'")
     check_open_thought(problems, text, cfg)
     return text
 
 
-def check_prompt_options(first: Problem, text: str, chat, tokenizer, cfg: Config):
+def check_prompt_options(first: Problem, text: str, template, tokenizer, cfg: Config):
     """Say or refuse options that change nothing in the prompt."""
-    wanted = (first.row.get("system") or cfg.system).replace("\\n", "\n")
-    if "".join(wanted.split()) not in "".join(text.split()):
+    system = first.row.get("system") or unescaped(cfg.system)
+    if "".join(system.split()) not in "".join(text.split()):
         what = "--system is not in the prompt: there is no chat template, or it takes none"
         raise Misuse(f"{what}; write it into --prompt-template 'TEXT\\n{{problem}}\\n'")
     if cfg.chat_template_kwargs:
-        if not chat:
+        if not template:
             raise Misuse("--chat-template-kwargs: these prompts come from no chat template")
         plain = dataclasses.replace(cfg, chat_template_kwargs="")
         if prompt_ids(first.row, tokenizer, plain) == first.prompt:
             print0("--chat-template-kwargs changes nothing in this prompt")
-    if chat and "strftime_now" in str(tokenizer.chat_template):
+    before, _, _ = text.rpartition(first.row["problem"])
+    if template and not system and "system" in before.lower():
+        print0("the system prompt is the chat template's own; --system TEXT for another")
+    if "strftime_now" in str(template):
         print0(f"the chat template writes a date: in every run it is {ONE_DAY:%d %b %Y}")
 
 
 def check_open_thought(problems: list[Problem], text: str, cfg: Config):
-    """Say or refuse traces that do not fit a prompt which begins a thought, or has ended one."""
-    responses = [p.row["response"] for p in problems] if cfg.stage == "sft" else []
-    if text.rstrip().endswith("<think>"):
-        endless = sum("</think>" not in response for response in responses)
+    """Refuse traces that do not fit a prompt which begins a thought, or has ended one."""
+    responses = [p.row["response"] for p in problems if cfg.stage == "sft"]
+    endless = sum("</think>" not in response for response in responses)
+    if text.rstrip().endswith("<think>") and endless:
         what = f"the prompt ends in <think>, and {endless} of {len(problems)} responses have no"
-        what += " </think>"
-        if endless == len(responses) > 0:
-            raise Misuse(f"{what}: all their answers would be thoughts; see --prompt-template")
-        if endless:
-            print0(f"{what}: their answers count as thoughts")
+        raise Misuse(f"{what} </think>: their answers would be thoughts; see --prompt-template")
     if text.rstrip().endswith("</think>"):
         what = "the prompt ends in a thought that is closed"
         if any("<think>" in response for response in responses):
@@ -1681,10 +1682,11 @@ def entry_key(models: tuple, rows: list[dict], samples: int, cfg: Config) -> str
 def results_of(folder: Path) -> list[dict]:
     """The entries of results.json; none where there is no such file."""
     path = folder / "results.json"
-    entries = read_json(path).get("checkpoints") if os.path.lexists(path) else []
-    needed = {"key", "name", "checkpoint", "test"}
-    good = isinstance(entries, list) and all(isinstance(e, dict) for e in entries)
-    if not (good and all(needed <= set(e) for e in entries)):
+    try:
+        entries = read_json(path)["checkpoints"] if os.path.lexists(path) else []
+        for entry in entries:
+            [entry[name] for name in ("key", "name", "checkpoint", "test")]
+    except (KeyError, TypeError):
         raise Misuse(f"{path}: it holds what --stage eval does not write; rename or remove it")
     return entries
 
@@ -1704,7 +1706,9 @@ def log_responses(folder: Path, entry: dict, rollouts: list[Rollout]):
     """Put responses at the end of responses.jsonl, in place of those that a kill left there."""
     path = folder / "responses.jsonl"
     if path.exists():
-        cut_log(path, path, lambda row: row.get("key") != entry["key"], folder / "responses.cut")
+        cut_log(
+            path, path, lambda row: row.get("key") != entry["key"], folder / "responses.jsonl.cut"
+        )
     rows = []
     for r in rollouts:
         sampled = dict(sample=r.sample, finished=r.finished, ids=r.ids)
@@ -2040,15 +2044,19 @@ class Cache:
     preallocated tensor of keys and values, (2, b, Hkv, longest, Dh), of which the first `n`
     positions are filled."""
 
-    def __init__(self, layers: int):
+    def __init__(self, policy):
+        layers = policy.lm.config.num_hidden_layers
         self.kv = [None] * layers
         self.n = [0] * layers
+        self.dtype = torch.bfloat16 if policy.bfloat16 else torch.float32  # as attention reads it
 
     def update(self, k, v, layer: int, *args, **kwargs):
+        if k.shape != v.shape:
+            raise NotImplementedError("its keys and values have heads of different sizes")
         n = self.n[layer]
         end = n + k.shape[2]
         self.n[layer] = end
-        new = torch.stack([k, v])
+        new = torch.stack([k, v]).to(self.dtype)
         if n == 0:  # prefill
             self.kv[layer] = new
         else:
@@ -2088,14 +2096,22 @@ def load_policy(folder: str, cfg: Config, device=None):
     anything is amiss."""
     try:
         check_model_folder(folder)
+        adapters = sorted(Path(folder).glob("adapter_*"))
+        if adapters:
+            raise Misuse(f"{adapters[0]}: adapters are not supported; merge it into the weights")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        options = dict(dtype=torch.float32, attn_implementation="t1", trust_remote_code=False)
+        # `check_model` goes on with "t1".
+        options = dict(dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
         options["output_loading_info"] = True
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         missing = sorted(info["missing_keys"])
         if missing:
             what = f"{len(missing)} weights are missing, the first is {missing[0]}"
             raise Misuse(f"{folder}: {what}")
+        unexpected = sorted(info["unexpected_keys"])
+        if unexpected:
+            what = f"{len(unexpected)} weights that the model has no place for"
+            raise Misuse(f"{folder}: {what}, the first is {unexpected[0]}; is config.json its own?")
         return checked_policy(lm, tokenizer, folder, cfg, device), tokenizer
     except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
@@ -2103,6 +2119,8 @@ def load_policy(folder: str, cfg: Config, device=None):
         BaseException
     ) as e:  # of the libraries, on a damaged folder (a Rust panic is no Exception)
         what = "no model (config, weights, tokenizer) that can be loaded"
+        if no_more_processes(e):
+            raise Stop(failure_of(e))
         raise Misuse(f"{folder}: {what}: {reason_of(e)}")
 
 
@@ -2149,7 +2167,7 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
             f"its context of {context} tokens is shorter than --max-prompt and --max-new together"
         )
         raise Misuse(f"{folder}: {what}; lower them")
-    check_forward(policy.to(policy.device), tokenizer, folder, cfg)
+    check_model(policy.to(policy.device), tokenizer, folder, cfg)
     return policy
 
 
@@ -2165,43 +2183,113 @@ def mend_generation_config(policy, folder: str):
         lm.generation_config = transformers.GenerationConfig(eos_token_id=policy.end_ids)
 
 
-# Plain text for checks: what a model makes of it is what its tokenizer and its weights make of any
-# text.
-PROBE_TEXT = "Tom has 12 apples and buys 30 more, so he has 12 + 30 = 42 apples. He gives half of them to his sister."
+# Plain text for checks: what a model makes of it is what it makes of any text.
+PROBE_TEXT = (
+    "Tom has 12 apples and buys 30 more, so he has 12 + 30 = 42 apples. He gives half away."
+)
+
+
+def check_model(policy, tokenizer, folder: str, cfg: Config):
+    """Prove what training relies on, or refuse the model in a line that says what differs."""
+    family = policy.lm.config.model_type
+    try:
+        fault = what_differs(policy, tokenizer, cfg)
+    except torch.OutOfMemoryError:
+        raise
+    except NotImplementedError as e:  # of `attention` and `Cache`
+        fault = reason_of(e)
+    except Exception as e:  # the model's own code may fail in any way on packed rows or our cache
+        fault = f"{type(e).__name__} in its forward: {reason_of(e)}"
+    if fault:
+        raise Misuse(f"{folder}: a {family} model is not supported ({fault})")
 
 
 @torch.no_grad()
-def check_forward(policy, tokenizer, folder: str, cfg: Config):
-    """Reject a model that `attention` and a plain linear head do not describe (soft-caps, windows,
-    scaled logits, a biased head): its log-probs would be wrong, silently. One row of text, by this
-    file and by the library's own code in the same type; first in float32, where they agree closely,
-    then in the run's type, where rounding parts them."""
+def what_differs(policy, tokenizer, cfg: Config) -> str:
+    """Compare this file's forward with the library's own eager code -> what differs, or the empty
+    string. Three rows of text in one pack score as the library scores them one by one, in float32
+    and in the run's dtype; a longer row changes none of them; decoded tokens score as one
+    forward."""
     lm = policy.lm
-    if getattr(lm.config, "sliding_window", None) and getattr(
-        lm.config, "use_sliding_window", True
-    ):
-        raise Misuse(f"{folder}: its attention has a sliding window, which is not supported")
-    row = tokenizer(PROBE_TEXT).input_ids
-    ids = torch.tensor([row], device=policy.device)
-    for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own type last: it stays
+    longest = cfg.max_prompt + cfg.max_new
+    fault = unfit_config(lm, longest)
+    if fault:
+        return fault
+    ids = tokenizer(PROBE_TEXT).input_ids[:64]
+    rows = [(ids[:3], ids[3:9]), (ids[2:4], ids[4:16]), (ids[:6], ids[6:])]
+    cfg = dataclasses.replace(cfg, micro_tokens=10**6)  # one pack
+    for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own dtype last: it stays
         policy.bfloat16 = dtype == "bfloat16"
         lm.set_attn_implementation("eager")
-        with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bfloat16):
-            logits = lm(ids).logits[0, :-1, : policy.vocabulary].float()
+        compared = rows[-1:] if policy.bfloat16 else rows  # its packing is that of float32
+        theirs = torch.cat([library_logprobs(policy, row) for row in compared])
         lm.set_attn_implementation("t1")
-        theirs = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
-        (ours,) = response_logprobs(policy, [(row[:1], row[1:])], cfg)
+        ours = torch.cat(response_logprobs(policy, rows, cfg)[-len(compared) :])
         if not ours.isfinite().all():
-            raise Misuse(
-                f"{folder}: its weights give log-probs that are not finite; they are damaged"
-            )
+            return "its weights give log-probs that are not finite; they are damaged"
+        # SmolLM2-135M: 6e-6 and 2e-5 in float32, 0.03 and 0.1 in bfloat16.
+        mean, largest = (0.1, 2.0) if policy.bfloat16 else (1e-4, 1e-3)
         gaps = (theirs - ours).abs()
-        mean, largest = gaps.mean().item(), gaps.max().item()
-        # SmolLM2-135M: 4e-6 and 2e-5 in float32, 0.02 and 0.1 in bfloat16
-        mean_allowed, largest_allowed = (0.1, 2.0) if policy.bfloat16 else (1e-3, 1e-2)
-        if not (mean < mean_allowed and largest < largest_allowed):
-            what = f"log-probs off by {mean:.2g} nats in the mean and {largest:.2g} at most, in {dtype}"
-            raise Misuse(f"{folder}: a {lm.config.model_type} model is not supported ({what})")
+        if gaps.mean() > mean or gaps.max() > largest:
+            return f"log-probs of packed rows are {gaps.max():.2g} nats off in {dtype}"
+        if not policy.bfloat16:
+            batch = pack(rows, policy.device)
+            batch.position[0, -1] = longest - 1
+            far, _ = token_logprobs_and_entropy(policy(batch), policy.head, batch.targets)
+            if (far.cpu() - ours)[:-1].abs().max() > largest:
+                return "the longest row of a pack changes the positions of the others"
+            if not uses_vllm(cfg) and decoding_gap(policy, ids, cfg) > largest:
+                return "decoded tokens do not score as one forward"
+    return ""
+
+
+def unfit_config(lm, longest: int) -> str:
+    """What a config says that this file does not compute, or the empty string."""
+    if not isinstance(getattr(lm.base_model, "layers", None), torch.nn.ModuleList):
+        return "its layers are not in base_model.layers"
+    if lm.get_output_embeddings().bias is not None:
+        return "its output layer has a bias"
+    for name, value in vars(lm.config).items():
+        cap = "logit" in name and "cap" in name and name != "moe_router_logit_softcapping"
+        if cap and value:  # where the logits are flat it is too small to be measured
+            return f"it has {name}"
+    window = shortest_window(lm.config)
+    if window < longest:
+        both = f"--max-prompt and --max-new are {longest} together"
+        return f"a token sees only {window} others, {both}"
+    return ""
+
+
+def shortest_window(config) -> float:
+    """Tokens that the attention of some layer is limited to; infinite without a limit."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"]
+    limits = [math.inf]
+    if "sliding_attention" in kinds and getattr(config, "use_sliding_window", True):
+        limits.append(getattr(config, "sliding_window", None) or math.inf)
+    if "chunked_attention" in kinds:
+        limits.append(getattr(config, "attention_chunk_size", None) or math.inf)
+    return min(limits)
+
+
+def library_logprobs(policy, row: Row) -> torch.Tensor:
+    """`response_logprobs` of one row by the library's own code, (T,)."""
+    prompt, response = row
+    ids = torch.tensor([prompt + response], device=policy.device)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bfloat16):
+        logits = policy.lm(ids).logits[0, len(prompt) - 1 : -1, : policy.vocabulary]
+    logp = logits.float().log_softmax(-1)
+    return logp.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+
+
+def decoding_gap(policy, ids: list[int], cfg: Config) -> float:
+    """Largest distance of TorchEngine's log-probs, against its cache, from those of one forward."""
+    engine = TorchEngine(policy.tokenizer, cfg)
+    engine.policy = policy
+    rollouts = [Rollout(Problem({}, ids[:7])), Rollout(Problem({}, ids[:9]))]
+    engine.generate(rollouts, 2, temperature=0.0)
+    scores = torch.cat(response_logprobs(policy, [row_of(r) for r in rollouts], cfg))
+    sampled = torch.cat([torch.tensor(r.logprobs) for r in rollouts])
+    return (scores - sampled).abs().max().item()
 
 
 def tiny_policy(cfg: Config, device=None):
@@ -2233,6 +2321,7 @@ def load_whole(source: str, cfg: Config):
     rank 0 gets the policy, in CPU memory; `shard` deals it out."""
     device = torch.device("cpu") if world() > 1 else None
     load = functools.partial(load_policy, source) if source else tiny_policy
+    refuse_damage(source)
     policy, tokenizer = on_rank0(load, cfg, device) or (None, None)
     return policy, from_rank0(tokenizer)
 
@@ -2361,24 +2450,23 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
     reason."""
     lm = policy.lm
     dtype = getattr(torch, cfg.dtype)
-    config = copy.deepcopy(lm.config)
     size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
     weights = exported_weights(policy, dtype) if size <= limit else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_model(folder, lm, tokenizer, weights, dtype)
             again = transformers.AutoTokenizer.from_pretrained(folder)
+            with torch.device("meta"):
+                read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
             if weights:
                 options = dict(dtype=torch.float32, attn_implementation="t1")
                 read = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-            else:
-                with torch.device("meta"):
-                    read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
         found = read.state_dict()
-        for name, w in lm.state_dict().items():
-            same = w.shape == found[name].shape
-            if same and name in weights:
-                same = weights[name].float().equal(found[name].float().cpu())
+        expected = full_weights(policy, dtype) if weights else lm.state_dict().items()
+        for name, w in expected:
+            same = found[name].shape == w.shape
+            if same and weights:
+                same = w.cpu().float().equal(found[name].float())
             if not same:
                 raise ValueError(f"{name} is another one when it is read back")
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
@@ -2386,7 +2474,6 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
     except Exception as e:  # of any library
         what = "a checkpoint of this model could not be saved and read back"
         raise Misuse(f"{what}: {reason_of(e)}")
-    lm.config = config
 
 
 def make_optimizer(policy, cfg: Config):
@@ -2505,8 +2592,8 @@ def manifests(stage_folder: Path) -> dict[Path, dict]:
     return found
 
 
-# Which checkpoint? Three answers: `checkpoints` of a stage, `latest` of a name, and
-# `RunFolder.source`, where a run goes on.
+# Which checkpoint? `checkpoints`: all of a stage. `latest`: what a name means. `sound_checkpoint`:
+# the one from which a run goes on.
 
 
 def checkpoints(stage_folder: Path) -> list[Path]:
@@ -2520,6 +2607,34 @@ def latest(name: str) -> str:
     the name itself."""
     found = on_rank0(checkpoints, Path(name)) if name else None
     return from_rank0(str(found[-1]) if found else name)
+
+
+def sound_checkpoint(stage_folder: Path, at: int = 0) -> str:
+    """The last checkpoint (`at`: that of a step) with the trainer's state and every byte as it was
+    saved; the empty string if there is no checkpoint at all. What is damaged is said; Misuse if
+    nothing else is left."""
+    found = from_rank0(on_rank0(manifests, stage_folder))
+    steps = []
+    newest_first = sorted(found, key=lambda path: -found[path].get("step", math.inf))
+    for path in newest_first:
+        manifest = found[path]
+        damaged = "" if manifest else "incomplete, or of another run"
+        if manifest and model_files(manifest) != manifest["files"]:
+            steps.append(manifest["step"])
+            if at not in (0, steps[-1]):
+                continue
+            damaged = damaged_file(path, manifest["files"])
+            if not damaged:
+                return str(path)
+        if damaged:
+            print0(f"{path}: damaged ({damaged}), ignored")
+    if found or at:
+        asked = f" of step {at}" if at else ""
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        what = f"{stage_folder}: no checkpoint{asked} is whole and has the trainer's state"
+        mend = "choose another --name (and --model CHECKPOINT: the weights of one are a start)"
+        raise Misuse(f"{what}; there are: {there}; {mend}")
+    return ""
 
 
 def step_of(checkpoint_folder: Path) -> int:
@@ -2633,6 +2748,35 @@ def wait_for_rank0(lock: Path):
     all_ranks_agree(error)
 
 
+def written_files(beside: Path) -> dict[str, list[int]]:
+    """The checksums of the files that this rank wrote, taken while the disk writes them."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    names = []
+    for path in beside.rglob("*"):
+        by = int(path.name[6:11]) - 1 if path.name.startswith("shard-") else 0
+        if path.is_file() and by == rank():
+            path.chmod(0o666 & ~umask)  # as the user's other files
+            names.append(str(path.relative_to(beside)))
+    with ThreadPoolExecutor(8) as pool:
+        on_disk = pool.map(sync, [beside / name for name in names])
+        files = checksums(beside, names)
+        list(on_disk)  # raises what `sync` raised
+    return files
+
+
+def machine() -> dict:
+    """What a run's bits depend on besides its values and inputs."""
+    return dict(
+        source_sha256=digest_of_code(),
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        threads=torch.get_num_threads(),
+        world_size=world(),
+    )
+
+
 def deciding(cfg: Config) -> dict:
     """The options that a stage's results depend on."""
     values = {}
@@ -2651,7 +2795,6 @@ class RunFolder:
     saved; the same command resumes from it. Empty for a run that begins."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
-    step = 0  # of the last checkpoint
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)
@@ -2666,16 +2809,16 @@ class RunFolder:
         elif manifests(self.path):
             what = "checkpoints without config.json; bring it back, or choose another --name"
             raise Misuse(f"{self.path}: {what}")
-        self.source = self.sound_checkpoint(self.path)
+        self.source = sound_checkpoint(self.path)
         if cfg.resume_from and not self.source:
-            self.source = self.sound_checkpoint(origin, cfg.resume_from)
+            self.source = sound_checkpoint(origin, cfg.resume_from)
+        self.step = step_of(Path(self.source)) if self.source else 0  # of the last checkpoint
 
     def compare_values(self):
-        path = self.path / "config.json"
-        try:
-            before = dict(read_json(path)["config"])
-        except (ValueError, KeyError, TypeError):
-            raise Misuse(f"{path}: damaged; choose another --name, or remove that folder")
+        config = self.path / "config.json"
+        before = read_json(config).get("config")
+        if not isinstance(before, dict):
+            raise Misuse(f"{config}: damaged; choose another --name, or remove that folder")
         changed = []
         for name, value in self.values.items():
             of_content = name in ("model", "data", "test", "reward")  # see `create`
@@ -2684,34 +2827,6 @@ class RunFolder:
         if changed:
             mend = "choose another --name, or branch with --resume-from"
             raise Misuse(f"{self.path} holds a run of other values: {', '.join(changed)}; {mend}")
-
-    def sound_checkpoint(self, folder: Path, at: int = 0) -> str:
-        """The last checkpoint of a stage (`at`: of that step) from which it can go on, its step in
-        `step`; the empty string if there is no checkpoint at all. What is damaged is said; Misuse
-        if nothing else is left."""
-        found = from_rank0(on_rank0(manifests, folder))
-        steps = []
-        newest_first = sorted(found, key=lambda path: -found[path].get("step", 0))
-        for path in newest_first:
-            manifest = found[path]
-            damaged = "" if manifest else "incomplete, or of another run"
-            if manifest and model_files(manifest) != manifest["files"]:
-                steps.append(manifest["step"])
-                if at not in (0, steps[-1]):
-                    continue
-                damaged = damaged_file(path, manifest["files"])
-                if not damaged:
-                    self.step = steps[-1]
-                    return str(path)
-            if damaged:
-                print0(f"{path}: damaged ({damaged}), ignored")
-        if found or at:
-            asked = f"--resume-from {at}: " if at else ""
-            there = ", ".join(map(str, sorted(steps))) or "none"
-            what = f"{folder} has no such checkpoint that is whole, with the trainer's state"
-            mend = "choose another --name, and --model CHECKPOINT to start from the weights of one"
-            raise Misuse(f"{asked}{what}; there are: {there}; {mend}")
-        return ""
 
     def create(self, source: str, problems, tests, prompt: str, steps: int):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
@@ -2728,21 +2843,13 @@ class RunFolder:
             reward=digest((function, file and Path(file).read_bytes())),
             prompt=prompt,
         )
-        machine = dict(
-            source_sha256=digest_of_code(),
-            python=sys.version.split()[0],
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-            threads=torch.get_num_threads(),
-            world_size=world(),
-        )
         model = latest(self.cfg.model)
         config = self.path / "config.json"
         if rank() == 0 and not config.exists():
             contents["model"] = digest(weights_of(model))
             run = dict(config=self.values, steps=steps, started_from=source)
             run["run"] = f"{time.time_ns():x}"
-            write_json(config, run | machine | dict(contents=contents))
+            write_json(config, run | machine() | dict(contents=contents))
         all_ranks_agree()
         before = read_json(config)
         self.run = before.get("run")
@@ -2755,7 +2862,7 @@ class RunFolder:
                 if name == "prompt":
                     what = f"the first prompt, {shortened(repr(old))}"
                 raise Misuse(f"{self.path} was started with another {what}; choose another --name")
-        for name, value in machine.items():
+        for name, value in machine().items():
             if before.get(name) != value:
                 print0(f"{self.path} was started with {name} {before.get(name)}, now {value}")
 
@@ -2847,7 +2954,7 @@ class RunFolder:
                 dcp.save(state, storage_writer=writer)
             all_ranks_agree()
             with all_ranks_or_none():
-                written = self.written(beside)
+                written = written_files(beside)
             on_rank0(self.seal, beside, step, gather([written]))
             self.step = step
             self.source = str(self.path / f"checkpoint-{step}")
@@ -2860,21 +2967,6 @@ class RunFolder:
             reason = f"cannot be written ({reason_of(e, line)}); make room: {RESUMES}"
             place = self.source or "the start"
             all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}, {place}"))
-
-    def written(self, beside: Path) -> dict:
-        """The checksums of the files that this rank wrote, taken while the disk writes them."""
-        mode = (self.path / "lock").stat().st_mode & 0o777  # as the user's other files
-        names = []
-        for path in beside.rglob("*"):
-            by = int(path.name[6:11]) - 1 if path.name.startswith("shard-") else 0
-            if path.is_file() and by == rank():
-                path.chmod(mode)
-                names.append(str(path.relative_to(beside)))
-        with ThreadPoolExecutor(8) as pool:
-            on_disk = pool.map(sync, [beside / name for name in names])
-            files = checksums(beside, names)
-            list(on_disk)  # raises what `sync` raised
-        return files
 
     def seal(self, beside: Path, step: int, parts: list[dict]):
         """Manifest, then name, each on the disk before the next; only then old checkpoints go."""
@@ -2945,7 +3037,8 @@ class RunFolder:
                 cut_log(self.path / name, path, keep, self.path / f"{name}.cut-{self.step}")
             missing = sorted(set(range(self.step)) - seen)
             if once and missing:
-                print0(f"{path}: {len(missing)} steps are missing, the first is {missing[0]}")
+                what = f"{len(missing)} of {self.step} steps are missing"
+                print0(f"{path}: {what}, the first is {missing[0]}")
 
 
 @contextlib.contextmanager
@@ -3127,30 +3220,28 @@ class Console:
     """A standard stream whose reader may die or stop reading (`2>&1 | tee log`, a closed terminal).
     Lines are lost then, but nothing raises, and nothing waits longer than a second."""
 
+    patience = 1.0  # seconds
+
     def __init__(self, stream):
         self.stream = stream
-        self.patience = 1.0  # seconds
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text: str):
-        try:
-            number = self.stream.fileno()
-        except (OSError, ValueError, AttributeError):  # in memory, or closed
-            return self.stream and self.stream.write(text)
-        data = text.encode(self.stream.encoding, "replace")
-        with contextlib.suppress(OSError):
+        data = text.encode(self.encoding, "replace")
+        with contextlib.suppress(OSError, ValueError):
             for start in range(0, len(data), 4096):  # what a pipe that is ready takes at once
-                if not select.select([], [number], [], self.patience)[1]:
-                    self.patience = 0.0
-                    return
-                os.write(number, data[start : start + 4096])
-            self.patience = 1.0
+                ready = select.select([], [self], [], self.patience)[1]
+                self.patience = 1.0 if ready else 0.0
+                if ready:
+                    os.write(self.fileno(), data[start : start + 4096])
 
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.flush()
+
+def console(stream):
+    """A standard stream as a Console; a stream in memory as it is."""
+    standard = stream and stream in (sys.__stdout__, sys.__stderr__)
+    return Console(stream) if standard else stream
 
 
 class Interrupted(Exception):
@@ -3163,36 +3254,45 @@ class Interrupt:
     within 10 s is ignored (launchers send two). A later one, and one at any other time, ends the
     process."""
 
+    name = ""  # of the first signal
+    at = math.inf  # when it came
+    stepping = False
+
     def __init__(self):
-        self.name = ""  # of the first signal
-        self.at = math.inf  # when it came
-        self.stepping = False
+        self.outer = []  # handlers and mask of before: a command may call `main`
 
     def __enter__(self):
-        self.__init__()  # another `main` in this process begins anew
-        self.before = {}
+        self.name = ""
+        self.at = math.inf
+        self.stepping = False
+        before = {}
         for number in SIGNALS:
             ignored = signal.getsignal(number) == signal.SIG_IGN
             if not (number == signal.SIGHUP and ignored):  # nohup stays nohup
-                self.before[number] = signal.signal(number, self.hear)
-        self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+                before[number] = signal.signal(number, self.hear)
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self.outer.append((before, mask))
         return self
 
     def __exit__(self, *unused):
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
-        for number, handler in self.before.items():
+        before, mask = self.outer.pop()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
             signal.signal(number, handler)
 
     def hear(self, number, frame):
         name = signal.Signals(number).name
-        console = Console(sys.stderr)
-        if not self.stepping or time.monotonic() > self.at + 10:
-            console.write(f"t1.py: {name}: stopped; {RESUMES}\n")
+        ends = not self.stepping or time.monotonic() > self.at + 10
+        with contextlib.suppress(Exception):
+            if ends:
+                complain(f"{name}: stopped; {RESUMES}", 1)
+            elif not self.name:
+                print("\nstopping: a checkpoint is saved first", file=sys.stderr)
+        if ends:
             os._exit(1)
         if not self.name:
             self.name = name
             self.at = time.monotonic()
-            console.write("\nstopping: a checkpoint is saved first\n")
 
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
@@ -3443,14 +3543,17 @@ def check_config(cfg: Config):
 
 
 def main(argv: list[str] | None = None) -> int:
-    out = contextlib.redirect_stdout(Console(sys.stdout))
-    err = contextlib.redirect_stderr(Console(sys.stderr))
+    out = contextlib.redirect_stdout(console(sys.stdout))
+    err = contextlib.redirect_stderr(console(sys.stderr))
     with interrupt, out, err:
         try:
             cfg = parse_args(argv)
             join_ranks(cfg)
             quiet()
             print0(f"preset {cfg.preset}{changes_of(cfg)}")
+            if cfg.stage != "sft" and cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
+                blocks = f"{cfg.repeat_count} blocks of {cfg.repeat_ngram} tokens"
+                print0(f"repetition is never found: {blocks} are more than --max-new {cfg.max_new}")
             STAGES[cfg.stage](cfg)
             return 0
         except Interrupted:
@@ -3500,20 +3603,20 @@ def no_more_processes(e: BaseException) -> bool:
 def number_of_ranks() -> int:
     """As torchrun tells every process that it starts."""
     ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks == "1":
-        return 1
-    numbers = [ranks]
-    numbers += [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")]
-    if not all(map(str.isdecimal, numbers)) or "MASTER_ADDR" not in os.environ:
-        what = f"WORLD_SIZE is {ranks!r}, without RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+    beside = ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    if ranks != "1" and not (ranks.isdecimal() and set(beside) <= set(os.environ)):
+        what = f"WORLD_SIZE is {ranks!r}, and torchrun sets {', '.join(beside)} beside it"
         raise Misuse(f"{what}: start several ranks by torchrun")
     return int(ranks)
 
 
 def join_ranks(cfg: Config):
     """Under torchrun: the process group, this rank's GPU and threads."""
-    ranks = number_of_ranks()
-    if ranks == 1:
+    # NOT IN PAPER: a model this small gains little from more threads, and loses tenfold beside a
+    # busy process.
+    if cfg.preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if number_of_ranks() == 1:
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // LOCAL_RANKS))
@@ -3543,7 +3646,7 @@ def leave(code: int):
     """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a
     tensor to release asks for the interpreter's lock there, and Python ends such a thread in a way
     that aborts the process (exit -6)."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     if several and "vllm" not in sys.modules:  # which has shared memory to remove
         atexit._run_exitfuncs()
         sys.stdout.flush()
