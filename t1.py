@@ -14,16 +14,15 @@ The objective, with P prompts per step and K samples per prompt:
   loss = -(1/N) sum_i sum_t [ A_i log pi_theta(y_it | x, y_i<t) + alpha H(pi_theta(. | x, y_i<t)) ]
 
 LOO is leave-one-out: a reward minus the mean of the other K-1. r' is 1 (right), 0 (wrong) or -1
-(over-long, repetitive or garbled). Each batch is used for one update: no ratio, no clipping, no
-value network.
+(over-long, repetitive or garbled). One update per batch: no ratio, no clipping, no value network.
 
 Letters: B = P*K responses, T positions, N generated tokens of the whole batch over all ranks, V
 vocabulary, D hidden width. Tensors of responses are (P, K), packed tensors of tokens (N,).
 
-How to read this file. Sections 1 to 4 are the paper: `rl_step` is its algorithm, one block a step.
-Skip section 5 (how it is computed) at first, and all below the banner: that is what a run needs
-around it. "(section 2)" is the paper's. `NOT IN PAPER` marks what the paper leaves open. Under
-torchrun every rank runs this file; the sums over ranks are those of one process."""
+Sections 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first
+skip section 5 (how it is computed) and all below the banner (what a run needs around it). "(section
+2)" is the paper's; `NOT IN PAPER` marks what it leaves open. Under torchrun every rank runs this
+file; the sums over ranks are those of one process."""
 
 import signal
 
@@ -427,8 +426,7 @@ def run_rl(cfg):
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
     print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
 
-    # Both start from the SFT model. On one rank `shard` keeps the model, on several it makes a
-    # copy.
+    # Both start from the SFT model; with several ranks `shard` makes the copy.
     whole_anchor = copy.deepcopy(whole) if world() == 1 else whole
     anchor = shard(whole_anchor, tokenizer, cfg).requires_grad_(False)
     if cfg.offload:
@@ -493,24 +491,15 @@ def run_sft(cfg):
 
 
 # ---------------------------------------- 4. Inference scaling (section 3), evaluation (section 4)
-def thought_length(ids: list[int], tokenizer) -> int | None:
-    """Tokens up to and including the one that completes `</think>`; None if it never comes."""
+def thought_length(rollout: Rollout, tokenizer) -> float:
+    """Tokens up to and including the one that completes `</think>`. Without it all of a finished
+    response is thought, and the thought of an unfinished one never ends."""
+    ids = rollout.ids
     if "</think>" not in tokenizer.decode(ids):
-        return None
-
-    def closed(n):
-        return "</think>" in tokenizer.decode(ids[:n])
-
-    return bisect.bisect_left(range(len(ids)), True, key=closed)
-
-
-def thought_of(rollout: Rollout, tokenizer) -> float:
-    """`thought_length`. Without `</think>` all of a finished response is thought, and the thought
-    of an unfinished one never ends."""
-    length = thought_length(rollout.ids, tokenizer)
-    if length is not None:
-        return length
-    return len(rollout.ids) if rollout.finished else math.inf
+        return len(ids) if rollout.finished else math.inf
+    return bisect.bisect_left(
+        range(len(ids)), True, key=lambda n: "</think>" in tokenizer.decode(ids[:n])
+    )
 
 
 def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
@@ -524,7 +513,7 @@ def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
 def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> list[Rollout]:
     """The responses if their thoughts had been cut after `budget` tokens (section 3).
 
-    thoughts: `thought_of` each. A thought that ended within the budget keeps its own answer.
+    thoughts: `thought_length` of each. A thought that ended within the budget keeps its own answer.
     Another is cut and closed with `answer_prefix`, and `answerer`, an engine, writes the answer.
     NOT IN PAPER: finished thoughts keep their answer; the prefix; a short greedy answer."""
     prefix = tokenizer(unescaped(cfg.answer_prefix), add_special_tokens=False).input_ids
@@ -544,7 +533,7 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
 
 def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[list]:
     """[budget, pass@1, standard error, mean length] for each thinking budget."""
-    thoughts = [thought_of(r, tokenizer) for r in rollouts]
+    thoughts = [thought_length(r, tokenizer) for r in rollouts]
     points = []
     for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
         cut = cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget, cfg)
@@ -557,15 +546,6 @@ def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[li
     return points
 
 
-def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
-    """Mean over problems of the mean over each problem's samples, and its standard error (None for
-    one problem). The error is over PROBLEMS: the samples of one problem are not independent."""
-    per_problem = np.array([np.mean(v) for v in values], dtype=float)
-    n = len(per_problem)
-    error = (per_problem.std(ddof=1) / n**0.5).item() if n > 1 else None
-    return per_problem.mean().item(), error
-
-
 def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout]:
     """`samples` judged responses to each problem, one problem after the other."""
     cfg = dataclasses.replace(cfg, reward="")  # right or wrong is measured
@@ -573,7 +553,8 @@ def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout
     for i, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "eval", i)
         rollouts += [Rollout(problem, seed, sample) for sample in range(samples)]
-    generate(engine, rollouts, cfg.max_new, cfg.eval_temperature)
+    with tqdm(total=len(rollouts), desc="responses", disable=rank() > 0) as bar:
+        generate(engine, rollouts, cfg.max_new, cfg.eval_temperature, ended=bar.update)
     judge(rollouts, engine.tokenizer, cfg)
     return rollouts
 
@@ -855,15 +836,16 @@ def sample(logits, temperature: float, min_p: float, uniform):
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
-def generate(engine, rollouts, max_new: int, temperature: float, min_p: float = 0.0):
+def generate(engine, rollouts, max_new: int, temperature: float, min_p=0.0, ended=None):
     """Sample all rollouts, of all problems. Each engine draws its share of the samples of every
-    problem, so that the work is even; then every rank holds all of them."""
+    problem, so that the work is even; then every rank holds all of them. ended(n): n of this rank's
+    share have just ended."""
     engines = world() // engine.ranks
     share = rollouts[rank() // engine.ranks :: engines]
     with all_ranks_or_none():
-        engine.generate(share, max_new, temperature, min_p)
+        engine.generate(share, max_new, temperature, min_p, ended)
         if not all(math.isfinite(sum(r.logprobs)) for r in share):
-            what = "the policy's log-probs are not finite; lower the rate, or look at the model"
+            what = "the policy's log-probs are not finite; lower the rate"
             raise Stop(f"rank {rank()}: {what}; {RESUMES}")
     exchange(rollouts, share, engine.ranks)
 
@@ -901,18 +883,19 @@ class TorchEngine:
     def sleep(self):
         pass
 
-    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
+    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0, ended=None):
         """Fill in ids, logprobs and finished. The rollouts of one problem stand together."""
         groups = by_problem(rollouts)
         groups.sort(key=lambda group: len(group[0].problem.prompt))  # similar lengths together
         samples = max(map(len, groups), default=1)
         per_batch = max(1, self.cfg.rollout_rows // samples)
         for start in range(0, len(groups), per_batch):
-            self._generate(groups[start : start + per_batch], max_new, temperature, min_p)
+            batch = groups[start : start + per_batch]
+            self._generate(batch, max_new, temperature, min_p, ended)
         return rollouts
 
     @torch.no_grad()
-    def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p):
+    def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p, ended):
         """One batch of B rows, grouped by prompt. `row`, 0..B-1, identifies a sample permanently;
         `slot`, 0..b-1, is its index among the b that still run. Position t counts from the prompt's
         start."""
@@ -951,16 +934,18 @@ class TorchEngine:
             end[row_of_slot] = torch.where(stopped, t + 1, end[row_of_slot])
             running = end[row_of_slot] > t + 1
             left = int(running.sum())
+            if ended:
+                ended(len(row_of_slot) - left)
             if left == 0:
                 break
             if left < len(row_of_slot):
-                ended = (~running[:left]).nonzero()[:, 0]
+                empty = (~running[:left]).nonzero()[:, 0]
                 moved = left + running[left:].nonzero()[:, 0]
-                row_of_slot[ended] = row_of_slot[moved]
-                token[ended] = token[moved]
+                row_of_slot[empty] = row_of_slot[moved]
+                token[empty] = token[moved]
                 row_of_slot = row_of_slot[:left]
                 token = token[:left]
-                cache.keep(left, ended, moved)
+                cache.keep(left, empty, moved)
             hidden = self._last_hidden(token[:, None], [t], cache)
 
         parts = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), end.tolist())
@@ -980,9 +965,8 @@ class TorchEngine:
             random = np.random.default_rng(group[0].seed)
             draws.append(random.random((max(numbers) + 1, max_new))[numbers])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new, dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = prompt
+        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        tokens = F.pad(tokens, (0, max_new))
         uniform = torch.from_numpy(np.concatenate(draws))
         device = self.policy.device
         return tokens.to(device), lengths.to(device), uniform.to(device)
@@ -1716,6 +1700,15 @@ def log_responses(folder: Path, entry: dict, rollouts: list[Rollout]):
     append_rows(path, rows, sync=True)
 
 
+def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
+    """Mean over problems of the mean over each problem's samples, and its standard error (None for
+    one problem). The error is over PROBLEMS: the samples of one problem are not independent."""
+    per_problem = np.array([np.mean(v) for v in values], dtype=float)
+    n = len(per_problem)
+    error = (per_problem.std(ddof=1) / n**0.5).item() if n > 1 else None
+    return per_problem.mean().item(), error
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, include a right one."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
@@ -1753,7 +1746,7 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
         pass_at_k=chances,
     )
     if not (cfg.test or cfg.data or cfg.benchmarks):
-        result["habits"] = data_prep.habit_shares([vars(r) for r in rollouts])
+        result["habits"] = data_prep.habit_shares([record_of(r) for r in rollouts])
     if cfg.budgets:
         result["scaling"] = accuracy_within(answerer, tokenizer, rollouts, samples, cfg)
     return result, rollouts
@@ -1926,7 +1919,7 @@ class VLLMEngine:
             with self.failing("did not fall asleep"):
                 self.llm.sleep(level=2)
 
-    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
+    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0, ended=None):
         """As TorchEngine.generate. The ranks that share the engine call it together."""
         groups = by_problem(rollouts)
         options = dict(temperature=temperature, min_p=min_p, max_tokens=max_new, logprobs=0)
@@ -1944,6 +1937,8 @@ class VLLMEngine:
                 rollout.ids = list(output.token_ids)
                 rollout.logprobs = list(output.logprobs.logprobs)
                 rollout.finished = output.finish_reason == "stop"
+        if ended:
+            ended(len(rollouts))
         return rollouts
 
 
@@ -2075,12 +2070,11 @@ class Cache:
             room[:, :, :, : x.shape[3]] = x.repeat_interleave(counts, 1)
             self.kv[layer] = room
 
-    def keep(self, left: int, ended, moved):
-        """Keep the first `left` slots, after the slots `moved` took the places of those that
-        ended."""
+    def keep(self, left: int, empty, moved):
+        """Keep the first `left` slots, after the slots `moved` took the `empty` ones."""
         for layer, x in enumerate(self.kv):
             n = self.n[layer]
-            x[:, ended, :, :n] = x[:, moved, :, :n]
+            x[:, empty, :, :n] = x[:, moved, :, :n]
             self.kv[layer] = x[:, :left]
 
 
