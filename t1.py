@@ -305,11 +305,6 @@ def penalised_reward(right: float, pattern: str | None, penalties: bool = True) 
     return float(right)
 
 
-def opens_thought(prompt: list[int], tokenizer) -> bool:
-    """Does the prompt end in <think>, so that the response begins inside a thought?"""
-    return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-
-
 def text_of(rollout: Rollout, tokenizer) -> str:
     """The response without its end token. Special tokens stay: <think> may be one. If the prompt
     opened <think>, it is prepended, so that a box inside the thought is not taken as the answer."""
@@ -477,9 +472,8 @@ def run_sft(cfg):
     policy = shard(whole, tokenizer, cfg)
     del whole
     steps = number_of_steps(traces, cfg)
-    print0(
-        f"{len(traces)} traces, {steps} steps; the policy starts from {source or 'random weights'}"
-    )
+    start = source or "random weights"
+    print0(f"{len(traces)} traces, {steps} steps; the policy starts from {start}")
     optimizer = make_optimizer(policy, cfg)
     start = folder.resume(policy, optimizer)
 
@@ -563,12 +557,6 @@ def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout
 Row = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
 
-def by_problem(rollouts: list[Rollout]) -> list[list[Rollout]]:
-    """Consecutive rollouts of one problem -> a list per problem."""
-    groups = itertools.groupby(rollouts, key=lambda rollout: id(rollout.problem))
-    return [list(group) for _, group in groups]
-
-
 def row_of(rollout: Rollout) -> Row:
     return rollout.problem.prompt, rollout.ids
 
@@ -588,8 +576,8 @@ class Policy(torch.nn.Module):
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, rows)
         ends = lm.generation_config.eos_token_id  # None, one or several
         ends = ends if isinstance(ends, list) else [ends]
-        others = [i for i in ends if i not in (None, tokenizer.eos_token_id)]
-        self.end_ids = [tokenizer.eos_token_id, *others]
+        self.end_ids = [tokenizer.eos_token_id]
+        self.end_ids += [i for i in ends if i not in (None, tokenizer.eos_token_id)]
 
     @property
     def head(self) -> torch.Tensor:
@@ -622,9 +610,7 @@ class Packed:
     position: torch.Tensor  # (1, n) place in its row
     predict: torch.Tensor  # (N,) places in 0..n-1 that predict the response tokens
     targets: torch.Tensor  # (N,) response tokens, the end token included
-    to_grid: (
-        torch.Tensor
-    )  # (B * T,) token of each cell of a (B, T) grid; short rows repeat their last
+    to_grid: torch.Tensor  # (B * T,) token of each cell of a (B, T) grid; short rows repeat a token
     to_packed: torch.Tensor  # (n,) cell of each token
     ends: torch.Tensor  # (B + 1,) int32, where each row begins, and the end
     shape: tuple[int, int]  # (B, T), T the longest row
@@ -721,12 +707,6 @@ def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int],
         for _ in range(max(gather([len(groups)])) - len(groups)):
             result.append((groups[0][:1], 0.0))
     return result
-
-
-def share_of_rank(rollouts: list[Rollout]) -> list[int]:
-    """Indices of the responses that this rank trains on: about the same tokens on each rank."""
-    lengths = [len(r.problem.prompt) + len(r.ids) for r in rollouts]
-    return deal(lengths, world())[rank()]
 
 
 def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dict:
@@ -1348,6 +1328,11 @@ def prompt_ids(row: dict, tokenizer, cfg: Config) -> list[int]:
 
 def unescaped(text: str) -> str:
     return text.replace("\\n", "\n")
+
+
+def opens_thought(prompt: list[int], tokenizer) -> bool:
+    """Does the prompt end in <think>, so that the response begins inside a thought?"""
+    return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
 
 
 def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
@@ -3146,6 +3131,18 @@ def all_ranks_agree(error: Stop | None = None):
     for e in gather([error]):
         if e is not None:
             raise e
+
+
+def share_of_rank(rollouts: list[Rollout]) -> list[int]:
+    """Indices of the responses that this rank trains on: about the same tokens on each rank."""
+    lengths = [len(r.problem.prompt) + len(r.ids) for r in rollouts]
+    return deal(lengths, world())[rank()]
+
+
+def by_problem(rollouts: list[Rollout]) -> list[list[Rollout]]:
+    """Consecutive rollouts of one problem -> a list per problem."""
+    groups = itertools.groupby(rollouts, key=lambda rollout: id(rollout.problem))
+    return [list(group) for _, group in groups]
 
 
 def deal(work: list[int], shares: int) -> list[list[int]]:
