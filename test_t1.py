@@ -60,7 +60,7 @@ ENV = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }  # of the processes that tests start
-SMALL = ["--tiny-layers", "1", "--tiny-width", "64"]
+SMALL = dict(layers=1, width=64)  # of the embedded model, for runs that begin with random weights
 torch.set_num_threads(1)
 
 Model = namedtuple("Model", "folder cfg tokenizer policy")
@@ -119,14 +119,44 @@ def save_model(folder, lm, tokenizer):
     return folder
 
 
+def embedded_model(layers, width):
+    """The embedded model of another size, with random weights, and its tokenizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t1, "TINY", dict(layers=layers, width=width))
+        return t1.tiny_policy(config())
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The embedded model with random weights."""
-    cfg = config("--tiny-layers", 2, "--tiny-width", 64)
-    policy, tokenizer = t1.tiny_policy(cfg)
+    cfg = config()
+    policy, tokenizer = embedded_model(2, 64)
     folder = save_model(tmp_path_factory.mktemp("tiny"), policy.lm, tokenizer)
     policy, tokenizer = t1.load_policy(str(folder), cfg)
     return Model(folder, cfg, tokenizer, policy)
+
+
+def from_small(base):
+    """Options of SFT from a small model with random weights, which is saved in `base`."""
+    folder = base / "small"
+    if not folder.exists():
+        policy, tokenizer = embedded_model(**SMALL)
+        save_model(folder, policy.lm, tokenizer)
+    return ["--preset", "tiny", "--model", folder]
+
+
+def asked(prompts, samples=1, seeds=itertools.repeat(0)):
+    """Rollouts to be sampled: `samples` for each prompt, whose seed is the next of `seeds`."""
+    rollouts = []
+    for prompt, seed in zip(prompts, seeds):
+        problem = t1.Problem({}, prompt)
+        rollouts += [t1.Rollout(problem, seed, sample) for sample in range(samples)]
+    return rollouts
+
+
+def answered(rows):
+    """Rollouts of rows (prompt, response)."""
+    return [t1.Rollout(t1.Problem({}, x), ids=y) for x, y in rows]
 
 
 def write_rows(path, rows):
@@ -154,10 +184,10 @@ LAYERS = {
     "t1": {"data_prep", "verify"},
 }  # what each may import of ours
 LINES = {
-    "t1.py": 1933,
-    "verify.py": 2038,
-    "data_prep.py": 1625,
-    "test_t1.py": 2854,
+    "t1.py": 3500,
+    "verify.py": 2800,
+    "data_prep.py": 2600,
+    "test_t1.py": 5200,
     "README.md": 250,
     "docs/*.md": 150,
 }
@@ -264,9 +294,8 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
 
     estimate = [torch.zeros_like(contexts), torch.zeros_like(head)]
     for drawn in itertools.product(live, repeat=K):
-        A = t1.advantages_of(
-            reward[list(drawn)][None], torch.stack([d[i].detach() for i in drawn])[None], beta
-        )
+        kl = torch.stack([d[i].detach() for i in drawn])[None]
+        A = t1.rloo_advantages(reward[list(drawn)][None]) - beta * t1.center_kl(kl)
         rows = [0 if t == 0 else 1 + responses[i][0] for i in drawn for t in range(2)]
         targets = torch.tensor([responses[i][t] for i in drawn for t in range(2)])
         A, w = A[0].repeat_interleave(2), torch.full((2 * K,), 1 / (2 * K), dtype=torch.float64)
@@ -302,8 +331,9 @@ def test_chunked_head_equals_full_logits(temperature, min_p, chunk):
     plain = plain_stats(hidden, head, targets, temperature, min_p)
     for x, y in zip(ours, plain):
         assert torch.allclose(x, y, atol=1e-12)
-    sums = [(a * logprob + b * entropy).sum() for logprob, entropy in (ours, plain)]
-    assert_same_gradient(*sums, (hidden, head), atol=1e-12)
+    loss, *_ = t1.policy_loss(hidden, head, targets, a / b, b, 1.0, temperature, min_p, chunk=chunk)
+    oracle = -(a * plain[0] + b * plain[1]).sum()
+    assert_same_gradient(loss, oracle, (hidden, head), atol=1e-12)
     half = torch.full_like(a, 0.5)
     loss, *stats = t1.policy_loss(
         hidden, head, targets, a, half, 0.7, temperature, min_p, chunk=chunk
@@ -328,10 +358,37 @@ def test_the_loss_equals_its_reference(temperature, min_p):
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.05)])
 def test_head_gradcheck(temperature, min_p):
+    """Each token's log-prob, and each entropy, by central differences; without gradient they are the same numbers."""
     hidden, head, _ = head_case(3, n=5, V=7, D=4)
     targets = (hidden @ head.T).argmax(1)
-    stats = lambda h, w: t1.token_logprobs_and_entropy(h, w, targets, temperature, min_p, 2)
-    assert torch.autograd.gradcheck(stats, (hidden, head))
+    stats = t1.token_logprobs_and_entropy(hidden, head, targets, temperature, min_p, 2)
+    ones, zeros = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    for kind, (A, alpha) in enumerate([(ones, 0.0), (zeros, 1.0)]):
+        for token in range(5):
+            w = torch.zeros_like(ones)
+            w[token] = 1.0
+
+            def loss(h, head):
+                options = (alpha, temperature, min_p)
+                return t1.policy_loss(h, head, targets, A, w, *options, chunk=2)[0]
+
+            assert loss(hidden, head).item() == pytest.approx(-stats[kind][token].item(), abs=1e-12)
+            for i, ours in enumerate(torch.autograd.grad(loss(hidden, head), (hidden, head))):
+                theirs = central_differences(loss, (hidden.detach(), head.detach()), i)
+                assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def central_differences(function, arguments, i, step=1e-6):
+    """The gradient of a number with respect to its i-th argument."""
+    gradient = torch.zeros_like(arguments[i])
+    for place in np.ndindex(*gradient.shape):
+        sides = []
+        for move in (step, -step):
+            moved = [x.clone() for x in arguments]
+            moved[i][place] += move
+            sides.append(function(*moved).item())
+        gradient[place] = (sides[0] - sides[1]) / (2 * step)
+    return gradient
 
 
 def test_min_p_keeps_a_sampled_token_at_the_edge_of_the_support():
@@ -350,13 +407,16 @@ def test_bfloat16_head_keeps_float32_results():
         torch.randn(9, 16).bfloat16().requires_grad_(),
         torch.randn(30, 16, requires_grad=True),
     )
-    logprob, entropy = t1.token_logprobs_and_entropy(hidden, head, torch.arange(9))
+    targets, ones = torch.arange(9), torch.ones(9)
+    loss, logprob, entropy = t1.policy_loss(hidden, head, targets, ones, ones, 1.0)
     assert logprob.dtype == entropy.dtype == torch.float32
+    for x, y in zip(t1.token_logprobs_and_entropy(hidden, head, targets), (logprob, entropy)):
+        assert torch.equal(x, y)
     plain = plain_stats(hidden.float(), head.bfloat16().float(), torch.arange(9), 1.0, 0.0)
     assert torch.allclose(logprob, plain[0], atol=0.05) and torch.allclose(
         entropy, plain[1], atol=0.05
     )
-    (logprob.sum() + entropy.sum()).backward()
+    loss.backward()
     assert head.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
 
 
@@ -475,14 +535,14 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_batches_go_through_every_row_once_an_epoch():
     n, size = 10, 4
-    stream = [i for step in range(10) for i in t1.batch_indices(n, size, step, seed=3)]
+    stream = [i for step in range(10) for i in data_prep.batch_indices(n, size, step, seed=3)]
     for epoch in range(4):
         assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert stream[:n] != stream[n : 2 * n]
     assert (
-        t1.batch_indices(n, size, 7, seed=3)
+        data_prep.batch_indices(n, size, 7, seed=3)
         == stream[28:32]
-        != t1.batch_indices(n, size, 7, seed=4)
+        != data_prep.batch_indices(n, size, 7, seed=4)
     )
 
 
@@ -530,11 +590,14 @@ def test_packed_forward_equals_the_library_on_padded_rows(tiny, side):
         assert ours[i].tolist() == pytest.approx(theirs, abs=2e-5)
 
 
+LOSS = dict(entropy_coef=0.01, temperature=1.2, min_p=0.05)
+
+
 def gradient(policy, rows, advantages, cfg):
     """-> the sums that `accumulate_gradient` returns, and the gradient as one vector."""
     policy.zero_grad()
-    weights = torch.full((len(rows),), 1 / sum(len(y) for _, y in rows))
-    sums, _ = t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.01, 1.2, 0.05)
+    cfg = dataclasses.replace(cfg, **LOSS)
+    sums = t1.accumulate_gradient(policy, answered(rows), advantages, cfg)
     return sums, torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
@@ -551,7 +614,7 @@ def test_any_split_gives_the_same_gradient(tiny):
     _, shuffled = gradient(tiny.policy, [rows[i] for i in order], A[order], tiny.cfg)
     for other in (split, shuffled):
         assert (other - whole).norm() < 1e-5 * whole.norm()
-    assert split_sums.tolist() == pytest.approx(sums.tolist(), rel=1e-5)
+    assert split_sums == pytest.approx(sums, rel=1e-5)
 
 
 def test_gradient_equals_the_library_row_by_row(tiny):
@@ -617,8 +680,8 @@ def talkative(tmp_path_factory):
     """The embedded model with weights scaled up, so that its distributions differ from token to token; with 50 rows
     beyond the tokenizer that the model itself likes best; and with many end tokens, so that rows end at different
     times."""
-    cfg = config("--tiny-layers", 2)
-    policy, tokenizer = t1.tiny_policy(cfg)
+    cfg = config()
+    policy, tokenizer = embedded_model(2, 128)
     lm, known = policy.lm, len(tokenizer)
     lm.resize_token_embeddings(known + 50)
     torch.manual_seed(6)
@@ -658,10 +721,12 @@ def greedy(policy, prompt, n):
 def test_greedy_engine_equals_generate(talkative, engine):
     engine.load(talkative.policy)
     prompts = random_prompts(talkative.tokenizer, 24, seed=7)
-    rollouts = engine.generate(prompts, [[0]] * 24, [0] * 24, max_new=30, temperature=0.0)
+    rollouts = engine.generate(asked(prompts), max_new=30, temperature=0.0)
     assert len({len(r.ids) for r in rollouts}) > 4
-    for prompt, rollout in zip(prompts, rollouts):
-        assert rollout.prompt == prompt and rollout.ids == greedy(talkative.policy, prompt, 30)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        assert rollout.problem.prompt == prompt and rollout.ids == greedy(
+            talkative.policy, prompt, 30
+        )
         assert rollout.finished == (rollout.ids[-1] in talkative.policy.end_ids)
 
 
@@ -669,9 +734,9 @@ def test_greedy_engine_equals_generate(talkative, engine):
 def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p):
     engine.load(talkative.policy)
     prompts = random_prompts(talkative.tokenizer, 6, seed=8)
-    rollouts = engine.generate(prompts, [range(4)] * 6, [1] * 6, 25, temperature, min_p)
-    assert [r.prompt for r in rollouts] == [p for p in prompts for _ in range(4)]
-    rows = [(r.prompt, r.ids) for r in rollouts]
+    rollouts = engine.generate(asked(prompts, 4, [1] * 6), 25, temperature, min_p)
+    assert [r.problem.prompt for r in rollouts] == [p for p in prompts for _ in range(4)]
+    rows = [t1.row_of(r) for r in rollouts]
     for r, trainer in zip(
         rollouts, t1.response_logprobs(talkative.policy, rows, talkative.cfg, temperature, min_p)
     ):
@@ -688,7 +753,7 @@ def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_
     first = [
         r.ids[0]
         for n in range(3)
-        for r in engine.generate([prompt], [range(1000)], [n], 1, temperature, min_p)
+        for r in engine.generate(asked([prompt], 1000, [n]), 1, temperature, min_p)
     ]
     logits = (
         talkative.policy.lm(torch.tensor([prompt]))
@@ -720,10 +785,8 @@ def test_rollouts_depend_on_their_seeds_alone(talkative, engine):
     engine.load(talkative.policy)
     prompts, drawn = [[5, 6, 7], [8, 9]] * 3, []
     for step in (0, 0, 1):
-        seeds = [t1.seed_for(0, "rollout", step, i) for i in range(6)]
-        drawn.append(
-            [r.ids for r in engine.generate(prompts, [range(4)] * len(prompts), seeds, max_new=8)]
-        )
+        seeds = [data_prep.seed_for(0, "rollout", step, i) for i in range(6)]
+        drawn.append([r.ids for r in engine.generate(asked(prompts, 4, seeds), max_new=8)])
     assert drawn[0] == drawn[1] != drawn[2]
     assert (
         len({str(drawn[0][i : i + 4]) for i in range(0, 24, 4)}) == 6
@@ -733,10 +796,10 @@ def test_rollouts_depend_on_their_seeds_alone(talkative, engine):
 def test_a_sample_does_not_depend_on_its_batch(talkative):
     """So that another number of ranks, or another --rollout-rows, draws the same responses."""
     prompts = random_prompts(talkative.tokenizer, 10, seed=10)
-    together = torch_engine(talkative).generate(prompts, [range(3)] * 10, list(range(10)), 20, 1.2)
+    together = torch_engine(talkative).generate(asked(prompts, 3, range(10)), 20, 1.2)
     apart, small = [], torch_engine(talkative, rollout_rows=2)
     for seed, prompt in enumerate(prompts):
-        apart += small.generate([prompt], [range(3)], [seed], 20, 1.2)
+        apart += small.generate(asked([prompt], 3, [seed]), 20, 1.2)
     assert [r.ids for r in together] == [r.ids for r in apart]
 
 
@@ -746,10 +809,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
     assert (
         talkative.policy.lm(torch.tensor([[3, 4]])).logits[0, -1].argmax() >= known
     )  # the model would
-    assert (
-        max(i for r in engine.generate([[3, 4]], [range(64)], [0], max_new=20) for i in r.ids)
-        < known
-    )
+    assert max(i for r in engine.generate(asked([[3, 4]], 64), max_new=20) for i in r.ids) < known
 
 
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
@@ -758,7 +818,7 @@ def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
     policy, cfg = talkative.policy, talkative.cfg
     engine.load(policy)
     prompts = random_prompts(talkative.tokenizer, 8, seed=11)
-    before = [r.ids for r in engine.generate(prompts, [[0]] * 8, [0] * 8, 20, 0.0)]
+    before = [r.ids for r in engine.generate(asked(prompts), 20, 0.0)]
     moved = copy.deepcopy(policy)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -766,7 +826,7 @@ def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
             p.add_(0.1 * p.std() * torch.randn_like(p))
     engine.load(moved)
     t1.check_push(engine, moved, prompts[0], cfg)
-    after = [r.ids for r in engine.generate(prompts, [[0]] * 8, [0] * 8, 20, 0.0)]
+    after = [r.ids for r in engine.generate(asked(prompts), 20, 0.0)]
     assert after == [greedy(moved, p, 20) for p in prompts] != before
     if isinstance(engine, t1.VLLMEngine):  # a push that does nothing and reports nothing
         monkeypatch.setattr(engine.llm, "collective_rpc", lambda *args, **kwargs: None)
@@ -786,7 +846,7 @@ def test_a_lost_engine_is_one_line(talkative, engine, monkeypatch):
     with pytest.raises(
         t1.Stop, match=r"the vLLM engine failed \(EngineCore died\); the same command resumes"
     ):
-        engine.generate([[3, 4]], [[0]], [0], 4)
+        engine.generate(asked([[3, 4]]), 4)
 
 
 @pytest.mark.parametrize(
@@ -815,7 +875,7 @@ def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatc
 
 def test_rank_0_decides_which_checkpoint_is_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(t1, "from_rank0", lambda value: "what rank 0 sees")
-    assert t1.newest(tmp_path) == "what rank 0 sees"
+    assert t1.latest(str(tmp_path)) == "what rank 0 sees"
 
 
 def test_an_engine_gets_what_the_trainer_leaves():
@@ -833,7 +893,7 @@ def test_logits_are_float32_for_a_bfloat16_model():
     )
     exact = hidden.double() @ head.double().T
     assert ((hidden @ head.T) - exact).abs().max() > 1e-2
-    assert (t1.logits_of(hidden.float(), t1.wide(head)) - exact).abs().max() < 1e-4
+    assert (t1.logits_of(hidden.float(), t1.float32_head(head)) - exact).abs().max() < 1e-4
     logprob, entropy = t1.token_logprobs_and_entropy(hidden, head, targets)
     p = exact.softmax(-1)
     assert torch.allclose(logprob.double(), p.log()[range(9), targets], atol=1e-5)
@@ -904,15 +964,12 @@ def most_repeats(ids, n):
 
 
 def test_repetition_counts_blocks_without_overlap():
-    assert (
-        data_prep.repeats([1] * 12, 4) == 3
-        and data_prep.repeats([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == 3
-    )
-    assert data_prep.repeats([1, 2], 3) == 0
+    assert t1.repeats([1] * 12, 4) == 3 and t1.repeats([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == 3
+    assert t1.repeats([1, 2], 3) == 0
     rng = random.Random(0)
     for _ in range(200):
         ids, n = [rng.randrange(3) for _ in range(rng.randint(0, 25))], rng.randint(1, 4)
-        assert data_prep.repeats(ids, n) == most_repeats(ids, n)
+        assert t1.repeats(ids, n) == most_repeats(ids, n)
 
 
 @settings(max_examples=300, deadline=None)
@@ -923,17 +980,17 @@ def test_patterns_take_any_text(text):
 
 
 def test_a_penalty_replaces_the_reward_of_a_right_answer_and_can_be_switched_off(tiny):
-    problem = dict(id="a", problem="What is 1 + 1?", answer="2")
+    problem = t1.Problem(dict(id="a", problem="What is 1 + 1?", answer="2"), [1])
     right, wrong = (tiny.tokenizer(f"\\boxed{{{n}}}").input_ids for n in (2, 3))
     rollouts = [
-        t1.Rollout([1], ids, [], done)
+        t1.Rollout(problem, ids=ids, finished=done)
         for ids, done in ((right, True), (right, False), (wrong, True))
     ]
     for penalties, expected in ((True, [1.0, -1.0, 0.0]), (False, [1.0, 1.0, 0.0])):
         cfg = dataclasses.replace(tiny.cfg, penalties=penalties)
-        assert [
-            r["reward"] for r in t1.judge(rollouts, [problem] * 3, tiny.tokenizer, cfg)
-        ] == expected
+        assert t1.judge(rollouts, tiny.tokenizer, cfg).tolist() == expected
+        assert [r.reward for r in rollouts] == expected
+        assert [r.right for r in rollouts] == [True, True, False]
 
 
 PROBLEM = (
@@ -950,18 +1007,18 @@ def test_behaviour_of_a_response():
     corrected = thought(
         "3 mod 5 = 3 yes, 3 mod 7 = 3 not 1, wait", "8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8
     )
-    facts = data_prep.behaviour(PROBLEM, corrected, True)
+    facts = t1.behaviour_of(PROBLEM, corrected, True)
     counts = dict(answer="8", reflections=1, checks=4, honest=4)
     assert facts == counts | dict(honoured=True, first_right=False, corrected=True)
     jump = thought("So 8, check: 8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8)
-    jump = data_prep.behaviour(PROBLEM, jump, True)
+    jump = t1.behaviour_of(PROBLEM, jump, True)
     assert jump["first_right"] and jump["honoured"] and not jump["corrected"]
     stubborn = thought("So 3, check: 3 mod 5 = 3 yes, 3 mod 7 = 3 not 1", answer=3)
-    stubborn = data_prep.behaviour(PROBLEM, stubborn, False)
+    stubborn = t1.behaviour_of(PROBLEM, stubborn, False)
     assert not stubborn["honoured"] and not stubborn["first_right"] and stubborn["honest"] == 2
     unchecked = thought("8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=43)
-    assert not data_prep.behaviour(PROBLEM, unchecked, False)["honoured"]
-    other = data_prep.behaviour(
+    assert not t1.behaviour_of(PROBLEM, unchecked, False)["honoured"]
+    other = t1.behaviour_of(
         "What is 1 + 1?", "Wait, perhaps 3. Hmm, alternatively \\boxed{2}", True
     )
     assert (other["reflections"], other["checks"], other["first_right"], other["corrected"]) == (
@@ -976,20 +1033,20 @@ def test_behaviour_of_a_response():
         wander=thought("3 mod 5 = 3 yes", "9 mod 5 = 4 not 3", "8 mod 5 = 3 yes", answer=8),
     )
     assert all(data_prep.habit_of(text) == habit for habit, text in habits.items())
-    records = [
-        dict(x, reward=1.0, right=True, length=50, pattern=None, ungraded=0.0)
+    problem = t1.Problem({}, [])
+    rollouts = [
+        t1.Rollout(problem, ids=[0] * 50, right=True, reward=1.0, behaviour=x)
         for x in (facts, other)
     ]
-    mean = data_prep.means(records)
+    mean = t1.means(rollouts)
     assert (mean["corrected"], mean["first_right"], mean["honoured"], mean["honest"]) == (
         1.0,
         0.0,
         1.0,
         1.0,
     )
-    assert (mean["checks"], mean["reflections"]) == (2.0, 5.0) and data_prep.means(records[1:])[
-        "corrected"
-    ] is None
+    assert (mean["checks"], mean["reflections"]) == (2.0, 5.0)
+    assert t1.means(rollouts[1:])["corrected"] is None
 
 
 # --------------------------------------------------------------------------------------------------- embedded problems
@@ -1113,7 +1170,8 @@ def guess(tmp_path_factory):
         "--out",
         base,
     ]
-    code, out, err = main("--stage", "sft", *data, "--sft-steps", 250, "--sft-lr", "4e-3", *SMALL)
+    steps = ["--sft-steps", 250, "--sft-lr", "4e-3"]
+    code, out, err = main("--stage", "sft", *from_small(base), *data, *steps)
     assert code == 0 and "next: torchrun t1.py --stage rl" in out, err
     return base
 
@@ -1142,7 +1200,7 @@ def train(guess, steps, *more):
         "--rl-save-every",
         steps // 2,
     ]
-    code, out, err = main("--stage", "rl", *data, *options, *SMALL, "--rl-steps", steps, *more)
+    code, out, err = main("--stage", "rl", *data, *options, "--rl-steps", steps, *more)
     assert code == 0 and "next: torchrun t1.py --stage eval" in out, err
     return guess / "tiny"
 
@@ -1220,7 +1278,10 @@ def test_the_model_learns(guess):
 
 
 def test_a_run_writes_its_logs_pictures_and_samples(trained):
-    phases = dict(sft=["train"], rl=["push", "rollout", "anchor", "gradient", "update"])
+    phases = dict(
+        sft=["gradient", "update"],
+        rl=["push", "rollout", "judge", "anchor", "gradient", "update"],
+    )
     for stage, columns in (("sft", SFT_COLUMNS), ("rl", RL_COLUMNS)):
         folder = trained / stage
         assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -1250,7 +1311,7 @@ def test_a_checkpoint_is_an_ordinary_folder(trained):
     assert tokenizer.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
     engine = t1.make_engine(str(folder), policy, tokenizer, cfg)
     engine.load(policy)
-    (rollout,) = engine.generate([ids], [[0]], [0], 24, temperature=0.0)
+    (rollout,) = engine.generate(asked([ids]), 24, temperature=0.0)
     answer = plain.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[
         0, len(ids) :
     ].tolist()
@@ -1292,24 +1353,34 @@ def test_cut_and_answer(talkative):
     ) == 1 and "</think>" not in tokenizer.decode(ended[: n - 1])
     assert t1.thought_length(endless, tokenizer) is None
     question, prefix = encode("Find n.\n"), encode("</think>\nThe answer is \\boxed{")
-    rollouts = [t1.Rollout(question, ended, [], True), t1.Rollout(question, endless, [], False)]
+    problem = t1.Problem({}, question)
+    rollouts = [
+        t1.Rollout(problem, ids=ended, finished=True),
+        t1.Rollout(problem, ids=endless, finished=False),
+    ]
+    thoughts = [t1.thought_of(r, tokenizer) for r in rollouts]
+    assert thoughts == [n, math.inf]
+
+    def cut(budget):
+        results = t1.cut_thoughts(engine, tokenizer, rollouts, thoughts, budget, cfg)
+        return [t1.text_of(r, tokenizer) for r in results]
+
     own = tokenizer.decode(ended[:-1])
     for budget in (3, len(endless), n - 1):
-        texts = t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)
         prompt = question + ended[:budget] + prefix
-        (answer,) = engine.generate([prompt], [[0]], [0], cfg.answer_tokens, temperature=0.0)
+        (answer,) = engine.generate(asked([prompt]), cfg.answer_tokens, temperature=0.0)
         ids = ended[:budget] + prefix + answer.ids
         dropped = (
             answer.finished and ids[-1] in tokenizer.all_special_ids
         )  # only the tokenizer's own end is no text
-        assert texts[0] == tokenizer.decode(ids[: len(ids) - dropped]) != own
-    assert t1.cut_and_answer(engine, tokenizer, rollouts, n, cfg)[0] == own
+        assert cut(budget)[0] == tokenizer.decode(ids[: len(ids) - dropped]) != own
+    assert cut(n)[0] == own
     closed = tokenizer.decode(endless + prefix)
     for budget in (
         len(endless),
         10 * len(endless),
     ):  # a thought that ran into the limit is closed at any budget
-        assert t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)[1].startswith(closed)
+        assert cut(budget)[1].startswith(closed)
 
 
 def test_standard_error_is_over_problems():
@@ -1343,40 +1414,8 @@ def evaluate_again(guess, out, *more):
     return out / "tiny/eval"
 
 
-def test_a_killed_evaluation_resumes_to_the_same_bits(guess, tmp_path, monkeypatch):
-    whole = evaluate_again(guess, tmp_path / "whole", "--eval-samples", 2)
-    text = (whole / "responses.jsonl").read_bytes()
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert len(rows) == 80 == len({(r["key"], r["number"], r["sample"]) for r in rows})
-    killed = tmp_path / "killed/tiny/eval"
-    killed.mkdir(parents=True)
-    (killed / "responses.jsonl").write_bytes(
-        text[: len(text) // 2]
-    )  # the first chunk of 30, a part of the next
-    asked, generate = [], t1.TorchEngine.generate
-
-    def counted(self, prompts, samples, *args, **kwargs):
-        asked.append(sum(map(len, samples)))
-        return generate(self, prompts, samples, *args, **kwargs)
-
-    monkeypatch.setattr(t1.TorchEngine, "generate", counted)
-    evaluate_again(guess, tmp_path / "killed", "--eval-samples", 2)
-    resumed = sum(asked)
-    for name in ("responses.jsonl", "results.json", "inference_scaling.png"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    asked.clear()
-    evaluate_again(
-        guess, tmp_path / "killed", "--eval-samples", 2
-    )  # generates only answers from cut thoughts
-    assert resumed - sum(asked) == 80 - 30 and (killed / "responses.jsonl").read_bytes() == text
-    evaluate_again(
-        guess, tmp_path / "killed", "--eval-samples", 2, "--eval-temperature", 0.5
-    )  # other responses
-    after = (killed / "responses.jsonl").read_bytes()
-    assert after.startswith(text) and len(after) > len(text) * 3 // 2
-
-
-def test_benchmarks(guess, tmp_path):
+def test_benchmarks(guess, tmp_path, monkeypatch):
+    monkeypatch.setattr(t1, "BENCHMARKS", tmp_path)
     for name in ("math500", "aime24"):
         write_rows(tmp_path / f"{name}.jsonl", naming_rows(12))
     checkpoint = guess / "tiny/sft/checkpoint-250"
@@ -1387,8 +1426,6 @@ def test_benchmarks(guess, tmp_path):
         checkpoint,
         "--answer-model",
         checkpoint,
-        "--benchmark-dir",
-        tmp_path,
     ]
     args += [
         "--preset",
@@ -1410,7 +1447,7 @@ def test_benchmarks(guess, tmp_path):
     ) == 12 * 33
     for r in results:
         rows = [row for row in kept if row["key"] == r["key"]]
-        right = [[row["right"] for row in rows if row["number"] == i] for i in range(12)]
+        right = [[row["right"] for row in rows if row["id"] == str(i)] for i in range(12)]
         error = np.std(np.mean(right, 1), ddof=1) / 12**0.5
         assert (r["pass_at_1"], r["standard_error"]) == (
             pytest.approx(np.mean(right)),
@@ -1434,7 +1471,11 @@ def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path):
     code, _, err = main(
         "--stage", "eval", "--checkpoint", tiny.folder, "--out", tmp_path, "--answer-model", other
     )
-    assert code == 2 and "its tokenizer is not that of" in err and not (tmp_path / "tiny").exists()
+    assert (
+        code == 2
+        and "its tokenizer is not the policy's" in err
+        and not (tmp_path / "tiny").exists()
+    )
 
 
 def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
@@ -1579,7 +1620,9 @@ def test_groups_of_equal_rewards_are_an_ordinary_step(guess, tmp_path):
     assert any(not torch.equal(x, after[name]) for name, x in before.items())
 
 
-def test_warnings_say_what_to_do(guess, tmp_path):
+def test_warnings_say_what_to_do(guess, tmp_path, monkeypatch):
+    monkeypatch.setattr(t1, "ENTROPY_FLOOR", 99)
+    monkeypatch.setattr(t1, "KL_CEILING", 1e-12)
     extreme = [
         "--rl-lr",
         "1e-2",
@@ -1587,10 +1630,6 @@ def test_warnings_say_what_to_do(guess, tmp_path):
         0,
         "--entropy-coef",
         1,
-        "--entropy-floor",
-        99,
-        "--kl-ceiling",
-        "1e-12",
     ]
     code, out, err = main(*rl_args(guess, "--out", tmp_path, "--rl-steps", 4, *extreme))
     short, out2, err2 = main(
@@ -1598,9 +1637,9 @@ def test_warnings_say_what_to_do(guess, tmp_path):
     )
     assert code == short == 0
     for words in (
-        "below --entropy-floor; raise --temperature",
-        "reached --max-new and",
-        "--kl-ceiling; lower --rl-lr",
+        "is low; raise --temperature or --entropy-coef",
+        "of the responses reached --max-new: they are paid -1, right or wrong",
+        "to the anchor is high; lower --rl-lr",
     ):
         assert words in out + err + out2 + err2, words
     assert "Warning" not in err + err2
@@ -1640,21 +1679,19 @@ def plain_steps(guess, tmp_path_factory):
         ["--entropy-coef", 0.5],
         ["--kl-coef", 5.0],
         ["--kl-center", "false"],
-        ["--anchor", "fixed"],
-        ["--anchor", "none"],
+        ["--ema-decay", 1],
         ["--penalties", "false"],
         ["--loss-norm", "responses"],
         ["--temperature", 1.5],
         ["--min-p", 0.1],
         ["--ema-decay", 0.5],
     ],
-    ids=lambda switch: switch[0],
+    ids=lambda switch: " ".join(map(str, switch)),
 )
 def test_every_switch_changes_the_run(guess, plain_steps, tmp_path, switch):
     changed = three_steps(guess, tmp_path, *switch)
     assert [r["grad_norm"] for r in changed] != [r["grad_norm"] for r in plain_steps]
-    assert all(r["kl"] == 0 for r in changed) == (switch == ["--anchor", "none"])
-    assert any(r["kl"] > 0 for r in plain_steps) and all(
+    assert all(any(r["kl"] > 0 for r in rows) for rows in (changed, plain_steps)) and all(
         r["logprob_gap"] < 1e-4 for r in changed + plain_steps
     )
 
@@ -1673,8 +1710,9 @@ def test_real_rows_train(tmp_path):
     with gzip.open(tmp_path / "math.jsonl.gz", "wt") as f:
         f.writelines(kept[:40])
     data = ["--data", tmp_path / "math.jsonl.gz", "--test", tmp_path / "math.jsonl.gz"]
-    common = [*data, "--out", tmp_path, "--max-new", 320, *SMALL]
-    assert main("--stage", "sft", *common, "--sft-steps", 3, "--sft-batch", 8)[0] == 0
+    common = [*data, "--out", tmp_path, "--max-new", 320]
+    sft = ["--stage", "sft", *from_small(tmp_path), *common, "--sft-steps", 3, "--sft-batch", 8]
+    assert main(*sft)[0] == 0
     code, _, err = main("--stage", "rl", *common, "--rl-steps", 1, "--prompts", 4, "--k", 4)
     assert code == 0 and len(rows_of(tmp_path / "tiny/rl")) == 1, err
 
@@ -1712,17 +1750,15 @@ def save_gradient(folder, out, *flags):
     whole, tokenizer = t1.load_whole(str(folder), cfg)
     policy = t1.shard(whole, tokenizer, cfg)
     rows, A = random_rows(tokenizer, 21, seed=3), random_advantages(21)
-    weights = torch.full((21,), 1 / sum(len(y) for _, y in rows))
-    mine = t1.deal([len(x) + len(y) for x, y in rows], t1.world())[t1.rank()]
+    cfg = dataclasses.replace(cfg, **LOSS)
+    sums = t1.accumulate_gradient(policy, answered(rows), A, cfg)
+    mine = t1.share_of_rank(answered(rows))
     part = [rows[i] for i in mine]
-    sums, _ = t1.accumulate_gradient(policy, part, A[mine], weights[mine], cfg, 0.01, 1.2, 0.05)
     logprobs = dict(t1.gather(list(zip(mine, t1.response_logprobs(policy, part, cfg)))))
     gradients = {}
     for name, p in policy.named_parameters():
         gradients[name] = p.grad.full_tensor() if isinstance(p.grad, t1.DTensor) else p.grad
-    result = dict(
-        sums=t1.all_sum(sums), gradients=gradients, logprobs=[logprobs[i] for i in range(21)]
-    )
+    result = dict(sums=sums, gradients=gradients, logprobs=[logprobs[i] for i in range(21)])
     if t1.rank() == 0:
         torch.save(result, out)
 
@@ -1736,7 +1772,7 @@ def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path, flag, tolerance):
     save_gradient(tiny.folder, tmp_path / "one.pt", *(flags if "dtype" in flag else []))
     torchrun(__file__, "save_gradient", tiny.folder, tmp_path / "two.pt", *flags)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
-    assert one["sums"].tolist() == pytest.approx(two["sums"].tolist(), rel=tolerance)
+    assert one["sums"] == pytest.approx(two["sums"], rel=tolerance)
     for name, g in one["gradients"].items():
         assert (g - two["gradients"][name]).norm() <= tolerance * g.norm(), name
     assert len(one["logprobs"]) == 21
@@ -1770,7 +1806,8 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
     """The same rollouts and metrics on one rank and on two, in SFT (on two nodes) and RL. A run that moves from
     2 ranks to 1 and back, and to another folder, ends as they do, up to rounding."""
     data = ten_problems(guess)
-    sft = ["--stage", "sft", *data, "--sft-steps", 5, "--sft-batch", 8, *SMALL, "--out", tmp_path]
+    sft = ["--stage", "sft", *from_small(guess), *data, "--sft-steps", 5, "--sft-batch", 8]
+    sft += ["--out", tmp_path]
     assert main(*sft, "--name", "one")[0] == 0
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
@@ -1807,7 +1844,7 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
         shutil.rmtree(tmp_path / f"b/tiny/rl/checkpoint-{step}")
     (tmp_path / "b").rename(tmp_path / "c")
     code, out, err = main(*short, tmp_path / "c")
-    assert code == 0 and "resuming from" in out and "started on 2 ranks, now 1" in out, out + err
+    assert code == 0 and "resuming from" in out and "with world_size 2, now 1" in out, out + err
     shutil.rmtree(tmp_path / "c/tiny/rl/checkpoint-6")
     torchrun(HERE / "t1.py", *short, tmp_path / "c")
     assert_same_run(tmp_path / "a/tiny/rl", tmp_path / "c/tiny/rl", 2e-4)
@@ -1816,16 +1853,15 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
 def save_samples(folder, engine, out):
     """Program of two ranks: three samples each of one problem that is asked four times, at steps 0, 1 and 0 again."""
     dist.init_process_group("gloo")
-    cfg = config("--engine", engine, "--max-new", 24)
+    cfg = config("--engine", engine, "--max-new", 24, "--k", 3, "--temperature", 1)
     whole, tokenizer = t1.load_whole(folder, cfg)
     policy = t1.shard(whole, tokenizer, cfg)
     engine = t1.make_engine(folder, policy, tokenizer, cfg)
-    engine.load(policy)
-    problems = [dict(id="0", problem="Name a number.", answer="1")] * 4
-    prompts, drawn = t1.encode_prompts(problems, tokenizer, cfg)[1], []
+    rows = [dict(id="0", problem="Name a number.", answer="1")] * 4
+    problems, drawn = t1.encode_prompts(rows, tokenizer, cfg), []
     for step in (0, 1, 0):
-        seeds = [t1.seed_for(0, "rollout", step, i) for i in range(4)]
-        drawn.append([r.ids for r in t1.roll_out(engine, problems, prompts, 3, seeds, cfg, 1.0)[0]])
+        rollouts = t1.sample_responses(engine, policy, problems, step, cfg)
+        drawn.append([r.ids for r in rollouts])
     assert all(other == drawn for other in t1.gather([drawn]))  # every rank sees the same batch
     if t1.rank() == 0:
         torch.save(drawn, out)
@@ -1841,6 +1877,12 @@ def test_two_ranks_sample_differently(talkative, tmp_path, engine):
     first, other, again = torch.load(tmp_path / "out.pt", weights_only=True)
     assert first == again and len(first) == 12
     assert len({str(step[i : i + 3]) for step in (first, other) for i in range(0, 12, 3)}) == 8
+
+
+def push_within(tolerance, *args):
+    """Program: t1.py with another tolerance of `check_push`."""
+    t1.PUSH_TOLERANCE = dict.fromkeys(t1.PUSH_TOLERANCE, float(tolerance))
+    t1.leave(t1.main(list(args)))
 
 
 @needs_vllm
@@ -1872,16 +1914,8 @@ def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
         "--warmup",
         0,
     ]
-    torchrun(
-        HERE / "t1.py",
-        *args,
-        "--probe-tolerance",
-        "1e-4",
-        "--penalties",
-        "false",
-        "--out",
-        tmp_path,
-    )
+    args += ["--penalties", "false", "--out", tmp_path]
+    torchrun(__file__, "push_within", "1e-4", *args)
     rows = rows_of(tmp_path / "tiny/rl")
     assert len(rows) == 3 and all(r["logprob_gap_p99"] < 1e-4 for r in rows)
 
@@ -2000,7 +2034,7 @@ def wait_for_rows(folder, n, process, seconds=240):
 @pytest.mark.parametrize(
     "asked, phase, done",
     [
-        (signal.SIGTERM, "roll_out", 2),
+        (signal.SIGTERM, "sample_responses", 2),
         (signal.SIGINT, "kl_to_anchor", 2),
         (signal.SIGUSR1, "update", 3),
     ],
@@ -2069,25 +2103,23 @@ def test_ranks_that_see_different_folders_are_told(guess, tmp_path, monkeypatch)
     monkeypatch.setattr(t1, "from_rank0", lambda value: "what another machine's rank 0 wrote")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(t1.Misuse, match="--out must lie on a file system that all nodes share"):
-        folder.create("", [])
+        folder.create("", [], [], "")
 
 
-def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch):
-    sent, now = [], [100.0]
+def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch, capsys):
+    ended, now = [], [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(os, "_exit", ended.append)
     with t1.Interrupt() as interrupt:
+        interrupt.stepping = True
         assert interrupt.received() == ""
         signal.raise_signal(signal.SIGTERM)
         now[0] += 9
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.received() == "SIGTERM"
-        monkeypatch.setattr(
-            os, "kill", lambda *args: sent.append((args, signal.getsignal(signal.SIGTERM)))
-        )
+        assert interrupt.received() == "SIGTERM" and ended == []
         now[0] += 2
         signal.raise_signal(signal.SIGTERM)
-    assert sent == [((os.getpid(), signal.SIGTERM), before)]  # with the handler of before
+    assert ended == [1] and "t1.py: SIGTERM: stopped" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -2128,7 +2160,7 @@ def test_sft_killed_and_resumed_is_the_same_run(guess, tmp_path):
         4,
         "--sft-save-every",
         7,
-        *SMALL,
+        *from_small(guess),
     ]
     for rows in (9, 25, 41):
         process = start(*args, "--out", tmp_path)
@@ -2150,16 +2182,9 @@ def test_half_written_and_damaged_checkpoints(guess, tmp_path):
     os.truncate(folder / "checkpoint-9/model.safetensors", 1000)
     (folder / "partial-12").mkdir()
     code, out, err = main(*args)
-    assert (
-        code == 0 and out.count("incomplete, ignored") == out.count("incomplete, removed") == 1
-    ), out + err
+    assert code == 0 and out.count("checkpoint-9: damaged (incomplete") == 1, out + err
+    assert out.count("partial-12: incomplete, removed") == 1
     assert f"resuming from {folder / 'checkpoint-6'}" in out and outcome(folder, 9) == good
-    part = next((folder / "checkpoint-9/trainer").glob("*.safetensors"))
-    part.write_bytes(
-        part.read_bytes()[:8] + b"x" * (part.stat().st_size - 8)
-    )  # the right size, another content
-    code, out, err = main(*args)
-    assert code == 2 and "checkpoint-9: damaged" in err and err.count("\n") == 1, err
 
 
 def test_no_checkpoint_is_a_pickle(guess):
@@ -2179,7 +2204,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_pa
         *ten_problems(guess),
         "--out",
         tmp_path,
-        *SMALL,
+        *from_small(guess),
         "--sft-steps",
         9,
         "--sft-batch",
@@ -2285,7 +2310,6 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --k many", "--k"),
     ("--stage rl --k", "--k"),
     ("--stage rl --preset gpt", "gpt"),
-    ("--stage rl --anchor moving", "anchor"),
     ("--stage rl --min-p 1.5", "--min-p 1.5: must be below 1"),
     ("--stage rl --ema-decay 1.5", "--ema-decay 1.5: must be at most 1"),
     ("--stage rl --temperature 0", "--temperature 0.0: must be above 0"),
@@ -2299,7 +2323,6 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --vllm-tp 2", "must divide the number"),
     ("--stage rl --vllm-memory 1", "--vllm-memory 1.0: must be below 1"),
     ("--stage rl --prompt-template Hello", "must contain {problem}"),
-    ("--stage rl --tiny-width 12", "must be a multiple of 8"),
     ("--stage rl --resume-from 7", "trainer's state; there are: none"),
     ("--stage rl", "--stage sft first"),
     ("--stage eval", "--stage sft"),
@@ -2334,7 +2357,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage sft --data good.jsonl --max-new 1", "--max-new 1"),
     (
         "--stage sft --data good.jsonl --max-new 1000",
-        "takes 1024 tokens, less than --max-prompt and --max-new",
+        "its context of 1024 tokens is shorter than --max-prompt and --max-new",
     ),
     ("--stage sft --data good.jsonl --out good.jsonl", "good.jsonl"),
     ("--stage rl --data noanswer.jsonl --model model", "noanswer.jsonl, row 2: field 'answer'"),
@@ -2376,8 +2399,9 @@ def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
         assert set(tmp_path.rglob("*")) == before, args
 
 
-def test_a_corrected_mistake_works(tmp_path):
+def test_a_corrected_mistake_works(tmp_path, monkeypatch):
     """A refused command, in a real process, leaves nothing that refuses its correction."""
+    monkeypatch.setattr(t1, "TINY", SMALL)
     (tmp_path / "good.jsonl").write_text(GOOD_ROW)
     args = [
         "--stage",
@@ -2388,7 +2412,6 @@ def test_a_corrected_mistake_works(tmp_path):
         "good.jsonl",
         "--sft-steps",
         1,
-        *SMALL,
     ]
     code, _, err = run(*args, "--max-new", 1, cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1 and "--max-new 1" in err
@@ -2556,11 +2579,11 @@ NO_MODEL = "no model .config, weights, tokenizer. that can be loaded"
             lambda p: replace(p, '"num_hidden_layers": 2', '"num_hidden_layers": 3'),
             f"missing|{NO_MODEL}",
         ),
-        ("config.json", lambda p: change(p, max_position_embeddings=100), "takes 100 tokens"),
+        ("config.json", lambda p: change(p, max_position_embeddings=100), "context of 100 tokens"),
         (
             "generation_config.json",
             lambda p: change(p, eos_token_id=[0, 10**6]),
-            "'an end token' has number 1000000",
+            "'an end token' has id 1000000",
         ),
         ("generation_config.json", lambda p: p.write_text("{"), "generation_config.json: damaged"),
         ("tokenizer_config.json", lambda p: change(p, eos_token=None), "has no eos_token"),
@@ -2639,16 +2662,17 @@ def test_a_chat_template_is_used(tiny):
         "{% if add_generation_prompt %} [assistant]{% endif %}"
     )
     assert (
-        tokenizer.decode(t1.prompt_ids("2 + 2?", tokenizer, tiny.cfg))
+        tokenizer.decode(t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, tiny.cfg))
         == "[user] 2 + 2? [assistant]"
     )
     own = config("--prompt-template", "Q: {problem} A:")
-    assert tokenizer.decode(t1.prompt_ids("2 + 2?", tokenizer, own)) == "Q: 2 + 2? A:"
+    assert tokenizer.decode(t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, own)) == "Q: 2 + 2? A:"
 
 
 def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
     data = ten_problems(guess)
-    args = ["--stage", "sft", *data, "--sft-steps", 1, "--sft-batch", 2, *SMALL, "--out", tmp_path]
+    args = ["--stage", "sft", *from_small(guess), *data, "--sft-steps", 1, "--sft-batch", 2]
+    args += ["--out", tmp_path]
     assert main(*args)[0] == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     code, _, err = main(*args, "--sft-lr", 0.5)
@@ -3316,10 +3340,11 @@ def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
         for i in range(40)
     ]
     data = jsonl(tmp_path / "rows.jsonl", rows)
-    common = ["--data", data, "--test", data, "--out", tmp_path, "--max-new", 24, *SMALL]
+    common = ["--data", data, "--test", data, "--out", tmp_path, "--max-new", 24]
     sft = [
         "--stage",
         "sft",
+        *from_small(tmp_path),
         *common,
         "--sft-steps",
         80,
@@ -4325,13 +4350,14 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
     with FakeModel(read_jsonl(tmp_path / "rl.jsonl")) as server:
         said = succeed(*cot_args(tmp_path, server))
     assert len(read_jsonl(tmp_path / "o" / "sft.jsonl")) >= 12, said
-    base = ["--out", tmp_path / "runs", "--max-new", 400, "--tiny-width", 32, "--tiny-layers", 2]
+    base = ["--out", tmp_path / "runs", "--max-new", 400]
     for stage in (
         [
             "--stage",
             "sft",
             "--data",
             tmp_path / "o" / "sft.jsonl",
+            *from_small(tmp_path),
             "--sft-steps",
             2,
             "--sft-batch",
