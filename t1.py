@@ -1591,10 +1591,10 @@ def run_eval(cfg: Config):
         look_at_prompt(encoded[0], tokenizer, cfg)
         policy = shard(whole, tokenizer, cfg)
         del whole
-        lock = lock or on_rank0(locked_folder, folder)
         if engine is None:
             engine = make_engine(path, policy, tokenizer, cfg)
             answerer = answer_engine(engine, tokenizer, cfg) if cfg.answer_model else engine
+        lock = lock or on_rank0(locked_folder, folder)
         engine.tokenizer = tokenizer
         push_weights(engine, policy, encoded[0][0], cfg)
         del policy
@@ -3185,7 +3185,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def truth(text: str) -> bool:
-    return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError  # argparse says which option it is of
+    return text.lower() in ("true", "1")
 
 
 def options_with(rule: str) -> set[str]:
