@@ -535,14 +535,14 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_batches_go_through_every_row_once_an_epoch():
     n, size = 10, 4
-    stream = [i for step in range(10) for i in data_prep.batch_indices(n, size, step, seed=3)]
+    stream = [i for step in range(10) for i in t1.batch_indices(n, size, step, seed=3)]
     for epoch in range(4):
         assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert stream[:n] != stream[n : 2 * n]
     assert (
-        data_prep.batch_indices(n, size, 7, seed=3)
+        t1.batch_indices(n, size, 7, seed=3)
         == stream[28:32]
-        != data_prep.batch_indices(n, size, 7, seed=4)
+        != t1.batch_indices(n, size, 7, seed=4)
     )
 
 
@@ -785,7 +785,7 @@ def test_rollouts_depend_on_their_seeds_alone(talkative, engine):
     engine.load(talkative.policy)
     prompts, drawn = [[5, 6, 7], [8, 9]] * 3, []
     for step in (0, 0, 1):
-        seeds = [data_prep.seed_for(0, "rollout", step, i) for i in range(6)]
+        seeds = [t1.seed_for(0, "rollout", step, i) for i in range(6)]
         drawn.append([r.ids for r in engine.generate(asked(prompts, 4, seeds), max_new=8)])
     assert drawn[0] == drawn[1] != drawn[2]
     assert (
@@ -866,7 +866,9 @@ def test_the_fewest_ranks_that_leave_most_of_a_card_to_the_cache(billions, card,
 
 
 def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    ranks = dict(WORLD_SIZE=4, RANK=0, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29500)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, str(value))
     assert config("--vllm-tp", 2).engine == "auto" and config("--vllm-tp", 2).vllm_tp == 2
     for options in (["--vllm-tp", 3], ["--vllm-tp", 2, "--engine", "torch"]):
         with pytest.raises(t1.Misuse, match="--vllm-tp"):
@@ -3341,36 +3343,10 @@ def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
     ]
     data = jsonl(tmp_path / "rows.jsonl", rows)
     common = ["--data", data, "--test", data, "--out", tmp_path, "--max-new", 24]
-    sft = [
-        "--stage",
-        "sft",
-        *from_small(tmp_path),
-        *common,
-        "--sft-steps",
-        80,
-        "--sft-batch",
-        16,
-        "--sft-lr",
-        "4e-3",
-        "--name",
-        "start",
-    ]
-    assert run(*sft)[0] == 0
-    rl = [
-        "--stage",
-        "rl",
-        "--preset",
-        "tiny",
-        *common,
-        "--model",
-        tmp_path / "start/sft/checkpoint-80",
-        "--rl-steps",
-        30,
-        "--prompts",
-        16,
-        "--k",
-        8,
-    ]
+    sft = "--stage sft --sft-steps 80 --sft-batch 16 --sft-lr 4e-3 --name start".split()
+    assert run(*sft, *common, *from_small(tmp_path))[0] == 0
+    rl = "--stage rl --preset tiny --rl-steps 30 --prompts 16 --k 8 --model".split()
+    rl += [tmp_path / "start/sft/checkpoint-80", *common]
     assert run(*rl, "--name", "calm")[0] == 0
     command = [sys.executable, str(HERE / "t1.py"), *map(str, rl), "--name", "shot"]
     trainer = subprocess.Popen(
