@@ -48,6 +48,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -127,7 +128,10 @@ class Config:
     prompt_template: str = knob(
         "", "text around {problem}; empty: the chat template, or '{problem}\\n' without one"
     )
-    system: str = knob("", "system prompt, for chat templates")
+    system: str = knob("", "system prompt, for chat templates (\\n: new line)")
+    chat_template_kwargs: str = knob(
+        "", 'JSON object of the chat template\'s own variables, such as {"enable_thinking": true}'
+    )
     max_prompt: int = knob(
         256, "longest prompt, tokens", "not stated; 1,024 in the authors' later code"
     )
@@ -205,8 +209,6 @@ class Config:
     loss_norm: Literal["tokens", "responses"] = knob(
         "tokens", "mean over all tokens, or per response", "not stated"
     )
-    entropy_floor: float = knob(0.01, "warn below this mean entropy, nats per token")
-    kl_ceiling: float = knob(50.0, "warn above this mean KL to the anchor, nats per response")
     rl_save_every: int = knob(18, "steps between checkpoints (the last step is always saved)")
     # rollout engine
     engine: Literal["auto", "torch", "vllm"] = knob(
@@ -313,7 +315,7 @@ PRESETS = {
 STAGE_FIELDS = {  # fields that one stage alone reads: the others refuse them, and do not compare them on resume
     "sft": "sft_lr sft_epochs sft_steps sft_batch traces sft_save_every",
     "rl": "rl_lr rl_steps prompts k temperature min_p kl_coef kl_center anchor ema_decay entropy_coef loss_norm tis_cap"
-    " entropy_floor kl_ceiling rl_save_every",
+    " rl_save_every",
     "eval": "checkpoint eval_samples benchmarks benchmark_dir budgets answer_prefix answer_model answer_tokens",
 }
 
@@ -687,10 +689,9 @@ class Policy(torch.nn.Module):
             max(tokenizer.get_vocab().values()) + 1, lm.get_input_embeddings().num_embeddings
         )
         ends = lm.generation_config.eos_token_id
-        self.end_ids = [
-            tokenizer.eos_token_id,
-            *(ends if isinstance(ends, list) else [] if ends is None else [ends]),
-        ]
+        ends = ends if isinstance(ends, list) else [ends]
+        ends = [i for i in ends if i not in (None, tokenizer.eos_token_id)]
+        self.end_ids = [tokenizer.eos_token_id, *ends]
 
     @property
     def head(self) -> torch.Tensor:
@@ -1005,7 +1006,9 @@ def run_sft(cfg: Config):
         raise Misuse(
             f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {shortest})"
         )
-    folder.create(source, traces)
+    prompt = look_at_prompt(traces, [x for x, _ in rows], tokenizer, cfg)
+    on_rank0(try_export, whole, tokenizer, cfg)
+    folder.create(source, traces, prompt)
     policy = shard(whole, tokenizer, cfg)
     del whole
     steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
@@ -1126,7 +1129,8 @@ def rl_step(
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
     NOT IN PAPER: the sampler's log-probs stand for the policy's, which come with the gradient, after A is needed. In
-    float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A (not in metrics.jsonl's `kl`)."""
+    float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A. metrics.jsonl's `kl` has the trainer's
+    log-probs instead, and still the rounding of two forwards in bfloat16: 0.02 nats at the first steps of SmolLM2."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -1148,8 +1152,15 @@ def run_rl(cfg: Config):
     whole, tokenizer = load_whole(source, cfg)
     tests = encode_prompts(tests, tokenizer, cfg)
     problems, prompts = encode_prompts(problems, tokenizer, cfg)
-    folder.create(source, problems)
+    prompt = look_at_prompt(problems, prompts, tokenizer, cfg)
+    on_rank0(try_export, whole, tokenizer, cfg)
+    folder.create(source, problems, prompt)
     print0(f"{len(problems)} problems; the policy starts from {source}")
+    if cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
+        print0(
+            f"repetition is never found within --max-new {cfg.max_new}: --repeat-ngram {cfg.repeat_ngram} times "
+            f"--repeat-count {cfg.repeat_count} is more"
+        )
     anchor = None
     if cfg.anchor != "none":
         own = (
@@ -1179,7 +1190,7 @@ def run_rl(cfg: Config):
             )
             if row:
                 folder.log(row, clock, records)
-                report_step(bar, row, clock, cfg)
+                report_step(bar, row, clock)
             if folder.after_step(
                 step + bool(row), cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state
             ):
@@ -1187,7 +1198,11 @@ def run_rl(cfg: Config):
     finish_stage(folder, cfg.rl_steps, policy, engine, *tests, cfg, "eval")
 
 
-def report_step(bar, row: dict, clock, cfg: Config):
+ENTROPY_FLOOR = 0.01  # warn below this mean entropy, nats per token
+KL_CEILING = 50.0  # warn above this mean KL to the anchor, nats per response
+
+
+def report_step(bar, row: dict, clock):
     """The console line of a step, and a warning where something looks wrong."""
     bar.set_postfix_str(
         f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f} entropy "
@@ -1215,13 +1230,10 @@ def report_step(bar, row: dict, clock, cfg: Config):
             say,
             f"engine and trainer are {row['logprob_gap']:.3g} nats per token apart; see --tis-cap",
         )
-    if row["entropy"] < cfg.entropy_floor:
-        print0(
-            say,
-            f"entropy {row['entropy']:.3g} is below --entropy-floor; raise --temperature or --entropy-coef",
-        )
-    if row["kl"] > cfg.kl_ceiling:
-        print0(say, f"KL {row['kl']:.3g} is above --kl-ceiling; lower --rl-lr, or raise --kl-coef")
+    if row["entropy"] < ENTROPY_FLOOR:
+        print0(say, f"entropy {row['entropy']:.3g}; raise --temperature or --entropy-coef")
+    if row["kl"] > KL_CEILING:
+        print0(say, f"KL {row['kl']:.3g} to the anchor; lower --rl-lr, or raise --kl-coef")
 
 
 # ---------------------------------- 7. Stage eval: pass@1 (section 4), and accuracy against thinking budget (section 3)
@@ -1353,6 +1365,14 @@ def thought_length(ids: list[int], tokenizer) -> int | None:
     )
 
 
+def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
+    """The first `budget` tokens; fewer where the cut would fall inside a tag."""
+    ids = ids[:budget]
+    while re.search(r"</?(t(h(i(nk?)?)?)?)?$", tokenizer.decode(ids[-8:])):
+        ids = ids[:-1]
+    return ids
+
+
 def cut_thoughts(
     engine, tokenizer, rollouts: list[Rollout], budget: int, cfg: Config, lengths=None
 ) -> list[Rollout]:
@@ -1364,14 +1384,14 @@ def cut_thoughts(
     # no </think>: all of a finished response is thought, and an unfinished one has none that ended
     thoughts = [n or (len(r.ids) if r.finished else math.inf) for r, n in zip(rollouts, lengths)]
     late = [i for i, n in enumerate(thoughts) if n > budget]
-    prompts = [rollouts[i].prompt + rollouts[i].ids[:budget] + prefix for i in late]
+    starts = [cut_at(rollouts[i].ids, budget, tokenizer) + prefix for i in late]
+    prompts = [rollouts[i].prompt + start for i, start in zip(late, starts)]
     answers = engine.generate(
         prompts, [[0]] * len(prompts), [0] * len(prompts), cfg.answer_tokens, temperature=0.0
     )
     result = list(rollouts)
-    for i, answer in zip(late, answers):
-        ids = rollouts[i].ids[:budget] + prefix + answer.ids
-        result[i] = Rollout(rollouts[i].prompt, ids, [], answer.finished)
+    for i, start, answer in zip(late, starts, answers):
+        result[i] = Rollout(rollouts[i].prompt, start + answer.ids, [], answer.finished)
     return result
 
 
@@ -1475,6 +1495,8 @@ def run_eval(cfg: Config):
         encoded = [
             encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests
         ]  # misuse shows before writing
+        if path == folders[0]:
+            look_at_prompt(*encoded[0], tokenizer, cfg)
         policy = shard(whole, tokenizer, cfg)
         if other_tokenizer and other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise Misuse(
@@ -1827,17 +1849,110 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
+ONE_DAY = datetime.datetime(2024, 7, 26)  # of templates that write the date: a run ends as it began
+
+
 def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
     """The problem as the model sees it. NOT IN PAPER: the template; a model was trained on its own chat template."""
     if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
-        messages = [dict(role="system", content=cfg.system)] * bool(cfg.system) + [
-            dict(role="user", content=problem)
-        ]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
+        messages = [dict(role="user", content=problem)]
+        if cfg.system:
+            messages.insert(0, dict(role="system", content=cfg.system.replace("\\n", "\n")))
+        options = dict(tokenize=True, return_dict=False, padding=False, truncation=False)
+        values = json_object(cfg.chat_template_kwargs or "{}")
+        try:
+            return tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                strftime_now=ONE_DAY.strftime,
+                **options,
+                **values,
+            )
+        except Exception as e:  # whatever the template raises
+            raise Misuse(f"the chat template does not take this prompt: {reason_of(e)}")
     template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
-    return tokenizer(template.replace("{problem}", problem)).input_ids
+    text = template.replace("{problem}", problem)
+    ids = tokenizer(text).input_ids
+    # what some tokenizers put around a text: an end token, and a begin token where the text has one
+    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    if ids[:2] == 2 * [tokenizer.bos_token_id]:
+        ids = ids[1:]
+    return ids
+
+
+def look_at_prompt(rows: list[dict], prompts, tokenizer, cfg: Config) -> str:
+    """Print the first prompt as the model sees it, with what it says about the options and the traces; Misuse where
+    they cannot have the wanted effect. -> its text, which resuming compares."""
+    ids, problem, templates = prompts[0], rows[0]["problem"], str(tokenizer.chat_template)
+    text = tokenizer.decode(ids)
+    chat = not cfg.prompt_template and tokenizer.chat_template
+    before, _, after = text.rpartition(problem)
+    print0(f"the first of {len(prompts)} prompts, {len(ids)} tokens: {shortened(repr(text))}")
+    print0(f"its ids: {shortened(str(ids))}")
+
+    # options that change nothing
+    wanted = cfg.system.replace("\\n", "\n")
+    if "".join(wanted.split()) not in "".join(text.split()):
+        raise Misuse(
+            "--system is not in the prompt: there is no chat template, or it takes none; "
+            "write it into --prompt-template 'TEXT\\n{problem}\\n'"
+        )
+    if cfg.chat_template_kwargs:
+        plain = prompt_ids(problem, tokenizer, dataclasses.replace(cfg, chat_template_kwargs=""))
+        if not chat:
+            raise Misuse("--chat-template-kwargs: these prompts come from no chat template")
+        if plain == ids:
+            print0("--chat-template-kwargs changes nothing in this prompt")
+    if chat and not cfg.system and "system" in before.lower():
+        print0("the system prompt is the chat template's own; --system TEXT for another")
+    if chat and "strftime_now" in templates:
+        print0(f"the chat template writes a date: in every run it is {ONE_DAY:%d %b %Y}")
+
+    # a template around a prompt that has one
+    marks = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    marks += [after.strip()] if chat else []
+    for mark in marks:
+        if mark and mark in problem and text.count(mark) > problem.count(mark):
+            where = rows[0].get("where") or rows[0].get("id")
+            raise Misuse(
+                f"{where}: the problem holds {mark!r}, as a prompt does that a template was applied to; "
+                "give the bare problem, or --prompt-template '{problem}'"
+            )
+
+    # thoughts that the template begins, or has ended
+    responses = [row["response"] for row in rows] if cfg.stage == "sft" else []
+    if text.rstrip().endswith("<think>"):
+        endless = sum("</think>" not in response for response in responses)
+        what = (
+            f"the prompt ends in <think>, and {endless} of {len(rows)} responses have no </think>"
+        )
+        if endless == len(responses) > 0:
+            raise Misuse(f"{what}: all their answers would be thoughts; see --prompt-template")
+        if endless:
+            print0(f"{what}: their answers count as thoughts")
+    if text.rstrip().endswith("</think>"):
+        what = "the prompt ends in a thought that is closed"
+        if any("<think>" in response for response in responses):
+            raise Misuse(
+                f"{what}, and the traces have thoughts; give --prompt-template, or for many models "
+                """--chat-template-kwargs '{"enable_thinking": true}'"""
+            )
+        print0(f"{what}: responses are answers without a thought")
+    return text
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
+
+
+def json_object(text: str) -> dict | None:
+    """The object that a JSON text is; None if it is none."""
+    try:
+        value = data_prep.parse_json(text.encode())
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def load_policy(folder: str, cfg: Config, device=None):
@@ -1872,6 +1987,7 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
             f"{folder}: the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
         )
     policy, rows = Policy(lm, tokenizer, cfg, device), lm.get_input_embeddings().num_embeddings
+    mend_generation_config(policy, folder)
     words = {i: word for word, i in tokenizer.get_vocab().items()}
     if re.fullmatch(r"<.+>|\[.+\]", tokenizer.pad_token or ""):
         words.pop(tokenizer.pad_token_id, None)  # never written nor read here
@@ -1888,6 +2004,17 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
         )
     check_forward(policy.to(policy.device), tokenizer, folder, cfg)
     return policy
+
+
+def mend_generation_config(policy, folder: str):
+    """Checkpoints stop where training stops. What the library would refuse to save is said now, and left out."""
+    lm = policy.lm
+    lm.generation_config.eos_token_id = policy.end_ids
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError as e:
+        print0(f"{folder}: checkpoints keep only the end tokens of generation_config.json: {e}")
+        lm.generation_config = transformers.GenerationConfig(eos_token_id=policy.end_ids)
 
 
 # Plain text for checks: what a model makes of it is what its tokenizer and its weights make of any text.
@@ -2043,10 +2170,55 @@ def local(x: torch.Tensor) -> torch.Tensor:
 
 
 def full_weights(policy, dtype=None):
-    """(name, whole tensor) of the model's state, one at a time, never all at once; all ranks must iterate together."""
+    """(name, whole tensor) of the model's state, one at a time, never all at once; all ranks must iterate together.
+    Parameters are cast to `dtype`; buffers keep their type, as in the library."""
+    parameters = dict(policy.lm.named_parameters(remove_duplicate=False))
     for name, w in policy.lm.state_dict().items():
-        w = w.to(dtype) if dtype else w
+        w = w.to(dtype) if dtype and name in parameters else w
         yield name, w.full_tensor() if isinstance(w, DTensor) else w
+
+
+def exported_weights(policy, dtype) -> dict:
+    """What a checkpoint holds: parameters, tied ones once, and persistent buffers; on rank 0, for all ranks together."""
+    tensors = *policy.lm.named_parameters(), *policy.lm.named_buffers()
+    names = {name for name, _ in tensors if rank() == 0}
+    return {name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names}
+
+
+def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
+    """An ordinary Hugging Face folder of these weights."""
+    lm.save_pretrained(folder, state_dict=weights)
+    lm.config.dtype = dtype  # of these weights; the library wrote that of its own
+    lm.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def try_export(policy, tokenizer, cfg: Config):
+    """A folder such as checkpoints will be, written and read back before anything is trained; weights up to 1 GiB, of
+    larger models their names and shapes. Misuse with the library's reason."""
+    dtype, config = getattr(torch, cfg.dtype), copy.deepcopy(policy.lm.config)
+    size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
+    weights = exported_weights(policy, dtype) if size <= 2**30 else {}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(folder, policy.lm, tokenizer, weights, dtype)
+            same = transformers.AutoTokenizer.from_pretrained(folder)(PROBE_TEXT).input_ids
+            if weights:
+                lm = load(folder, dtype=torch.float32, attn_implementation="t1")
+            else:
+                with torch.device("meta"):
+                    lm = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
+        read = lm.state_dict()
+        for name, w in policy.lm.state_dict().items():
+            there = read[name]
+            if w.shape != there.shape or name in weights and weights[name].float().ne(there).any():
+                raise ValueError(f"{name} is another one when it is read back")
+        if same != tokenizer(PROBE_TEXT).input_ids:
+            raise ValueError("the tokenizer is another one when it is read back")
+    except Exception as e:  # of any library
+        raise Misuse(f"a checkpoint of this model could not be saved and read back: {e}")
+    policy.lm.config = config
 
 
 def make_optimizer(policy, cfg: Config):
@@ -2159,7 +2331,7 @@ class RunFolder:
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
     # fields that may differ on resume, besides those of other stages: only sums round differently, or vLLM deals anew
     free = set(
-        "out name timeout keep keep_every keep_rollouts tensorboard entropy_floor kl_ceiling micro_tokens"
+        "out name timeout keep keep_every keep_rollouts tensorboard micro_tokens"
         " checkpointing compile offload rollout_rows vllm_tp vllm_memory probe_tolerance".split()
     )
 
@@ -2210,8 +2382,9 @@ class RunFolder:
         """The checkpoint that this stage resumes from, or the empty string."""
         return newest(self.path) or (str(self.branch) if self.cfg.resume_from else "")
 
-    def create(self, source: str, rows: list[dict]):
-        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data."""
+    def create(self, source: str, rows: list[dict], prompt: str = ""):
+        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data and
+        the same `prompt`, the text of the first."""
         self.lock, self.has_answers = (
             on_rank0(locked_folder, self.path),
             all(row.get("answer") for row in rows),
@@ -2244,6 +2417,7 @@ class RunFolder:
             transformers=transformers.__version__, source_sha256=hashlib.sha256(code).hexdigest()
         )
         about |= dict(data_sha256=hashlib.sha256(data).hexdigest(), started_from=source)
+        about["first_prompt"] = prompt
         if rank() == 0 and not (self.path / "config.json").exists():
             write_json(self.path / "config.json", about)
         all_ranks_agree()
@@ -2251,6 +2425,11 @@ class RunFolder:
         if before.get("data_sha256", about["data_sha256"]) != about["data_sha256"]:
             raise Misuse(
                 f"{self.path} was started with other rows in --data; choose another --name"
+            )
+        if before.get("first_prompt", prompt) != prompt:
+            raise Misuse(
+                f"{self.path} was started with the prompt {shortened(repr(before['first_prompt']))}: its model's "
+                "chat template or tokenizer has changed; choose another --name"
             )
         if before.get("source_sha256") != about["source_sha256"]:
             print0(f"{self.path} was started with another version of the code")
@@ -2312,21 +2491,11 @@ class RunFolder:
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
         disk, marked as complete, then renamed; then checkpoints beyond --keep and --keep-every are removed."""
         beside, dtype = self.path / f"partial-{step}", getattr(torch, self.cfg.dtype)
-        names = {
-            name for name, _ in policy.lm.named_parameters() if rank() == 0
-        }  # tied weights once
-        weights = {
-            name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names
-        }
+        weights = exported_weights(policy, dtype)
         try:
             if rank() == 0:
                 shutil.rmtree(beside, ignore_errors=True)
-                policy.lm.save_pretrained(beside, state_dict=weights)
-                policy.lm.config.dtype = (
-                    dtype  # of these weights; the library wrote that of its own
-                )
-                policy.lm.config.save_pretrained(beside)
-                tokenizer.save_pretrained(beside)
+                write_model(beside, policy.lm, tokenizer, weights, dtype)
             del weights
             all_ranks_agree()
             with trainer_state(policy, optimizer, anchor) as state:
@@ -2350,7 +2519,8 @@ class RunFolder:
         ) as e:  # libraries report a full disk each in their own way
             shutil.rmtree(beside, ignore_errors=True)
             last = (checkpoints(self.path) or ["the start"])[-1]
-            reason = f"cannot be written ({reason_of(e, -1)}); make room: the same command resumes from {last}"
+            line = -1 if isinstance(e, dcp.CheckpointException) else 0  # where the reason stands
+            reason = f"cannot be written ({reason_of(e, line)}); make room: the same command resumes from {last}"
             all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}"))
 
     def seal(self, beside: Path, final: Path):
@@ -2651,13 +2821,14 @@ def save_figure(figure: Figure, path: Path, title: str):
 # ---------------------------------------------------------------------------------------------- machinery: command line
 STAGES = {"sft": run_sft, "rl": run_rl, "eval": run_eval}
 MAY_BE_ZERO = set(
-    "probe_tolerance keep_every resume_from tis_cap entropy_floor seed sft_steps warmup min_p kl_coef"
+    "probe_tolerance keep_every resume_from tis_cap seed sft_steps warmup min_p kl_coef"
     " ema_decay entropy_coef weight_decay eval_temperature eval_samples vllm_tp vllm_memory".split()
 )
 RESUMES = "the same command resumes from the last checkpoint"
 KEPT = {
     "prompt_template",
     "system",
+    "chat_template_kwargs",
     "max_prompt",
     "max_new",
     "dtype",
@@ -2757,6 +2928,11 @@ def check_config(cfg: Config):
         "{problem}" in (cfg.prompt_template or "{problem}"),
         "prompt_template",
         "must contain {problem}",
+    )
+    need(
+        json_object(cfg.chat_template_kwargs or "{}") is not None,
+        "chat_template_kwargs",
+        "must be a JSON object",
     )
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
     installed = importlib.util.find_spec
