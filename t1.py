@@ -1577,11 +1577,11 @@ def finish_stage(
         for k, v in mine.items()
         if k not in own and v != usual[k]
     }
-    nodes, ranks = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = os.environ.get("GROUP_WORLD_SIZE")
     where = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" * (
         nodes not in (None, "1")
     )
-    where += f" --nproc-per-node {ranks}" * (world() > 1)
+    where += f" --nproc-per-node {LOCAL_RANKS}" * (world() > 1)
     print0(
         f"next: torchrun{where} t1.py --stage {next_stage}",
         *(f"--{k} {v}" for k, v in flags.items()),
@@ -1748,9 +1748,7 @@ def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     share = cfg.vllm_memory or min(gather([engine_share(card, card - free, gathered)]))
     engines = 2 if cfg.answer_model and cfg.stage == "eval" else 1
     memory = dict(gpu_memory_utilization=share / engines, enable_sleep_mode=sleeps(cfg))
-    return cfg.vllm_tp or engine_ranks(
-        2 * parameters, card, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ), memory
+    return cfg.vllm_tp or engine_ranks(2 * parameters, card, LOCAL_RANKS), memory
 
 
 def make_engine(folder: str, policy, tokenizer, cfg: Config):
@@ -2013,7 +2011,8 @@ def mend_generation_config(policy, folder: str):
     try:
         lm.generation_config.validate(strict=True)
     except ValueError as e:
-        print0(f"{folder}: checkpoints keep only the end tokens of generation_config.json: {e}")
+        said = shortened(" ".join(str(e).split()))
+        print0(f"{folder}: checkpoints keep the end tokens alone of generation_config.json: {said}")
         lm.generation_config = transformers.GenerationConfig(eos_token_id=policy.end_ids)
 
 
@@ -2193,12 +2192,12 @@ def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
     tokenizer.save_pretrained(folder)
 
 
-def try_export(policy, tokenizer, cfg: Config):
-    """A folder such as checkpoints will be, written and read back before anything is trained; weights up to 1 GiB, of
-    larger models their names and shapes. Misuse with the library's reason."""
+def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
+    """A folder as checkpoints will be, written and read back before anything is trained: with weights of at most
+    `limit` bytes; of a larger model their names and shapes. Misuse with the library's reason."""
     dtype, config = getattr(torch, cfg.dtype), copy.deepcopy(policy.lm.config)
     size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
-    weights = exported_weights(policy, dtype) if size <= 2**30 else {}
+    weights = exported_weights(policy, dtype) if size <= limit else {}
     load = transformers.AutoModelForCausalLM.from_pretrained
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -2598,6 +2597,10 @@ def trainer_state(policy, optimizer, anchor=None):
 
 
 # ----------------------------------------------------------------------------------- machinery: ranks, seeds, signals
+# ranks of this machine; vLLM overwrites the variable
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 # Where ranks agree (`all_ranks_agree`), a Stop of one ends all with its line. A rank that ends otherwise breaks the
 # next collective of the others: they say that they lost contact (`main`). One that hangs is given up after cfg.timeout.
 def rank() -> int:
@@ -2964,9 +2967,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse_args(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-                torch.set_num_threads(
-                    max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
-                )
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // LOCAL_RANKS))
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
