@@ -993,7 +993,9 @@ def run_sft(cfg: Config):
     source = folder.source() or latest(cfg.model)
     whole, tokenizer = load_whole(source, cfg)
     tests, rows = encode_prompts(tests, tokenizer, cfg), []
-    for trace, x in zip(*encode_prompts(traces, tokenizer, cfg)):
+    fitting, prompts = encode_prompts(traces, tokenizer, cfg)
+    prompt = look_at_prompt(fitting, prompts, tokenizer, cfg)
+    for trace, x in zip(fitting, prompts):
         response = trace["response"]
         if opens_thought(x, tokenizer):  # the prompt's template has written the tag
             response = response.removeprefix("<think>").lstrip("\n")
@@ -1006,7 +1008,6 @@ def run_sft(cfg: Config):
         raise Misuse(
             f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {shortest})"
         )
-    prompt = look_at_prompt(traces, [x for x, _ in rows], tokenizer, cfg)
     on_rank0(try_export, whole, tokenizer, cfg)
     folder.create(source, traces, prompt)
     policy = shard(whole, tokenizer, cfg)
@@ -1156,11 +1157,6 @@ def run_rl(cfg: Config):
     on_rank0(try_export, whole, tokenizer, cfg)
     folder.create(source, problems, prompt)
     print0(f"{len(problems)} problems; the policy starts from {source}")
-    if cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
-        print0(
-            f"repetition is never found within --max-new {cfg.max_new}: --repeat-ngram {cfg.repeat_ngram} times "
-            f"--repeat-count {cfg.repeat_count} is more"
-        )
     anchor = None
     if cfg.anchor != "none":
         own = (
@@ -1379,7 +1375,7 @@ def cut_thoughts(
     """The responses had their thoughts been cut after `budget` tokens (section 3); `lengths`: their `thought_length`s.
     A thought that ended within the budget keeps its own answer. Another is cut and closed with `answer_prefix`, and
     `engine` (the policy, or another model) writes the answer. NOT IN PAPER: the first; the prefix; greedy and short."""
-    prefix = tokenizer(cfg.answer_prefix.replace("\\n", "\n"), add_special_tokens=False).input_ids
+    prefix = tokenizer(unescaped(cfg.answer_prefix), add_special_tokens=False).input_ids
     lengths = lengths or [thought_length(r.ids, tokenizer) for r in rollouts]
     # no </think>: all of a finished response is thought, and an unfinished one has none that ended
     thoughts = [n or (len(r.ids) if r.finished else math.inf) for r, n in zip(rollouts, lengths)]
@@ -1855,80 +1851,71 @@ def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
     if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
         messages = [dict(role="user", content=problem)]
         if cfg.system:
-            messages.insert(0, dict(role="system", content=cfg.system.replace("\\n", "\n")))
-        options = dict(tokenize=True, return_dict=False, padding=False, truncation=False)
-        values = json_object(cfg.chat_template_kwargs or "{}")
+            messages.insert(0, dict(role="system", content=unescaped(cfg.system)))
+        options = json_object(cfg.chat_template_kwargs or "{}")
+        options |= dict(tokenize=True, return_dict=False, truncation=False)
+        options |= dict(add_generation_prompt=True, strftime_now=ONE_DAY.strftime)
         try:
-            return tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                strftime_now=ONE_DAY.strftime,
-                **options,
-                **values,
-            )
+            return tokenizer.apply_chat_template(messages, **options)
         except Exception as e:  # whatever the template raises
             raise Misuse(f"the chat template does not take this prompt: {reason_of(e)}")
-    template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
-    text = template.replace("{problem}", problem)
+    text = (unescaped(cfg.prompt_template) or "{problem}\n").replace("{problem}", problem)
     ids = tokenizer(text).input_ids
-    # what some tokenizers put around a text: an end token, and a begin token where the text has one
-    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    # A tokenizer puts begin tokens before a text, where it has them already, too; some put an end token after it.
+    if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
         ids = ids[:-1]
-    if ids[:2] == 2 * [tokenizer.bos_token_id]:
-        ids = ids[1:]
-    return ids
+    begin = ids[: len(ids) - len(plain)]
+    return plain if plain[: len(begin)] == begin else ids
+
+
+def unescaped(text: str) -> str:
+    return text.replace("\\n", "\n")
 
 
 def look_at_prompt(rows: list[dict], prompts, tokenizer, cfg: Config) -> str:
-    """Print the first prompt as the model sees it, with what it says about the options and the traces; Misuse where
-    they cannot have the wanted effect. -> its text, which resuming compares."""
-    ids, problem, templates = prompts[0], rows[0]["problem"], str(tokenizer.chat_template)
-    text = tokenizer.decode(ids)
-    chat = not cfg.prompt_template and tokenizer.chat_template
+    """Print the first prompt as the model sees it, and what it says about options and traces; Misuse where these cannot
+    have the wanted effect. -> its text, which resuming compares."""
+    ids, problem = prompts[0], rows[0]["problem"]
+    text, template = tokenizer.decode(ids), "" if cfg.prompt_template else tokenizer.chat_template
     before, _, after = text.rpartition(problem)
     print0(f"the first of {len(prompts)} prompts, {len(ids)} tokens: {shortened(repr(text))}")
     print0(f"its ids: {shortened(str(ids))}")
 
     # options that change nothing
-    wanted = cfg.system.replace("\\n", "\n")
-    if "".join(wanted.split()) not in "".join(text.split()):
+    if "".join(unescaped(cfg.system).split()) not in "".join(text.split()):
         raise Misuse(
             "--system is not in the prompt: there is no chat template, or it takes none; "
             "write it into --prompt-template 'TEXT\\n{problem}\\n'"
         )
     if cfg.chat_template_kwargs:
-        plain = prompt_ids(problem, tokenizer, dataclasses.replace(cfg, chat_template_kwargs=""))
-        if not chat:
+        if not template:
             raise Misuse("--chat-template-kwargs: these prompts come from no chat template")
-        if plain == ids:
+        without = dataclasses.replace(cfg, chat_template_kwargs="")
+        if prompt_ids(problem, tokenizer, without) == ids:
             print0("--chat-template-kwargs changes nothing in this prompt")
-    if chat and not cfg.system and "system" in before.lower():
+    if template and not cfg.system and "system" in before.lower():
         print0("the system prompt is the chat template's own; --system TEXT for another")
-    if chat and "strftime_now" in templates:
+    if "strftime_now" in str(template):
         print0(f"the chat template writes a date: in every run it is {ONE_DAY:%d %b %Y}")
 
     # a template around a prompt that has one
     marks = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    marks += [after.strip()] if chat else []
-    for mark in marks:
+    for mark in [*marks, after.strip()] if template else marks:
         if mark and mark in problem and text.count(mark) > problem.count(mark):
-            where = rows[0].get("where") or rows[0].get("id")
             raise Misuse(
-                f"{where}: the problem holds {mark!r}, as a prompt does that a template was applied to; "
-                "give the bare problem, or --prompt-template '{problem}'"
+                f"the first problem holds {mark!r}, as a prompt does that a template was applied to; "
+                "give bare problems, or --prompt-template '{problem}'"
             )
 
     # thoughts that the template begins, or has ended
-    responses = [row["response"] for row in rows] if cfg.stage == "sft" else []
-    if text.rstrip().endswith("<think>"):
-        endless = sum("</think>" not in response for response in responses)
-        what = (
-            f"the prompt ends in <think>, and {endless} of {len(rows)} responses have no </think>"
+    responses = [row["response"] for row in rows if cfg.stage == "sft"]
+    endless = sum("</think>" not in response for response in responses)
+    if text.rstrip().endswith("<think>") and endless:
+        raise Misuse(
+            f"the prompt ends in <think>, and {endless} of {len(rows)} responses have no </think>: their "
+            "answers would be thoughts; see --prompt-template"
         )
-        if endless == len(responses) > 0:
-            raise Misuse(f"{what}: all their answers would be thoughts; see --prompt-template")
-        if endless:
-            print0(f"{what}: their answers count as thoughts")
     if text.rstrip().endswith("</think>"):
         what = "the prompt ends in a thought that is closed"
         if any("<think>" in response for response in responses):
@@ -2195,29 +2182,27 @@ def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
 def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
     """A folder as checkpoints will be, written and read back before anything is trained: with weights of at most
     `limit` bytes; of a larger model their names and shapes. Misuse with the library's reason."""
-    dtype, config = getattr(torch, cfg.dtype), copy.deepcopy(policy.lm.config)
+    dtype = getattr(torch, cfg.dtype)
     size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
     weights = exported_weights(policy, dtype) if size <= limit else {}
-    load = transformers.AutoModelForCausalLM.from_pretrained
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_model(folder, policy.lm, tokenizer, weights, dtype)
-            same = transformers.AutoTokenizer.from_pretrained(folder)(PROBE_TEXT).input_ids
+            again = transformers.AutoTokenizer.from_pretrained(folder)
+            with torch.device("meta"):
+                lm = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
             if weights:
-                lm = load(folder, dtype=torch.float32, attn_implementation="t1")
-            else:
-                with torch.device("meta"):
-                    lm = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
+                options = dict(dtype=torch.float32, attn_implementation="t1")
+                lm = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         read = lm.state_dict()
         for name, w in policy.lm.state_dict().items():
-            there = read[name]
-            if w.shape != there.shape or name in weights and weights[name].float().ne(there).any():
+            changed = name in weights and weights[name].float().ne(read[name]).any()
+            if changed or read[name].shape != w.shape:
                 raise ValueError(f"{name} is another one when it is read back")
-        if same != tokenizer(PROBE_TEXT).input_ids:
+        if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
             raise ValueError("the tokenizer is another one when it is read back")
     except Exception as e:  # of any library
         raise Misuse(f"a checkpoint of this model could not be saved and read back: {e}")
-    policy.lm.config = config
 
 
 def make_optimizer(policy, cfg: Config):
@@ -2978,6 +2963,11 @@ def main(argv: list[str] | None = None) -> int:
             f"{k} {v}" for k, v in values.items() if v != usual[k] and k not in ("stage", "preset")
         )
         print0(f"preset {cfg.preset}" + f": {values}" * bool(values))
+        if cfg.stage != "sft" and cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
+            print0(
+                f"repetition is never found: {cfg.repeat_count} blocks of {cfg.repeat_ngram} tokens are more than "
+                f"--max-new {cfg.max_new}"
+            )
         STAGES[cfg.stage](cfg)
         return 0
     except Stop as e:
