@@ -2238,20 +2238,50 @@ BROKEN = (
 )  # Unicode categories: control, unassigned, private use, half surrogate pairs
 
 
-def foreign(text: str, prompt: str = "") -> list[str]:
-    """Of each letter of a script that is used neither in mathematics nor in the prompt, the script."""
+EAST_ASIAN = set("CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA IDEOGRAPHIC FULLWIDTH HALFWIDTH".split())
+COMMON_WORDS = set(
+    "the of is and to in we so for that it be if are this by with as have then".split()
+)
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")  # no command of LaTeX
+_CODE = re.compile(r"\[asy\].*?(\[/asy\]|$)|```.*?(```|$)", re.S)
+
+
+def script_of(letter: str) -> str:
+    return unicodedata.name(letter, "?").split()[0]
+
+
+def foreign_letters(text: str, prompt: str = "") -> list[str]:
+    """The letters whose script is used neither in mathematics nor in the prompt."""
     if text.isascii():
         return []
-    scripts, known = (
-        [unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()] for t in (text, prompt)
-    )
-    return [name for name in scripts if name not in MATHS_SCRIPTS and name not in known]
+    usual = MATHS_SCRIPTS | {script_of(c) for c in prompt if c.isalpha()}
+    if usual & EAST_ASIAN:
+        usual |= EAST_ASIAN
+    return [c for c in text if c.isalpha() and script_of(c) not in usual]
+
+
+def foreign(text: str, prompt: str = "") -> list[str]:
+    """Of each letter of a script that is used neither in mathematics nor in the prompt, the script."""
+    return [script_of(c) for c in foreign_letters(text, prompt)]
+
+
+def word_salad(text: str, prompt: str) -> bool:
+    """To a prompt in English: 40 words in a row, 20 of them different and longer than names of points and angles, none
+    of them one of English's commonest; code aside. Solutions in another language have that, too."""
+    if len(COMMON_WORDS.intersection(_WORD.findall(prompt.lower()))) < 2:
+        return False
+    run = []
+    for word in _WORD.findall(_CODE.sub(" ", text).lower()):
+        run = [] if word in COMMON_WORDS else [*run[-39:], word]
+        if len(run) == 40 and len({word for word in run if len(word) > 3}) >= 20:
+            return True
+    return False
 
 
 def garbled(text: str, prompt: str = "") -> bool:
-    """Mixed languages or random characters: at least 5 letters, and 5 % of all, are of a script used neither in
-    mathematics nor in the prompt; or more than 1 % of the characters are broken (replacement, control, unassigned); or
-    60 Latin letters follow each other."""
+    """Mixed languages or random characters: at least 5 letters are of a script used neither in mathematics nor in the
+    prompt, and are 5 % of all or stand in 3 different groups; more than 1 % of the characters are broken (replacement,
+    control, unassigned); 60 Latin letters follow each other; or a word salad."""
     broken = [
         c
         for c in text
@@ -2259,8 +2289,12 @@ def garbled(text: str, prompt: str = "") -> bool:
     ]
     if len(broken) + text.count("\ufffd") > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
         return True
-    strange = len(foreign(text, prompt))
-    return strange >= 5 and strange > 0.05 * sum(map(str.isalpha, text))
+    strange = foreign_letters(text, prompt)
+    if len(strange) >= 5:
+        groups = set(re.findall(f"[{''.join(set(strange))}]{{2,}}", text))
+        if len(groups) >= 3 or len(strange) > 0.05 * sum(map(str.isalpha, text)):
+            return True
+    return word_salad(text, prompt)
 
 
 def seed_for(seed: int, *what) -> int:

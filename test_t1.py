@@ -45,6 +45,7 @@ import torch.distributed as dist
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from torch.distributed.run import get_args_parser
 from torch.utils._pytree import tree_iter
 
@@ -927,6 +928,12 @@ def test_parked_tensors_lie_elsewhere_until_they_are_used():
         ("so \ufffd\ufffd \x00\x01 x \ufffd\\boxed{2}", True, "garbled"),
         ("xq" * 40 + " \\boxed{2}", True, "garbled"),
         (
+            " ".join(f"{n}: we see {n * n};" for n in range(70)) + "我们 x 得到 y 答案",
+            True,
+            "garbled",
+        ),
+        (" ".join(f"{n}: we see {n * n};" for n in range(70)) + "因此中国剩余定理", True, None),
+        (
             "Let α, β ∈ ℝ with α² ≤ β; then ∑ xᵢ = π/2 and ‖v‖ → ∞, so \\boxed{\\frac{\\pi}{2}}",
             True,
             None,
@@ -945,6 +952,31 @@ def test_parked_tensors_lie_elsewhere_until_they_are_used():
 def test_unexpected_patterns(text, finished, expected):
     ids = list(text.encode())  # one token per byte: blocks of 20 bytes
     assert t1.unexpected_pattern(text, ids, finished) == expected
+
+
+SALAD = """banana wheel quickly seventeen purple mountain cathedral apellido quaresma Bildung thread sock onclick
+    router marble velvet kangaroo widget tractor hymn salamander cobalt jurist plankton origami brisket turbine lantern
+    cinnamon glacier puppet harbor syntax meadow cricket fossil ribbon saddle trumpet walnut zeppelin quarry nectar"""
+
+
+def test_a_word_salad_is_garbled_and_honest_text_is_not():
+    """To a prompt in English; for others there is no list of common words. Terse work, code and names are honest."""
+    english = "Find the smallest n that is a multiple of 4 and of 6."
+    honest = [
+        "12 mod 5 = 2 not 3, wait\n" * 60,
+        "\n".join(
+            f"angle AOP = angle OB{c}, angle BOP = angle PQ{c}, similarly" for c in "ABCDEFGH"
+        ),
+        f"[asy] draw {SALAD} [/asy] so the answer is 4",
+        f"```python\n{SALAD}\n``` so the answer is 4",
+        "\\alpha \\beta \\gamma \\frac{1}{2} \\sqrt{3} \\cdot \\binom{4}{2} " * 20,
+        "We list the states: " + ", ".join(SALAD.split()[:30]) + " and that is all of them.",
+    ]
+    assert [t1.garbled(text, english) for text in honest] == [False] * len(honest)
+    assert t1.garbled(SALAD, english) and data_prep.garbled("The answer is 4. " + SALAD, english)
+    assert not t1.garbled(SALAD, "Trouver le plus petit n.")
+    japanese = "したがって カタカナ ヒラガナ テンプラ 答え \\boxed{2}"
+    assert not t1.garbled(japanese, "求めよ") and data_prep.garbled(japanese, english)
 
 
 def test_chinese_is_expected_in_a_chinese_problem():
@@ -1385,6 +1417,28 @@ def test_cut_and_answer(talkative):
         assert cut(budget)[1].startswith(closed)
 
 
+def test_a_cut_never_falls_inside_a_tag(talkative):
+    """With one token per character a tag has many tokens: no budget leaves a part of one."""
+    tokenizer, engine = talkative.tokenizer, torch_engine(talkative)
+    prefix = talkative.cfg.answer_prefix.replace("\\n", "\n")
+    text = "<think>\n3<4 so 5</think>\n7"
+    ids = tokenizer.convert_tokens_to_ids(list(text.replace("\n", "Ċ").replace(" ", "Ġ")))
+    assert tokenizer.decode(ids) == text and len(ids) == len(text)
+    for response, end in ((text, text.index("</think>")), (text[: text.index("k>\n7")], None)):
+        rollout = t1.Rollout(t1.Problem({}, [5, 6]), ids=ids[: len(response)])
+        thoughts = [t1.thought_of(rollout, tokenizer)]
+        for budget in range(1, len("<think>\n3<4 so 5</thin")):
+            options = (thoughts, budget, talkative.cfg)
+            (answer,) = t1.cut_thoughts(engine, tokenizer, [rollout], *options)
+            cut = t1.text_of(answer, tokenizer)
+            before = cut[: cut.index(prefix)]
+            inside = budget < len("<think>") or budget > text.index("</think>")
+            kept = text[:budget]
+            if inside:
+                kept = "" if budget < len("<think>") else "<think>\n3<4 so 5"
+            assert before == kept.removesuffix("<"), (budget, cut)
+
+
 def test_standard_error_is_over_problems():
     mean, error = t1.mean_and_error([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
     assert mean == 0.5 and error == pytest.approx(np.std([1, 0, 0.5], ddof=1) / 3**0.5)
@@ -1642,6 +1696,7 @@ def test_warnings_say_what_to_do(guess, tmp_path, monkeypatch):
         "is low; raise --temperature or --entropy-coef",
         "of the responses reached --max-new: they are paid -1, right or wrong",
         "to the anchor is high; lower --rl-lr",
+        "no response can repeat itself: --max-new 8 is less than",
     ):
         assert words in out + err + out2 + err2, words
     assert "Warning" not in err + err2
@@ -2325,6 +2380,11 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --vllm-tp 2", "must divide the number"),
     ("--stage rl --vllm-memory 1", "--vllm-memory 1.0: must be below 1"),
     ("--stage rl --prompt-template Hello", "must contain {problem}"),
+    (
+        "--stage rl --chat-template-kwargs [1]",
+        "--chat-template-kwargs '[1]': must be a JSON object",
+    ),
+    ("--stage rl --chat-template-kwargs {", "must be a JSON object"),
     ("--stage rl --resume-from 7", "trainer's state; there are: none"),
     ("--stage rl", "--stage sft first"),
     ("--stage eval", "--stage sft"),
@@ -2629,6 +2689,54 @@ def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, 
         t1.load_policy(str(tmp_path), tiny.cfg)
 
 
+SMOLLM2 = os.environ.get(
+    "T1_SMOLLM2", ""
+)  # folder of a real pretrained model, SmolLM2-135M-Instruct
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="T1_SMOLLM2 names no folder of SmolLM2-135M")
+
+
+@pytest.fixture
+def position_free(monkeypatch):
+    """A fault of the packed forward alone: every token is taken for the first of its row."""
+
+    def faulty(rows, device):
+        batch = sound(rows, device)
+        batch.position.zero_()
+        return batch
+
+    sound = t1.pack
+    return lambda: monkeypatch.setattr(t1, "pack", faulty)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1, 8])  # flat logits, and sharp ones
+def test_a_model_is_compared_with_the_librarys_own_forward(
+    tiny, tmp_path, position_free, dtype, scale
+):
+    lm = copy.deepcopy(tiny.policy.lm)
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(scale if p.dim() > 1 else 1)
+    save_model(tmp_path, lm, tiny.tokenizer)
+    cfg = config("--dtype", dtype)
+    assert t1.load_policy(str(tmp_path), cfg)[0].bfloat16 == (dtype == "bfloat16")
+    position_free()
+    with pytest.raises(t1.Misuse, match="a qwen2 model is not supported"):
+        t1.load_policy(str(tmp_path), cfg)
+
+
+@pytest.mark.slow
+@needs_smollm2
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model_passes_the_check_with_the_documented_defaults(position_free, dtype):
+    cfg = config("--model", SMOLLM2, "--data", "traces.jsonl", "--dtype", dtype, stage="sft")
+    assert cfg.preset == "pretrained"
+    assert t1.load_policy(SMOLLM2, cfg)[0].bfloat16 == (dtype == "bfloat16")
+    position_free()
+    with pytest.raises(t1.Misuse, match="a llama model is not supported"):
+        t1.load_policy(SMOLLM2, cfg)
+
+
 class Bomb:
     """Its pickle makes a folder when it is read."""
 
@@ -2669,6 +2777,251 @@ def test_a_chat_template_is_used(tiny):
     )
     own = config("--prompt-template", "Q: {problem} A:")
     assert tokenizer.decode(t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, own)) == "Q: 2 + 2? A:"
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nEND{% endif %}"
+)
+CLOSED = "<think>\n\n</think>\n\n"
+SWITCH = "{% if enable_thinking is defined %}<think>\n{% else %}" + CLOSED + "{% endif %}"
+OWN_SYSTEM = CHAT_TEMPLATE.replace("END", "")
+OWN_SYSTEM = "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}" + OWN_SYSTEM
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + CHAT_TEMPLATE.replace("END", "")
+
+
+def template(text):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
+def ending_in(text):
+    return template(CHAT_TEMPLATE.replace("END", text))
+
+
+def json_of(file, **fields):
+    return lambda folder: change(folder / file, **fields)
+
+
+def without_end_tokens(folder):
+    (folder / "generation_config.json").unlink()
+    change(folder / "config.json", eos_token_id=None, pad_token_id=None)
+
+
+def appending_the_end(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    token = tokenizer.eos_token
+    pieces = dict(single=f"$A {token}", special_tokens=[(token, tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**pieces)
+    assert tokenizer("1").input_ids[-1] == tokenizer.eos_token_id
+    tokenizer.save_pretrained(folder)
+
+
+def plus_rows(answer_only=False, rendered=False):
+    rows = []
+    for a, b in zip(range(3, 43), range(50, 10, -1)):
+        thought = "" if answer_only else f"<think>\n{a} + {b} = {a + b}\n</think>\n"
+        problem = f"What is {a} plus {b}?"
+        if rendered:
+            problem = f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
+        response = f"{thought}The answer is \\boxed{{{a + b}}}."
+        rows.append(dict(problem=problem, answer=str(a + b), response=response))
+    return rows
+
+
+ANSWERS, RENDERED = dict(answer_only=True), dict(rendered=True)
+SYSTEM = ["--system", "Box it."]
+THINK = ["--chat-template-kwargs", '{"enable_thinking": true}']
+USERS = [  # change of the folder, rows, options -> exit code, a part of what is said
+    (None, {}, [], 0, r"the first of 40 prompts, 18 tokens: 'What is 3 plus 50?\n'"),
+    (None, {}, SYSTEM, 2, "--system is not in the prompt: there is no chat template"),
+    (None, {}, THINK, 2, "--chat-template-kwargs: these prompts come from no chat template"),
+    (
+        json_of("generation_config.json", do_sample=False, temperature=0.9, top_p=0.6),
+        {},
+        [],
+        0,
+        "keep the end tokens alone of generation_config.json: GenerationConfig is invalid: - `temp",
+    ),
+    (json_of("generation_config.json", pad_token_id=-1), {}, [], 0, "`pad_token_id` should be"),
+    (without_end_tokens, {}, [], 0, "the first of 40"),
+    (appending_the_end, {}, [], 0, "297, 31, 199]"),
+    (ending_in(""), {}, [], 0, r"<|im_start|>assistant\n'"),
+    (ending_in(""), {}, SYSTEM, 0, r"'<|im_start|>system\nBox it.<|im_end|>\n<|im_start|>user"),
+    (ending_in(""), {}, ["--system", r"A\nB"], 0, r"system\nA\nB<|im_end|>"),
+    (ending_in(""), {}, [*SYSTEM, "--prompt-template", "{problem} "], 2, "--system is not in"),
+    (ending_in(""), {}, THINK, 0, "--chat-template-kwargs changes nothing in this prompt"),
+    (ending_in(""), RENDERED, [], 2, "the first problem holds '<|im_end|>\\n<|im_start|>assi"),
+    (ending_in(""), RENDERED, ["--prompt-template", "{problem}"], 0, "the first of 40"),
+    (template("{{ messages[-1].content }}"), {}, SYSTEM, 2, "--system is not in the prompt"),
+    (template("{{ raise_exception('no roles') }}"), {}, [], 2, "no roles"),
+    (template(OWN_SYSTEM), {}, [], 0, "the system prompt is the chat template's own"),
+    (template(DATED), {}, [], 0, "writes a date: in every run it is 26 Jul 2024"),
+    (ending_in("<think>\n"), {}, [], 0, r"assistant\n<think>\n'"),
+    (ending_in("<think>\n"), ANSWERS, [], 2, "40 of 40 responses have no </think>"),
+    (ending_in(CLOSED), {}, [], 2, "thought that is closed, and the traces have thoughts"),
+    (ending_in(CLOSED), ANSWERS, [], 0, "closed: responses are answers without a thought"),
+    (ending_in(SWITCH), {}, THINK, 0, r"assistant\n<think>\n'"),
+]
+
+
+@pytest.mark.parametrize("edit, rows, options, code, says", USERS)
+def test_a_users_model_and_prompt(tiny, tmp_path, edit, rows, options, code, says):
+    """Trained right, with a checkpoint that the library opens and that ends where training ends, or refused in a line
+    before anything is written."""
+    folder = shutil.copytree(tiny.folder, tmp_path / "model")
+    if edit:
+        edit(folder)
+    data = write_rows(tmp_path / "rows.jsonl", plus_rows(**rows))
+    test = write_rows(tmp_path / "test.jsonl", plus_rows(**rows)[:2])
+    args = [
+        "--preset",
+        "tiny",
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--test",
+        test,
+        "--out",
+        tmp_path,
+    ]
+    args += ["--name", "run", "--sft-steps", 1, "--sft-batch", 2, "--max-new", 60, *options]
+    got, out, err = main("--stage", "sft", *args)
+    assert got == code and says in out + err, out + err
+    if code:
+        assert err.count("\n") == 1 and not (tmp_path / "run").exists()
+        return
+    saved = tmp_path / "run/sft/checkpoint-1"
+    generation = transformers.GenerationConfig.from_pretrained(saved)
+    generation.validate(strict=True)
+    assert generation.eos_token_id == [tiny.tokenizer.eos_token_id]
+    cfg = config("--name", "run", "--out", tmp_path)
+    policy, tokenizer = t1.load_policy(str(saved), cfg)
+    ids = t1.prompt_ids(dict(problem="What is 3 plus 50?"), tokenizer, cfg)
+    assert tokenizer.eos_token_id not in ids
+    (ours,) = t1.response_logprobs(policy, [(ids, [5, 6, 7, 0])], cfg)
+    assert torch.allclose(ours, library_logprobs(saved, ids, [5, 6, 7, 0]), atol=1e-4)
+
+
+def library_logprobs(folder, prompt, response):
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def test_a_begin_token_comes_once_and_options_of_the_tokenizer_are_no_variables(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.add_special_tokens(dict(bos_token="<s>"))
+    begin = tokenizer.bos_token_id
+    pieces = dict(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**pieces)
+    plain = t1.prompt_ids(dict(problem="2 + 2?"), tiny.tokenizer, tiny.cfg)
+    assert t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, tiny.cfg) == [begin, *plain]
+    twice = config("--prompt-template", r"<s>{problem}\n")
+    assert t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, twice) == [begin, *plain]
+    tokenizer.chat_template = CHAT_TEMPLATE
+    short = config("--chat-template-kwargs", '{"truncation": true, "max_length": 3}')
+    with pytest.raises(t1.Misuse, match="does not take this prompt"):
+        t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, short)
+
+
+def test_another_prompt_is_noticed_on_resume(tiny, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", plus_rows())
+    args = ["--stage", "sft", "--model", tiny.folder, "--data", data, "--test", data, "--preset"]
+    args += ["tiny", "--out", tmp_path, "--sft-steps", 1, "--sft-batch", 2, "--max-new", 40]
+    assert main(*args)[0] == main(*args)[0] == 0
+    path = tmp_path / "tiny/sft/config.json"
+    contents = json.loads(path.read_text())["contents"]
+    assert contents["prompt"] == "What is 3 plus 50?\n"
+    change(path, contents=contents | dict(prompt="What is 3 plus 50?"))
+    code, _, err = main(*args)
+    assert code == 2 and "was started with another the first prompt, 'What is 3 plus 50?'" in err
+
+
+def biased_experts(folder, tokenizer):
+    """A mixture of experts whose router has a correction: a persistent buffer, which no gradient moves."""
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, head_dim=8)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes |= dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    sizes |= dict(first_k_dense_replace=1, moe_intermediate_size=16, n_shared_experts=1)
+    ids = dict(bos_token_id=None, eos_token_id=0, pad_token_id=0, max_position_embeddings=1024)
+    torch.manual_seed(0)
+    lm = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**sizes, **ids))
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.dim() > 1:
+                p.mul_(8)
+        for name, buffer in lm.named_buffers():
+            if "bias" in name:
+                buffer.copy_(torch.linspace(-1.1, 1.3, buffer.numel()))
+    return save_model(folder, lm, tokenizer)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_persistent_buffers_are_saved(tiny, tmp_path, ranks, dtype):
+    """In their own type, from one rank and from shards; and the next stage takes the checkpoint."""
+    folder = biased_experts(tmp_path / "model", tiny.tokenizer)
+    data = write_rows(tmp_path / "rows.jsonl", plus_rows())
+    args = [
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--test",
+        data,
+        "--preset",
+        "tiny",
+        "--out",
+        tmp_path,
+    ]
+    args += ["--max-new", 40, "--dtype", dtype]
+    steps = ["--stage", "sft", "--sft-steps", 1, "--sft-batch", 2]
+    if ranks == 1:
+        assert main(*args, *steps)[0] == 0
+    else:
+        torchrun(HERE / "t1.py", *args, *steps)
+    saved = tmp_path / "tiny/sft/checkpoint-1"
+    before, after = (
+        safetensors.torch.load_file(path / "model.safetensors") for path in (folder, saved)
+    )
+    assert before.keys() == after.keys()
+    (name,) = [name for name in before if "correction_bias" in name]
+    assert after[name].dtype == torch.float32 and torch.equal(before[name], after[name])
+    policy, _ = t1.load_policy(str(saved), tiny.cfg)
+    (ours,) = t1.response_logprobs(policy, [([5, 6], [7, 8, 9])], tiny.cfg)
+    assert torch.allclose(ours, library_logprobs(saved, [5, 6], [7, 8, 9]), atol=1e-4)
+
+
+def test_what_cannot_be_saved_is_said_before_training(tiny, tmp_path, monkeypatch):
+    """With the library's own reason, of small models and of large ones (limit 0)."""
+    policy, tokenizer = copy.deepcopy(tiny.policy), tiny.tokenizer
+    for limit in (2**30, 0):
+        t1.try_export(policy, tokenizer, tiny.cfg, limit)
+    data = write_rows(tmp_path / "rows.jsonl", plus_rows())
+    args = ["--stage", "sft", "--model", tiny.folder, "--data", data, "--test", data, "--preset"]
+    args += ["tiny", "--out", tmp_path, "--sft-steps", 1, "--max-new", 40]
+
+    def fails(*unused, **options):
+        raise ValueError("no tokenizer of this kind can be saved")
+
+    with monkeypatch.context() as m:
+        m.setattr(transformers.Qwen2Tokenizer, "save_pretrained", fails)
+        code, _, err = main(*args)
+    assert code == 2 and "saved and read back: no tokenizer of this kind can be saved" in err
+    weights = t1.exported_weights
+
+    def loses_one(policy, dtype):
+        return {name: w for name, w in weights(policy, dtype).items() if "mlp.up" not in name}
+
+    with monkeypatch.context() as m:
+        m.setattr(t1, "exported_weights", loses_one)
+        code, _, err = main(*args)
+    assert code == 2 and "mlp.up_proj.weight is" in err and not (tmp_path / "tiny").exists()
+    policy.lm.config.num_hidden_layers = 1
+    with pytest.raises(t1.Misuse, match="could not be saved and read back"):
+        t1.try_export(policy, tokenizer, tiny.cfg, 0)
 
 
 def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
@@ -2717,6 +3070,137 @@ def test_torchrun_passes_every_option_to_the_script():
     assert not [
         a for a in ours for b in theirs if b.startswith(a) or b.startswith(a.replace("_", "-"))
     ]
+
+
+# -------------------------------------------------------------------------------------------------------- real weights
+# SmolLM2-135M-Instruct: python experiments/smollm2.py FOLDER, then T1_SMOLLM2=FOLDER.
+SMOLLM2 = os.environ.get("T1_SMOLLM2", "")
+real_weights = pytest.mark.skipif(
+    not Path(SMOLLM2, "config.json").is_file(),
+    reason="no real model at hand: python experiments/smollm2.py FOLDER, and T1_SMOLLM2=FOLDER",
+)
+GAP = dict(float32=1e-5, bfloat16=0.02)  # nats per token between engine and trainer
+
+
+@pytest.fixture(scope="session")
+def smol_run(tmp_path_factory):
+    """The documented commands: two steps of SFT from the real model, in bfloat16. -> the folder of its runs"""
+    base = tmp_path_factory.mktemp("smollm2")
+    write_rows(base / "rows.jsonl", plus_rows())
+    write_rows(base / "test.jsonl", plus_rows()[:2])
+    steps = ["--sft-steps", 2, "--sft-batch", 2, "--warmup", 1]
+    code, out, err = main("--stage", "sft", "--model", SMOLLM2, *steps, *smol_args(base))
+    assert code == 0, err
+    assert "preset pretrained" in out and "dtype bfloat16" in out
+    assert "the system prompt is the chat template's own" in out
+    assert "What is 3 plus 50?<|im_end|>" in out
+    return base
+
+
+def smol_args(base, *more):
+    data = ["--data", base / "rows.jsonl", "--test", base / "test.jsonl", "--max-new", 40]
+    return [*data, "--out", base, "--name", "mine", *more]
+
+
+@pytest.mark.slow
+@real_weights
+@pytest.mark.parametrize(
+    "engine, dtype, ranks",
+    [
+        ("torch", "bfloat16", 1),
+        ("torch", "float32", 2),
+        pytest.param("vllm", "float32", 1, marks=needs_vllm),
+        pytest.param("vllm", "bfloat16", 2, marks=needs_vllm),
+    ],
+)
+def test_a_real_model_learns(smol_run, engine, dtype, ranks):
+    """One step of RL from the run's SFT: engine and trainer agree, also after the push of the new weights."""
+    model = smol_run / "mine/sft/checkpoint-2"
+    name = f"{engine}-{dtype}-{ranks}"
+    args = smol_args(smol_run, "--stage", "rl", "--model", model, "--engine", engine)
+    args += ["--dtype", dtype, "--prompts", 2, "--k", 2, "--rl-steps", 1, "--name", name]
+    program = ["push_within", GAP[dtype], *args]
+    if ranks == 1:
+        command = [sys.executable, __file__, *map(str, program)]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, env=ENV).stdout
+    else:
+        out = torchrun(__file__, *program).stdout
+    assert ("--nproc-per-node 2" in out) == (ranks == 2)
+    (row,) = rows_of(smol_run / name / "rl")
+    assert row["logprob_gap"] < GAP[dtype] and row["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@real_weights
+def test_a_real_model_trains_on_two_ranks_as_on_one(smol_run):
+    args = smol_args(smol_run, "--stage", "sft", "--model", SMOLLM2, "--dtype", "float32")
+    args += ["--sft-steps", 2, "--sft-batch", 2, "--warmup", 1]
+    torchrun(HERE / "t1.py", *args, "--name", "two")
+    assert main(*args, "--name", "one")[0] == 0
+    for a, b in zip(rows_of(smol_run / "one/sft"), rows_of(smol_run / "two/sft"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@real_weights
+def test_a_real_model_is_evaluated(smol_run):
+    args = smol_args(smol_run, "--stage", "eval", "--eval-samples", 1, "--budgets", "8")
+    code, out, err = main(*args, "--answer-tokens", 8)
+    assert code == 0 and "within 8 tokens" in out, err
+    for row in data_prep.read_log(smol_run / "mine/eval/responses.jsonl"):
+        assert row["pattern"] in (None, "overlong")
+
+
+@pytest.fixture(scope="session")
+def smol_exported(smol_run):
+    """The exported folder, and what the trainer makes of it in float32: three greedy responses."""
+    folder = smol_run / "mine/sft/checkpoint-2"
+    cfg = dataclasses.replace(
+        config("--name", "mine", "--out", smol_run, "--max-new", 24), dtype="float32"
+    )
+    policy, tokenizer = t1.load_policy(str(folder), cfg)
+    problems = ["What is 3 plus 50?", "Say yes and nothing else.", "Name a prime above 10."]
+    prompts = [t1.prompt_ids(dict(problem=text), tokenizer, cfg) for text in problems]
+    model = Model(folder, cfg, tokenizer, policy)
+    rollouts = torch_engine(model).generate(asked(prompts), 24, 0.0)
+    assert any(r.finished for r in rollouts) and not all(r.finished for r in rollouts)
+    return model, rollouts
+
+
+@pytest.mark.slow
+@real_weights
+def test_the_library_opens_what_was_trained(smol_exported):
+    """Greedy text, end and log-probs of AutoModelForCausalLM are the trainer's."""
+    model, rollouts = smol_exported
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    rows = [t1.row_of(r) for r in rollouts]
+    for (prompt, ids), ours in zip(rows, t1.response_logprobs(model.policy, rows, model.cfg)):
+        answer = plain.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)
+        assert answer[0, len(prompt) :].tolist() == ids
+        assert torch.allclose(library_logprobs(model.folder, prompt, ids), ours, atol=1e-4)
+
+
+@pytest.mark.slow
+@real_weights
+@needs_vllm
+def test_vllm_opens_what_was_trained(smol_exported, monkeypatch):
+    """As a user opens it, without a word on end tokens."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    import vllm
+
+    model, rollouts = smol_exported
+    options = dict(enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 28)
+    options |= dict(dtype="float32", logprobs_mode="processed_logprobs")
+    llm = vllm.LLM(str(model.folder), **options)
+    params = vllm.SamplingParams(temperature=0, max_tokens=24, logprobs=0)
+    prompts = [{"prompt_token_ids": r.problem.prompt} for r in rollouts]
+    for r, answer in zip(rollouts, llm.generate(prompts, params, use_tqdm=False)):
+        (said,) = answer.outputs
+        assert list(said.token_ids) == r.ids and (said.finish_reason == "stop") == r.finished
+        theirs = [step[i].logprob for step, i in zip(said.logprobs, r.ids)]
+        assert theirs == pytest.approx(r.logprobs, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ verify.py
