@@ -2628,7 +2628,7 @@ class RunFolder:
             if old != value:
                 what = f"--{name}"
                 if name == "prompt":
-                    what = f"the first prompt, {shortened(repr(old))}"
+                    what = f"first prompt, {shortened(repr(old))}"
                 raise Misuse(f"{self.path} was started with another {what}; choose another --name")
         for name, value in machine.items():
             if before.get(name) != value:
