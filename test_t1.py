@@ -2936,7 +2936,7 @@ def test_another_prompt_is_noticed_on_resume(tiny, tmp_path):
     assert contents["prompt"] == "What is 3 plus 50?\n"
     change(path, contents=contents | dict(prompt="What is 3 plus 50?"))
     code, _, err = main(*args)
-    assert code == 2 and "was started with another the first prompt, 'What is 3 plus 50?'" in err
+    assert code == 2 and "was started with another first prompt, 'What is 3 plus 50?'" in err
 
 
 def biased_experts(folder, tokenizer):
