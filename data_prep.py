@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache, partial
 from itertools import accumulate, chain, combinations, islice, product
 from pathlib import Path
@@ -372,17 +372,40 @@ def json_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+@contextmanager
+def naming(path: Path):
+    """An error of the disk says which file it is about."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
+def sync(path: Path):
+    """Wait until a file, or the names in a folder, are on the disk: what comes after cannot get there first."""
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def write(path: Path, lines):
-    """Writes beside the file, then renames: a half-written file never has the final name."""
+    """Writes beside the file, then renames: neither a kill nor a power cut leaves a half under the final name."""
     beside = path.with_name(path.name + ".partial")
-    with open(beside, "w", encoding="utf-8") as f:
-        f.writelines(lines)
-    os.replace(beside, path)
+    with naming(path):
+        with open(beside, "w", encoding="utf-8") as f:
+            f.writelines(lines)
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
 
 
 def append_rows(path: Path, rows: list[dict], sync: bool = False):
     """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first. sync: wait for the disk."""
-    with open(path, "ab+") as f:
+    with naming(path), open(path, "ab+") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n":
             f.seek(0)
             f.truncate(f.read().rfind(b"\n") + 1)

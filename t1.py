@@ -24,6 +24,12 @@ inference scaling; then the machinery. "(section 2)" is the paper's. `NOT IN PAP
 Under torchrun every rank runs this file: each knows the whole batch, works on its share of the rows (`deal`), and the
 sums over ranks are those of one process."""
 
+import signal
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+if __name__ == "__main__":  # while the libraries load, signals wait for `main`
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
 import argparse
 import atexit
 import bisect
@@ -46,10 +52,12 @@ import resource
 import runpy
 import shlex
 import shutil
-import signal
+import select
 import sys
 import time
 import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -80,6 +88,7 @@ from data_prep import (
     read_log,
     read_rows,
     seed_for,
+    sync,
     write_json,
 )
 
@@ -822,7 +831,7 @@ def sample(logits, temperature: float, min_p: float, uniform):
         cumulative = logp.exp().double().cumsum(-1)
         token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[
             :, 0
-        ]
+        ].clamp(max=logp.shape[1] - 1)  # log-probs that are not finite: `roll_out` stops
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
@@ -961,6 +970,9 @@ def roll_out(
     batch, error = ([x[i] for i in asked] for x in (prompts, samples, seeds)), None
     try:
         rollouts = engine.generate(*batch, cfg.max_new, temperature, min_p)[place :: engine.ranks]
+        if not all(math.isfinite(sum(r.logprobs)) for r in rollouts):
+            what = "the policy's log-probs are not finite; lower the rate, or look at the model"
+            raise Stop(f"rank {rank()}: {what}; {RESUMES}")
         records = judge(rollouts, [problems[i] for i, _ in cells], engine.tokenizer, cfg)
     except Stop as e:
         error = e
@@ -989,7 +1001,7 @@ def sft_step(step: int, steps: int, rows: list[Row], policy, optimizer, cfg: Con
 def run_sft(cfg: Config):
     folder = RunFolder(cfg)
     traces, tests = read_data(cfg)
-    source = folder.source() or latest(cfg.model)
+    source = folder.source or latest(cfg.model)
     whole, tokenizer = load_whole(source, cfg)
     tests, rows = encode_prompts(tests, tokenizer, cfg), []
     for trace, x in zip(*encode_prompts(traces, tokenizer, cfg)):
@@ -1005,7 +1017,7 @@ def run_sft(cfg: Config):
         raise Misuse(
             f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {shortest})"
         )
-    folder.create(source, traces)
+    folder.create(source, traces, tests[0])
     policy = shard(whole, tokenizer, cfg)
     del whole
     steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
@@ -1015,32 +1027,32 @@ def run_sft(cfg: Config):
     )
     optimizer = make_optimizer(policy, cfg)
     start = folder.resume(policy, optimizer)
-    with Interrupt() as interrupt:
-        bar = tqdm(
-            range(start, steps),
-            "sft",
-            initial=start,
-            total=steps,
-            disable=rank() > 0,
-            mininterval=1,
+    interrupt.stepping = True
+    bar = tqdm(
+        range(start, steps),
+        "sft",
+        initial=start,
+        total=steps,
+        disable=rank() > 0,
+        mininterval=1,
+    )
+    for step in bar:
+        clock = Clock()
+        row = sft_step(step, steps, kept, policy, optimizer, cfg)
+        clock.lap("train")
+        folder.log(row, clock)
+        bar.set_postfix_str(
+            f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {clock.speed(row)}", False
         )
-        for step in bar:
-            clock = Clock()
-            row = sft_step(step, steps, kept, policy, optimizer, cfg)
-            clock.lap("train")
-            folder.log(row, clock)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {clock.speed(row)}", False
-            )
-            if folder.after_step(
-                step + 1, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer
-            ):
-                return
+        if folder.after_step(
+            step + 1, steps, 100, cfg.sft_save_every, policy, tokenizer, optimizer
+        ):
+            return
     finish_stage(
         folder,
         steps,
         policy,
-        make_engine(folder.source(), policy, tokenizer, cfg),
+        make_engine(folder.source, policy, tokenizer, cfg),
         *tests,
         cfg,
         "rl",
@@ -1048,12 +1060,10 @@ def run_sft(cfg: Config):
 
 
 # ---------------------------------------------------------------------------------------------- 6. Stage rl (section 2)
-def rl_step(
-    step, problems, prompts, policy, anchor, engine, optimizer, cfg: Config, clock, interrupt
-):
+def rl_step(step, problems, prompts, policy, anchor, engine, optimizer, cfg: Config, clock):
     """One step of T1 -> its row of metrics.jsonl, and a record of each response.
     problems and prompts (token ids) are the whole training set; each rank works on its rows of the batch (`mine`).
-    Nones, with nothing changed, if a signal came before the gradient: the same step can be taken again."""
+    Interrupted, with nothing changed, if a signal came before the gradient."""
     P, K = cfg.prompts, cfg.k
 
     # 1. Oversample: with the policy's weights K responses to each of P prompts, at a temperature above 1.
@@ -1072,8 +1082,6 @@ def rl_step(
         rank()
     ]  # indices of the rows that this rank works on
     clock.lap("rollout")
-    if interrupt.received():
-        return None, None
 
     # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern; `roll_out` had them judged.
     rewards = torch.tensor([r["reward"] for r in records]).view(P, K)  # (P, K)
@@ -1081,8 +1089,6 @@ def rl_step(
     # 3. KL of each response to the anchor.
     kl = kl_to_anchor(anchor, rollouts, mine, cfg).view(P, K)  # d_i, (P, K)
     clock.lap("anchor")
-    if interrupt.received():
-        return None, None
 
     # 4. Advantage: leave-one-out reward minus centred KL.
     advantages = advantages_of(rewards, kl, cfg.kl_coef, cfg.kl_center).flatten()  # (P, K) -> (B,)
@@ -1127,6 +1133,7 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) 
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
     NOT IN PAPER: the sampler's log-probs stand for the policy's, which come with the gradient, after A is needed. In
     float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A (not in metrics.jsonl's `kl`)."""
+    interrupt.check()  # a step of minutes ends between its phases, too
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -1134,13 +1141,15 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) 
             reference = response_logprobs(anchor, rows, cfg, cfg.temperature, cfg.min_p)
         for i, logprobs in zip(mine, reference):
             kl[i] = sum(rollouts[i].logprobs) - logprobs.double().sum()
+    interrupt.check()
     return all_sum(kl).float()
 
 
 def run_rl(cfg: Config):
     folder = RunFolder(cfg)
-    source = folder.source() or latest(cfg.model) or newest(folder.path.parent / "sft")
-    if not source:
+    sft = str(folder.path.parent / "sft")
+    source = folder.source or latest(cfg.model or sft)
+    if source == sft:
         raise Misuse(
             f"no SFT checkpoint beside {folder.path}: run --stage sft first, or give --model"
         )
@@ -1148,7 +1157,7 @@ def run_rl(cfg: Config):
     whole, tokenizer = load_whole(source, cfg)
     tests = encode_prompts(tests, tokenizer, cfg)
     problems, prompts = encode_prompts(problems, tokenizer, cfg)
-    folder.create(source, problems)
+    folder.create(source, problems, tests[0])
     print0(f"{len(problems)} problems; the policy starts from {source}")
     anchor = None
     if cfg.anchor != "none":
@@ -1168,22 +1177,23 @@ def run_rl(cfg: Config):
         make_engine(source, policy, tokenizer, cfg),
         (policy, tokenizer, optimizer, anchor),
     )
-    with Interrupt() as interrupt:
-        bar = tqdm(
-            range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0
-        )
-        for step in bar:
-            clock = Clock()
+    interrupt.stepping = True
+    bar = tqdm(
+        range(start, cfg.rl_steps), "rl", initial=start, total=cfg.rl_steps, disable=rank() > 0
+    )
+    for step in bar:
+        clock = Clock()
+        try:
             row, records = rl_step(
-                step, problems, prompts, policy, anchor, engine, optimizer, cfg, clock, interrupt
+                step, problems, prompts, policy, anchor, engine, optimizer, cfg, clock
             )
-            if row:
-                folder.log(row, clock, records)
-                report_step(bar, row, clock, cfg)
-            if folder.after_step(
-                step + bool(row), cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state
-            ):
-                return
+        except Interrupted:
+            row = None
+        else:
+            folder.log(row, clock, records)
+            report_step(bar, row, clock, cfg)
+        if folder.after_step(step + bool(row), cfg.rl_steps, 10, cfg.rl_save_every, *state):
+            return
     finish_stage(folder, cfg.rl_steps, policy, engine, *tests, cfg, "eval")
 
 
@@ -1297,51 +1307,10 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
     return sets
 
 
-def evaluate(
-    engine,
-    problems: list[dict],
-    prompts: list[list[int]],
-    samples: int,
-    cfg: Config,
-    path=None,
-    about=None,
-):
-    """-> rollouts and their records, `samples` consecutive ones per problem.
-    With `path` every response is appended there, with `about` and its "key", in chunks of `rollout_rows`. What is there
-    is not generated again, and seeds are stateless: a killed evaluation that is resumed ends with the same bits."""
-    on_disk = from_rank0(
-        read_log(path) if path and rank() == 0 else []
-    )  # every rank decides from what rank 0 sees
-    kept = {(row["number"], row["sample"]): row for row in on_disk if row["key"] == about["key"]}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together
+def evaluate(engine, problems: list[dict], prompts: list[list[int]], samples: int, cfg: Config):
+    """-> rollouts and their records, `samples` consecutive ones per problem."""
     seeds = [seed_for(cfg.seed, "eval", i) for i in range(len(prompts))]
-    size, done = max(1, cfg.rollout_rows // samples) * world() if path else len(order), {}
-    for start in tqdm(range(0, len(order), size), "eval", disable=rank() > 0 or not path):
-        part = order[start : start + size]
-        cells = [(i, j) for i in part for j in range(samples)]
-        if all(cell in kept for cell in cells):
-            rollouts = [
-                Rollout(prompts[i], kept[i, j]["ids"], [], kept[i, j]["finished"]) for i, j in cells
-            ]
-            records = judge(rollouts, [problems[i] for i, _ in cells], engine.tokenizer, cfg)
-        else:
-            batch, part_seeds = (
-                [[x[i] for i in part] for x in (problems, prompts)],
-                [seeds[i] for i in part],
-            )
-            rollouts, records = roll_out(
-                engine, *batch, samples, part_seeds, cfg, cfg.eval_temperature
-            )
-        done |= zip(cells, zip(rollouts, records))
-        if path and rank() == 0:
-            rows = [
-                dict(number=i, sample=j, finished=r.finished) | record | dict(ids=r.ids)
-                for (i, j), r, record in zip(cells, rollouts, records)
-                if (i, j) not in kept
-            ]
-            append_rows(path, [about | row for row in rows])
-    pairs = [done[i, j] for i in range(len(prompts)) for j in range(samples)]
-    return [rollout for rollout, _ in pairs], [record for _, record in pairs]
+    return roll_out(engine, problems, prompts, samples, seeds, cfg, cfg.eval_temperature)
 
 
 def thought_length(ids: list[int], tokenizer) -> int | None:
@@ -1385,26 +1354,26 @@ def cut_and_answer(
     ]
 
 
-def measure(
-    policy,
-    engine,
-    answerer,
-    problems,
-    samples: int,
-    prompts,
-    about: dict,
-    folder: Path,
-    cfg: Config,
-) -> dict:
-    """The entry of one checkpoint and test set in results.json (docs/metrics.md defines each field)."""
+def measure(engine, answerer, problems, samples: int, prompts, about: dict, folder, cfg: Config):
+    """-> the entry of one checkpoint and test set in results.json (docs/metrics.md defines each field). Its responses
+    go to responses.jsonl, in place of those that a kill left there."""
     tokenizer = engine.tokenizer
     golds, asked = (
         [p[name] for p in problems for _ in range(samples)] for name in ("answer", "problem")
     )
-    about = dict(key=fingerprint(policy, problems, prompts, samples, cfg), **about)
-    rollouts, records = evaluate(
-        engine, problems, prompts, samples, cfg, folder / "responses.jsonl", about
-    )
+    rollouts, records = evaluate(engine, problems, prompts, samples, cfg)
+    if rank() == 0:
+        path = folder / "responses.jsonl"
+        if path.exists():
+            cut_log(
+                path, path, lambda row: row.get("key") != about["key"], folder / "responses.cut"
+            )
+        rows = []
+        for n, (r, record) in enumerate(zip(rollouts, records)):
+            number, sample = divmod(n, samples)
+            place = dict(number=number, sample=sample, finished=r.finished)
+            rows.append(about | place | record | dict(ids=r.ids))
+        append_rows(path, rows, sync=True)
     right = grouped([r["right"] for r in records], samples)
     value, error = mean_and_error(right)
     result = about | dict(
@@ -1435,21 +1404,37 @@ def measure(
     return result
 
 
-def fingerprint(policy, problems, prompts, samples: int, cfg: Config) -> str:
-    """Identifies responses by what they depend on: problems, settings, a sample of every weight tensor."""
-    settings = [
-        getattr(cfg, f) for f in ("seed", "max_new", "eval_temperature", "rollout_rows", "dtype")
-    ]
-    about = settings, samples, prompts, [p["answer"] for p in problems]
-    digest = hashlib.blake2b(repr(about).encode(), digest_size=8)
-    for _, w in full_weights(policy):
-        digest.update(w.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def entry_key(models: tuple, problems: list[dict], samples: int, cfg: Config) -> str:
+    """Identifies an entry of results.json by all that it depends on: code, settings, problems and models."""
+    free = RunFolder.free | RunFolder.paths | {"checkpoint", "benchmarks", "benchmark_dir"}
+    settings = deciding(cfg, free | {"answer_model", "eval_samples"})
+    return digest((digest_of_code(), settings, digest_of_rows(problems), samples, models))[:16]
+
+
+def results_of(folder: Path) -> list[dict]:
+    """The entries of results.json; none where there is no such file."""
+    path = folder / "results.json"
+    entries = read_json(path).get("checkpoints") if os.path.lexists(path) else []
+    for entry in entries if isinstance(entries, list) else [None]:
+        if not (isinstance(entry, dict) and {"key", "name", "checkpoint", "test"} <= entry.keys()):
+            raise Misuse(f"{path}: it holds what --stage eval does not write; rename or remove it")
+    return entries
+
+
+def add_result(folder: Path, entry: dict):
+    """Put an entry at the end of results.json, in place of the one before of the same checkpoint and test set."""
+    place = (entry["checkpoint"], entry["test"])
+    others = []
+    for other in results_of(folder):
+        if other["key"] != entry["key"] and (other["checkpoint"], other["test"]) != place:
+            others.append(other)
+    write_json(folder / "results.json", dict(checkpoints=[*others, entry]))
 
 
 def run_eval(cfg: Config):
     base = Path(cfg.out) / (cfg.name or cfg.preset)
-    own = from_rank0([str(p) for p in checkpoints(base / "sft")[-1:] + checkpoints(base / "rl")])
+    sft = from_rank0(on_rank0(checkpoints, base / "sft"))
+    own = [str(p) for p in sft[-1:] + from_rank0(on_rank0(checkpoints, base / "rl"))]
     folders = [latest(c) for c in (cfg.checkpoint or cfg.model).split(",") if c] or own
     if not folders:
         raise Misuse(
@@ -1461,11 +1446,26 @@ def run_eval(cfg: Config):
         " ".join([*Path(p).parts[-2:-1], Path(p).name.removeprefix("checkpoint-")]) for p in folders
     ]
     names = names if len(set(names)) == len(names) else folders
-    tests, folder, results, engine = test_sets(cfg), base / "eval", [], None
+    tests, folder, lock, engine = test_sets(cfg), base / "eval", None, None
+    known = {entry["key"]: entry for entry in from_rank0(on_rank0(results_of, folder))}
     other, other_tokenizer = (
         load_whole(latest(cfg.answer_model), cfg) if cfg.answer_model else (None, None)
     )
+    answerer_weights = on_rank0(weights_of, latest(cfg.answer_model))
     for path, name in zip(folders, names):
+        models = (on_rank0(weights_of, path), answerer_weights)
+        todo = []
+        for test, problems, samples in tests:
+            key = from_rank0(entry_key(models, problems, samples, cfg))
+            about = dict(key=key, name=name, checkpoint=path, test=test)
+            if key not in known:
+                todo.append((about, problems, samples))
+                continue
+            print0(f"{path}, {test}: evaluated before, pass@1 {known[key]['pass_at_1']:.1%}")
+            lock = lock or on_rank0(locked_folder, folder)
+            on_rank0(add_result, folder, known[key] | about)
+        if not todo:
+            continue
         whole = policy = None  # one checkpoint in memory at a time
         if isinstance(engine, TorchEngine) and world() == 1:
             engine.policy = None
@@ -1473,7 +1473,7 @@ def run_eval(cfg: Config):
         gc.collect()  # and a policy refers to itself (FSDP's hooks, `checkpoint`)
         whole, tokenizer = load_whole(path, cfg)
         encoded = [
-            encode_prompts(problems, tokenizer, cfg) for _, problems, _ in tests
+            encode_prompts(problems, tokenizer, cfg) for _, problems, _ in todo
         ]  # misuse shows before writing
         policy = shard(whole, tokenizer, cfg)
         if other_tokenizer and other_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -1481,7 +1481,7 @@ def run_eval(cfg: Config):
                 f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}; ids are passed on"
             )
         if engine is None:
-            lock = on_rank0(locked_folder, folder)  # held until the stage ends
+            lock = lock or on_rank0(locked_folder, folder)  # held until the stage ends
             engine = answerer = make_engine(path, policy, tokenizer, cfg)
             if other_tokenizer:  # vLLM's groups of ranks are those of its first engine; this one takes the memory left
                 options = dict(
@@ -1494,28 +1494,17 @@ def run_eval(cfg: Config):
         engine.tokenizer = tokenizer
         if engine.load(policy):
             check_push(engine, policy, encoded[0][1][0], cfg)
-        for (test, _, samples), (problems, prompts) in zip(tests, encoded):
-            about = dict(name=name, checkpoint=path, test=test)
-            result = measure(
-                policy, engine, answerer, problems, samples, prompts, about, folder, cfg
-            )
-            results.append(result)
+        for (about, _, samples), (problems, prompts) in zip(todo, encoded):
+            result = measure(engine, answerer, problems, samples, prompts, about, folder, cfg)
+            on_rank0(add_result, folder, result)
             within = "".join(
                 f", {v:.1%} within {budget} tokens" for budget, v, *_ in result.get("scaling", [])
             )
             print0(
-                f"{path}, {test}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
+                f"{path}, {about['test']}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
                 f"{result['length']:.0f} tokens, over-long {result['overlong']:.1%}{within}"
             )
     if rank() == 0:
-        before = (
-            read_json(folder / "results.json")["checkpoints"]
-            if (folder / "results.json").exists()
-            else []
-        )
-        new = {(r["checkpoint"], r["test"]) for r in results}
-        before = [r for r in before if (r["checkpoint"], r["test"]) not in new]
-        write_json(folder / "results.json", dict(checkpoints=before + results))
         draw_results(folder)
     print0(f"results and pictures in {folder}")
 
@@ -1524,6 +1513,10 @@ def finish_stage(
     folder, steps: int, policy, engine, tests, test_prompts, cfg: Config, next_stage: str
 ):
     """Evaluate on the held-out problems; say what was reached, where it is and what the next command is."""
+    interrupt.stepping = False
+    signalled = interrupt.received()
+    if signalled:  # during the last checkpoint
+        return print0(f"{signalled}: stopped before the last evaluation; {RESUMES}")
     print0(f"checkpoint, metrics and curves.png are in {folder.path}")
     if tests:
         engine.load(policy)
@@ -1537,7 +1530,7 @@ def finish_stage(
             some = records[:: max(1, len(records) // 8)]
             append_rows(
                 folder.path / "samples.jsonl",
-                [dict(step=steps - 1, kind="held-out", **r) for r in some],
+                [dict(step=steps, kind="held-out", **r) for r in some],
             )
     usual = dataclasses.asdict(
         Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset))
@@ -1860,6 +1853,8 @@ def load_policy(folder: str, cfg: Config, device=None):
     except (
         BaseException
     ) as e:  # any error of the libraries on a damaged folder (a Rust panic is no Exception)
+        if no_more_processes(e):
+            raise Stop(failure_of(e))
         raise Misuse(
             f"{folder}: no model (config, weights, tokenizer) that can be loaded: {reason_of(e)}"
         )
@@ -1954,6 +1949,7 @@ def load_whole(source: str, cfg: Config):
     """-> the policy of a folder, or the embedded one, and its tokenizer. With several ranks only rank 0 gets the
     policy, in CPU memory, the others None: `shard` deals it out."""
     load = functools.partial(load_policy, source) if source else tiny_policy
+    refuse_damage(source)
     policy, tokenizer = on_rank0(load, cfg, torch.device("cpu") if world() > 1 else None) or (
         None,
         None,
@@ -2082,58 +2078,200 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict]
     ]
 
 
-def is_whole(folder: Path) -> bool:
-    """Was this checkpoint written to its end? complete.json, its last file, holds the size of each of the others."""
+MANIFEST = (
+    "complete.json"  # of a checkpoint: {"step", "run", "files": {name: [bytes, CRC-32]}, "crc"}
+)
+
+
+def checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
+    """File name -> [bytes, CRC-32], read by several threads. OSError for a file that cannot be read."""
+
+    def checksum(name):
+        size = crc = 0
+        with data_prep.naming(folder / name), data_prep.open_file(folder / name) as f:
+            for part in iter(functools.partial(f.read, 1 << 20), b""):
+                size += len(part)
+                crc = zlib.crc32(part, crc)
+        return [size, crc]
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(checksum, names)))
+
+
+def unreadable(e: OSError) -> Stop:
+    what = f"rank {rank()}: {e.filename}: cannot be read ({e.strerror}); nothing was changed"
+    return Stop(f"{what}; mend the disk: {RESUMES}")
+
+
+def manifest_of(checkpoint: Path) -> dict:
+    """What a checkpoint says of itself; {} where it is damaged: no manifest, or a file of another size.
+    Stop where the disk does not answer: what cannot be read is neither damaged nor absent."""
+    path = checkpoint / MANIFEST
     try:
-        return all(
-            (folder / name).stat().st_size == size
-            for name, size in read_json(folder / "complete.json").items()
-        )
-    except (OSError, ValueError, TypeError, Misuse):
-        return False
+        with data_prep.naming(path), data_prep.open_file(path) as f:
+            manifest = data_prep.parse_json(f.read(data_prep.ROW_BYTES))
+        crc = manifest.pop("crc")
+        files = manifest["files"]
+        whole = all((checkpoint / name).stat().st_size == files[name][0] for name in files)
+        return manifest if whole and crc == zlib.crc32(repr(manifest).encode()) else {}
+    except (FileNotFoundError, NotADirectoryError, Misuse):
+        return {}
+    except OSError as e:
+        raise unreadable(e)
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+        return {}
 
 
-def step_of(checkpoint_folder: Path) -> int:
-    return int(checkpoint_folder.name[11:])
+def write_manifest(checkpoint: Path, step: int, run: str, files: dict):
+    manifest = dict(step=step, run=run, files=files)
+    crc = zlib.crc32(repr(manifest).encode())
+    write_json(checkpoint / MANIFEST, manifest | dict(crc=crc))
 
 
+def damaged_file(checkpoint: Path, files: dict) -> str:
+    """The first file whose bytes are not those that were saved, or the empty string. Each rank reads a part."""
+    error = None
+    damaged = []
+    try:
+        found = checksums(checkpoint, sorted(files)[rank() :: world()])
+        damaged = [name for name in found if found[name] != files[name]]
+    except OSError as e:
+        error = unreadable(e)
+    all_ranks_agree(error)
+    return min(gather(damaged), default="")
+
+
+def refuse_damage(folder: str):
+    """Misuse for a checkpoint whose weights, config or tokenizer are not those that were saved."""
+    path = Path(folder)
+    if from_rank0(os.path.lexists(path / MANIFEST)):
+        manifest = from_rank0(on_rank0(manifest_of, path))
+        damaged = damaged_file(path, weights_in(manifest)) if manifest else MANIFEST
+        if damaged:
+            raise Misuse(
+                f"{path}: damaged ({damaged} is not what was saved); take another checkpoint, or remove "
+                f"{MANIFEST} if you changed it yourself"
+            )
+
+
+def weights_of(folder: str) -> dict | str:
+    """What tells a model from others: the checksums of its files, without the trainer's; of the hub the name."""
+    path = Path(folder)
+    if not folder or not path.is_dir():
+        return folder
+    manifest = manifest_of(path)
+    if manifest:
+        return weights_in(manifest)
+    return checksums(path, sorted(p.name for p in path.iterdir() if p.is_file()))
+
+
+def weights_in(manifest: dict) -> dict:
+    """The files of a checkpoint that are an ordinary model folder."""
+    return {k: v for k, v in manifest["files"].items() if not k.startswith("trainer/")}
+
+
+def checkpoint_folders(stage_folder: Path) -> list[Path]:
+    """All folders checkpoint-N, usable or not. Stop where the disk does not answer."""
+    try:
+        names = os.listdir(stage_folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise unreadable(e)
+    return [stage_folder / name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+
+
+# Which checkpoint? Three answers: `checkpoints` of a stage, `latest` of a name, `RunFolder.source` to go on from.
 def checkpoints(stage_folder: Path) -> list[Path]:
-    """The whole checkpoints of one stage, in order of steps."""
-    found = [p for p in stage_folder.glob("checkpoint-*") if p.name[11:].isdigit() and is_whole(p)]
-    return sorted(found, key=step_of)
+    """A stage's own checkpoints that were written to their end, in order of the steps that their manifests say."""
+    folders = checkpoint_folders(stage_folder)
+    config = stage_folder / "config.json"
+    run = read_json(config).get("run") if folders and config.exists() else None
+    found = []
+    for path in folders:
+        manifest = manifest_of(path)
+        if manifest and run in (None, manifest["run"]):
+            found.append((manifest["step"], path))
+    return [path for _, path in sorted(found)]
 
 
-def newest(stage_folder: Path) -> str:
-    """The last whole checkpoint of a stage, or the empty string; as rank 0 sees the disk."""
-    return from_rank0(str((checkpoints(stage_folder) or [""])[-1]) if rank() == 0 else "")
+def latest(name: str) -> str:
+    """The model that a name means: of a stage's folder (runs/NAME/sft) its last checkpoint; else the name itself."""
+    found = on_rank0(checkpoints, Path(name)) if name else None
+    return from_rank0(str(found[-1]) if found else name)
 
 
-def latest(folder: str) -> str:
-    """A folder or hub name as it is; of a stage's folder (runs/NAME/sft) its last checkpoint."""
-    return folder and (newest(Path(folder)) or folder)
+def step_of(checkpoint: Path) -> int:
+    return manifest_of(checkpoint)["step"]
 
 
-def drop_trainer_state(checkpoint_folder: Path):
+def remove(folder: Path):
+    """Remove a checkpoint under a name that a kill may leave; of a link, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        beside = folder.with_name("removed-" + folder.name[11:])
+        folder.rename(beside)
+        sync(folder.parent)
+        shutil.rmtree(beside)
+
+
+def drop_trainer_state(checkpoint: Path):
     """Keep a checkpoint's weights: it can be evaluated and trained from, not resumed."""
-    sizes = read_json(checkpoint_folder / "complete.json").items()
-    write_json(
-        checkpoint_folder / "complete.json",
-        {k: size for k, size in sizes if not k.startswith("trainer/")},
-    )
-    shutil.rmtree(checkpoint_folder / "trainer", ignore_errors=True)
+    manifest = manifest_of(checkpoint)
+    write_manifest(checkpoint, manifest["step"], manifest["run"], weights_in(manifest))
+    shutil.rmtree(checkpoint / "trainer", ignore_errors=True)
 
 
-def sync(path: Path):
-    """Wait until a file or folder is on the disk, so that a rename after it cannot come first."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def cut_log(path: Path, origin: Path, keep, aside: Path):
+    """Write to `path` the rows of the log `origin` that `keep` accepts. The others, and lines that are no rows, are
+    set aside if the two are one file. A gzipped log that a kill left broken ends where it breaks."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    beside = path.with_name(path.name + ".partial")
+    dropped = []
+    with data_prep.naming(path), opener(origin, "rb") as old, opener(beside, "wb") as new:
+        with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
+            for line in old:
+                try:
+                    kept = line.endswith(b"\n") and keep(data_prep.parse_json(line))
+                except (ValueError, RecursionError, AttributeError):
+                    kept = False
+                if kept:
+                    new.write(line)
+                else:
+                    dropped.append(line.rstrip(b"\n") + b"\n")
+    if dropped and path == origin:
+        with data_prep.naming(aside), open(aside, "ab") as f:
+            f.writelines(dropped)
+        sync(aside)
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def digest(value) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def digest_of_rows(rows: list[dict]) -> str:
+    return digest([(row["problem"], row.get("response"), row.get("answer")) for row in rows])
+
+
+def digest_of_code() -> str:
+    files = [m.__file__ for m in (sys.modules[__name__], data_prep, verify)]
+    return digest([Path(file).read_bytes() for file in files])
 
 
 def locked_folder(path: Path):
     """Make a folder that no other process works in -> its lock, held until it is closed."""
     try:
+        new = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for p in new:
+            sync(p.parent)
+        for p in path.iterdir():
+            if not (p.is_file() or p.is_dir()):
+                raise Misuse(f"{p}: neither a file nor a folder; remove it")
         lock = open(path / "lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)
@@ -2150,9 +2288,16 @@ def locked_folder(path: Path):
     return lock
 
 
+def deciding(cfg: Config, free: set) -> dict:
+    """The values that results depend on: without those in `free` and those of other stages."""
+    others = " ".join(names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage).split()
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free.union(others)}
+
+
 class RunFolder:
     """The folder of one stage: config.json; metrics.jsonl (one row per step, the same bits for the same seed);
-    timings.jsonl; samples.jsonl; checkpoint-N; curves.png. The same command resumes from its last whole checkpoint."""
+    timings.jsonl; samples.jsonl; checkpoint-N; curves.png. `source`: the last checkpoint that has the trainer's state
+    and whose every byte is what was saved; the same command resumes from it. Empty for a run that begins."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
     # fields that may differ on resume, besides those of other stages: only sums round differently, or vLLM deals anew
@@ -2160,33 +2305,29 @@ class RunFolder:
         "out name timeout keep keep_every keep_rollouts tensorboard entropy_floor kl_ceiling micro_tokens"
         " checkpointing compile offload rollout_rows vllm_tp vllm_memory probe_tolerance".split()
     )
+    paths = {"model", "data", "test", "reward"}  # compared by what is in them
+    said = ("source_sha256", "torch", "transformers", "python", "threads", "world_size")
+    step = 0  # of the last checkpoint
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)
+        origin = run / cfg.stage
+        if cfg.resume_from:
+            run = run.with_name(f"{run.name}-from-{cfg.resume_from}")
         self.cfg = cfg
-        self.path = (
-            run.with_name(f"{run.name}-from-{cfg.resume_from}") if cfg.resume_from else run
-        ) / cfg.stage
-        self.branch = run / cfg.stage / f"checkpoint-{cfg.resume_from}"  # where a branch starts
-        starts = (
-            [p for p in checkpoints(self.branch.parent) if (p / "trainer").exists()]
-            if cfg.resume_from
-            else []
-        )
-        if cfg.resume_from and self.branch not in starts and not checkpoints(self.path):
-            there = ", ".join(str(step_of(p)) for p in starts) or "none"
-            what = (
-                f"{self.branch} is no whole checkpoint with the trainer's state; there are: {there}"
+        self.path = run / cfg.stage
+        self.values = deciding(cfg, self.free)
+        if os.path.lexists(self.path / "config.json"):
+            self.compare_values()
+        elif checkpoint_folders(self.path):
+            raise Misuse(
+                f"{self.path}: checkpoints without config.json; bring it back, or choose another --name"
             )
-            raise Misuse(f"--resume-from {cfg.resume_from}: {what}")
-        others = " ".join(
-            names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage
-        ).split()
-        self.values = {
-            k: v for k, v in dataclasses.asdict(cfg).items() if k not in self.free.union(others)
-        }
-        if not os.path.lexists(self.path / "config.json"):
-            return
+        self.source = self.sound_checkpoint(self.path)
+        if cfg.resume_from and not self.source:
+            self.source = self.sound_checkpoint(origin, cfg.resume_from)
+
+    def compare_values(self):
         try:
             before = dict(read_json(self.path / "config.json")["config"])
         except (ValueError, KeyError, TypeError):
@@ -2196,7 +2337,7 @@ class RunFolder:
         changed = [
             f"{k} ({before.get(k)!r} there, {v!r} now)"
             for k, v in self.values.items()
-            if before.get(k) != v
+            if before.get(k) != v and k not in self.paths
         ]
         if changed:
             raise Misuse(
@@ -2204,16 +2345,40 @@ class RunFolder:
                 "branch with --resume-from"
             )
 
-    def source(self) -> str:
-        """The checkpoint that this stage resumes from, or the empty string."""
-        return newest(self.path) or (str(self.branch) if self.cfg.resume_from else "")
+    def sound_checkpoint(self, folder: Path, at: int = 0) -> str:
+        """The last checkpoint of a stage (`at`: of that step) from which it can go on, its step in `step`; the empty
+        string if there is no checkpoint at all. What is damaged is said; Misuse if nothing else is left."""
+        folders = from_rank0(on_rank0(checkpoint_folders, folder))
+        whole = from_rank0(on_rank0(checkpoints, folder))
+        steps = []
+        for path in sorted(set(folders) - set(whole)):
+            print0(f"{path}: incomplete, ignored")
+        for path in reversed(whole):
+            manifest = from_rank0(on_rank0(manifest_of, path))
+            files = manifest["files"]
+            if not any(name.startswith("trainer/") for name in files):
+                continue
+            steps.append(manifest["step"])
+            if at in (0, steps[-1]):
+                damaged = damaged_file(path, files)
+                if not damaged:
+                    self.step = steps[-1]
+                    return str(path)
+                print0(f"{path}: damaged ({damaged} is not what was saved), ignored")
+        if folders or at:
+            wanted = f"--resume-from {at}: {folder}" if at else f"{folder}"
+            there = ", ".join(map(str, reversed(steps))) or "none"
+            raise Misuse(
+                f"{wanted} has no such checkpoint that is whole, with the trainer's state; there are: {there}; "
+                "choose another --name, and --model CHECKPOINT to start from the weights of one"
+            )
+        return ""
 
-    def create(self, source: str, rows: list[dict]):
-        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data."""
-        self.lock, self.has_answers = (
-            on_rank0(locked_folder, self.path),
-            all(row.get("answer") for row in rows),
-        )
+    def create(self, source: str, rows: list[dict], tests: list[dict]):
+        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same contents
+        of --data, --test, --reward and --model, wherever they lie; another machine or version is said."""
+        self.lock = on_rank0(locked_folder, self.path)
+        self.has_answers = all(row.get("answer") for row in rows)
         lock, tries = self.path / "lock", 60  # a network file system may show a new folder late
         written = from_rank0(rank() == 0 and lock.read_text())
         while not (lock.exists() and lock.read_text() == written) and (tries := tries - 1):
@@ -2226,36 +2391,39 @@ class RunFolder:
                 "--out must lie on a file system that all nodes share"
             )
         )
-        code = b"".join(
-            Path(m.__file__).read_bytes() for m in (sys.modules[__name__], data_prep, verify)
-        )
-        data = repr(
-            [(row["problem"], row.get("response"), row.get("answer")) for row in rows]
-        ).encode()
+        file, _, function = self.cfg.reward.rpartition(":")
         about = dict(
             config=self.values,
+            run=f"{time.time_ns():x}",
             world_size=world(),
+            threads=torch.get_num_threads(),
             python=sys.version.split()[0],
             torch=torch.__version__,
+            transformers=transformers.__version__,
+            source_sha256=digest_of_code(),
+            data_sha256=digest_of_rows(rows),
+            test_sha256=digest_of_rows(tests),
+            reward_sha256=digest((function, Path(file).read_bytes() if file else b"")),
+            started_from=source,
         )
-        about |= dict(
-            transformers=transformers.__version__, source_sha256=hashlib.sha256(code).hexdigest()
-        )
-        about |= dict(data_sha256=hashlib.sha256(data).hexdigest(), started_from=source)
-        if rank() == 0 and not (self.path / "config.json").exists():
-            write_json(self.path / "config.json", about)
+        config = self.path / "config.json"
+        model = latest(self.cfg.model)
+        if rank() == 0 and not config.exists():
+            write_json(config, about | dict(model_sha256=digest(weights_of(model))))
         all_ranks_agree()
-        before = read_json(self.path / "config.json")
-        if before.get("data_sha256", about["data_sha256"]) != about["data_sha256"]:
-            raise Misuse(
-                f"{self.path} was started with other rows in --data; choose another --name"
-            )
-        if before.get("source_sha256") != about["source_sha256"]:
-            print0(f"{self.path} was started with another version of the code")
-        if self.cfg.tensorboard and rank() == 0:
-            self.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
-                str(self.path)
-            )
+        before = read_json(config)
+        if before["config"].get("model") != self.cfg.model:
+            about["model_sha256"] = digest(weights_of(model))
+        for name in sorted(self.paths):
+            there = before.get(f"{name}_sha256")
+            if about.get(f"{name}_sha256", there) != there:
+                raise Misuse(
+                    f"{self.path} was started with another content of --{name}; choose another --name"
+                )
+        for name in self.said:
+            if before.get(name) != about[name]:
+                print0(f"{self.path} was started with {name} {before.get(name)}, now {about[name]}")
+        self.run = before.get("run")
 
     def log(self, row: dict, clock, records=()):
         """A row of metrics.jsonl; seconds, which differ from run to run, in a file of their own; the best, worst and
@@ -2281,24 +2449,19 @@ class RunFolder:
                 [dict(step=step, kind=k, **r) for k, r in samples.items()],
             )
         if self.cfg.keep_rollouts and records:
-            with gzip.open(self.path / "rollouts.jsonl.gz", "at", encoding="utf-8") as f:
+            path = self.path / "rollouts.jsonl.gz"
+            with data_prep.naming(path), gzip.open(path, "at", encoding="utf-8") as f:
                 f.writelines(data_prep.json_line(dict(step=step) | r) for r in records)
         for name in row if self.cfg.tensorboard else ():
             self.board.add_scalar(name, math.nan if row[name] is None else row[name], step)
 
-    def after_step(
-        self, done: int, steps: int, draw_every: int, save_every: int, interrupt, *what
-    ) -> bool:
+    def after_step(self, done: int, steps: int, draw_every: int, save_every: int, *what) -> bool:
         """Draw and save (`what`: the arguments of `save`) when it is time, at the end, and on a signal. -> stop now?"""
         signalled = interrupt.received()
         now = done == steps or signalled
         if now or done % draw_every == 0:
             draw_steps(self.path)
-        if (
-            done
-            and (now or done % save_every == 0)
-            and not from_rank0(is_whole(self.path / f"checkpoint-{done}"))
-        ):
+        if done > self.step and (now or done % save_every == 0):
             self.save(done, *what)
         if signalled:
             print0(
@@ -2308,15 +2471,17 @@ class RunFolder:
 
     def save(self, step: int, policy, tokenizer, optimizer, anchor=None):
         """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
-        disk, marked as complete, then renamed; then checkpoints beyond --keep and --keep-every are removed."""
+        disk, sealed by its manifest, then renamed; then checkpoints beyond --keep and --keep-every are removed."""
         beside, dtype = self.path / f"partial-{step}", getattr(torch, self.cfg.dtype)
         names = {
             name for name, _ in policy.lm.named_parameters() if rank() == 0
         }  # tied weights once
-        weights = {
-            name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names
-        }
         try:
+            (logprobs,) = response_logprobs(policy, [([0], [0, 0])], self.cfg)
+            finite = logprobs.isfinite().all()
+            weights = {
+                name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names
+            }
             if rank() == 0:
                 shutil.rmtree(beside, ignore_errors=True)
                 policy.lm.save_pretrained(beside, state_dict=weights)
@@ -2328,6 +2493,11 @@ class RunFolder:
             del weights
             all_ranks_agree()
             with trainer_state(policy, optimizer, anchor) as state:
+                finite = finite and all(local(x).isfinite().all() for x in state.values())
+                what = (
+                    "weights, AdamW's state or log-probs are not finite: not saved; lower the rate"
+                )
+                all_ranks_agree(None if finite else Stop(f"rank {rank()}: {what}; {RESUMES}"))
                 files = {
                     name: 1 + i // 32 for i, name in enumerate(state)
                 }  # a file is held in memory, then written
@@ -2337,77 +2507,106 @@ class RunFolder:
                     storage_writer=dcp.HuggingFaceStorageWriter(path, files, save_distributed=True),
                 )
             all_ranks_agree()
-            if rank() == 0:
-                self.seal(beside, self.path / f"checkpoint-{step}")
+            written = self.written(beside)
             all_ranks_agree()
-        except Stop:  # of another rank
-            raise
+            on_rank0(self.seal, beside, step, gather([written]))
+            self.step = step
+            self.source = str(self.path / f"checkpoint-{step}")
         except (
             Exception,
             dcp.CheckpointException,
         ) as e:  # libraries report a full disk each in their own way
             shutil.rmtree(beside, ignore_errors=True)
-            last = (checkpoints(self.path) or ["the start"])[-1]
-            reason = f"cannot be written ({reason_of(e, -1)}); make room: the same command resumes from {last}"
+            if isinstance(e, Stop):  # all ranks have it
+                raise
+            reason = f"cannot be written ({reason_of(e, -1)}); make room: {RESUMES}, {self.source or 'the start'}"
             all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}"))
 
-    def seal(self, beside: Path, final: Path):
-        logs = [self.path / name for name in self.logs if (self.path / name).exists()]
-        write_json(
-            beside / "trainer" / "logs.json", {path.name: path.stat().st_size for path in logs}
-        )
-        files = [p for p in beside.rglob("*") if p.is_file()]
-        write_json(
-            beside / "complete.json", {str(p.relative_to(beside)): p.stat().st_size for p in files}
-        )
-        for path in (*files, beside, beside / "trainer", *logs):
-            sync(path)
-        if final.exists():  # one that was found incomplete
-            shutil.rmtree(final)
+    def written(self, beside: Path) -> dict:
+        """The checksums of the files that this rank wrote, taken while the disk writes them."""
+        mode = (self.path / "lock").stat().st_mode & 0o777  # as the user's other files
+        names = []
+        for path in beside.rglob("*"):
+            by = int(path.name[6:11]) - 1 if path.name.startswith("shard-") else 0
+            if path.is_file() and by == rank():
+                path.chmod(mode)
+                names.append(str(path.relative_to(beside)))
+        with ThreadPoolExecutor(8) as pool:
+            on_disk = pool.map(sync, [beside / name for name in names])
+            files = checksums(beside, names)
+            list(on_disk)  # raises what `sync` raised
+        return files
+
+    def seal(self, beside: Path, step: int, parts: list[dict]):
+        """Manifest, then name, each on the disk before the next; only then old checkpoints go."""
+        folders = [path for path in beside.rglob("*") if path.is_dir()]
+        for path in (*folders, *(self.path / name for name in self.logs), self.path):
+            if path.exists():
+                sync(path)
+        files = {name: value for part in parts for name, value in part.items()}
+        write_manifest(beside, step, self.run, files)
+        final = self.path / f"checkpoint-{step}"
+        remove(final)  # one that was found damaged
         beside.rename(final)
         sync(self.path)
-        for old in checkpoints(self.path)[: -self.cfg.keep]:
+        older = [path for path in checkpoints(self.path) if step_of(path) <= step]
+        for old in older[: -self.cfg.keep]:
             if not self.cfg.keep_every or step_of(old) % self.cfg.keep_every:
-                shutil.rmtree(old.rename(self.path / f"partial-{step_of(old)}"))
+                remove(old)
             elif (old / "trainer").exists():
                 drop_trainer_state(old)
 
     def resume(self, policy, optimizer, anchor=None) -> int:
-        """Load the trainer's state of the newest whole checkpoint and cut the logs back to it; -> next step."""
-        for path in sorted(self.path.glob("*-*")) if rank() == 0 else ():
-            if path.name.startswith("partial-") and path.is_dir():
+        """Load the trainer's state of `source` and cut the logs back to its step; -> next step."""
+        if self.source:
+            error = None
+            try:
+                with trainer_state(policy, optimizer, anchor) as state:
+                    reader = dcp.HuggingFaceStorageReader(str(Path(self.source) / "trainer"))
+                    dcp.load(state, storage_reader=reader)
+            except (Exception, dcp.CheckpointException) as e:
+                error = Misuse(f"{self.source}: does not fit this model ({reason_of(e, -1)})")
+            all_ranks_agree(error)
+            print0(f"resuming from {self.source}")
+        if rank() == 0:
+            self.tidy()
+        all_ranks_agree()
+        if self.cfg.tensorboard and rank() == 0:  # events from `step` on count no longer
+            self.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
+                str(self.path), purge_step=self.step
+            )
+        return self.step
+
+    def tidy(self):
+        """Remove what a kill left, give the checkpoint the name of its step, and cut the logs back to that step."""
+        for path in self.path.iterdir():
+            if re.fullmatch(r"(partial|removed)-\d+", path.name) and path.is_dir():
                 print0(f"{path}: incomplete, removed")
                 shutil.rmtree(path)
-            elif path.name.startswith("checkpoint-") and not is_whole(path):
-                print0(f"{path}: incomplete, ignored")
-        found = self.source()
-        source, sizes, error = Path(found), {}, None
-        if found:
-            try:
-                sizes = read_json(source / "trainer" / "logs.json")
-                with trainer_state(policy, optimizer, anchor) as state:
-                    dcp.load(
-                        state, storage_reader=dcp.HuggingFaceStorageReader(str(source / "trainer"))
-                    )
-            except (Exception, dcp.CheckpointException) as e:
-                error = Misuse(
-                    f"{source}: damaged ({reason_of(e, -1)}); remove it to resume from the one before"
-                )
-            all_ranks_agree(error)
-            ranks = read_json(self.path / "config.json").get("world_size")
-            note = f"; started on {ranks} ranks, now {world()}: the same up to rounding" * (
-                ranks != world()
-            )
-            print0(f"resuming from {source}{note}")
-        for name in self.logs if rank() == 0 else ():
-            path = (source.parent if found else self.path) / name
+        source = Path(self.source)
+        origin = source.parent if self.source else self.path
+        named = self.path / f"checkpoint-{self.step}"
+        if self.source and origin == self.path and source != named:
+            remove(named)
+            source.rename(named)
+            sync(self.path)
+        for name in self.logs:
+            path = origin / name
+            seen = set()
+            once = name in self.logs[:2]  # one row per step
+
+            def keep(row):
+                step = row.get("step")
+                good = type(step) is int and 0 <= step < self.step and not (once and step in seen)
+                seen.add(step)
+                return good
+
             if path.exists():
-                (self.path / (name + ".partial")).write_bytes(
-                    path.read_bytes()[: sizes.get(name, 0)]
-                )
-                (self.path / (name + ".partial")).replace(self.path / name)
-        all_ranks_agree()
-        return step_of(source) if found else 0
+                aside = self.path / f"{name}.cut-{self.step}"
+                cut_log(self.path / name, path, keep, aside)
+            missing = sorted(set(range(self.step)) - seen)
+            if once and missing:
+                print0(f"{path}: {len(missing)} steps are missing, the first is {missing[0]}")
 
 
 @contextlib.contextmanager
@@ -2514,33 +2713,83 @@ class Clock:
         return f"{row['tokens'] / sum(wall.values()):,.0f} tokens/s ({shares})"
 
 
-class Interrupt:
-    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) ask for a checkpoint and an orderly end after the current step, in
-    RL also after rollout and anchor. A second one within 10 s is ignored (launchers send two), a later one kills."""
+class Console:
+    """A standard stream whose reader may die or stop reading (`2>&1 | tee log`, a closed terminal): then lines are lost,
+    but nothing raises, and nothing waits longer than a second."""
 
-    name, at = "", math.inf
+    def __init__(self, stream):
+        self.stream = stream
+        self.patience = 1.0  # seconds
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        try:
+            number = self.stream.fileno()
+        except (OSError, ValueError, AttributeError):  # in memory, or closed
+            return self.stream and self.stream.write(text)
+        data = text.encode(self.stream.encoding, "replace")
+        with contextlib.suppress(OSError):
+            for start in range(0, len(data), 4096):  # what a pipe that is ready takes at once
+                if not select.select([], [number], [], self.patience)[1]:
+                    self.patience = 0.0
+                    return
+                os.write(number, data[start : start + 4096])
+            self.patience = 1.0
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+
+class Interrupted(Exception):
+    """A signal came before this step's gradient: nothing has changed, the same step can be taken again."""
+
+
+class Interrupt:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 (SLURM's warning), from the first line of this file to the last. While steps
+    are taken they ask for a checkpoint and an orderly end after the step, in RL also after rollout and anchor; a second
+    one within 10 s is ignored (launchers send two). A later one, and one at any other time, ends the process."""
+
+    def __init__(self):
+        self.name = ""  # of the first signal
+        self.at = math.inf  # when it came
+        self.stepping = False
 
     def __enter__(self):
-        self.before = {
-            s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
+        self.__init__()  # another `main` in this process begins anew
+        heard = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self.before = {s: signal.signal(s, self.hear) for s in heard}  # nohup stays nohup
+        self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(self, *unused):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number, frame):
-        if time.monotonic() > self.at + 10:
-            self.__exit__()
-            os.kill(os.getpid(), number)
+    def hear(self, number, frame):
+        name = signal.Signals(number).name
+        console = Console(sys.stderr)
+        if not self.stepping or time.monotonic() > self.at + 10:
+            console.write(f"t1.py: {name}: stopped; {RESUMES}\n")
+            os._exit(1)
         if not self.name:
-            self.name, self.at = signal.Signals(number).name, time.monotonic()
-            os.write(2, b"\nstopping: a checkpoint is saved first\n")
+            self.name = name
+            self.at = time.monotonic()
+            console.write("\nstopping: a checkpoint is saved first\n")
 
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
         return max(gather([self.name]))
+
+    def check(self):
+        if self.received():
+            raise Interrupted
+
+
+interrupt = Interrupt()
 
 
 # ------------------------------------------------------------------------ machinery: pictures, from a run's files alone
@@ -2609,7 +2858,7 @@ def draw_steps(folder: Path, suffix: str = ".png"):
 def draw_results(folder: Path, suffix: str = ".png"):
     """inference_scaling.png of each test set: accuracy against thinking budget, a curve per checkpoint (section 3)."""
     by_test = {}
-    for entry in read_json(folder / "results.json")["checkpoints"]:
+    for entry in results_of(folder):
         if entry.get("scaling"):
             by_test.setdefault(entry["test"], []).append(entry)
     for test, entries in by_test.items():
@@ -2713,8 +2962,22 @@ def parse_args(argv: list[str] | None = None) -> Config:
     return cfg
 
 
+def number_of_ranks() -> int:
+    """As torchrun says it to every process that it starts."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks == "1":
+        return 1
+    numbers = [ranks, *(os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"))]
+    if not all(map(str.isdecimal, numbers)) or "MASTER_ADDR" not in os.environ:
+        raise Misuse(
+            f"WORLD_SIZE is {ranks!r}, without RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: "
+            "start several ranks by torchrun"
+        )
+    return int(ranks)
+
+
 def check_config(cfg: Config):
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = number_of_ranks()
 
     def need(holds, name, what):
         if not holds:
@@ -2782,45 +3045,65 @@ def check_config(cfg: Config):
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        cfg = parse_args(argv)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-                torch.set_num_threads(
-                    max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
+    out, err = Console(sys.stdout), Console(sys.stderr)
+    with interrupt, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_command(argv)
+            return 0
+        except Stop as e:
+            return complain(str(e), e.code)
+        except (OSError, MemoryError, RuntimeError) as e:
+            reason = failure_of(e)
+            if not reason:
+                raise
+            return complain(reason, 1)
+        finally:
+            if "vllm" in sys.modules:  # its groups first: it would look for them at exit
+                sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def run_command(argv: list[str] | None):
+    cfg = parse_args(argv)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+            torch.set_num_threads(
+                max(
+                    1,
+                    len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
                 )
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
-        quiet()
-        values, usual = dataclasses.asdict(cfg), dataclasses.asdict(Config())
-        values = ", ".join(
-            f"{k} {v}" for k, v in values.items() if v != usual[k] and k not in ("stage", "preset")
-        )
-        print0(f"preset {cfg.preset}" + f": {values}" * bool(values))
-        STAGES[cfg.stage](cfg)
-        return 0
-    except Stop as e:
-        return complain(str(e), e.code)
-    except OSError as e:
-        return complain(f"{e.filename or 'a file'}: {e.strerror or e}; {RESUMES}", 1)
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, MemoryError) or re.search(
-            "out of memory|alloc.*memory|memory.*alloc", str(e)
-        ):
-            return complain(
-                f"out of memory ({reason_of(e)}); lower --micro-tokens, --rollout-rows or --vllm-memory",
-                1,
             )
-        if world() > 1 and re.search("gloo|NCCL|[Cc]onnection|Broken pipe|Timed out", str(e)):
-            return complain(f"lost contact with another rank ({reason_of(e)}); {RESUMES}", 1)
-        raise
-    finally:
-        if "vllm" in sys.modules:  # its groups first: it would look for them at exit
-            sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
+    quiet()
+    values, usual = dataclasses.asdict(cfg), dataclasses.asdict(Config())
+    values = ", ".join(
+        f"{k} {v}" for k, v in values.items() if v != usual[k] and k not in ("stage", "preset")
+    )
+    print0(f"preset {cfg.preset}" + f": {values}" * bool(values))
+    STAGES[cfg.stage](cfg)
+
+
+def failure_of(e: Exception) -> str:
+    """What happened to the machine, in a line; the empty string for an error of the program."""
+    reason = reason_of(e)
+    if isinstance(e, MemoryError) or re.search("out of memory|alloc.*memory|memory.*alloc", str(e)):
+        return f"out of memory ({reason}); lower --micro-tokens, --rollout-rows or --vllm-memory"
+    if no_more_processes(e):
+        return f"no thread or process can be started ({reason}); raise ulimit -u"
+    if isinstance(e, OSError):
+        return f"{e.filename or 'a file'}: {e.strerror or e}; {RESUMES}"
+    if world() > 1 and re.search("gloo|NCCL|[Cc]onnection|Broken pipe|Timed out", str(e)):
+        return f"lost contact with another rank ({reason}); {RESUMES}"
+    return ""
+
+
+def no_more_processes(e: BaseException) -> bool:
+    return bool(re.search("start new thread|Resource temporarily|ThreadPoolBuild", str(e)))
 
 
 def quiet():
