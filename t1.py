@@ -967,16 +967,17 @@ def roll_out(
     cells = [(i, j) for i in asked for j in samples[i]][
         place :: engine.ranks
     ]  # that this rank judges
-    batch, error = ([x[i] for i in asked] for x in (prompts, samples, seeds)), None
-    try:
+    batch = ([x[i] for i in asked] for x in (prompts, samples, seeds))
+
+    def generate_and_judge():
         rollouts = engine.generate(*batch, cfg.max_new, temperature, min_p)[place :: engine.ranks]
         if not all(math.isfinite(sum(r.logprobs)) for r in rollouts):
-            what = "the policy's log-probs are not finite; lower the rate, or look at the model"
-            raise Stop(f"rank {rank()}: {what}; {RESUMES}")
-        records = judge(rollouts, [problems[i] for i, _ in cells], engine.tokenizer, cfg)
-    except Stop as e:
-        error = e
-    all_ranks_agree(error)
+            raise Stop(
+                f"rank {rank()}: the policy's log-probs are not finite; lower the rate; {RESUMES}"
+            )
+        return rollouts, judge(rollouts, [problems[i] for i, _ in cells], engine.tokenizer, cfg)
+
+    rollouts, records = agreed(generate_and_judge)
     parts = sorted(gather(list(zip(cells, rollouts, records))), key=lambda part: part[0])
     return [rollout for _, rollout, _ in parts], [record for _, _, record in parts]
 
@@ -1414,21 +1415,23 @@ def entry_key(models: tuple, problems: list[dict], samples: int, cfg: Config) ->
 def results_of(folder: Path) -> list[dict]:
     """The entries of results.json; none where there is no such file."""
     path = folder / "results.json"
-    entries = read_json(path).get("checkpoints") if os.path.lexists(path) else []
-    for entry in entries if isinstance(entries, list) else [None]:
-        if not (isinstance(entry, dict) and {"key", "name", "checkpoint", "test"} <= entry.keys()):
-            raise Misuse(f"{path}: it holds what --stage eval does not write; rename or remove it")
+    try:
+        entries = read_json(path)["checkpoints"] if os.path.lexists(path) else []
+        for entry in entries:
+            [entry[name] for name in ("key", "name", "checkpoint", "test")]
+    except (KeyError, TypeError):
+        raise Misuse(f"{path}: it holds what --stage eval does not write; rename or remove it")
     return entries
 
 
 def add_result(folder: Path, entry: dict):
     """Put an entry at the end of results.json, in place of the one before of the same checkpoint and test set."""
-    place = (entry["checkpoint"], entry["test"])
-    others = []
+    entries = []
     for other in results_of(folder):
-        if other["key"] != entry["key"] and (other["checkpoint"], other["test"]) != place:
-            others.append(other)
-    write_json(folder / "results.json", dict(checkpoints=[*others, entry]))
+        same = other["checkpoint"] == entry["checkpoint"] and other["test"] == entry["test"]
+        if not same and other["key"] != entry["key"]:
+            entries.append(other)
+    write_json(folder / "results.json", dict(checkpoints=[*entries, entry]))
 
 
 def run_eval(cfg: Config):
@@ -2078,17 +2081,19 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict]
     ]
 
 
-MANIFEST = (
-    "complete.json"  # of a checkpoint: {"step", "run", "files": {name: [bytes, CRC-32]}, "crc"}
-)
+# of a checkpoint: {"step", "run", "files": {name: [bytes, CRC-32]}, "crc": of the rest}
+MANIFEST = "complete.json"
 
 
 def checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
-    """File name -> [bytes, CRC-32], read by several threads. OSError for a file that cannot be read."""
+    """File name -> [bytes, CRC-32], read by several threads; [] for a file that is not there."""
 
     def checksum(name):
         size = crc = 0
-        with data_prep.naming(folder / name), data_prep.open_file(folder / name) as f:
+        path = folder / name
+        if not path.exists():
+            return []
+        with data_prep.naming(path), data_prep.open_file(path) as f:
             for part in iter(functools.partial(f.read, 1 << 20), b""):
                 size += len(part)
                 crc = zlib.crc32(part, crc)
@@ -2098,14 +2103,9 @@ def checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
         return dict(zip(names, pool.map(checksum, names)))
 
 
-def unreadable(e: OSError) -> Stop:
-    what = f"rank {rank()}: {e.filename}: cannot be read ({e.strerror}); nothing was changed"
-    return Stop(f"{what}; mend the disk: {RESUMES}")
-
-
 def manifest_of(checkpoint: Path) -> dict:
     """What a checkpoint says of itself; {} where it is damaged: no manifest, or a file of another size.
-    Stop where the disk does not answer: what cannot be read is neither damaged nor absent."""
+    OSError where the disk does not answer: what cannot be read is neither damaged nor absent."""
     path = checkpoint / MANIFEST
     try:
         with data_prep.naming(path), data_prep.open_file(path) as f:
@@ -2116,8 +2116,6 @@ def manifest_of(checkpoint: Path) -> dict:
         return manifest if whole and crc == zlib.crc32(repr(manifest).encode()) else {}
     except (FileNotFoundError, NotADirectoryError, Misuse):
         return {}
-    except OSError as e:
-        raise unreadable(e)
     except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return {}
 
@@ -2130,15 +2128,24 @@ def write_manifest(checkpoint: Path, step: int, run: str, files: dict):
 
 def damaged_file(checkpoint: Path, files: dict) -> str:
     """The first file whose bytes are not those that were saved, or the empty string. Each rank reads a part."""
-    error = None
-    damaged = []
-    try:
-        found = checksums(checkpoint, sorted(files)[rank() :: world()])
-        damaged = [name for name in found if found[name] != files[name]]
-    except OSError as e:
-        error = unreadable(e)
-    all_ranks_agree(error)
-    return min(gather(damaged), default="")
+    found = agreed(checksums, checkpoint, sorted(files)[rank() :: world()])
+    return min(gather([name for name in found if found[name] != files[name]]), default="")
+
+
+def model_files(manifest: dict) -> dict:
+    """The files of a checkpoint that are an ordinary model folder, with their checksums."""
+    return {k: v for k, v in manifest["files"].items() if not k.startswith("trainer/")}
+
+
+def weights_of(folder: str) -> dict | str:
+    """What tells a model from others: the checksums of its files; of the hub the name."""
+    path = Path(folder)
+    if not folder or not path.is_dir():
+        return folder
+    manifest = manifest_of(path)
+    if manifest:
+        return model_files(manifest)
+    return checksums(path, sorted(p.name for p in path.iterdir() if p.is_file()))
 
 
 def refuse_damage(folder: str):
@@ -2146,7 +2153,7 @@ def refuse_damage(folder: str):
     path = Path(folder)
     if from_rank0(os.path.lexists(path / MANIFEST)):
         manifest = from_rank0(on_rank0(manifest_of, path))
-        damaged = damaged_file(path, weights_in(manifest)) if manifest else MANIFEST
+        damaged = damaged_file(path, model_files(manifest)) if manifest else MANIFEST
         if damaged:
             raise Misuse(
                 f"{path}: damaged ({damaged} is not what was saved); take another checkpoint, or remove "
@@ -2154,45 +2161,21 @@ def refuse_damage(folder: str):
             )
 
 
-def weights_of(folder: str) -> dict | str:
-    """What tells a model from others: the checksums of its files, without the trainer's; of the hub the name."""
-    path = Path(folder)
-    if not folder or not path.is_dir():
-        return folder
-    manifest = manifest_of(path)
-    if manifest:
-        return weights_in(manifest)
-    return checksums(path, sorted(p.name for p in path.iterdir() if p.is_file()))
-
-
-def weights_in(manifest: dict) -> dict:
-    """The files of a checkpoint that are an ordinary model folder."""
-    return {k: v for k, v in manifest["files"].items() if not k.startswith("trainer/")}
-
-
-def checkpoint_folders(stage_folder: Path) -> list[Path]:
-    """All folders checkpoint-N, usable or not. Stop where the disk does not answer."""
-    try:
-        names = os.listdir(stage_folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as e:
-        raise unreadable(e)
-    return [stage_folder / name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+def manifests(stage_folder: Path) -> dict[Path, dict]:
+    """Each folder checkpoint-N of a stage -> its manifest, {} if it is damaged or was copied from another run."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = [n for n in os.listdir(stage_folder) if re.fullmatch(r"checkpoint-\d+", n)]
+        found = {stage_folder / name: manifest_of(stage_folder / name) for name in names}
+        config = stage_folder / "config.json"
+        run = read_json(config).get("run") if names and config.exists() else None
+        return {p: m if run in (None, m.get("run")) else {} for p, m in found.items()}
+    return {}
 
 
 # Which checkpoint? Three answers: `checkpoints` of a stage, `latest` of a name, `RunFolder.source` to go on from.
 def checkpoints(stage_folder: Path) -> list[Path]:
     """A stage's own checkpoints that were written to their end, in order of the steps that their manifests say."""
-    folders = checkpoint_folders(stage_folder)
-    config = stage_folder / "config.json"
-    run = read_json(config).get("run") if folders and config.exists() else None
-    found = []
-    for path in folders:
-        manifest = manifest_of(path)
-        if manifest and run in (None, manifest["run"]):
-            found.append((manifest["step"], path))
-    return [path for _, path in sorted(found)]
+    return sorted((p for p, m in manifests(stage_folder).items() if m), key=step_of)
 
 
 def latest(name: str) -> str:
@@ -2205,21 +2188,20 @@ def step_of(checkpoint: Path) -> int:
     return manifest_of(checkpoint)["step"]
 
 
-def remove(folder: Path):
-    """Remove a checkpoint under a name that a kill may leave; of a link, the link."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        beside = folder.with_name("removed-" + folder.name[11:])
-        folder.rename(beside)
-        sync(folder.parent)
+def remove(checkpoint: Path):
+    """Remove a checkpoint, under a name that a kill may leave; of a link, the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif checkpoint.exists():
+        beside = checkpoint.rename(checkpoint.with_name("removed-" + checkpoint.name[11:]))
+        sync(beside.parent)
         shutil.rmtree(beside)
 
 
 def drop_trainer_state(checkpoint: Path):
     """Keep a checkpoint's weights: it can be evaluated and trained from, not resumed."""
     manifest = manifest_of(checkpoint)
-    write_manifest(checkpoint, manifest["step"], manifest["run"], weights_in(manifest))
+    write_manifest(checkpoint, manifest["step"], manifest["run"], model_files(manifest))
     shutil.rmtree(checkpoint / "trainer", ignore_errors=True)
 
 
@@ -2306,7 +2288,6 @@ class RunFolder:
         " checkpointing compile offload rollout_rows vllm_tp vllm_memory probe_tolerance".split()
     )
     paths = {"model", "data", "test", "reward"}  # compared by what is in them
-    said = ("source_sha256", "torch", "transformers", "python", "threads", "world_size")
     step = 0  # of the last checkpoint
 
     def __init__(self, cfg: Config):
@@ -2319,7 +2300,7 @@ class RunFolder:
         self.values = deciding(cfg, self.free)
         if os.path.lexists(self.path / "config.json"):
             self.compare_values()
-        elif checkpoint_folders(self.path):
+        elif manifests(self.path):
             raise Misuse(
                 f"{self.path}: checkpoints without config.json; bring it back, or choose another --name"
             )
@@ -2348,29 +2329,26 @@ class RunFolder:
     def sound_checkpoint(self, folder: Path, at: int = 0) -> str:
         """The last checkpoint of a stage (`at`: of that step) from which it can go on, its step in `step`; the empty
         string if there is no checkpoint at all. What is damaged is said; Misuse if nothing else is left."""
-        folders = from_rank0(on_rank0(checkpoint_folders, folder))
-        whole = from_rank0(on_rank0(checkpoints, folder))
+        found = from_rank0(on_rank0(manifests, folder))
         steps = []
-        for path in sorted(set(folders) - set(whole)):
-            print0(f"{path}: incomplete, ignored")
-        for path in reversed(whole):
-            manifest = from_rank0(on_rank0(manifest_of, path))
-            files = manifest["files"]
-            if not any(name.startswith("trainer/") for name in files):
-                continue
-            steps.append(manifest["step"])
-            if at in (0, steps[-1]):
+        for path, manifest in sorted(found.items(), key=lambda item: -item[1].get("step", 0)):
+            files = manifest.get("files", {})
+            damaged = "" if manifest else "incomplete, or of another run"
+            if manifest and model_files(manifest) != files:
+                steps.append(manifest["step"])
+                if at not in (0, steps[-1]):
+                    continue
                 damaged = damaged_file(path, files)
                 if not damaged:
                     self.step = steps[-1]
                     return str(path)
-                print0(f"{path}: damaged ({damaged} is not what was saved), ignored")
-        if folders or at:
-            wanted = f"--resume-from {at}: {folder}" if at else f"{folder}"
-            there = ", ".join(map(str, reversed(steps))) or "none"
+            if damaged:
+                print0(f"{path}: damaged ({damaged}), ignored")
+        if found or at:
             raise Misuse(
-                f"{wanted} has no such checkpoint that is whole, with the trainer's state; there are: {there}; "
-                "choose another --name, and --model CHECKPOINT to start from the weights of one"
+                f"{f'--resume-from {at}: ' if at else ''}{folder} has no such checkpoint that is whole, with the "
+                f"trainer's state; there are: {', '.join(map(str, steps[::-1])) or 'none'}; choose another --name, "
+                "and --model CHECKPOINT to start from the weights of one"
             )
         return ""
 
@@ -2392,37 +2370,37 @@ class RunFolder:
             )
         )
         file, _, function = self.cfg.reward.rpartition(":")
-        about = dict(
-            config=self.values,
-            run=f"{time.time_ns():x}",
-            world_size=world(),
-            threads=torch.get_num_threads(),
+        model = latest(self.cfg.model)
+        config = self.path / "config.json"
+        machine = dict(
+            source_sha256=digest_of_code(),
             python=sys.version.split()[0],
             torch=torch.__version__,
             transformers=transformers.__version__,
-            source_sha256=digest_of_code(),
-            data_sha256=digest_of_rows(rows),
-            test_sha256=digest_of_rows(tests),
-            reward_sha256=digest((function, Path(file).read_bytes() if file else b"")),
-            started_from=source,
+            threads=torch.get_num_threads(),
+            world_size=world(),
         )
-        config = self.path / "config.json"
-        model = latest(self.cfg.model)
+        contents = dict(
+            data=digest_of_rows(rows),
+            test=digest_of_rows(tests),
+            reward=digest((function, file and Path(file).read_bytes())),
+        )
         if rank() == 0 and not config.exists():
-            write_json(config, about | dict(model_sha256=digest(weights_of(model))))
+            contents["model"] = digest(weights_of(model))
+            about = dict(config=self.values, run=f"{time.time_ns():x}", started_from=source)
+            write_json(config, about | machine | dict(contents=contents))
         all_ranks_agree()
         before = read_json(config)
         if before["config"].get("model") != self.cfg.model:
-            about["model_sha256"] = digest(weights_of(model))
-        for name in sorted(self.paths):
-            there = before.get(f"{name}_sha256")
-            if about.get(f"{name}_sha256", there) != there:
+            contents["model"] = digest(weights_of(model))
+        for name, value in contents.items():
+            if before.get("contents", {}).get(name) != value:
                 raise Misuse(
-                    f"{self.path} was started with another content of --{name}; choose another --name"
+                    f"{self.path} was started with other contents of --{name}; choose another --name"
                 )
-        for name in self.said:
-            if before.get(name) != about[name]:
-                print0(f"{self.path} was started with {name} {before.get(name)}, now {about[name]}")
+        for name, value in machine.items():
+            if before.get(name) != value:
+                print0(f"{self.path} was started with {name} {before.get(name)}, now {value}")
         self.run = before.get("run")
 
     def log(self, row: dict, clock, records=()):
@@ -2507,9 +2485,7 @@ class RunFolder:
                     storage_writer=dcp.HuggingFaceStorageWriter(path, files, save_distributed=True),
                 )
             all_ranks_agree()
-            written = self.written(beside)
-            all_ranks_agree()
-            on_rank0(self.seal, beside, step, gather([written]))
+            on_rank0(self.seal, beside, step, gather([agreed(self.written, beside)]))
             self.step = step
             self.source = str(self.path / f"checkpoint-{step}")
         except (
@@ -2606,7 +2582,9 @@ class RunFolder:
                 cut_log(self.path / name, path, keep, aside)
             missing = sorted(set(range(self.step)) - seen)
             if once and missing:
-                print0(f"{path}: {len(missing)} steps are missing, the first is {missing[0]}")
+                print0(
+                    f"{path}: {len(missing)} of {self.step} steps are missing, the first is {missing[0]}"
+                )
 
 
 @contextlib.contextmanager
@@ -2663,16 +2641,22 @@ def from_rank0(value):
     return box[0]
 
 
-def on_rank0(function, *args):
-    """Call on rank 0 alone -> its result there; its Stop is raised on all ranks."""
+def agreed(function, *args):
+    """Call on every rank -> its result. The failure of one, a Stop or an error of the disk, is raised on all."""
     result = error = None
-    if rank() == 0:
-        try:
-            result = function(*args)
-        except Stop as e:
-            error = e
+    try:
+        result = function(*args)
+    except Stop as e:
+        error = e
+    except OSError as e:
+        error = Stop(failure_of(e))
     all_ranks_agree(error)
     return result
+
+
+def on_rank0(function, *args):
+    """Call on rank 0 alone -> its result there; its failure is raised on all ranks."""
+    return agreed(function, *args) if rank() == 0 else all_ranks_agree()
 
 
 def all_ranks_agree(error: Stop | None = None):
@@ -2717,30 +2701,27 @@ class Console:
     """A standard stream whose reader may die or stop reading (`2>&1 | tee log`, a closed terminal): then lines are lost,
     but nothing raises, and nothing waits longer than a second."""
 
+    patience = 1.0  # seconds
+
     def __init__(self, stream):
         self.stream = stream
-        self.patience = 1.0  # seconds
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text: str):
-        try:
-            number = self.stream.fileno()
-        except (OSError, ValueError, AttributeError):  # in memory, or closed
-            return self.stream and self.stream.write(text)
-        data = text.encode(self.stream.encoding, "replace")
-        with contextlib.suppress(OSError):
+        data = text.encode(self.encoding, "replace")
+        with contextlib.suppress(OSError, ValueError):
             for start in range(0, len(data), 4096):  # what a pipe that is ready takes at once
-                if not select.select([], [number], [], self.patience)[1]:
-                    self.patience = 0.0
-                    return
-                os.write(number, data[start : start + 4096])
-            self.patience = 1.0
+                ready = select.select([], [self], [], self.patience)[1]
+                self.patience = 1.0 if ready else 0.0
+                if ready:
+                    os.write(self.fileno(), data[start : start + 4096])
 
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.flush()
+
+def console(stream):
+    """A standard stream as a Console; a stream in memory as it is."""
+    return Console(stream) if stream in (sys.__stdout__, sys.__stderr__) and stream else stream
 
 
 class Interrupted(Exception):
@@ -2771,14 +2752,17 @@ class Interrupt:
 
     def hear(self, number, frame):
         name = signal.Signals(number).name
-        console = Console(sys.stderr)
-        if not self.stepping or time.monotonic() > self.at + 10:
-            console.write(f"t1.py: {name}: stopped; {RESUMES}\n")
+        ends = not self.stepping or time.monotonic() > self.at + 10
+        with contextlib.suppress(Exception):
+            if ends:
+                complain(f"{name}: stopped; {RESUMES}", 1)
+            elif not self.name:
+                print("\nstopping: a checkpoint is saved first", file=sys.stderr)
+        if ends:
             os._exit(1)
         if not self.name:
             self.name = name
             self.at = time.monotonic()
-            console.write("\nstopping: a checkpoint is saved first\n")
 
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
@@ -2963,16 +2947,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def number_of_ranks() -> int:
-    """As torchrun says it to every process that it starts."""
     ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks == "1":
-        return 1
-    numbers = [ranks, *(os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"))]
-    if not all(map(str.isdecimal, numbers)) or "MASTER_ADDR" not in os.environ:
-        raise Misuse(
-            f"WORLD_SIZE is {ranks!r}, without RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: "
-            "start several ranks by torchrun"
-        )
+    if not ranks.isdecimal():
+        raise Misuse(f"WORLD_SIZE is {ranks!r}; torchrun sets it to a number")
     return int(ranks)
 
 
@@ -3045,7 +3022,7 @@ def check_config(cfg: Config):
 
 
 def main(argv: list[str] | None = None) -> int:
-    out, err = Console(sys.stdout), Console(sys.stderr)
+    out, err = console(sys.stdout), console(sys.stderr)
     with interrupt, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             run_command(argv)
@@ -3066,19 +3043,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(argv: list[str] | None):
     cfg = parse_args(argv)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-            torch.set_num_threads(
-                max(
-                    1,
-                    len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
-                )
-            )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
+    if number_of_ranks() > 1:
+        try:
+            meet(cfg)
+        except (KeyError, ValueError) as e:
+            raise Misuse(f"WORLD_SIZE is set without what torchrun sets beside it ({reason_of(e)})")
     quiet()
     values, usual = dataclasses.asdict(cfg), dataclasses.asdict(Config())
     values = ", ".join(
@@ -3086,6 +3055,17 @@ def run_command(argv: list[str] | None):
     )
     print0(f"preset {cfg.preset}" + f": {values}" * bool(values))
     STAGES[cfg.stage](cfg)
+
+
+def meet(cfg: Config):
+    """Join the other ranks, as torchrun's environment describes them."""
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", number_of_ranks()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
 
 
 def failure_of(e: Exception) -> str:
@@ -3129,7 +3109,7 @@ def leave(code: int):
     """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a tensor to release asks
     for the interpreter's lock there, and Python ends such a thread in a way that aborts the process (exit -6)."""
     if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1 and "vllm" not in sys.modules
+        os.environ.get("WORLD_SIZE", "1") != "1" and "vllm" not in sys.modules
     ):  # which has shared memory to remove
         atexit._run_exitfuncs()
         sys.stdout.flush()
