@@ -1356,8 +1356,8 @@ def cut_and_answer(
 
 
 def measure(engine, answerer, problems, samples: int, prompts, about: dict, folder, cfg: Config):
-    """-> the entry of one checkpoint and test set in results.json (docs/metrics.md defines each field). Its responses
-    go to responses.jsonl, in place of those that a kill left there."""
+    """-> the entry of one checkpoint and test set in results.json (docs/metrics.md defines each
+    field). Its responses go to responses.jsonl, in place of those that a kill left there."""
     tokenizer = engine.tokenizer
     golds, asked = (
         [p[name] for p in problems for _ in range(samples)] for name in ("answer", "problem")
@@ -1406,7 +1406,8 @@ def measure(engine, answerer, problems, samples: int, prompts, about: dict, fold
 
 
 def entry_key(models: tuple, problems: list[dict], samples: int, cfg: Config) -> str:
-    """Identifies an entry of results.json by all that it depends on: code, settings, problems and models."""
+    """Identifies an entry of results.json by all that it depends on: code, settings, problems and
+    models."""
     free = RunFolder.free | RunFolder.paths | {"checkpoint", "benchmarks", "benchmark_dir"}
     settings = deciding(cfg, free | {"answer_model", "eval_samples"})
     return digest((digest_of_code(), settings, digest_of_rows(problems), samples, models))[:16]
@@ -1425,7 +1426,8 @@ def results_of(folder: Path) -> list[dict]:
 
 
 def add_result(folder: Path, entry: dict):
-    """Put an entry at the end of results.json, in place of the one before of the same checkpoint and test set."""
+    """Put an entry at the end of results.json, in place of the one before of the same checkpoint
+    and test set."""
     entries = []
     for other in results_of(folder):
         same = other["checkpoint"] == entry["checkpoint"] and other["test"] == entry["test"]
@@ -1504,8 +1506,9 @@ def run_eval(cfg: Config):
                 f", {v:.1%} within {budget} tokens" for budget, v, *_ in result.get("scaling", [])
             )
             print0(
-                f"{path}, {about['test']}: pass@1 {result['pass_at_1']:.1%} ± {result['standard_error'] or 0:.1%}, "
-                f"{result['length']:.0f} tokens, over-long {result['overlong']:.1%}{within}"
+                f"{path}, {about['test']}: pass@1 {result['pass_at_1']:.1%} "
+                f"± {result['standard_error'] or 0:.1%}, {result['length']:.0f} tokens, "
+                f"over-long {result['overlong']:.1%}{within}"
             )
     if rank() == 0:
         draw_results(folder)
@@ -2104,8 +2107,9 @@ def checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
 
 
 def manifest_of(checkpoint: Path) -> dict:
-    """What a checkpoint says of itself; {} where it is damaged: no manifest, or a file of another size.
-    OSError where the disk does not answer: what cannot be read is neither damaged nor absent."""
+    """What a checkpoint says of itself; {} where it is damaged: no manifest, or a file of another
+    size. OSError where the disk does not answer: what cannot be read is neither damaged nor
+    absent."""
     path = checkpoint / MANIFEST
     try:
         with data_prep.naming(path), data_prep.open_file(path) as f:
@@ -2127,7 +2131,8 @@ def write_manifest(checkpoint: Path, step: int, run: str, files: dict):
 
 
 def damaged_file(checkpoint: Path, files: dict) -> str:
-    """The first file whose bytes are not those that were saved, or the empty string. Each rank reads a part."""
+    """The first file whose bytes are not those that were saved, or the empty string. Each rank
+    reads a part."""
     found = agreed(checksums, checkpoint, sorted(files)[rank() :: world()])
     return min(gather([name for name in found if found[name] != files[name]]), default="")
 
@@ -2156,13 +2161,14 @@ def refuse_damage(folder: str):
         damaged = damaged_file(path, model_files(manifest)) if manifest else MANIFEST
         if damaged:
             raise Misuse(
-                f"{path}: damaged ({damaged} is not what was saved); take another checkpoint, or remove "
-                f"{MANIFEST} if you changed it yourself"
+                f"{path}: damaged ({damaged} is not what was saved); take another checkpoint, "
+                f"or remove {MANIFEST} if you changed it yourself"
             )
 
 
 def manifests(stage_folder: Path) -> dict[Path, dict]:
-    """Each folder checkpoint-N of a stage -> its manifest, {} if it is damaged or was copied from another run."""
+    """Each folder checkpoint-N of a stage -> its manifest, {} if it is damaged or was copied from
+    another run."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = [n for n in os.listdir(stage_folder) if re.fullmatch(r"checkpoint-\d+", n)]
         found = {stage_folder / name: manifest_of(stage_folder / name) for name in names}
@@ -2172,16 +2178,47 @@ def manifests(stage_folder: Path) -> dict[Path, dict]:
     return {}
 
 
-# Which checkpoint? Three answers: `checkpoints` of a stage, `latest` of a name, `RunFolder.source` to go on from.
+# Which checkpoint? `checkpoints`: all of a stage. `latest`: what a name means.
+# `sound_checkpoint`: the one to go on from.
 def checkpoints(stage_folder: Path) -> list[Path]:
-    """A stage's own checkpoints that were written to their end, in order of the steps that their manifests say."""
+    """A stage's own checkpoints that were written to their end, in order of the steps that their
+    manifests say."""
     return sorted((p for p, m in manifests(stage_folder).items() if m), key=step_of)
 
 
 def latest(name: str) -> str:
-    """The model that a name means: of a stage's folder (runs/NAME/sft) its last checkpoint; else the name itself."""
+    """The model that a name means: of a stage's folder (runs/NAME/sft) its last checkpoint; else
+    the name itself."""
     found = on_rank0(checkpoints, Path(name)) if name else None
     return from_rank0(str(found[-1]) if found else name)
+
+
+def sound_checkpoint(stage_folder: Path, at: int = 0) -> str:
+    """The last checkpoint (`at`: that of a step) with the trainer's state and every byte as it was
+    saved; the empty string if there is no checkpoint at all. What is damaged is said; Misuse if
+    nothing else is left."""
+    found = from_rank0(on_rank0(manifests, stage_folder))
+    steps = []
+    for path, manifest in sorted(found.items(), key=lambda item: -item[1].get("step", 0)):
+        files = manifest.get("files", {})
+        damaged = "" if manifest else "incomplete, or of another run"
+        if manifest and model_files(manifest) != files:
+            steps.append(manifest["step"])
+            if at not in (0, steps[-1]):
+                continue
+            damaged = damaged_file(path, files)
+            if not damaged:
+                return str(path)
+        if damaged:
+            print0(f"{path}: damaged ({damaged}), ignored")
+    if found or at:
+        there = ", ".join(map(str, steps[::-1])) or "none"
+        raise Misuse(
+            f"{stage_folder}: no checkpoint{f' of step {at}' if at else ''} is whole and has the "
+            f"trainer's state; there are: {there}; choose another --name (and --model CHECKPOINT: "
+            "the weights of one are a start)"
+        )
+    return ""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -2206,8 +2243,9 @@ def drop_trainer_state(checkpoint: Path):
 
 
 def cut_log(path: Path, origin: Path, keep, aside: Path):
-    """Write to `path` the rows of the log `origin` that `keep` accepts. The others, and lines that are no rows, are
-    set aside if the two are one file. A gzipped log that a kill left broken ends where it breaks."""
+    """Write to `path` the rows of the log `origin` that `keep` accepts. The others, and lines that
+    are no rows, are set aside if the two are one file. A gzipped log that a kill left broken ends
+    where it breaks."""
     opener = gzip.open if path.suffix == ".gz" else open
     beside = path.with_name(path.name + ".partial")
     dropped = []
@@ -2270,6 +2308,51 @@ def locked_folder(path: Path):
     return lock
 
 
+def wait_for_lock(path: Path):
+    """Misuse on a rank that does not see rank 0's lock; a network file system may show a new folder
+    late."""
+    lock = path / "lock"
+    seen = False
+    written = from_rank0(rank() == 0 and lock.read_text())
+    for _ in range(60):
+        seen = lock.exists() and lock.read_text() == written
+        if seen:
+            break
+        time.sleep(1)
+    what = f"{path}: rank {rank()} does not see what rank 0 writes there"
+    error = Misuse(f"{what}; --out must lie on a file system that all nodes share")
+    all_ranks_agree(None if seen else error)
+
+
+def written_files(beside: Path) -> dict[str, list[int]]:
+    """The checksums of the files that this rank wrote, taken while the disk writes them."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    names = []
+    for path in beside.rglob("*"):
+        by = int(path.name[6:11]) - 1 if path.name.startswith("shard-") else 0
+        if path.is_file() and by == rank():
+            path.chmod(0o666 & ~umask)  # as the user's other files
+            names.append(str(path.relative_to(beside)))
+    with ThreadPoolExecutor(8) as pool:
+        on_disk = pool.map(sync, [beside / name for name in names])
+        files = checksums(beside, names)
+        list(on_disk)  # raises what `sync` raised
+    return files
+
+
+def machine() -> dict:
+    """What a run's bits depend on besides its values and inputs."""
+    return dict(
+        source_sha256=digest_of_code(),
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        threads=torch.get_num_threads(),
+        world_size=world(),
+    )
+
+
 def deciding(cfg: Config, free: set) -> dict:
     """The values that results depend on: without those in `free` and those of other stages."""
     others = " ".join(names for stage, names in STAGE_FIELDS.items() if stage != cfg.stage).split()
@@ -2277,9 +2360,10 @@ def deciding(cfg: Config, free: set) -> dict:
 
 
 class RunFolder:
-    """The folder of one stage: config.json; metrics.jsonl (one row per step, the same bits for the same seed);
-    timings.jsonl; samples.jsonl; checkpoint-N; curves.png. `source`: the last checkpoint that has the trainer's state
-    and whose every byte is what was saved; the same command resumes from it. Empty for a run that begins."""
+    """The folder of one stage: config.json; metrics.jsonl (one row per step, the same bits for the
+    same seed); timings.jsonl; samples.jsonl; checkpoint-N; curves.png. `source`: the last
+    checkpoint that has the trainer's state and whose every byte is what was saved; the same command
+    resumes from it. Empty for a run that begins."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
     # fields that may differ on resume, besides those of other stages: only sums round differently, or vLLM deals anew
@@ -2288,7 +2372,6 @@ class RunFolder:
         " checkpointing compile offload rollout_rows vllm_tp vllm_memory probe_tolerance".split()
     )
     paths = {"model", "data", "test", "reward"}  # compared by what is in them
-    step = 0  # of the last checkpoint
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)
@@ -2301,17 +2384,16 @@ class RunFolder:
         if os.path.lexists(self.path / "config.json"):
             self.compare_values()
         elif manifests(self.path):
-            raise Misuse(
-                f"{self.path}: checkpoints without config.json; bring it back, or choose another --name"
-            )
-        self.source = self.sound_checkpoint(self.path)
+            what = f"{self.path}: checkpoints without config.json"
+            raise Misuse(f"{what}; bring it back, or choose another --name")
+        self.source = sound_checkpoint(self.path)
         if cfg.resume_from and not self.source:
-            self.source = self.sound_checkpoint(origin, cfg.resume_from)
+            self.source = sound_checkpoint(origin, cfg.resume_from)
+        self.step = step_of(Path(self.source)) if self.source else 0  # of the last checkpoint
 
     def compare_values(self):
-        try:
-            before = dict(read_json(self.path / "config.json")["config"])
-        except (ValueError, KeyError, TypeError):
+        before = read_json(self.path / "config.json").get("config")
+        if not isinstance(before, dict):
             raise Misuse(
                 f"{self.path / 'config.json'}: damaged; choose another --name, or remove that folder"
             )
@@ -2326,60 +2408,16 @@ class RunFolder:
                 "branch with --resume-from"
             )
 
-    def sound_checkpoint(self, folder: Path, at: int = 0) -> str:
-        """The last checkpoint of a stage (`at`: of that step) from which it can go on, its step in `step`; the empty
-        string if there is no checkpoint at all. What is damaged is said; Misuse if nothing else is left."""
-        found = from_rank0(on_rank0(manifests, folder))
-        steps = []
-        for path, manifest in sorted(found.items(), key=lambda item: -item[1].get("step", 0)):
-            files = manifest.get("files", {})
-            damaged = "" if manifest else "incomplete, or of another run"
-            if manifest and model_files(manifest) != files:
-                steps.append(manifest["step"])
-                if at not in (0, steps[-1]):
-                    continue
-                damaged = damaged_file(path, files)
-                if not damaged:
-                    self.step = steps[-1]
-                    return str(path)
-            if damaged:
-                print0(f"{path}: damaged ({damaged}), ignored")
-        if found or at:
-            raise Misuse(
-                f"{f'--resume-from {at}: ' if at else ''}{folder} has no such checkpoint that is whole, with the "
-                f"trainer's state; there are: {', '.join(map(str, steps[::-1])) or 'none'}; choose another --name, "
-                "and --model CHECKPOINT to start from the weights of one"
-            )
-        return ""
-
     def create(self, source: str, rows: list[dict], tests: list[dict]):
-        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same contents
-        of --data, --test, --reward and --model, wherever they lie; another machine or version is said."""
+        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
+        the same contents of --data, --test, --reward and --model, wherever they lie; another
+        machine or version is said."""
         self.lock = on_rank0(locked_folder, self.path)
         self.has_answers = all(row.get("answer") for row in rows)
-        lock, tries = self.path / "lock", 60  # a network file system may show a new folder late
-        written = from_rank0(rank() == 0 and lock.read_text())
-        while not (lock.exists() and lock.read_text() == written) and (tries := tries - 1):
-            time.sleep(1)
-        all_ranks_agree(
-            None
-            if tries
-            else Misuse(
-                f"{self.path}: rank {rank()} does not see what rank 0 writes there; "
-                "--out must lie on a file system that all nodes share"
-            )
-        )
+        wait_for_lock(self.path)
         file, _, function = self.cfg.reward.rpartition(":")
         model = latest(self.cfg.model)
         config = self.path / "config.json"
-        machine = dict(
-            source_sha256=digest_of_code(),
-            python=sys.version.split()[0],
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-            threads=torch.get_num_threads(),
-            world_size=world(),
-        )
         contents = dict(
             data=digest_of_rows(rows),
             test=digest_of_rows(tests),
@@ -2388,17 +2426,16 @@ class RunFolder:
         if rank() == 0 and not config.exists():
             contents["model"] = digest(weights_of(model))
             about = dict(config=self.values, run=f"{time.time_ns():x}", started_from=source)
-            write_json(config, about | machine | dict(contents=contents))
+            write_json(config, about | machine() | dict(contents=contents))
         all_ranks_agree()
         before = read_json(config)
         if before["config"].get("model") != self.cfg.model:
             contents["model"] = digest(weights_of(model))
         for name, value in contents.items():
             if before.get("contents", {}).get(name) != value:
-                raise Misuse(
-                    f"{self.path} was started with other contents of --{name}; choose another --name"
-                )
-        for name, value in machine.items():
+                what = f"{self.path} was started with other contents of --{name}"
+                raise Misuse(f"{what}; choose another --name")
+        for name, value in machine().items():
             if before.get(name) != value:
                 print0(f"{self.path} was started with {name} {before.get(name)}, now {value}")
         self.run = before.get("run")
@@ -2448,8 +2485,9 @@ class RunFolder:
         return bool(signalled)
 
     def save(self, step: int, policy, tokenizer, optimizer, anchor=None):
-        """An ordinary Hugging Face folder with the trainer's state beside the weights. Written beside, synced to the
-        disk, sealed by its manifest, then renamed; then checkpoints beyond --keep and --keep-every are removed."""
+        """An ordinary Hugging Face folder with the trainer's state beside the weights. Written
+        beside, synced to the disk, sealed by its manifest, then renamed; then checkpoints beyond
+        --keep and --keep-every are removed."""
         beside, dtype = self.path / f"partial-{step}", getattr(torch, self.cfg.dtype)
         names = {
             name for name, _ in policy.lm.named_parameters() if rank() == 0
@@ -2485,7 +2523,7 @@ class RunFolder:
                     storage_writer=dcp.HuggingFaceStorageWriter(path, files, save_distributed=True),
                 )
             all_ranks_agree()
-            on_rank0(self.seal, beside, step, gather([agreed(self.written, beside)]))
+            on_rank0(self.seal, beside, step, gather([agreed(written_files, beside)]))
             self.step = step
             self.source = str(self.path / f"checkpoint-{step}")
         except (
@@ -2495,23 +2533,8 @@ class RunFolder:
             shutil.rmtree(beside, ignore_errors=True)
             if isinstance(e, Stop):  # all ranks have it
                 raise
-            reason = f"cannot be written ({reason_of(e, -1)}); make room: {RESUMES}, {self.source or 'the start'}"
-            all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}"))
-
-    def written(self, beside: Path) -> dict:
-        """The checksums of the files that this rank wrote, taken while the disk writes them."""
-        mode = (self.path / "lock").stat().st_mode & 0o777  # as the user's other files
-        names = []
-        for path in beside.rglob("*"):
-            by = int(path.name[6:11]) - 1 if path.name.startswith("shard-") else 0
-            if path.is_file() and by == rank():
-                path.chmod(mode)
-                names.append(str(path.relative_to(beside)))
-        with ThreadPoolExecutor(8) as pool:
-            on_disk = pool.map(sync, [beside / name for name in names])
-            files = checksums(beside, names)
-            list(on_disk)  # raises what `sync` raised
-        return files
+            what = f"rank {rank()}: {beside}: cannot be written ({reason_of(e, -1)}); make room"
+            all_ranks_agree(Stop(f"{what}: {RESUMES}, {self.source or 'the start'}"))
 
     def seal(self, beside: Path, step: int, parts: list[dict]):
         """Manifest, then name, each on the disk before the next; only then old checkpoints go."""
@@ -2554,7 +2577,8 @@ class RunFolder:
         return self.step
 
     def tidy(self):
-        """Remove what a kill left, give the checkpoint the name of its step, and cut the logs back to that step."""
+        """Remove what a kill left, give the checkpoint the name of its step, and cut the logs back
+        to that step."""
         for path in self.path.iterdir():
             if re.fullmatch(r"(partial|removed)-\d+", path.name) and path.is_dir():
                 print0(f"{path}: incomplete, removed")
@@ -2582,9 +2606,8 @@ class RunFolder:
                 cut_log(self.path / name, path, keep, aside)
             missing = sorted(set(range(self.step)) - seen)
             if once and missing:
-                print0(
-                    f"{path}: {len(missing)} of {self.step} steps are missing, the first is {missing[0]}"
-                )
+                what = f"{len(missing)} of {self.step} steps are missing"
+                print0(f"{path}: {what}, the first is {missing[0]}")
 
 
 @contextlib.contextmanager
@@ -2642,7 +2665,8 @@ def from_rank0(value):
 
 
 def agreed(function, *args):
-    """Call on every rank -> its result. The failure of one, a Stop or an error of the disk, is raised on all."""
+    """Call on every rank -> its result. The failure of one, a Stop or an error of the disk, is
+    raised on all."""
     result = error = None
     try:
         result = function(*args)
@@ -2698,8 +2722,8 @@ class Clock:
 
 
 class Console:
-    """A standard stream whose reader may die or stop reading (`2>&1 | tee log`, a closed terminal): then lines are lost,
-    but nothing raises, and nothing waits longer than a second."""
+    """A standard stream whose reader may die or stop reading (`2>&1 | tee log`, a closed terminal):
+    then lines are lost, but nothing raises, and nothing waits longer than a second."""
 
     patience = 1.0  # seconds
 
@@ -2725,29 +2749,36 @@ def console(stream):
 
 
 class Interrupted(Exception):
-    """A signal came before this step's gradient: nothing has changed, the same step can be taken again."""
+    """A signal came before this step's gradient: nothing has changed, the same step can be taken
+    again."""
 
 
 class Interrupt:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 (SLURM's warning), from the first line of this file to the last. While steps
-    are taken they ask for a checkpoint and an orderly end after the step, in RL also after rollout and anchor; a second
-    one within 10 s is ignored (launchers send two). A later one, and one at any other time, ends the process."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 (SLURM's warning), from the first line of this file to
+    the last. While steps are taken they ask for a checkpoint and an orderly end after the step, in
+    RL also after rollout and anchor; a second one within 10 s is ignored (launchers send two). A
+    later one, and one at any other time, ends the process."""
+
+    name = ""  # of the first signal
+    at = math.inf  # when it came
+    stepping = False
 
     def __init__(self):
-        self.name = ""  # of the first signal
-        self.at = math.inf  # when it came
-        self.stepping = False
+        self.outer = []  # handlers and mask of before: a command may call `main`
 
     def __enter__(self):
-        self.__init__()  # another `main` in this process begins anew
+        self.name = ""
+        self.at = math.inf
+        self.stepping = False
         heard = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
-        self.before = {s: signal.signal(s, self.hear) for s in heard}  # nohup stays nohup
-        self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        before = {s: signal.signal(s, self.hear) for s in heard}  # nohup stays nohup
+        self.outer.append((before, signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)))
         return self
 
     def __exit__(self, *unused):
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
-        for number, handler in self.before.items():
+        before, mask = self.outer.pop()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
             signal.signal(number, handler)
 
     def hear(self, number, frame):

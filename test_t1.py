@@ -2231,7 +2231,7 @@ def test_a_killed_rank_ends_the_other_with_one_line(guess, tmp_path):
     assert t1.checkpoints(tmp_path / "tiny/rl")
 
 
-# ------------------------------------------------------------------------------ crashes, disks, signals: nothing is lost
+# ---------------------------------------------------------- crashes, disks, signals: nothing is lost
 
 
 def sft_args(guess, out, *more):
@@ -2274,9 +2274,9 @@ def steps_in(path):
 
 
 class Disk:
-    """A disk below `root` that keeps at a power cut what was synced; of the rest, each change of a name or a content is
-    there or not, by chance. Before every sync, rename and removal `at_event(number)` is called; `cut` builds what
-    the next start would find."""
+    """A disk below `root` that keeps at a power cut what was synced; of the rest, each change of a
+    name or a content is there or not, by chance. Before every sync, rename and removal
+    `at_event(number)` is called; `cut` builds what the next start would find."""
 
     names = "fsync replace rename unlink rmdir mkdir".split()
 
@@ -2345,7 +2345,8 @@ class Disk:
 
 
 def cut_at(args, root, monkeypatch, at_event):
-    """Run t1.py on a Disk -> number of its events. `at_event(disk, event, last step whose `save` returned)`."""
+    """Run t1.py on a Disk -> number of its events. `at_event(disk, event, last step whose `save`
+    returned)`."""
     root.mkdir(exist_ok=True)
     saved = [0]
     save = t1.RunFolder.save
@@ -2364,7 +2365,8 @@ def cut_at(args, root, monkeypatch, at_event):
 
 
 def test_a_power_cut_loses_no_checkpoint_that_was_saved(guess, whole_sft, tmp_path, monkeypatch):
-    """K1: at every sync, rename and removal of three saves, whatever was synced or not. (The next test resumes.)"""
+    """K1: at every sync, rename and removal of three saves, whatever was synced or not. (The next
+    test resumes.)"""
     rng = random.Random(0)
     logged = rows_of(whole_sft / "tiny/sft")
     seen = Counter()
@@ -2390,7 +2392,8 @@ def test_a_power_cut_loses_no_checkpoint_that_was_saved(guess, whole_sft, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_power_cuts_at_random_moments_resume_to_the_same_bits(guess, tmp_path, monkeypatch, stage):
-    """30 cuts of each stage, every third during a resume: nothing is lost but the steps since the last checkpoint."""
+    """30 cuts of each stage, every third during a resume: nothing is lost but the steps since the
+    last checkpoint."""
     rng = random.Random(stage)
 
     def args(out):
@@ -2424,7 +2427,8 @@ def test_power_cuts_at_random_moments_resume_to_the_same_bits(guess, tmp_path, m
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_killed_before_every_event_resumes_to_the_same_bits(guess, tmp_path, monkeypatch, stage):
-    """What SIGKILL leaves before each sync, rename and removal of a run with three saves, and of a resume."""
+    """What SIGKILL leaves before each sync, rename and removal of a run with three saves, and of a
+    resume."""
 
     def args(out):
         small = ["--rl-steps", 6, "--rl-save-every", 2, "--prompts", 2, "--k", 3, "--out", out]
@@ -2460,7 +2464,8 @@ def mounted(image, folder):
 
 @pytest.mark.slow
 def test_a_power_cut_of_an_ext4_disk(guess, tmp_path, monkeypatch):
-    """The image of a mounted disk, copied while the run writes, is what a power cut leaves of it."""
+    """The image of a mounted disk, copied while the run writes, is what a power cut leaves of
+    it."""
     image = tmp_path / "image"
     with open(image, "wb") as f:
         f.truncate(128 << 20)
@@ -2493,7 +2498,8 @@ def test_a_power_cut_of_an_ext4_disk(guess, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_cannot_be_read_is_neither_damaged_nor_absent(guess, saved_sft):
-    """K2: refused in one line, nothing touched. /proc/self/mem is a file that gives an error of the disk (EIO)."""
+    """K2: refused in one line, nothing touched. /proc/self/mem is a file that gives an error of the
+    disk (EIO)."""
     manifest = saved_sft / "checkpoint-6" / t1.MANIFEST
     manifest.unlink()
     manifest.symlink_to("/proc/self/mem")
@@ -2559,7 +2565,8 @@ def test_the_step_is_the_manifests_and_another_runs_checkpoint_is_no_checkpoint(
 
 
 def test_logs_are_cut_by_step_and_what_is_cut_is_set_aside(guess, saved_sft):
-    """K6: rows that are missing are said; those of later steps, of no step, a second time or cut in half go aside."""
+    """K6: rows that are missing are said; those of later steps, of no step, a second time or cut in
+    half go aside."""
     path = saved_sft / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     shutil.rmtree(saved_sft / "checkpoint-6")
@@ -2592,7 +2599,8 @@ def test_a_broken_gzip_log_keeps_its_whole_rows(tmp_path):
 
 
 def test_other_weights_are_another_key(tiny, tmp_path):
-    """K7: one bit of any tensor, in a folder without a manifest; a copy elsewhere is the same model."""
+    """K7: one bit of any tensor, in a folder without a manifest; a copy elsewhere is the same
+    model."""
     shutil.copytree(tiny.folder, tmp_path / "a")
     shutil.copytree(tiny.folder, tmp_path / "b")
     cfg = config("--checkpoint", "x", "--preset", "tiny", stage="eval")
@@ -2606,7 +2614,8 @@ def test_other_weights_are_another_key(tiny, tmp_path):
 
 
 def test_an_evaluation_resumes_per_checkpoint_and_test_set(guess, tmp_path, monkeypatch):
-    """K7, K14: killed after the first of two checkpoints; moved; a foreign row, and the responses of a kill."""
+    """K7, K14: killed after the first of two checkpoints; moved; a foreign row, and the responses
+    of a kill."""
     shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "one")
     shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "two")
     flip(tmp_path / "two/model.safetensors", at=-2)
@@ -2648,7 +2657,8 @@ def test_foreign_results_are_refused(tmp_path, text):
 
 
 def test_resume_compares_contents_not_paths(guess, saved_sft, tmp_path):
-    """K8, W7: moved files are the same run, other contents are another; torch and threads are said."""
+    """K8, W7: moved files are the same run, other contents are another; torch and threads are
+    said."""
     here = saved_sft.parent.parent
     moved = shutil.copy(guess / "ten.jsonl", tmp_path / "moved.jsonl")
     change(saved_sft / "config.json", torch="1.0", threads=7)
@@ -2661,7 +2671,8 @@ def test_resume_compares_contents_not_paths(guess, saved_sft, tmp_path):
 
 
 def test_resume_compares_the_reward_and_the_model(guess, tmp_path):
-    """K8: the function's file, wherever it lies; --model spelled in another way, or another model."""
+    """K8: the function's file, wherever it lies; --model spelled in another way, or another
+    model."""
     source = "def value(response, row):\n    return 0.25\n"
     (tmp_path / "a.py").write_text(source)
     (tmp_path / "b.py").write_text(source)
@@ -2680,7 +2691,8 @@ def test_resume_compares_the_reward_and_the_model(guess, tmp_path):
 
 
 def test_links_and_a_users_own_folders_stay(guess, whole_sft, saved_sft, tmp_path):
-    """K10: checkpoints that are links, one of which is removed by --keep; folders that look like ours."""
+    """K10: checkpoints that are links, one of which is removed by --keep; folders that look like
+    ours."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.rmtree(saved_sft / "checkpoint-6")
@@ -2830,7 +2842,8 @@ def test_a_signal_outside_the_steps_is_one_line_and_exit_1(tmp_path, number):
 
 
 def forked_main(args, at, number):
-    """t1.main in a forked process that gets a signal when `at` is called -> (exit code, what it wrote to stderr)."""
+    """t1.main in a forked process that gets a signal when `at` is called -> (exit code, what it
+    wrote to stderr)."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
