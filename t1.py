@@ -2199,7 +2199,7 @@ def sound_checkpoint(stage_folder: Path, at: int = 0) -> str:
     nothing else is left."""
     found = from_rank0(on_rank0(manifests, stage_folder))
     steps = []
-    for path, manifest in sorted(found.items(), key=lambda item: -item[1].get("step", 0)):
+    for path, manifest in sorted(found.items(), key=lambda item: -item[1].get("step", math.inf)):
         files = manifest.get("files", {})
         damaged = "" if manifest else "incomplete, or of another run"
         if manifest and model_files(manifest) != files:

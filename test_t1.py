@@ -2157,7 +2157,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_pa
         and len(lines) == ranks
         and all("not finite" in line and "rank" in line for line in lines)
     ), err
-    assert [p.name for p in t1.checkpoints(tmp_path / "tiny/sft")] == ["checkpoint-1"]
+    assert t1.checkpoints(tmp_path / "tiny/sft") == []  # nor is what gives such a loss saved
 
 
 @pytest.mark.slow
@@ -2301,7 +2301,8 @@ class Disk:
         self.events += 1
         result = function(*args, **kwargs)
         if name == "fsync":
-            self.synced(os.fstat(args[0]).st_ino, args[0])
+            handle = args[0] if isinstance(args[0], int) else args[0].fileno()
+            self.synced(os.fstat(handle).st_ino, handle)
         return result
 
     def hold(self, path):
@@ -2827,9 +2828,10 @@ def test_a_reader_that_died_or_sleeps_never_stops_a_write():
     stream.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", sorted(t1.SIGNALS))
-def test_a_signal_outside_the_steps_is_one_line_and_exit_1(tmp_path, number):
-    """K12, W4: while the libraries load, and (`--stage eval`) while nothing is trained."""
+def test_a_signal_while_the_libraries_load_is_one_line_and_exit_1(tmp_path, number):
+    """K12, W4"""
     process = start("--stage", "sft", "--out", tmp_path)
     while process.poll() is None:
         blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
