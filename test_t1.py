@@ -7,6 +7,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import gzip
 import http.server
 import importlib.util
@@ -16,6 +17,7 @@ import json
 import logging
 import math
 import os
+import pty
 import random
 import re
 import resource
@@ -101,7 +103,7 @@ def run(*args, cwd=HERE, preexec_fn=None, **env):
 def leave_no_trace():
     """A run in this process must leave its signal handlers, the logging of libraries, and the precision of all other
     products (TF32 in RoPE would shift positions) as they were."""
-    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    signals = sorted(t1.SIGNALS)
     handlers, verbosity = (
         [signal.getsignal(s) for s in signals],
         transformers.utils.logging.get_verbosity(),
@@ -2279,7 +2281,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_pa
         and len(lines) == ranks
         and all("not finite" in line and "rank" in line for line in lines)
     ), err
-    assert [p.name for p in t1.checkpoints(tmp_path / "tiny/sft")] == ["checkpoint-1"]
+    assert t1.checkpoints(tmp_path / "tiny/sft") == []  # nor is what gives such a loss saved
 
 
 @pytest.mark.slow
@@ -2351,6 +2353,715 @@ def test_a_killed_rank_ends_the_other_with_one_line(guess, tmp_path):
     ]
     assert process.returncode != 0 and len(lines) == 1, err[-3000:]
     assert t1.checkpoints(tmp_path / "tiny/rl")
+
+
+# ---------------------------------------------------------- crashes, disks, signals: nothing is lost
+
+
+def sft_args(guess, out, *more):
+    """A quick run: six small steps, saved every second one."""
+    args = ["--stage", "sft", *from_small(guess), *ten_problems(guess), "--out", out]
+    return [*args, "--sft-steps", 6, "--sft-batch", 2, "--sft-save-every", 2, "--keep", 2, *more]
+
+
+def sft_config(guess, out, *more):
+    return t1.parse_args(list(map(str, sft_args(guess, out, *more))))
+
+
+@pytest.fixture(scope="session")
+def whole_sft(guess, tmp_path_factory):
+    """The run of `sft_args`, undisturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(*sft_args(guess, out))[0] == 0
+    return out
+
+
+@pytest.fixture
+def saved_sft(whole_sft, tmp_path):
+    """A copy of it -> the folder of its stage."""
+    shutil.copytree(whole_sft / "tiny", tmp_path / "tiny")
+    return tmp_path / "tiny/sft"
+
+
+def flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def everything(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def steps_in(path):
+    return [row["step"] for row in data_prep.read_log(path)]
+
+
+class Disk:
+    """A disk below `root` that keeps at a power cut what was synced; of the rest, each change of a
+    name or a content is there or not, by chance. Before every sync, rename and removal
+    `at_event(number)` is called; `cut` builds what the next start would find."""
+
+    names = "fsync replace rename unlink rmdir mkdir".split()
+
+    def __init__(self, root, monkeypatch, at_event):
+        self.root = root
+        self.contents = {}  # of synced files
+        self.entries = {}  # of synced folders: name -> inode
+        self.held = {}  # open descriptors, so that no inode number is used twice
+        self.events = 0
+        self.at_event = at_event
+        self.looking = False  # what `at_event` does is not of the run
+        for name in self.names:
+            monkeypatch.setattr(os, name, partial(self.event, name, getattr(os, name)))
+        self.synced(self.hold(root))
+
+    def event(self, name, function, *args, **kwargs):
+        if self.looking:
+            return function(*args, **kwargs)
+        self.looking = True
+        self.at_event(self.events)
+        self.looking = False
+        self.events += 1
+        result = function(*args, **kwargs)
+        if name == "fsync":
+            handle = args[0] if isinstance(args[0], int) else args[0].fileno()
+            self.synced(os.fstat(handle).st_ino, handle)
+        return result
+
+    def hold(self, path):
+        inode = os.stat(path).st_ino
+        if inode not in self.held:
+            self.held[inode] = os.open(path, os.O_RDONLY)
+        return inode
+
+    def synced(self, inode, handle=None):
+        if handle is not None and inode not in self.held:
+            self.held[inode] = os.dup(handle)
+        path = Path(f"/proc/self/fd/{self.held[inode]}")
+        if path.is_dir():
+            self.entries[inode] = {p.name: self.hold(p) for p in path.iterdir()}
+        else:
+            self.contents[inode] = path.read_bytes()
+
+    def cut(self, target, rng):
+        """Build at `target` what a power cut leaves; without `rng`, exactly what was synced."""
+        self.build(self.hold(self.root), target, rng)
+
+    def build(self, inode, target, rng):
+        path = Path(f"/proc/self/fd/{self.held[inode]}")
+        if not path.is_dir():
+            now = path.read_bytes()
+            synced = self.contents.get(inode, b"")
+            partly = now[: len(synced)] + bytes(len(now) - len(synced))
+            target.write_bytes(rng.choice([synced, now, partly]) if rng else synced)
+            return
+        target.mkdir()
+        synced = self.entries.get(inode, {})
+        now = {p.name: self.hold(p) for p in path.iterdir()} if rng else {}
+        for name in sorted({*synced, *now}):
+            child = rng.choice([synced.get(name), now.get(name)]) if rng else synced[name]
+            if child is not None:
+                self.build(child, target / name, rng)
+
+    def close(self):
+        for handle in self.held.values():
+            os.close(handle)
+
+
+def cut_at(args, root, monkeypatch, at_event):
+    """Run t1.py on a Disk -> number of its events. `at_event(disk, event, last step whose `save`
+    returned)`."""
+    root.mkdir(exist_ok=True)
+    saved = [0]
+    save = t1.RunFolder.save
+
+    def noted(self, step, *what):
+        save(self, step, *what)
+        saved[0] = step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t1.RunFolder, "save", noted)
+        disk = Disk(root, patch, lambda event: at_event(disk, event, saved[0]))
+        code, _, err = main(*args)
+    disk.close()
+    assert code == 0, err
+    return disk.events
+
+
+def test_a_power_cut_loses_no_checkpoint_that_was_saved(guess, whole_sft, tmp_path, monkeypatch):
+    """K1: at every sync, rename and removal of three saves, whatever was synced or not. (The next
+    test resumes.)"""
+    rng = random.Random(0)
+    logged = rows_of(whole_sft / "tiny/sft")
+    seen = Counter()
+
+    def check(disk, event, saved):
+        for chance in (None, rng):
+            shutil.rmtree(tmp_path / "after", ignore_errors=True)
+            disk.cut(tmp_path / "after", chance)
+            folder = t1.RunFolder(sft_config(guess, tmp_path / "after"))
+            assert folder.step >= saved
+            if saved:
+                assert data_prep.read_log(folder.path / "metrics.jsonl")[:saved] == logged[:saved]
+            seen[saved] += 1
+
+    def some(disk, event, saved):
+        if event % 3 == 0:
+            check(disk, event, saved)
+
+    cut_at(sft_args(guess, tmp_path / "disk"), tmp_path / "disk", monkeypatch, some)
+    assert min(seen[step] for step in (0, 2, 4)) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_power_cuts_at_random_moments_resume_to_the_same_bits(guess, tmp_path, monkeypatch, stage):
+    """30 cuts of each stage, every third during a resume: nothing is lost but the steps since the
+    last checkpoint."""
+    rng = random.Random(stage)
+
+    def args(out):
+        small = ["--rl-steps", 6, "--rl-save-every", 2, "--prompts", 2, "--k", 3, "--out", out]
+        return sft_args(guess, out) if stage == "sft" else rl_args(guess, *small)
+
+    assert main(*args(tmp_path / "whole"))[0] == 0
+    whole = outcome(tmp_path / "whole/tiny" / stage, 6)
+    count = cut_at(args(tmp_path / "count"), tmp_path / "count", monkeypatch, lambda *unused: None)
+    for number in range(30):
+        base = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", base) if number % 3 == 0 else base.mkdir()
+        shutil.rmtree(base / "tiny" / stage / "checkpoint-6", ignore_errors=True)
+        moment = rng.randrange(count // 2 if number % 3 == 0 else count)
+        promised = []
+
+        def cut(disk, event, saved):
+            if event == moment:
+                disk.cut(tmp_path / f"{number}-after", rng)
+                promised.append(max(saved, 4 if number % 3 == 0 else 0))
+
+        cut_at(args(base), base, monkeypatch, cut)
+        if not promised:  # the run was over before
+            continue
+        code, out, err = main(*args(tmp_path / f"{number}-after"))
+        resumed = re.search(r"resuming from .*checkpoint-(\d+)", out)
+        assert code == 0 and int(resumed[1] if resumed else 0) >= promised[0], (out, err)
+        assert outcome(tmp_path / f"{number}-after/tiny" / stage, 6) == whole, moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_killed_before_every_event_resumes_to_the_same_bits(guess, tmp_path, monkeypatch, stage):
+    """What SIGKILL leaves before each sync, rename and removal of a run with three saves, and of a
+    resume."""
+
+    def args(out):
+        small = ["--rl-steps", 6, "--rl-save-every", 2, "--prompts", 2, "--k", 3, "--out", out]
+        return sft_args(guess, out) if stage == "sft" else rl_args(guess, *small)
+
+    left = {}  # a folder's state -> its copy
+
+    def keep(disk, event, saved):
+        state = {str(p.relative_to(disk.root)): data for p, data in everything(disk.root).items()}
+        key = t1.digest(sorted(state.items()))
+        if key not in left:
+            left[key] = tmp_path / f"left{len(left)}"
+            shutil.copytree(disk.root, left[key])
+
+    cut_at(args(tmp_path / "disk"), tmp_path / "disk", monkeypatch, keep)
+    whole = outcome(tmp_path / "disk/tiny" / stage, 6)
+    shutil.copytree(tmp_path / "disk", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/tiny" / stage / "checkpoint-6")
+    cut_at(args(tmp_path / "again"), tmp_path / "again", monkeypatch, keep)
+    assert len(left) > 30
+    for folder in left.values():
+        assert main(*args(folder))[0] == 0
+        assert outcome(folder / "tiny" / stage, 6) == whole, folder
+        shutil.rmtree(folder)
+
+
+def mounted(image, folder):
+    folder.mkdir(exist_ok=True)
+    options = "loop,data=writeback,commit=300"
+    done = subprocess.run(["mount", "-o", options, image, folder], capture_output=True)
+    return done.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_power_cut_of_an_ext4_disk(guess, tmp_path, monkeypatch):
+    """The image of a mounted disk, copied while the run writes, is what a power cut leaves of
+    it."""
+    image = tmp_path / "image"
+    with open(image, "wb") as f:
+        f.truncate(128 << 20)
+    made = shutil.which("mkfs.ext4") and os.geteuid() == 0
+    if not made or subprocess.run(["mkfs.ext4", "-q", image]).returncode:
+        pytest.skip("no ext4 image can be made here")
+    if not mounted(image, tmp_path / "disk"):
+        pytest.skip("no image can be mounted here")
+    cuts = []
+
+    def copy(disk, event, saved):
+        if event % 25 == 24:
+            cuts.append((saved, tmp_path / f"cut{event}"))
+            subprocess.run(["cp", "--sparse=always", image, cuts[-1][1]], check=True)
+
+    try:
+        cut_at(sft_args(guess, tmp_path / "disk"), tmp_path / "disk", monkeypatch, copy)
+        whole = outcome(tmp_path / "disk/tiny/sft", 6)
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+    assert max(saved for saved, _ in cuts) >= 4
+    for saved, path in cuts:
+        assert mounted(path, tmp_path / "after")
+        try:
+            assert t1.RunFolder(sft_config(guess, tmp_path / "after")).step >= saved
+            assert main(*sft_args(guess, tmp_path / "after"))[0] == 0
+            assert outcome(tmp_path / "after/tiny/sft", 6) == whole
+        finally:
+            subprocess.run(["umount", tmp_path / "after"], check=True)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_neither_damaged_nor_absent(guess, saved_sft):
+    """K2: refused in one line, nothing touched. /proc/self/mem is a file that gives an error of the
+    disk (EIO)."""
+    manifest = saved_sft / "checkpoint-6" / t1.MANIFEST
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")
+    before = everything(saved_sft / "checkpoint-4") | {0: metrics(saved_sft)}
+    code, _, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 1 and f"{manifest}: Input/output error" in err and err.count("\n") == 1
+    assert everything(saved_sft / "checkpoint-4") | {0: metrics(saved_sft)} == before
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "no config", "weights alone"])
+def test_folders_but_no_usable_checkpoint_is_refused_and_nothing_touched(guess, saved_sft, damage):
+    """K2, K9: a run whose checkpoints cannot be resumed never starts over."""
+    for path in t1.checkpoints(saved_sft):
+        if damage == "no manifest":
+            (path / t1.MANIFEST).unlink()
+        elif damage == "weights alone":
+            t1.drop_trainer_state(path)
+    if damage == "no config":
+        (saved_sft / "config.json").unlink()
+    before = everything(saved_sft)
+    code, out, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 2 and err.count("\n") == 1 and str(saved_sft) in err, err
+    assert everything(saved_sft) == before
+
+
+@pytest.mark.parametrize("kind", ["trainer/*.safetensors", "model.safetensors", "config.json"])
+def test_a_flipped_bit_is_seen_and_the_checkpoint_before_is_taken(guess, saved_sft, kind):
+    """K4, K9: also with --keep 1, whose next save must not remove the one that it resumed from."""
+    whole = outcome(saved_sft, 6)
+    path = next((saved_sft / "checkpoint-6").glob(kind))
+    flip(path, at=-3)
+    code, out, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 0 and "checkpoint-6: damaged" in out and path.name in out, err
+    assert f"resuming from {saved_sft / 'checkpoint-4'}" in out and outcome(saved_sft, 6) == whole
+
+
+def test_a_flipped_bit_in_the_weights_that_rl_or_eval_take_is_refused(guess, saved_sft):
+    flip(saved_sft / "checkpoint-6/model.safetensors")
+    data = [*ten_problems(guess), "--out", saved_sft.parent.parent, "--max-new", 24]
+    for stage in (["rl"], ["eval", "--budgets", ""]):
+        code, _, err = main("--stage", *stage, *data)
+        assert code == 2 and "checkpoint-6: damaged (model.safetensors" in err, err
+
+
+def test_a_damaged_manifest_is_seen(saved_sft):
+    path = saved_sft / "checkpoint-6" / t1.MANIFEST
+    text = path.read_text()
+    for old, new in (('"step": 6', '"step": 7'), ('"step": 6', '"step": "6"'), ("{", "")):
+        path.write_text(text.replace(old, new, 1))
+        assert [t1.step_of(p) for p in t1.checkpoints(saved_sft)] == [4]
+
+
+def test_the_step_is_the_manifests_and_another_runs_checkpoint_is_no_checkpoint(guess, saved_sft):
+    """K5, and a checkpoint that was copied from another run."""
+    whole = outcome(saved_sft, 6)
+    shutil.copytree(guess / "tiny/sft/checkpoint-250", saved_sft / "checkpoint-250")
+    shutil.rmtree(saved_sft / "checkpoint-6")
+    (saved_sft / "checkpoint-4").rename(saved_sft / "checkpoint-5")
+    code, out, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 0 and f"resuming from {saved_sft / 'checkpoint-5'}" in out, err
+    assert outcome(saved_sft, 6) == whole
+    assert [p.name for p in t1.checkpoints(saved_sft)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_logs_are_cut_by_step_and_what_is_cut_is_set_aside(guess, saved_sft):
+    """K6: rows that are missing are said; those of later steps, of no step, a second time or cut in
+    half go aside."""
+    path = saved_sft / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    shutil.rmtree(saved_sft / "checkpoint-6")
+    odd = [lines[0], b'{"a": 1}\n', b"not JSON\n", b"[1]\n", lines[5], b'{"step": 5, "lo']
+    path.write_bytes(b"".join(lines[:1] + lines[2:4] + odd))
+    code, out, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 0 and "metrics.jsonl: 1 of 4 steps are missing, the first is 1" in out, err
+    assert path.read_bytes().splitlines(keepends=True) == lines[:1] + lines[2:]
+    assert (saved_sft / "metrics.jsonl.cut-4").read_bytes() == b"".join(odd) + b"\n"
+
+
+def test_logs_before_the_first_checkpoint_are_set_aside(guess, whole_sft, tmp_path):
+    folder = tmp_path / "tiny/sft"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(whole_sft / "tiny/sft" / name, folder)
+    assert main(*sft_args(guess, tmp_path))[0] == 0
+    assert metrics(folder) == metrics(whole_sft / "tiny/sft")
+    assert (folder / "metrics.jsonl.cut-0").read_bytes() == metrics(folder)
+
+
+def test_a_broken_gzip_log_keeps_its_whole_rows(tmp_path):
+    path = tmp_path / "rollouts.jsonl.gz"
+    rows = [json.dumps(dict(step=i, text="x" * 50)).encode() + b"\n" for i in range(6)]
+    members = [gzip.compress(row) for row in rows]
+    path.write_bytes(b"".join(members[:5]) + members[5][:-9])
+    t1.cut_log(path, path, lambda row: row["step"] < 4, tmp_path / "aside")
+    assert gzip.decompress(path.read_bytes()) == b"".join(rows[:4])
+    assert (tmp_path / "aside").read_bytes().startswith(rows[4])
+
+
+def test_other_weights_are_another_key(tiny, tmp_path):
+    """K7: one bit of any tensor, in a folder without a manifest; a copy elsewhere is the same
+    model."""
+    shutil.copytree(tiny.folder, tmp_path / "a")
+    shutil.copytree(tiny.folder, tmp_path / "b")
+    cfg = config("--checkpoint", "x", "--preset", "tiny", stage="eval")
+
+    def key(folder):
+        return t1.entry_key((t1.weights_of(str(folder)), ""), naming_rows(3), 1, cfg)
+
+    assert key(tmp_path / "a") == key(tmp_path / "b")
+    flip(tmp_path / "b/model.safetensors")
+    assert key(tmp_path / "a") != key(tmp_path / "b")
+
+
+def test_an_evaluation_resumes_per_checkpoint_and_test_set(guess, tmp_path, monkeypatch):
+    """K7, K14: killed after the first of two checkpoints; moved; a foreign row, and the responses
+    of a kill."""
+    shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "one")
+    shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "two")
+    flip(tmp_path / "two/model.safetensors", at=-2)
+    (tmp_path / "two" / t1.MANIFEST).unlink()
+    both = ["--preset", "tiny", "--checkpoint", f"{tmp_path / 'one'},{tmp_path / 'two'}"]
+    args = ["--stage", "eval", *both, *ten_problems(guess), "--max-new", 24, "--budgets", "8"]
+    assert main(*args, "--out", tmp_path / "whole")[0] == 0
+    whole = tmp_path / "whole/tiny/eval"
+    measure = t1.measure
+    calls = []
+
+    def second_fails(*rest):
+        calls.append(0)
+        if len(calls) == 2:
+            raise t1.Stop("as if killed")
+        return measure(*rest)
+
+    monkeypatch.setattr(t1, "measure", second_fails)
+    assert main(*args, "--out", tmp_path / "killed")[0] == 1
+    killed = tmp_path / "killed/tiny/eval"
+    first = json.loads((killed / "results.json").read_text())["checkpoints"]
+    assert [e["name"] for e in first] == [str(tmp_path / "one")] or len(first) == 1
+    key = json.loads((whole / "results.json").read_text())["checkpoints"][1]["key"]
+    data_prep.append_rows(killed / "responses.jsonl", [dict(key=key, number=0, sample=0)])
+    code, out, err = main(*args, "--out", tmp_path / "killed")
+    assert code == 0 and out.count("evaluated before") == 1 and len(calls) == 3, err
+    for name in ("results.json", "responses.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert main(*args, "--out", tmp_path / "killed", "--eval-temperature", 0.5)[0] == 0
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("text", ['{"checkpoints": [{"a": 1}]}', '{"checkpoints": 3}', "{}", "[]"])
+def test_foreign_results_are_refused(tmp_path, text):
+    """K13"""
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(t1.Misuse, match="results.json: "):
+        t1.results_of(tmp_path)
+
+
+def test_resume_compares_contents_not_paths(guess, saved_sft, tmp_path):
+    """K8, W7: moved files are the same run, other contents are another; torch and threads are
+    said."""
+    here = saved_sft.parent.parent
+    moved = shutil.copy(guess / "ten.jsonl", tmp_path / "moved.jsonl")
+    change(saved_sft / "config.json", torch="1.0", threads=7)
+    code, out, err = main(*sft_args(guess, here, "--data", moved, "--test", moved))
+    assert code == 0 and "started with torch 1.0, now" in out and "with threads 7, now" in out, err
+    other = write_rows(tmp_path / "other.jsonl", naming_rows(11))
+    for option in ("--data", "--test"):
+        code, _, err = main(*sft_args(guess, here, option, other))
+        assert code == 2 and f"was started with another {option}; choose another --name" in err
+
+
+def test_resume_compares_the_reward_and_the_model(guess, tmp_path):
+    """K8: the function's file, wherever it lies; --model spelled in another way, or another
+    model."""
+    source = "def value(response, row):\n    return 0.25\n"
+    (tmp_path / "a.py").write_text(source)
+    (tmp_path / "b.py").write_text(source)
+    (tmp_path / "c.py").write_text(source.replace("0.25", "0.5"))
+    args = rl_args(guess, "--out", tmp_path, "--rl-steps", 1, "--prompts", 2, "--k", 2, "--reward")
+    assert main(*args, f"{tmp_path}/a.py:value")[0] == main(*args, f"{tmp_path}/b.py:value")[0] == 0
+    code, _, err = main(*args, f"{tmp_path}/c.py:value")
+    assert code == 2 and "was started with another --reward" in err
+    same = shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "model")
+    args += [f"{tmp_path}/a.py:value", "--model"]
+    assert main(*args, same)[0] == 0
+    (same / t1.MANIFEST).unlink()
+    flip(same / "model.safetensors")
+    code, _, err = main(*args, same)
+    assert code == 2 and "was started with another --model" in err
+
+
+def test_links_and_a_users_own_folders_stay(guess, whole_sft, saved_sft, tmp_path):
+    """K10: checkpoints that are links, one of which is removed by --keep; folders that look like
+    ours."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(saved_sft / "checkpoint-6")
+    (saved_sft / "checkpoint-4").rename(elsewhere / "checkpoint-4")
+    (saved_sft / "checkpoint-4").symlink_to(elsewhere / "checkpoint-4")
+    for name in ("partial-notes", "checkpoint-²", "checkpoint-4-copy", "partial-3"):
+        (saved_sft / name).mkdir()
+    before = everything(elsewhere)
+    args = sft_args(guess, saved_sft.parent.parent, "--keep", 1)
+    assert main(*args)[0] == 0
+    assert outcome(saved_sft, 6) == outcome(whole_sft / "tiny/sft", 6)
+    assert not (saved_sft / "checkpoint-4").is_symlink() and everything(elsewhere) == before
+    left = {p.name for p in saved_sft.iterdir() if p.is_dir()}
+    assert left == {"partial-notes", "checkpoint-²", "checkpoint-4-copy", "checkpoint-6"}
+
+
+def test_a_policy_that_is_not_finite_is_never_saved(guess, tmp_path):
+    """K11: weights, the state of AdamW, or what the policy says."""
+    code, _, err = main(*rl_args(guess, "--out", tmp_path, "--rl-lr", "1e30", "--warmup", 0))
+    assert code == 1 and "not finite" in err and err.count("t1.py: ") == 1, err
+    assert t1.checkpoints(tmp_path / "tiny/rl") == []
+
+
+@pytest.mark.parametrize("broken", ["weight", "moment"])
+def test_a_state_that_is_not_finite_is_never_saved(tiny, tmp_path, broken):
+    cfg = config("--out", tmp_path, "--preset", "tiny")
+    policy = copy.deepcopy(tiny.policy)
+    optimizer = t1.make_optimizer(policy, cfg)
+    folder = t1.RunFolder(cfg)
+    folder.create("", [], [], "")
+    folder.save(1, policy, optimizer)
+    last = list(policy.parameters())[0]
+    x = last.data if broken == "weight" else optimizer.state[last]["exp_avg"]
+    x[-1, -1] = math.nan
+    with pytest.raises(t1.Stop, match="not finite"):
+        folder.save(2, policy, optimizer)
+    assert [t1.step_of(p) for p in t1.checkpoints(folder.path)] == [1]
+    assert not (folder.path / "partial-2").exists()
+
+
+def test_a_sampler_whose_policy_is_not_finite_stops_in_one_line(tiny):
+    policy = copy.deepcopy(tiny.policy)
+    with torch.no_grad():
+        next(policy.parameters()).fill_(math.nan)
+    engine = t1.TorchEngine(tiny.tokenizer, tiny.cfg)
+    engine.load(policy)
+    with pytest.raises(t1.Stop, match="log-probs are not finite"):
+        t1.generate(engine, asked([[3, 4, 5]], 2), tiny.cfg.max_new, 1.0)
+
+
+def test_a_checkpoint_has_the_mode_of_the_users_files(whole_sft):
+    """K14"""
+    modes = {p.stat().st_mode & 0o777 for p in (whole_sft / "tiny/sft").rglob("*") if p.is_file()}
+    assert len(modes) == 1 and modes.pop() & 0o044
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    """K14"""
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for function in (data_prep.write_json, partial(data_prep.append_rows, sync=True)):
+        with pytest.raises(OSError) as caught:
+            function(tmp_path / "x.json", [dict(a=1)])
+        assert "x.json" in t1.failure_of(caught.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "samples.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_log_that_is_no_file_is_refused(guess, tmp_path, name, kind):
+    """K14: it would hang, or fill the memory."""
+    folder = tmp_path / "tiny/sft"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(t1.Misuse, match=f"{name}: neither a file nor a folder"):
+        t1.RunFolder(sft_config(guess, tmp_path)).create("", [], [], "")
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (BlockingIOError(11, "Resource temporarily unavailable"), "raise ulimit -u"),
+        (RuntimeError("can't start new thread"), "raise ulimit -u"),
+    ],
+)
+def test_too_few_processes_is_not_a_missing_model(tiny, monkeypatch, error, says):
+    """K14"""
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(t1.Stop, match=says):
+        t1.load_policy(str(tiny.folder), tiny.cfg)
+
+
+def test_ranks_without_torchrun_is_one_line(monkeypatch):
+    """K13"""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for text in ("2", "two"):
+        monkeypatch.setenv("WORLD_SIZE", text)
+        code, _, err = main("--stage", "rl", "--preset", "tiny")
+        assert code == 2 and "start several ranks by torchrun" in err and err.count("\n") == 1
+
+
+def test_tensorboard_events_begin_again_at_the_checkpoint(guess, saved_sft, monkeypatch):
+    """W3: TensorBoard hides the events from `purge_step` on that were there before."""
+    begun = []
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = lambda path, purge_step: begun.append((path, purge_step)) or board
+    board = type("Board", (), dict(add_scalar=lambda *args: begun.append(args[-1])))()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setitem(sys.modules, "tensorboard", module)
+    module.__spec__ = importlib.util.spec_from_loader("tensorboard", None)
+    shutil.rmtree(saved_sft / "checkpoint-6")
+    assert main(*sft_args(guess, saved_sft.parent.parent, "--tensorboard", "true"))[0] == 0
+    assert begun[0] == (str(saved_sft), 4) and set(begun[1:]) == {4, 5}
+
+
+def test_a_reader_that_died_or_sleeps_never_stops_a_write():
+    """K3: `2>&1 | tee log` whose tee died, and a pipe that nobody reads."""
+    read, write = os.pipe()
+    stream = t1.Console(open(write, "w"))
+    for _ in range(3):
+        stream.write("±" * 40_000)  # more than a pipe holds
+    assert os.read(read, 4) == "±±".encode()
+    os.close(read)
+    stream.write("nobody")
+    print("nobody", file=stream, flush=True)
+    stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", sorted(t1.SIGNALS))
+def test_a_signal_while_the_libraries_load_is_one_line_and_exit_1(tmp_path, number):
+    """K12, W4"""
+    process = start("--stage", "sft", "--out", tmp_path)
+    while process.poll() is None:
+        blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+        if int(blocked[1], 16) >> (number - 1) & 1:
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and err.count("\n") == 1, err
+    assert f"t1.py: {signal.Signals(number).name}: stopped; the same command resumes" in err
+
+
+def forked_main(args, at, number):
+    """t1.main in a forked process that gets a signal when `at` is called -> (exit code, what it
+    wrote to stderr)."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(write, 2)
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
+        function = getattr(t1, at)
+
+        def disturbed(*rest, **options):
+            os.kill(os.getpid(), number)
+            return function(*rest, **options)
+
+        setattr(t1, at, disturbed)
+        try:
+            os._exit(t1.main(list(map(str, args))))
+        finally:
+            os._exit(99)
+    os.close(write)
+    with open(read) as f:
+        said = f.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+@pytest.mark.parametrize("at", ["read_data", "evaluate"])
+@pytest.mark.parametrize("number", sorted(t1.SIGNALS))
+def test_a_signal_at_the_start_or_in_the_last_evaluation(guess, saved_sft, at, number):
+    """K12, W4"""
+    code, err = forked_main(sft_args(guess, saved_sft.parent.parent), at, number)
+    name = signal.Signals(number).name
+    assert code == 1 and err.endswith(f"t1.py: {name}: stopped; {t1.RESUMES}\n"), err
+    assert "Traceback" not in err and len(t1.checkpoints(saved_sft)) == 2
+
+
+def test_sighup_saves_and_under_nohup_is_not_heard(guess, tmp_path):
+    args = sft_args(guess, tmp_path)
+    code, err = forked_main(args, "sft_step", signal.SIGHUP)
+    assert code == 0 and "stopping: a checkpoint is saved first" in err
+    assert len(rows_of(tmp_path / "tiny/sft")) == 1 and t1.checkpoints(tmp_path / "tiny/sft")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        code, err = forked_main(args, "sft_step", signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 0 and len(rows_of(tmp_path / "tiny/sft")) == 6
+
+
+@pytest.mark.slow
+def test_ctrl_c_through_tee_saves_ten_of_ten(guess, tmp_path):
+    """K3: a shell in a pseudo-terminal; Ctrl-C goes to the whole pipe, and tee dies of it."""
+    folder = tmp_path / "tiny/sft"
+    args = sft_args(guess, tmp_path, "--sft-steps", 10_000, "--sft-save-every", 10_000)
+    command = " ".join(map(str, [sys.executable, HERE / "t1.py", *args]))
+    for time_ in range(10):
+        steps = len(rows_of(folder)) if time_ else 0
+        pid, terminal = pty.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.execve("/bin/sh", ["sh", "-c", f"{command} 2>&1 | tee {tmp_path}/log"], ENV)
+        reader = threading.Thread(target=drain, args=[terminal], daemon=True)
+        reader.start()
+        deadline = time.time() + 240
+        while not folder.exists() or not metrics_grew(folder, steps):
+            assert time.time() < deadline
+            time.sleep(0.05)
+        os.write(terminal, b"\x03")
+        os.waitpid(pid, 0)
+        while locked(folder):
+            assert time.time() < deadline
+            time.sleep(0.05)
+        os.close(terminal)
+        (*_, last) = t1.checkpoints(folder)
+        assert t1.step_of(last) == len(rows_of(folder)) > steps
+
+
+def drain(terminal):
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
+
+
+def metrics_grew(folder, steps):
+    path = folder / "metrics.jsonl"
+    return path.exists() and path.read_bytes().count(b"\n") > steps + 2
+
+
+def locked(folder):
+    """Does a process still work in it?"""
+    with open(folder / "lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 # -------------------------------------------------------------------------------------------------------------- misuse

@@ -46,7 +46,8 @@ def run(parser: Parser, work, argv: list[str] | None) -> int:
             raise t1.Misuse(f"one process, not torchrun: {parser.prog}")
         if options and not parser.t1_options:
             raise t1.Misuse(f"unrecognized arguments: {' '.join(options)}")
-        return work(own, options) or 0
+        with t1.interrupt:
+            return work(own, options) or 0
     except t1.Stop as e:
         return t1.complain(str(e), e.code)
     except OSError as e:

@@ -141,7 +141,6 @@ def our_rl_step(job: Job, step: int) -> Timing:
         job.optimizer,
         job.cfg,
         clock,
-        t1.Interrupt(),
     )
     return Timing(row["tokens"], clock.seconds, row)
 

@@ -111,14 +111,15 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
         root = fixed | dict(name="root", seed=0, data=str(base / "data/traces.jsonl"))
         if not run_stage("sft", root, options):
             return False
-        if not run_stage("sft", fixed | BRANCH | dict(model=t1.newest(base / "root/sft")), options):
+        made = dict(model=t1.latest(str(base / "root/sft")))
+        if not run_stage("sft", fixed | BRANCH | made, options):
             return False
     else:
-        start = t1.newest(base / f"{variant.start}-seed{seed}" / "sft")
+        start = t1.latest(str(base / f"{variant.start}-seed{seed}" / "sft"))
         changes = variant.changes | dict(model=start, data=str(base / "data/train.jsonl"))
         if not run_stage("rl", fixed | changes, options):
             return False
-    last = t1.newest(base / run / stage)
+    last = t1.latest(str(base / run / stage))
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
     cfg = stage_config("rl", fixed | dict(data=str(base / "data/train.jsonl")), options)
@@ -209,8 +210,8 @@ def distance(run: Path, cfg: t1.Config) -> float:
     start = data_prep.read_json(run / "rl/config.json")["started_from"]
     sums = []
     for checkpoint in (
-        t1.newest(run / "rl"),
-        t1.newest(run.parent / Path(start).parent.parent.name / "sft"),
+        t1.latest(str(run / "rl")),
+        t1.latest(str(run.parent / Path(start).parent.parent.name / "sft")),
     ):
         policy, tokenizer = t1.load_policy(checkpoint, cfg)
         rows = [

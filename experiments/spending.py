@@ -219,11 +219,9 @@ def spend(
     budgets = [point[0] for point in entry["scaling"]]
     forced = force_budget(engine, firsts, budgets[-1], wait_words, cfg)
     if samples > entry["samples"]:
-        about = {field: entry[field] for field in ("name", "checkpoint", "test")}
-        about["key"] = t1.fingerprint(policy, problems, prompts, samples, cfg)
-        _, kept = t1.evaluate(
-            engine, problems, prompts, samples, cfg, base / "eval" / "spending.jsonl", about
-        )
+        _, kept = t1.evaluate(engine, problems, prompts, samples, cfg)
+        rows = [dict(number=i // samples, sample=i % samples) | r for i, r in enumerate(kept)]
+        data_prep.write(base / "eval" / "spending.jsonl", map(data_prep.json_line, rows))
     else:
         kept = [r for r in kept if r["sample"] < samples]
     return dict(

@@ -684,7 +684,7 @@ def run_folder_case(rng: random.Random, folder: Path, base: dict):
     """config.json, metrics.jsonl and a checkpoint's complete.json of a run that is to resume."""
     cfg = t1.parse_args(["--stage", "rl", "--out", str(folder), "--name", "run"])
     run = t1.RunFolder(cfg)
-    run.create("somewhere", [])
+    run.create("somewhere", [], [])
     t1.append_rows(
         run.path / "metrics.jsonl",
         [dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)],
