@@ -1096,11 +1096,9 @@ def naming_rows(count=400):
     return rows
 
 
-@pytest.fixture(scope="session")
-def guess(tmp_path_factory):
-    """A policy that guesses among ten numbers, from SFT on answers that do not fit: rewards differ within a group from
-    the first step on. -> the folder of its run, `tiny/sft/checkpoint-250`, and of its rows."""
-    base = tmp_path_factory.mktemp("guess")
+def make_guess(base):
+    """A policy that guesses among ten numbers, from SFT on answers that do not fit: rewards differ
+    within a group from the first step on. In BASE its run, `tiny/sft/checkpoint-250`, and its rows."""
     write_rows(base / "rows.jsonl", naming_rows())
     write_rows(base / "ten.jsonl", naming_rows(10))
     data = [
@@ -1116,6 +1114,12 @@ def guess(tmp_path_factory):
     code, out, err = main("--stage", "sft", *data, "--sft-steps", 250, "--sft-lr", "4e-3", *SMALL)
     assert code == 0 and "next: torchrun t1.py --stage rl" in out, err
     return base
+
+
+@pytest.fixture(scope="session")
+def guess(tmp_path_factory):
+    """-> the folder of `make_guess`."""
+    return make_guess(tmp_path_factory.mktemp("guess"))
 
 
 def train(guess, steps, *more):
