@@ -391,8 +391,8 @@ def open_variants(records: list[dict]) -> list[str]:
 HOW_TO_READ = """
 Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict is
 `yes` or `no` where the p-value, corrected for the number of questions by Holm's procedure, is at
-most 0.05: does the difference have the claimed sign (`higher` or `lower` where none is claimed)? Else
-it is open, and effects outside the interval are excluded, each at 95 %.
+most 0.05: does the difference have the claimed sign (`higher` or `lower` where none is claimed)?
+Else it is open, and effects outside the interval are excluded, each at 95 %.
 """
 
 

@@ -35,7 +35,8 @@ SETTING = (
 BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; garbage has about 600 tokens
 ROUNDS = ((0, 1, 2), (3, 4), (5, 6, 7))  # seeds: of every variant, then twice of those still open
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
-DRAWS = 8  # gradient estimates at one checkpoint for each K of DRAWN_K, of DRAWN_P prompts
+# Gradient estimates at one checkpoint, for each K, of so many prompts
+DRAWS = 8
 DRAWN_K = (4, 16, 64)
 DRAWN_P = 4
 SPREAD = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05))  # temperature and min-p,
@@ -178,7 +179,8 @@ def gradient_variance(
 ) -> float:
     """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS
     estimates from the same prompts with K samples each, which differ in their samples alone."""
-    total, squares = 0.0, 0.0
+    total = 0.0
+    squares = 0.0
     for draw in range(DRAWS):
         seeds = [t1.seed_for(cfg.seed, "draw", K, draw, place) for place in range(len(prompts))]
         rollouts, records = t1.roll_out(engine, problems, prompts, K, seeds, cfg, cfg.temperature)
