@@ -74,7 +74,7 @@ def one_rank(rank: int, ranks: int, port: int, args: list[str], kill: tuple | No
 
 
 def run_ranks(args: list[str], ranks: int, log: Path, kill: tuple | None = None):
-    """Run t1.main(args), one rank with `kill`: (rank, function, nth call, delay), and check the ends."""
+    """Run t1.main(args), one rank with `kill`: (rank, function, call, delay); check the ends."""
     log.unlink(missing_ok=True)
     port, fork = 29900 + os.getpid() % 2000, multiprocessing.get_context("fork")
     jobs = [(rank, ranks, port, args, kill, log) for rank in range(ranks)]

@@ -74,7 +74,16 @@ def test_the_p_value_is_students():
 
 
 def test_the_quantiles_are_those_of_the_printed_tables():
-    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 10: 2.228, 30: 2.042}
+    printed = {
+        1: 12.706,
+        2: 4.303,
+        3: 3.182,
+        4: 2.776,
+        5: 2.571,
+        6: 2.447,
+        10: 2.228,
+        30: 2.042,
+    }
     for dof, quantile in printed.items():
         assert claims.t_quantile(dof) == pytest.approx(quantile, abs=5e-4)
     assert claims.t_quantile(4, 0.01) == pytest.approx(4.604, abs=5e-4)
@@ -123,8 +132,15 @@ def test_statistics_of_differences():
 def a_run(variant, seed, **more):
     """A record as `claims.record_of` makes it, with values that no test looks at."""
     steps = {column: [0.1] * 3 for column in claims.STEPS}
-    values = dict(pass_at_1=0.5, pass_at_8=0.7, length=50, corrected=0.2, jump=0.1)
-    values |= dict(overlong=0.1, repetition=0.0)
+    values = dict(
+        pass_at_1=0.5,
+        pass_at_8=0.7,
+        length=50,
+        corrected=0.2,
+        jump=0.1,
+        overlong=0.1,
+        repetition=0.0,
+    )
     values |= dict(distance=1.0, scaling=[[32, 0.2], [128, 0.4], [320, 0.5]], steps=steps)
     values |= dict(noise={"4": 1.0, "16": 0.25, "64": 0.0625})
     values |= dict(spread={"0.8": 0.1, "1.1": 0.2, "1.3": 0.4, "1.3, min-p 0.05": 0.1})
@@ -132,7 +148,10 @@ def a_run(variant, seed, **more):
 
 
 def test_differences_are_paired_by_seed():
-    values = {"base": {0: 0.7, 1: 0.8, 3: 0.9}, "k4": {3: 0.6, 1: 0.75, 2: 0.1, 0: 0.2}}
+    values = {
+        "base": {0: 0.7, 1: 0.8, 3: 0.9},
+        "k4": {3: 0.6, 1: 0.75, 2: 0.1, 0: 0.2},
+    }
     records = []
     for name, of in values.items():
         records += [a_run(name, seed, pass_at_1=value) for seed, value in of.items()]
@@ -151,8 +170,10 @@ def test_differences_are_paired_by_seed():
 
 
 def test_entropy_is_compared_at_equal_accuracy():
-    fast = a_run("base", 0, steps=dict(accuracy=[0.2, 0.6, 0.8], entropy=[1.0, 0.6, 0.4]))
-    slow = a_run("alpha0", 0, steps=dict(accuracy=[0.3, 0.4, 0.5], entropy=[0.9, 0.8, 0.2]))
+    steps = dict(accuracy=[0.2, 0.6, 0.8], entropy=[1.0, 0.6, 0.4])
+    fast = a_run("base", 0, steps=steps)
+    steps = dict(accuracy=[0.3, 0.4, 0.5], entropy=[0.9, 0.8, 0.2])
+    slow = a_run("alpha0", 0, steps=steps)
     # the weaker reaches 0.5 at its end, with 0.2; the other three quarters of the way from 0.2 to
     # 0.6, with 0.7
     assert claims.entropy_difference(fast, slow) == pytest.approx(0.5)
@@ -194,7 +215,9 @@ def test_correct_only_traces_hold_no_failed_try():
     traces = data_prep.embedded_traces(2000, correct_only=True)
     assert {data_prep.habit_of(t["response"]) for t in traces} == {"jump"}
     assert not any(" not " in t["response"] or "wait" in t["response"] for t in traces)
-    assert all(verify.grade([t["response"] for t in traces], [t["answer"] for t in traces]))
+    responses = [t["response"] for t in traces]
+    answers = [t["answer"] for t in traces]
+    assert all(verify.grade(responses, answers))
     habits = {data_prep.habit_of(t["response"]) for t in data_prep.embedded_traces(2000)}
     assert habits == {"jump", "wander", "orderly"}
 
@@ -305,7 +328,8 @@ def test_the_plan_asks_again_only_where_a_question_is_open(tmp_path, monkeypatch
     assert ledger.main(["--out", str(tmp_path)]) == 0
     first = [(name, seed) for seed in (0, 1, 2) for name in claims.VARIANTS]
     second = [("base", 3), ("k4", 3), ("base", 4), ("k4", 4)]
-    assert asked == first + second + [("k4", 5), ("k4", 6), ("k4", 7)]
+    third = [("k4", 5), ("k4", 6), ("k4", 7)]
+    assert asked == first + second + third
 
 
 def test_every_variant_is_a_valid_run():
@@ -391,7 +415,11 @@ def plan_config(*args):
 
 
 # layers, width, vocabulary (0: the tokenizer's), tokens of a row, tokens of a micro-batch
-SIZES = [(2, 64, 0, 128, 1024), (3, 256, 0, 256, 2048), (1, 64, 50_000, 16, 512)]
+SIZES = [
+    (2, 64, 0, 128, 1024),
+    (3, 256, 0, 256, 2048),
+    (1, 64, 50_000, 16, 512),
+]
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -485,33 +513,22 @@ def test_plan_of_the_papers_models(name, billions):
 
 
 # 64 prompts x 32 samples, at most 4,096 tokens with the prompt: shape, GPUs, tp, recomputed,
-NVIDIA = {
-    # mean response, prompt (from its tokens a second), seconds (NeMo RL v0.4 performance summary)
-    "Qwen3-32B": (
-        plan.Shape(5120, 64, 25600, 64, 8, 128, 151936, False),
-        32,
-        4,
-        False,
-        3206,
-        110,
-        393,
-    ),
-    "Llama-3.1-8B": (
-        plan.Shape(4096, 32, 14336, 32, 8, 128, 128256, False),
-        16,
-        1,
-        True,
-        1060,
-        130,
-        97.7,
-    ),
-}
+QWEN3_32B = plan.Shape(5120, 64, 25600, 64, 8, 128, 151936, False)
+LLAMA_8B = plan.Shape(4096, 32, 14336, 32, 8, 128, 128256, False)
 
 
-@pytest.mark.parametrize("name", NVIDIA)
-def test_seconds_are_those_that_nvidia_measured(name):
+# NeMo RL v0.4, performance summary: 64 prompts x 32 samples, at most 4,096 tokens with the prompt;
+# the prompt follows from its tokens a second, `again` (layers computed again) from its recipes
+@pytest.mark.parametrize(
+    "shape, gpus, tp, again, length, prompt, measured",
+    [
+        (QWEN3_32B, 32, 4, False, 3206, 110, 393),
+        (LLAMA_8B, 16, 1, True, 1060, 130, 97.7),
+    ],
+    ids=["Qwen3-32B", "Llama-3.1-8B"],
+)
+def test_seconds_are_those_that_nvidia_measured(shape, gpus, tp, again, length, prompt, measured):
     """Within 25 %. NeMo RL takes the policy's log-probs, too: a pass as that of the anchor."""
-    shape, gpus, tp, again, length, prompt, measured = NVIDIA[name]
     job = ["--prompts", 64, "--k", 32, "--max-new", 4096 - prompt, "--checkpointing", again]
     cfg = dataclasses.replace(config("--preset", "qwen2.5-14b", *job), vllm_tp=tp, vllm_memory=0.6)
     memory = plan.memory_plan(shape, gpus, 16384, cfg, plan.Machine())
@@ -527,7 +544,8 @@ def test_a_step_of_14b_on_eight_gpus_is_a_range_that_holds_the_middle():
 
     assert 500 < total(**plan.BEST) < 620 < total() < 680 < total(**plan.WORST) < 900
     for name in plan.BEST:
-        assert total(**{name: plan.BEST[name]}) < total() < total(**{name: plan.WORST[name]})
+        assert total(**{name: plan.BEST[name]}) < total()
+        assert total(**{name: plan.WORST[name]}) > total()
     cfg, memory, _ = step_of(plan.SHAPES["Qwen/Qwen2.5-32B"], 16, 3200, 200)
     assert memory["update"] < 0.9 * plan.Machine().card
     assert memory["cache"] > 8 * (cfg.max_prompt + cfg.max_new)
@@ -574,12 +592,11 @@ def test_decoding_is_as_fast_as_the_measurement_that_it_comes_from():
 
 def test_rows_that_do_not_fit_the_cache_wait():
     """Against a loop: constant lengths, b rows at a time."""
+    shape = plan.SHAPES["Qwen/Qwen2.5-14B"]
     memory = dict(tp=1, cached=1000, cache=4 * (50 + 10))
     machine = plan.Machine(reading=1, bandwidth=1e9, decode=0.5, flops=1e30)
-    seconds = plan.rollout_seconds(
-        plan.SHAPES["Qwen/Qwen2.5-14B"], memory, 12, 100, 10, 100, 0, machine
-    )
-    layer, root = plan.parameter_counts(plan.SHAPES["Qwen/Qwen2.5-14B"])
+    seconds = plan.rollout_seconds(shape, memory, 12, 100, 10, 100, 0, machine)
+    layer, root = plan.parameter_counts(shape)
     weights = 2 * (48 * layer + (root - 5120) / 2) / 1e9
     expected = 0.0
     for _ in range(3):  # four rows that fit, thrice
@@ -640,7 +657,8 @@ def test_bench_command(capsys):
 def test_the_benchs_job_is_trls(tmp_path):
     """The values that docs/speed.md names, and the very step of t1.py: a policy that moves."""
     cfg, sft_cfg = (bench.job_config(stage, []) for stage in ("rl", "sft"))
-    assert (cfg.prompts, cfg.k, cfg.max_new, cfg.temperature, cfg.rl_lr) == (16, 16, 128, 1.0, 1e-4)
+    assert (cfg.prompts, cfg.k, cfg.max_new) == (16, 16, 128)
+    assert (cfg.temperature, cfg.rl_lr) == (1.0, 1e-4)
     assert (sft_cfg.sft_batch, sft_cfg.sft_lr, sft_cfg.tiny_width) == (64, 1e-4, 256)
     options = [*TINY_BENCH, "--max-new", "200"]
     job = bench.make_job(str(tmp_path), 1, *(bench.job_config(x, options) for x in ("rl", "sft")))
@@ -788,7 +806,12 @@ def test_fuzz_reports_what_fails(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ command lines
 
 
-PROGRAMS = dict(ledger=ledger, bench=bench, plan=plan, stress=stress)
+PROGRAMS = dict(
+    ledger=ledger,
+    bench=bench,
+    plan=plan,
+    stress=stress,
+)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -809,7 +832,8 @@ def test_options_go_to_the_stages_that_read_them():
     of_eval = "--seed 1 --max-new 24 --budgets 8,24 --stage eval"
     assert " ".join(experiments.stage_options("eval", options)) == of_eval
     of_rl = t1.parse_args(experiments.stage_options("rl", options))
-    assert (of_rl.k, of_rl.kl_center, of_rl.sft_steps, of_rl.max_new) == (4, False, 0, 24)
+    assert (of_rl.k, of_rl.kl_center) == (4, False)
+    assert (of_rl.sft_steps, of_rl.max_new) == (0, 24)
 
 
 @pytest.mark.parametrize(
