@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 import tracemalloc
 import unicodedata
 import weakref
@@ -75,7 +76,8 @@ def config(*args, stage="rl"):
 
 def main(*args, cwd=HERE):
     """t1.py as a user calls it, but in this process -> (exit code, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = t1.main([str(a) for a in args])
@@ -101,13 +103,11 @@ def run(*args, cwd=HERE, preexec_fn=None, **env):
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():
-    """A run in this process must leave its signal handlers, the logging of libraries, and the precision of all other
-    products (TF32 in RoPE would shift positions) as they were."""
+    """A run in this process must leave its signal handlers, the logging of libraries, and the
+    precision of all other products (TF32 in RoPE would shift positions) as they were."""
     signals = sorted(t1.SIGNALS)
-    handlers, verbosity = (
-        [signal.getsignal(s) for s in signals],
-        transformers.utils.logging.get_verbosity(),
-    )
+    handlers = [signal.getsignal(s) for s in signals]
+    verbosity = transformers.utils.logging.get_verbosity()
     yield
     logging.disable(logging.NOTSET)
     transformers.utils.logging.set_verbosity(verbosity)
@@ -179,27 +179,31 @@ def change(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-# -------------------------------------------------------------------------------------------------------- the project
+# -------------------------------------------------------------------------------------- the project
 
 LAYERS = {
     "verify": set(),
     "data_prep": {"verify"},
     "t1": {"data_prep", "verify"},
 }  # what each may import of ours
-LINES = {
-    "t1.py": 3500,
-    "verify.py": 2800,
-    "data_prep.py": 2600,
-    "test_t1.py": 5200,
-    "README.md": 250,
-    "docs/*.md": 150,
+# Density of the code, at most: tokens a code line, statements that bind unrelated values,
+# comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
+# number)
+DENSITY = {
+    "t1.py": (10, 3, 6, 0, 0, 21_000),
+    "data_prep.py": (11, 3, 7, 0, 0, 14_500),
+    "verify.py": (12, 15, 9, 5, 133, 22_602),
+    "test_t1.py": (12, 10, 10, 2, 0, 0),
+    "experiments/*.py": (12, 10, 10, 2, 0, 0),
 }
+PAGES = {"README.md": 220, "docs/*.md": 150}  # lines of at most 120 characters
 
 
 def test_imports_run_downwards_only():
     ours = {*LAYERS, "experiments", "test_t1"}
     for path in [*HERE.glob("*.py"), *HERE.glob("experiments/*.py")]:
-        tree, imported = ast.parse(path.read_text(encoding="utf-8")), set()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 imported |= {name.name.split(".")[0] for name in node.names}
@@ -209,14 +213,79 @@ def test_imports_run_downwards_only():
         assert imported & ours <= allowed, path
 
 
-@pytest.mark.parametrize("pattern", LINES)
-def test_files_keep_their_size(pattern):
+COMPREHENSION = re.compile(r"(ListComp|SetComp|DictComp|GeneratorExp)\(")
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT)
+
+
+def code_tokens(source):
+    """The tokens of a program without layout, comments and docstrings."""
+    docs = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(
+            node
+        ):
+            docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*LAYOUT, tokenize.ENDMARKER) and token.start[0] not in docs:
+            yield token
+
+
+def binds_unrelated_values(node):
+    """`a, b = x, y`, other than a swap or a tuple of constants."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Tuple):
+        return False
+    if not isinstance(node.value, ast.Tuple) or "Name" not in ast.dump(node.value):
+        return False
+    names = {ast.unparse(x) for x in node.targets[0].elts}
+    return {ast.unparse(x) for x in node.value.elts} != names
+
+
+def is_boolean(node):
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "bool"
+    negated = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    return negated or isinstance(node, (ast.Compare, ast.BoolOp))
+
+
+def is_trick(node):
+    """`text * bool(x)`, `[...] * (a == b)`, a walrus that drives a loop."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return is_boolean(node.left) or is_boolean(node.right)
+    walrus = "NamedExpr" in ast.dump(node.test) if isinstance(node, ast.While) else False
+    return walrus
+
+
+@pytest.mark.parametrize("pattern", DENSITY)
+def test_one_statement_does_one_thing(pattern):
+    per_line, bindings, per_100, nested, wide, in_all = DENSITY[pattern]
     for path in HERE.glob(pattern):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= LINES[pattern], f"{path.name}: {len(lines)} lines"
-        assert not [i for i, line in enumerate(lines, 1) if len(line) > 120], (
-            f"{path.name}: lines too long"
+        source = path.read_text(encoding="utf-8")
+        tokens = list(code_tokens(source))
+        code = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+        nodes = list(ast.walk(ast.parse(source)))
+        loops = [node for node in nodes if isinstance(node, COMPREHENSIONS)]
+        deep = [x for x in loops if len(COMPREHENSION.findall(ast.dump(x))) > 1]
+        found = dict(
+            tokens_a_line=len(tokens) / len(code) <= per_line,
+            bindings=sum(map(binds_unrelated_values, nodes)) <= bindings,
+            comprehensions=100 * len(loops) / len(code) <= per_100,
+            nested=len(deep) <= nested,
+            wide=sum(len(line) > 100 for line in source.splitlines()) <= wide,
+            tokens=not in_all or len(tokens) <= in_all,
+            tricks=not any(map(is_trick, nodes)),
         )
+        assert all(found.values()), (path.name, found)
+
+
+def test_pages_and_experiments_keep_their_size():
+    for pattern, most in PAGES.items():
+        for path in HERE.glob(pattern):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert len(lines) <= most, f"{path.name}: {len(lines)} lines"
+            assert max(map(len, lines)) <= 120, f"{path.name}: a line is too long"
+    programs = HERE.glob("experiments/*.py")
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in programs) <= 3200
 
 
 def test_functions_have_at_most_60_lines():
@@ -228,7 +297,7 @@ def test_functions_have_at_most_60_lines():
     assert not long
 
 
-# --------------------------------------------------------------------------------------------------------- mathematics
+# -------------------------------------------------------------------------------------- mathematics
 
 
 def doubles(*shape):
@@ -254,7 +323,8 @@ def test_centred_kl():
 def plain_distribution(hidden, head, temperature, min_p):
     """Softmax at the temperature, renormalised on the min-p support, written plainly. (n, V)"""
     p = (hidden @ head.T / temperature).softmax(-1)
-    p = p * (p.detach() >= min_p * p.detach().max(1, keepdim=True).values)
+    kept = p.detach() >= min_p * p.detach().max(1, keepdim=True).values
+    p = p * kept
     return p / p.sum(1, keepdim=True)
 
 
@@ -267,18 +337,17 @@ def plain_stats(hidden, head, targets, temperature, min_p):
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.0), (0.8, 0.3)])
 def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
-    """All K-tuples of the nine responses of a language of 3 tokens and length 2: the mean gradient of the loss is that
-    of -(1/N) [K E r - beta (K-1) KL + alpha K sum_t E H_t], with the prefixes of H held fixed."""
+    """All K-tuples of the nine responses of a language of 3 tokens and length 2: the mean gradient
+    of the loss is that of -(1/N) [K E r - beta (K-1) KL + alpha K sum_t E H_t], with the prefixes
+    of H held fixed."""
     K, beta, alpha, D = 3, 0.3, 0.2, 4
     torch.manual_seed(1)
     contexts = doubles(
         4, D
     ).requires_grad_()  # hidden state at the start and after each first token
-    head, reference, reward = (
-        doubles(3, D).requires_grad_(),
-        doubles(4, 3).log_softmax(-1),
-        doubles(9),
-    )
+    head = doubles(3, D).requires_grad_()
+    reference = doubles(4, 3).log_softmax(-1)
+    reward = doubles(9)
     responses = list(itertools.product(range(3), repeat=2))
 
     p = plain_distribution(contexts, head, temperature, min_p)
@@ -301,7 +370,8 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
         A = t1.rloo_advantages(reward[list(drawn)][None]) - beta * t1.center_kl(kl)
         rows = [0 if t == 0 else 1 + responses[i][0] for i in drawn for t in range(2)]
         targets = torch.tensor([responses[i][t] for i in drawn for t in range(2)])
-        A, w = A[0].repeat_interleave(2), torch.full((2 * K,), 1 / (2 * K), dtype=torch.float64)
+        A = A[0].repeat_interleave(2)
+        w = torch.full((2 * K,), 1 / (2 * K), dtype=torch.float64)
         loss, _, _ = t1.policy_loss(
             contexts[rows], head, targets, A, w, alpha, temperature, min_p, chunk=4
         )
@@ -312,10 +382,12 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
 
 
 def head_case(seed, n=11, V=17, D=6, min_p=0.0):
-    """hidden (n, D) and head (V, D) in float64, and likely targets (n,), inside the min-p support."""
+    """hidden (n, D) and head (V, D) in float64, and likely targets (n,), inside the min-p
+    support."""
     torch.manual_seed(seed)
-    hidden, head = doubles(n, D).requires_grad_(), doubles(V, D).requires_grad_()
-    second = torch.arange(n) % 2 * (min_p == 0)
+    hidden = doubles(n, D).requires_grad_()
+    head = doubles(V, D).requires_grad_()
+    second = torch.arange(n) % 2 if min_p == 0 else torch.zeros(n, dtype=torch.long)
     return hidden, head, (hidden @ head.T).topk(2).indices[torch.arange(n), second].detach()
 
 
@@ -349,23 +421,27 @@ def test_chunked_head_equals_full_logits(temperature, min_p, chunk):
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
 def test_the_loss_equals_its_reference(temperature, min_p):
-    """`policy_loss_reference`, which is there to be read, and `policy_loss`, which trains: same value, same gradient.
-    The reference takes float32 logits, hence the tolerance."""
+    """`policy_loss_reference`, which is there to be read, and `policy_loss`, which trains: same
+    value, same gradient. The reference takes float32 logits, hence the tolerance."""
     hidden, head, targets = head_case(12, min_p=min_p)
-    A, w = doubles(11), torch.rand(11, dtype=torch.float64)
+    A = doubles(11)
+    w = torch.rand(11, dtype=torch.float64)
     args = hidden, head, targets, A, w, 0.3, temperature, min_p
-    ours, reference = t1.policy_loss(*args, chunk=4)[0], t1.policy_loss_reference(*args)
+    ours = t1.policy_loss(*args, chunk=4)[0]
+    reference = t1.policy_loss_reference(*args)
     assert torch.allclose(ours, reference.double(), atol=1e-6)
     assert_same_gradient(ours, reference, (hidden, head), atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.05)])
 def test_head_gradcheck(temperature, min_p):
-    """Each token's log-prob, and each entropy, by central differences; without gradient they are the same numbers."""
+    """Each log-prob and each entropy by central differences. Without gradient they are the same
+    numbers."""
     hidden, head, _ = head_case(3, n=5, V=7, D=4)
     targets = (hidden @ head.T).argmax(1)
     stats = t1.token_logprobs_and_entropy(hidden, head, targets, temperature, min_p, 2)
-    ones, zeros = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    zeros = torch.zeros(5, dtype=torch.float64)
+    ones = zeros + 1
     for kind, (A, alpha) in enumerate([(ones, 0.0), (zeros, 1.0)]):
         for token in range(5):
             w = torch.zeros_like(ones)
@@ -406,11 +482,10 @@ def test_min_p_keeps_a_sampled_token_at_the_edge_of_the_support():
 
 def test_bfloat16_head_keeps_float32_results():
     torch.manual_seed(4)
-    hidden, head = (
-        torch.randn(9, 16).bfloat16().requires_grad_(),
-        torch.randn(30, 16, requires_grad=True),
-    )
-    targets, ones = torch.arange(9), torch.ones(9)
+    hidden = torch.randn(9, 16).bfloat16().requires_grad_()
+    head = torch.randn(30, 16, requires_grad=True)
+    targets = torch.arange(9)
+    ones = torch.ones(9)
     loss, logprob, entropy = t1.policy_loss(hidden, head, targets, ones, ones, 1.0)
     assert logprob.dtype == entropy.dtype == torch.float32
     for x, y in zip(t1.token_logprobs_and_entropy(hidden, head, targets), (logprob, entropy)):
@@ -455,14 +530,15 @@ class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_memory_is_two_chunk_buffers_and_the_gradients(dtype, min_p):
-    """One buffer (n, V) would be 160 MB; the two chunks, a fifth of that each, are most of the bound."""
+    """One buffer (n, V) would be 160 MB; the two chunks, a fifth of that each, are most of the
+    bound."""
     torch.manual_seed(7)
     n, V, D, chunk = 1000, 40_000, 32, 200
-    hidden, head = (
-        torch.randn(n, D).bfloat16().requires_grad_(),
-        torch.randn(V, D).to(dtype).requires_grad_(),
-    )
-    targets, A, w = torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n)
+    hidden = torch.randn(n, D).bfloat16().requires_grad_()
+    head = torch.randn(V, D).to(dtype).requires_grad_()
+    targets = torch.randint(V, (n,))
+    A = torch.randn(n)
+    w = torch.full((n,), 1 / n)
     with LiveBytes(hidden, head, targets, A, w) as live:
         before = live.now
         loss, _, _ = t1.policy_loss(hidden, head, targets, A, w, 1e-3, 1.2, min_p, chunk=chunk)
@@ -473,15 +549,16 @@ def test_head_memory_is_two_chunk_buffers_and_the_gradients(dtype, min_p):
     bound = (
         buffers + 4 * V * D + hidden.element_size() * n * D
     )  # and the gradients of head and hidden
-    bound += (
-        4 * V * D * (dtype == torch.bfloat16)
-    )  # a CPU has no product of bfloat16 with float32 sums: a copy
+    if dtype == torch.bfloat16:  # a CPU has no product of bfloat16 with float32 sums: a copy
+        bound += 4 * V * D
     assert buffers < live.peak - before < 1.15 * bound
 
 
 def test_a_common_offset_of_the_logits_costs_no_precision():
     torch.manual_seed(9)
-    hidden, head, ones = torch.randn(6, 5), torch.randn(50, 5), torch.ones(50, 1)
+    hidden = torch.randn(6, 5)
+    head = torch.randn(50, 5)
+    ones = torch.ones(50, 1)
     stats = []
     for offset in (0.0, 256.0):  # 256 itself leaves the logits an error of 2e-5
         moved = torch.cat([hidden, torch.full((6, 1), offset)], 1), torch.cat([head, ones], 1)
@@ -497,7 +574,8 @@ def test_head_chunk_follows_from_the_vocabulary():
 
 
 def test_a_second_backward_through_the_loss_is_an_error_not_a_wrong_gradient():
-    hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    hidden = torch.randn(3, 4, requires_grad=True)
+    head = torch.randn(5, 4, requires_grad=True)
     args = hidden, head, torch.arange(3), torch.ones(3), torch.ones(3)
     loss, _, _ = t1.policy_loss(*args)
     (3 * loss).backward(retain_graph=True)
@@ -510,9 +588,11 @@ def test_a_second_backward_through_the_loss_is_an_error_not_a_wrong_gradient():
 
 @pytest.mark.parametrize("cap", [0.5, 2.0, 100.0])
 def test_truncated_importance_weights(cap):
-    """The gradient of sum w A stop(min(pi/mu, cap)) log pi, by full logits and a plain loop for the ratios."""
+    """The gradient of sum w A stop(min(pi/mu, cap)) log pi, by full logits and a plain loop for the
+    ratios."""
     hidden, head, targets = head_case(0, n=12, V=7, D=5)
-    A, w = doubles(12), torch.rand(12, dtype=torch.float64)
+    A = doubles(12)
+    w = torch.rand(12, dtype=torch.float64)
     logprob, entropy = plain_stats(hidden, head, targets, 1.2, 0.0)
     mu = logprob.detach() + doubles(12)
     ratios = [min(math.exp(a - b), cap) for a, b in zip(logprob.tolist(), mu.tolist())]
@@ -523,8 +603,10 @@ def test_truncated_importance_weights(cap):
 
 def test_ema_is_the_closed_form():
     torch.manual_seed(5)
-    policy, anchor = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    first, goal = anchor.weight.detach().clone(), policy.weight.detach().clone()
+    policy = torch.nn.Linear(3, 2)
+    anchor = torch.nn.Linear(3, 2)
+    first = anchor.weight.detach().clone()
+    goal = policy.weight.detach().clone()
     for _ in range(10):
         t1.ema_update_(anchor, policy, 0.9)
     assert torch.allclose(anchor.weight, 0.9**10 * first + (1 - 0.9**10) * goal, atol=1e-6)
@@ -549,15 +631,19 @@ def test_batches_go_through_every_row_once_an_epoch():
     )
 
 
-# -------------------------------------------------------------------------------------------------- forward and update
+# ------------------------------------------------------------------------------- forward and update
 
 
 def random_rows(tokenizer, count=9, seed=0):
     """Prompts of 1 to 9 and responses of 1 to 20 random tokens."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
+    rows = []
     for _ in range(count):
         lengths = rng.randint(1, 9), rng.randint(1, 20)
-        rows.append(tuple([rng.randrange(len(tokenizer)) for _ in range(n)] for n in lengths))
+        parts = []
+        for n in lengths:
+            parts.append([rng.randrange(len(tokenizer)) for _ in range(n)])
+        rows.append(tuple(parts))
     return rows
 
 
@@ -578,10 +664,8 @@ def test_packed_forward_equals_the_library_on_padded_rows(tiny, side):
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
     starts = [width - len(x) - len(y) if side == "left" else 0 for x, y in rows]
     for i, (start, (x, y)) in enumerate(zip(starts, rows)):
-        ids[i, start : start + len(x + y)], mask[i, start : start + len(x + y)] = (
-            torch.tensor(x + y),
-            1,
-        )
+        ids[i, start : start + len(x + y)] = torch.tensor(x + y)
+        mask[i, start : start + len(x + y)] = 1
     inputs = dict(
         input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
     )
@@ -605,7 +689,8 @@ def gradient(policy, rows, advantages, cfg):
 
 
 def test_any_split_gives_the_same_gradient(tiny):
-    rows, A = random_rows(tiny.tokenizer, 12), random_advantages(12)
+    rows = random_rows(tiny.tokenizer, 12)
+    A = random_advantages(12)
     sums, whole = gradient(tiny.policy, rows, A, tiny.cfg)
     several = dataclasses.replace(tiny.cfg, micro_tokens=sum(len(x + y) for x, y in rows) // 4)
     counts = [
@@ -622,9 +707,12 @@ def test_any_split_gives_the_same_gradient(tiny):
 
 def test_gradient_equals_the_library_row_by_row(tiny):
     """The loss with full logits of the library's model, row by row."""
-    rows, A = random_rows(tiny.tokenizer, 6, seed=4), random_advantages(6)
+    rows = random_rows(tiny.tokenizer, 6, seed=4)
+    A = random_advantages(6)
     _, ours = gradient(tiny.policy, rows, A, tiny.cfg)
-    plain, N, loss = library_model(tiny.folder), sum(len(y) for _, y in rows), 0.0
+    plain = library_model(tiny.folder)
+    N = sum(len(y) for _, y in rows)
+    loss = 0.0
     for (x, y), advantage in zip(rows, A):
         logp = (
             plain(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1] / 1.2
@@ -642,7 +730,8 @@ def test_gradient_equals_the_library_row_by_row(tiny):
 
 
 def test_bfloat16_activations_give_nearly_the_same_gradient(tiny):
-    rows, A = random_rows(tiny.tokenizer, 12), random_advantages(12)
+    rows = random_rows(tiny.tokenizer, 12)
+    A = random_advantages(12)
     _, whole = gradient(tiny.policy, rows, A, tiny.cfg)
     half_cfg = dataclasses.replace(tiny.cfg, dtype="bfloat16")
     half_policy = t1.Policy(tiny.policy.lm, tiny.tokenizer, half_cfg)
@@ -652,7 +741,8 @@ def test_bfloat16_activations_give_nearly_the_same_gradient(tiny):
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny):
     policy = copy.deepcopy(tiny.policy)
-    optimizer, before = t1.make_optimizer(policy, tiny.cfg), copy.deepcopy(policy.state_dict())
+    optimizer = t1.make_optimizer(policy, tiny.cfg)
+    before = copy.deepcopy(policy.state_dict())
     for p in policy.parameters():
         p.grad = torch.full_like(p, math.nan)
     with pytest.raises(t1.Stop, match="rank 0: the gradient's norm is nan"):
@@ -660,7 +750,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny):
     assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------------------ rollouts
+# ----------------------------------------------------------------------------------------- rollouts
 
 
 def torch_engine(model, **changes):
@@ -681,17 +771,19 @@ real_weights = pytest.mark.skipif(
     not Path(SMOLLM2, "config.json").is_file(),
     reason="no real model at hand: python experiments/smollm2.py FOLDER, and T1_SMOLLM2=FOLDER",
 )
-ENGINES = ["torch", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])]
+in_one_process = pytest.mark.xdist_group("vllm")  # of pytest-xdist: the engine is made once
+ENGINES = ["torch", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow, in_one_process])]
 
 
 @pytest.fixture(scope="session")
 def talkative(tmp_path_factory):
-    """The embedded model with weights scaled up, so that its distributions differ from token to token; with 50 rows
-    beyond the tokenizer that the model itself likes best; and with many end tokens, so that rows end at different
-    times."""
+    """The embedded model with weights scaled up, so that its distributions differ from token to
+    token; with 50 rows beyond the tokenizer that the model itself likes best; and with many end
+    tokens, so that rows end at different times."""
     cfg = config()
     policy, tokenizer = embedded_model(2, 128)
-    lm, known = policy.lm, len(tokenizer)
+    lm = policy.lm
+    known = len(tokenizer)
     lm.resize_token_embeddings(known + 50)
     torch.manual_seed(6)
     with torch.no_grad():
@@ -756,7 +848,8 @@ def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p
 
 @pytest.mark.parametrize("temperature, min_p", [(1.5, 0.2), (1.0, 0.0)])
 def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_p):
-    """The first tokens of 3,000 samples against the distribution, computed plainly; nothing outside min-p's support."""
+    """The first tokens of 3,000 samples against the distribution, computed plainly; nothing outside
+    min-p's support."""
     engine.load(talkative.policy)
     (prompt,) = random_prompts(talkative.tokenizer, 1, seed=9)
     first = [
@@ -777,7 +870,8 @@ def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_
 
 
 def test_the_inverse_of_the_distribution_is_exact():
-    logits, n = torch.tensor([[2.0, 1.0, -9.0, -1.0]]), 100_000
+    logits = torch.tensor([[2.0, 1.0, -9.0, -1.0]])
+    n = 100_000
     token, logprob = t1.sample(logits.repeat(n, 1), 1.5, 0.1, (torch.arange(n) + 0.5).double() / n)
     p = plain_distribution(torch.ones(1, 1), logits.T, 1.5, 0.1)[0]
     assert torch.allclose(torch.bincount(token, minlength=4) / n, p, atol=2e-5)
@@ -806,7 +900,8 @@ def test_a_sample_does_not_depend_on_its_batch(talkative):
     """So that another number of ranks, or another --rollout-rows, draws the same responses."""
     prompts = random_prompts(talkative.tokenizer, 10, seed=10)
     together = torch_engine(talkative).generate(asked(prompts, 3, range(10)), 20, 1.2)
-    apart, small = [], torch_engine(talkative, rollout_rows=2)
+    apart = []
+    small = torch_engine(talkative, rollout_rows=2)
     for seed, prompt in enumerate(prompts):
         apart += small.generate(asked([prompt], 3, [seed]), 20, 1.2)
     assert [r.ids for r in together] == [r.ids for r in apart]
@@ -824,7 +919,8 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
     talkative, engine, monkeypatch
 ):
-    policy, cfg = talkative.policy, talkative.cfg
+    policy = talkative.policy
+    cfg = talkative.cfg
     engine.load(policy)
     prompts = random_prompts(talkative.tokenizer, 8, seed=11)
     before = [r.ids for r in engine.generate(asked(prompts), 20, 0.0)]
@@ -897,11 +993,9 @@ def test_an_engine_gets_what_the_trainer_leaves():
 def test_logits_are_float32_for_a_bfloat16_model():
     """A product in bfloat16 keeps 8 bits of a logit."""
     torch.manual_seed(0)
-    hidden, head, targets = (
-        torch.randn(9, 64).bfloat16(),
-        torch.randn(33, 64).bfloat16(),
-        torch.arange(9),
-    )
+    hidden = torch.randn(9, 64).bfloat16()
+    head = torch.randn(33, 64).bfloat16()
+    targets = torch.arange(9)
     exact = hidden.double() @ head.double().T
     assert ((hidden @ head.T) - exact).abs().max() > 1e-2
     assert (t1.logits_of(hidden.float(), t1.float32_head(head)) - exact).abs().max() < 1e-4
@@ -912,8 +1006,10 @@ def test_logits_are_float32_for_a_bfloat16_model():
 
 
 def test_parked_tensors_lie_elsewhere_until_they_are_used():
-    x, y = torch.randn(5, 7), torch.randn(3)
-    before, parked = x.clone(), t1.Parked([x, y])
+    x = torch.randn(5, 7)
+    y = torch.randn(3)
+    before = x.clone()
+    parked = t1.Parked([x, y])
     assert x.untyped_storage().nbytes() == y.untyped_storage().nbytes() == 0
     with parked:
         assert torch.equal(x, before)
@@ -923,7 +1019,7 @@ def test_parked_tensors_lie_elsewhere_until_they_are_used():
         assert torch.equal(x, before + 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- rewards
+# ------------------------------------------------------------------------------------------ rewards
 
 
 @pytest.mark.parametrize(
@@ -947,7 +1043,8 @@ def test_parked_tensors_lie_elsewhere_until_they_are_used():
             None,
         ),
         (
-            "$$\\begin{pmatrix} 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\end{pmatrix}$$ \\boxed{0}",
+            "$$\\begin{pmatrix} 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\\\ "
+            "0 & 0 & 0 & 0 \\end{pmatrix}$$ \\boxed{0}",
             True,
             None,
         ),
@@ -962,13 +1059,15 @@ def test_unexpected_patterns(text, finished, expected):
     assert t1.unexpected_pattern(text, ids, finished) == expected
 
 
-SALAD = """banana wheel quickly seventeen purple mountain cathedral apellido quaresma Bildung thread sock onclick
-    router marble velvet kangaroo widget tractor hymn salamander cobalt jurist plankton origami brisket turbine lantern
-    cinnamon glacier puppet harbor syntax meadow cricket fossil ribbon saddle trumpet walnut zeppelin quarry nectar"""
+SALAD = """banana wheel quickly seventeen purple mountain cathedral apellido quaresma Bildung thread
+    sock onclick router marble velvet kangaroo widget tractor hymn salamander cobalt jurist plankton
+    origami brisket turbine lantern cinnamon glacier puppet harbor syntax meadow cricket fossil
+    ribbon saddle trumpet walnut zeppelin quarry nectar"""
 
 
 def test_a_word_salad_is_garbled_and_honest_text_is_not():
-    """To a prompt in English; for others there is no list of common words. Terse work, code and names are honest."""
+    """To a prompt in English; for others there is no list of common words. Terse work, code and
+    names are honest."""
     english = "Find the smallest n that is a multiple of 4 and of 6."
     honest = [
         "12 mod 5 = 2 not 3, wait\n" * 60,
@@ -1000,7 +1099,8 @@ def most_repeats(ids, n):
         at = count = 0
         while at + n <= len(ids):
             hit = ids[at : at + n] == ids[first : first + n]
-            count, at = count + hit, at + (n if hit else 1)
+            count = count + hit
+            at = at + (n if hit else 1)
         most = max(most, count)
     return most
 
@@ -1010,7 +1110,8 @@ def test_repetition_counts_blocks_without_overlap():
     assert t1.repeats([1, 2], 3) == 0
     rng = random.Random(0)
     for _ in range(200):
-        ids, n = [rng.randrange(3) for _ in range(rng.randint(0, 25))], rng.randint(1, 4)
+        ids = [rng.randrange(3) for _ in range(rng.randint(0, 25))]
+        n = rng.randint(1, 4)
         assert t1.repeats(ids, n) == most_repeats(ids, n)
 
 
@@ -1091,7 +1192,7 @@ def test_behaviour_of_a_response():
     assert t1.means(rollouts[1:])["corrected"] is None
 
 
-# --------------------------------------------------------------------------------------------------- embedded problems
+# -------------------------------------------------------------------------------- embedded problems
 
 
 def smallest(problem):
@@ -1099,7 +1200,9 @@ def smallest(problem):
     numbers = [int(x) for x in re.findall(r"\d+", problem)]
     if "that leaves" in problem:
         conditions = list(zip(numbers[::2], numbers[1::2]))
-        return next(n for n in range(1, 10_000) if all(n % m == r for r, m in conditions))
+        for n in range(1, 10_000):
+            if all(n % m == r for r, m in conditions):
+                return n
     if "such that" in problem:
         a, c, r, m = numbers
         return next(n for n in range(1, 10_000) if (a * n + c) % m == r)
@@ -1108,7 +1211,8 @@ def smallest(problem):
 
 
 def meaning(problem):
-    """Two embedded problems of the same meaning are the same problem: the order of conditions does not count."""
+    """Two embedded problems of the same meaning are the same problem: the order of conditions does
+    not count."""
     if "that leaves" in problem:
         return tuple(sorted(re.findall(r"remainder \d+ when divided by \d+", problem)))
     return problem
@@ -1174,12 +1278,12 @@ def test_the_embedded_tokenizer_loses_no_text(tiny, text):
     assert len(tiny.tokenizer("12 mod 5 = 2 not 3, wait\n").input_ids) <= 8
 
 
-# -------------------------------------------------------------------------------------------------- stages, end to end
+# ------------------------------------------------------------------------------- stages, end to end
 
 
 def naming_rows(count=400):
-    """Problems that a policy which guesses solves one time in ten, and that are solved by reading. The traces name
-    numbers by chance."""
+    """Problems that a policy which guesses solves one time in ten, and that are solved by reading.
+    The traces name numbers by chance."""
     rows = []
     for i in range(count):
         said = (i * 7 + 3 * (i // 10)) % 10
@@ -1195,11 +1299,10 @@ def naming_rows(count=400):
     return rows
 
 
-@pytest.fixture(scope="session")
-def guess(tmp_path_factory):
-    """A policy that guesses among ten numbers, from SFT on answers that do not fit: rewards differ within a group from
-    the first step on. -> the folder of its run, `tiny/sft/checkpoint-250`, and of its rows."""
-    base = tmp_path_factory.mktemp("guess")
+def make_guess(base):
+    """A policy that guesses among ten numbers, from SFT on answers that do not fit: rewards differ
+    within a group from the first step on. In BASE its run, `tiny/sft/checkpoint-250`, and its
+    rows."""
     write_rows(base / "rows.jsonl", naming_rows())
     write_rows(base / "ten.jsonl", naming_rows(10))
     data = [
@@ -1216,6 +1319,12 @@ def guess(tmp_path_factory):
     code, out, err = main("--stage", "sft", *from_small(base), *data, *steps)
     assert code == 0 and "next: torchrun t1.py --stage rl" in out, err
     return base
+
+
+@pytest.fixture(scope="session")
+def guess(tmp_path_factory):
+    """-> the folder of `make_guess`."""
+    return make_guess(tmp_path_factory.mktemp("guess"))
 
 
 def train(guess, steps, *more):
@@ -1287,8 +1396,8 @@ def rl_args(guess, *more):
 
 
 def outcome(folder, step):
-    """The log, the weights and the trainer's state of a run, to be compared bit by bit. (The files' headers list the
-    tensors in any order.)"""
+    """The log, the weights and the trainer's state of a run, to be compared bit by bit. (The files'
+    headers list the tensors in any order.)"""
     parts = {}
     for path in sorted((folder / f"checkpoint-{step}").rglob("*.safetensors")):
         with safetensors.safe_open(path, "np") as f:
@@ -1302,8 +1411,11 @@ def state_of(checkpoint_folder):
 
 
 SFT_COLUMNS = "step loss entropy grad_norm lr tokens".split()
-RL_COLUMNS = """step accuracy honest reward length checks overlong repetition garbled honoured first_right corrected
-    reflections ungraded kl entropy nll logprob_gap logprob_gap_p99 flat_groups grad_norm lr tokens""".split()
+RL_COLUMNS = """
+    step accuracy honest reward length checks overlong repetition garbled honoured
+    first_right corrected reflections ungraded kl entropy nll logprob_gap logprob_gap_p99
+    flat_groups grad_norm lr tokens
+""".split()
 
 
 @pytest.mark.slow
@@ -1345,7 +1457,8 @@ def test_metrics_are_documented():
 
 
 def test_a_checkpoint_is_an_ordinary_folder(trained):
-    folder, cfg = trained / "rl/checkpoint-10", config()
+    folder = trained / "rl/checkpoint-10"
+    cfg = config()
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     policy, tokenizer = t1.load_policy(str(folder), cfg)
     ids = tokenizer("Name the number 7.\n").input_ids
@@ -1376,12 +1489,15 @@ def test_eval_writes_one_curve_per_checkpoint(trained):
     assert code == 0, err
     results = json.loads((trained / "eval/results.json").read_text())["checkpoints"]
     assert [c["name"] for c in results] == ["sft 250", "rl 5", "rl 10"]
-    assert all([budget for budget, *_ in c["scaling"]] == [1, 4, 24] for c in results)
+    for entry in results:
+        assert [point[0] for point in entry["scaling"]] == [1, 4, 24]
     assert (trained / "eval/inference_scaling.png").exists()
 
 
 def test_cut_and_answer(talkative):
-    engine, cfg, tokenizer = torch_engine(talkative), talkative.cfg, talkative.tokenizer
+    engine = torch_engine(talkative)
+    cfg = talkative.cfg
+    tokenizer = talkative.tokenizer
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -1394,7 +1510,8 @@ def test_cut_and_answer(talkative):
         "</think>"
     ) == 1 and "</think>" not in tokenizer.decode(ended[: n - 1])
     assert t1.thought_length(endless, tokenizer) is None
-    question, prefix = encode("Find n.\n"), encode("</think>\nThe answer is \\boxed{")
+    question = encode("Find n.\n")
+    prefix = encode("</think>\nThe answer is \\boxed{")
     problem = t1.Problem({}, question)
     rollouts = [
         t1.Rollout(problem, ids=ended, finished=True),
@@ -1427,7 +1544,8 @@ def test_cut_and_answer(talkative):
 
 def test_a_cut_never_falls_inside_a_tag(talkative):
     """With one token per character a tag has many tokens: no budget leaves a part of one."""
-    tokenizer, engine = talkative.tokenizer, torch_engine(talkative)
+    tokenizer = talkative.tokenizer
+    engine = torch_engine(talkative)
     prefix = talkative.cfg.answer_prefix.replace("\\n", "\n")
     text = "<think>\n3<4 so 5</think>\n7"
     ids = tokenizer.convert_tokens_to_ids(list(text.replace("\n", "Ċ").replace(" ", "Ġ")))
@@ -1511,7 +1629,9 @@ def test_benchmarks(guess, tmp_path, monkeypatch):
     ) == 12 * 33
     for r in results:
         rows = [row for row in kept if row["key"] == r["key"]]
-        right = [[row["right"] for row in rows if row["id"] == str(i)] for i in range(12)]
+        right = []
+        for number in range(12):
+            right.append([row["right"] for row in rows if row["id"] == str(number)])
         error = np.std(np.mean(right, 1), ddof=1) / 12**0.5
         assert (r["pass_at_1"], r["standard_error"]) == (
             pytest.approx(np.mean(right)),
@@ -1528,7 +1648,8 @@ def test_benchmarks(guess, tmp_path, monkeypatch):
 
 
 def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path):
-    tokenizer, lm = copy.deepcopy(tiny.tokenizer), library_model(tiny.folder)
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    lm = library_model(tiny.folder)
     tokenizer.add_tokens(["something else"])
     lm.resize_token_embeddings(len(tokenizer))
     other = save_model(tmp_path / "other", lm, tokenizer)
@@ -1561,7 +1682,8 @@ def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path):
-    """Twice from scratch, and once cut off after a checkpoint: the same metrics, weights and trainer's state."""
+    """Twice from scratch, and once cut off after a checkpoint: the same metrics, weights and
+    trainer's state."""
     args = rl_args(guess, "--rl-steps", 6, "--out", tmp_path)
     for name in "abc":
         assert main(*args, "--name", name)[0] == 0
@@ -1579,18 +1701,12 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path
 
 
 def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, monkeypatch):
-    """SFT starts from the preset's model; RL and eval from the run's SFT checkpoint, unless --model is given."""
-    model, data = str(guess / "tiny/sft/checkpoint-250"), str(guess / "ten.jsonl")
-    small = dict(
-        model=model,
-        dtype="float32",
-        max_prompt=256,
-        max_new=24,
-        sft_batch=4,
-        prompts=2,
-        k=2,
-        budgets="8",
-    )
+    """SFT starts from the preset's model; RL and eval from the run's SFT checkpoint, unless --model
+    is given."""
+    model = str(guess / "tiny/sft/checkpoint-250")
+    data = str(guess / "ten.jsonl")
+    small = dict(model=model, dtype="float32", max_prompt=256, max_new=24, compile=False)
+    small |= dict(sft_batch=4, prompts=2, k=2, budgets="8")
     monkeypatch.setitem(t1.PRESETS, "qwen2.5-14b", t1.PRESETS["qwen2.5-14b"] | small)
 
     def started_from(stage, *more):
@@ -1620,7 +1736,8 @@ def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, mo
 
 
 def test_a_stage_keeps_what_the_model_before_saw(tmp_path):
-    """Preset, prompt, limits and type; not other values, and nothing where another preset is given."""
+    """Preset, prompt, limits and type; not other values, and nothing where another preset is
+    given."""
     made = ["--preset", "qwen2.5-14b", "--max-new", 512, "--system", "Box it.", "--seed", 5]
     (tmp_path / "mine/sft").mkdir(parents=True)
     t1.write_json(
@@ -1652,7 +1769,8 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     assert outcome(tmp_path / "tiny-from-6/rl", 9) == outcome(tmp_path / "tiny/rl", 9)
     shutil.rmtree(tmp_path / "tiny-from-6")
     assert main(*branch, "--entropy-coef", 0.1)[0] == 0
-    old, new = rows_of(tmp_path / "tiny/rl"), rows_of(tmp_path / "tiny-from-6/rl")
+    old = rows_of(tmp_path / "tiny/rl")
+    new = rows_of(tmp_path / "tiny-from-6/rl")
     assert old[:6] == new[:6] and old[6:] != new[6:] and len(new) == 9
     code, _, err = main(*args, "--resume-from", 5)
     assert code == 2 and "there are: 3, 6, 9" in err
@@ -1669,7 +1787,8 @@ def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_p
 
 
 def test_groups_of_equal_rewards_are_an_ordinary_step(guess, tmp_path):
-    """All rewards are equal: entropy and KL still train the policy, the row and the console say so."""
+    """All rewards are equal: entropy and KL still train the policy, the row and the console say
+    so."""
     rows = [dict(id=str(i), problem=f"Name the number {i}.", answer="77") for i in range(4)]
     hard = write_rows(tmp_path / "hard.jsonl", rows)
     code, out, err = main(
@@ -1756,9 +1875,9 @@ def plain_steps(guess, tmp_path_factory):
 def test_every_switch_changes_the_run(guess, plain_steps, tmp_path, switch):
     changed = three_steps(guess, tmp_path, *switch)
     assert [r["grad_norm"] for r in changed] != [r["grad_norm"] for r in plain_steps]
-    assert all(any(r["kl"] > 0 for r in rows) for rows in (changed, plain_steps)) and all(
-        r["logprob_gap"] < 1e-4 for r in changed + plain_steps
-    )
+    for rows in (changed, plain_steps):
+        assert any(r["kl"] > 0 for r in rows)
+        assert all(r["logprob_gap"] < 1e-4 for r in rows)
 
 
 @pytest.mark.slow
@@ -1782,7 +1901,7 @@ def test_real_rows_train(tmp_path):
     assert code == 0 and len(rows_of(tmp_path / "tiny/rl")) == 1, err
 
 
-# ---------------------------------------------------------------------------------------------- several ranks, resume
+# ---------------------------------------------------------------------------- several ranks, resume
 
 
 def ranks_command(*args):
@@ -1814,9 +1933,9 @@ def save_gradient(folder, out, *flags):
     cfg = config("--micro-tokens", 100, *flags)
     whole, tokenizer = t1.load_whole(str(folder), cfg)
     policy = t1.shard(whole, tokenizer, cfg)
-    rows, A = random_rows(tokenizer, 21, seed=3), random_advantages(21)
+    rows = random_rows(tokenizer, 21, seed=3)
     cfg = dataclasses.replace(cfg, **LOSS)
-    sums = t1.accumulate_gradient(policy, answered(rows), A, cfg)
+    sums = t1.accumulate_gradient(policy, answered(rows), random_advantages(21), cfg)
     mine = t1.share_of_rank(answered(rows))
     part = [rows[i] for i in mine]
     logprobs = dict(t1.gather(list(zip(mine, t1.response_logprobs(policy, part, cfg)))))
@@ -1851,7 +1970,7 @@ def test_work_is_dealt_by_length():
         work = [rng.randrange(1, 100) for _ in range(23)]
         parts = t1.deal(work, shares)
         assert sorted(i for part in parts for i in part) == list(range(23)) and all(parts)
-        loads = [sum(work[i] for i in part) for part in parts]
+        loads = [sum(map(work.__getitem__, part)) for part in parts]
         assert max(loads) - min(loads) <= max(work)
     assert t1.deal([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]] and t1.deal([3], 2) == [[0], []]
 
@@ -1868,8 +1987,9 @@ def assert_same_run(a, b, tolerance):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path):
-    """The same rollouts and metrics on one rank and on two, in SFT (on two nodes) and RL. A run that moves from
-    2 ranks to 1 and back, and to another folder, ends as they do, up to rounding."""
+    """The same rollouts and metrics on one rank and on two, in SFT (on two nodes) and RL. A run
+    that moves from 2 ranks to 1 and back, and to another folder, ends as they do, up to
+    rounding."""
     data = ten_problems(guess)
     sft = ["--stage", "sft", *from_small(guess), *data, "--sft-steps", 5, "--sft-batch", 8]
     sft += ["--out", tmp_path]
@@ -1916,14 +2036,16 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
 
 
 def save_samples(folder, engine, out):
-    """Program of two ranks: three samples each of one problem that is asked four times, at steps 0, 1 and 0 again."""
+    """Program of two ranks: three samples each of one problem that is asked four times, at steps 0,
+    1 and 0 again."""
     dist.init_process_group("gloo")
     cfg = config("--engine", engine, "--max-new", 24, "--k", 3, "--temperature", 1)
     whole, tokenizer = t1.load_whole(folder, cfg)
     policy = t1.shard(whole, tokenizer, cfg)
     engine = t1.make_engine(folder, policy, tokenizer, cfg)
     rows = [dict(id="0", problem="Name a number.", answer="1")] * 4
-    problems, drawn = t1.encode_prompts(rows, tokenizer, cfg), []
+    problems = t1.encode_prompts(rows, tokenizer, cfg)
+    drawn = []
     for step in (0, 1, 0):
         rollouts = t1.sample_responses(engine, policy, problems, step, cfg)
         drawn.append([r.ids for r in rollouts])
@@ -1937,7 +2059,8 @@ def save_samples(folder, engine, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=needs_vllm)])
 def test_two_ranks_sample_differently(talkative, tmp_path, engine):
-    """Six of the samples of four equal problems on each rank: no group equals another; the same step draws the same."""
+    """Six of the samples of four equal problems on each rank: no group equals another; the same
+    step draws the same."""
     torchrun(__file__, "save_samples", talkative.folder, engine, tmp_path / "out.pt")
     first, other, again = torch.load(tmp_path / "out.pt", weights_only=True)
     assert first == again and len(first) == 12
@@ -1954,7 +2077,8 @@ def push_within(tolerance, *args):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks_per_engine", [1, 2])
 def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
-    """Weights reach the engines after every step (`check_push`), and their log-probs are the trainer's."""
+    """Weights reach the engines after every step (`check_push`), and their log-probs are the
+    trainer's."""
     args = [
         "--stage",
         "rl",
@@ -2010,10 +2134,17 @@ def small_model_of(preset, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["glm4-9b", "qwen2.5-14b", "qwen2.5-32b"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_preset_starts(preset, ranks, guess, tmp_path):
-    """SFT, RL and evaluation of two checkpoints, with either engine, at the preset's own values where they fit."""
+@pytest.mark.parametrize(
+    "preset, ranks, engines",
+    [
+        ("glm4-9b", 2, ["torch", "vllm"]),  # vLLM has no class of its own for this architecture
+        ("qwen2.5-14b", 1, ["vllm"]),  # and SFT with --compile
+        ("qwen2.5-32b", 2, ["torch"]),
+    ],
+)
+def test_every_preset_starts(preset, ranks, engines, guess, tmp_path):
+    """SFT, RL and evaluation of two checkpoints at the preset's own values where they fit; each
+    case has what it alone can show."""
 
     def stage(name, *more):
         args = [
@@ -2042,7 +2173,9 @@ def test_every_preset_starts(preset, ranks, guess, tmp_path):
     stage(
         "sft", "--model", model, "--data", guess / "rows.jsonl", "--sft-steps", 2, "--sft-batch", 4
     )
-    for engine in ("torch", "vllm") if VLLM else ("torch",):
+    for engine in engines:
+        if engine == "vllm" and not VLLM:
+            continue
         stage("rl", *short, "--engine", engine)
         stage(
             "eval",
@@ -2064,7 +2197,8 @@ def test_every_preset_starts(preset, ranks, guess, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
-    """The folder's lock, the push of the second checkpoint and its check are reached by both ranks."""
+    """The folder's lock, the push of the second checkpoint and its check are reached by both
+    ranks."""
     checkpoint = guess / "tiny/sft/checkpoint-250"
     shutil.copytree(checkpoint, tmp_path / "copy")
     args = [
@@ -2107,8 +2241,10 @@ def wait_for_rows(folder, n, process, seconds=240):
 def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
     guess, tmp_path, monkeypatch, asked, phase, done
 ):
-    """In the third step: before the update the step is thrown away, after it the step is finished."""
-    function, calls = getattr(t1, phase), []
+    """In the third step: before the update the step is thrown away, after it the step is
+    finished."""
+    function = getattr(t1, phase)
+    calls = []
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 6, "--rl-save-every", 100)
 
     def disturbed(*rest):
@@ -2189,7 +2325,8 @@ def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch, ca
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path):
-    """A real process, ended by a real signal, then resumed where no file may be larger than 250 kB."""
+    """A real process, ended by a real signal, then resumed where no file may be larger than 250
+    kB."""
     args = rl_args(guess, "--out", tmp_path, "--rl-save-every", 100)
     folder = tmp_path / "tiny/rl"
     process = start(*args)
@@ -2280,7 +2417,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_pa
         code, _, err = main(*args)
     else:
         done = torchrun(HERE / "t1.py", *args, check=False)
-        code, err = done.returncode, done.stderr
+        code = done.returncode
+        err = done.stderr
     lines = [line for line in err.splitlines() if line.startswith("t1.py")]
     assert (
         code == 1
@@ -2361,7 +2499,7 @@ def test_a_killed_rank_ends_the_other_with_one_line(guess, tmp_path):
     assert t1.checkpoints(tmp_path / "tiny/rl")
 
 
-# ---------------------------------------------------------- crashes, disks, signals: nothing is lost
+# --------------------------------------------------------- crashes, disks, signals: nothing is lost
 
 
 def sft_args(guess, out, *more):
@@ -3070,7 +3208,7 @@ def locked(folder):
     return False
 
 
-# -------------------------------------------------------------------------------------------------------------- misuse
+# ------------------------------------------------------------------------------------------- misuse
 
 GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{2}"}\n'
 ROW = GOOD_ROW.encode().strip()
@@ -3278,7 +3416,8 @@ def test_a_line_of_100_MB_is_refused_in_bounded_memory(tmp_path):
 
 
 def test_a_journal_that_is_refused_is_not_changed(tmp_path):
-    path, settings = tmp_path / "journal.jsonl", b'{"settings": {"n": 2}}\n'
+    path = tmp_path / "journal.jsonl"
+    settings = b'{"settings": {"n": 2}}\n'
     refused = {
         b"my own notes, without an end": "not a journal",
         b'{"a": 1}\n{"b"': "not a journal",
@@ -3307,10 +3446,8 @@ def test_a_damaged_run_folder_is_one_line(tmp_path, text):
 
 
 def test_logs_survive_any_text_and_a_cut_line(tmp_path):
-    path, rows = (
-        tmp_path / "samples.jsonl",
-        [dict(step=i, response="a\u2028b\u0085c\nd") for i in range(3)],
-    )
+    path = tmp_path / "samples.jsonl"
+    rows = [dict(step=i, response="a\u2028b\u0085c\nd") for i in range(3)]
     data_prep.append_rows(path, rows[:2])
     with open(path, "a") as f:
         f.write('{"step": 3, "resp')  # a kill leaves this
@@ -3539,7 +3676,8 @@ def plus_rows(answer_only=False, rendered=False):
     return rows
 
 
-ANSWERS, RENDERED = dict(answer_only=True), dict(rendered=True)
+ANSWERS = dict(answer_only=True)
+RENDERED = dict(rendered=True)
 SYSTEM = ["--system", "Box it."]
 THINK = ["--chat-template-kwargs", '{"enable_thinking": true}']
 USERS = [  # change of the folder, rows, options -> exit code, a part of what is said
@@ -3577,8 +3715,8 @@ USERS = [  # change of the folder, rows, options -> exit code, a part of what is
 
 @pytest.mark.parametrize("edit, rows, options, code, says", USERS)
 def test_a_users_model_and_prompt(tiny, tmp_path, edit, rows, options, code, says):
-    """Trained right, with a checkpoint that the library opens and that ends where training ends, or refused in a line
-    before anything is written."""
+    """Trained right, with a checkpoint that the library opens and that ends where training ends, or
+    refused in a line before anything is written."""
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
     if edit:
         edit(folder)
@@ -3651,7 +3789,8 @@ def test_another_prompt_is_noticed_on_resume(tiny, tmp_path):
 
 
 def biased_experts(folder, tokenizer):
-    """A mixture of experts whose router has a correction: a persistent buffer, which no gradient moves."""
+    """A mixture of experts whose router has a correction: a persistent buffer, which no gradient
+    moves."""
     sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, head_dim=8)
     sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     sizes |= dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
@@ -3707,7 +3846,8 @@ def test_persistent_buffers_are_saved(tiny, tmp_path, ranks, dtype):
 
 def test_what_cannot_be_saved_is_said_before_training(tiny, tmp_path, monkeypatch):
     """With the library's own reason, of small models and of large ones (limit 0)."""
-    policy, tokenizer = copy.deepcopy(tiny.policy), tiny.tokenizer
+    policy = copy.deepcopy(tiny.policy)
+    tokenizer = tiny.tokenizer
     for limit in (2**30, 0):
         t1.try_export(policy, tokenizer, tiny.cfg, limit)
     data = write_rows(tmp_path / "rows.jsonl", plus_rows())
@@ -3775,7 +3915,8 @@ def test_presets_carry_the_papers_values():
 
 
 def test_torchrun_passes_every_option_to_the_script():
-    """torchrun's parser sees the script's options, too, and takes an abbreviation of one of its own for its own."""
+    """torchrun's parser sees the script's options, too, and takes an abbreviation of one of its own
+    for its own."""
     theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
     ours = [f"--{field.name}" for field in dataclasses.fields(t1.Config)]
     assert not [
@@ -3783,13 +3924,14 @@ def test_torchrun_passes_every_option_to_the_script():
     ]
 
 
-# -------------------------------------------------------------------------------------------------------- real weights
+# ------------------------------------------------------------------------------------- real weights
 GAP = dict(float32=1e-5, bfloat16=0.02)  # nats per token between engine and trainer
 
 
 @pytest.fixture(scope="session")
 def smol_run(tmp_path_factory):
-    """The documented commands: two steps of SFT from the real model, in bfloat16. -> the folder of its runs"""
+    """The documented commands: two steps of SFT from the real model, in bfloat16. -> the folder of
+    its runs"""
     base = tmp_path_factory.mktemp("smollm2")
     write_rows(base / "rows.jsonl", plus_rows())
     write_rows(base / "test.jsonl", plus_rows()[:2])
@@ -3819,7 +3961,8 @@ def smol_args(base, *more):
     ],
 )
 def test_a_real_model_learns(smol_run, engine, dtype, ranks):
-    """One step of RL from the run's SFT: engine and trainer agree, also after the push of the new weights."""
+    """One step of RL from the run's SFT: engine and trainer agree, also after the push of the new
+    weights."""
     model = smol_run / "mine/sft/checkpoint-2"
     name = f"{engine}-{dtype}-{ranks}"
     args = smol_args(smol_run, "--stage", "rl", "--model", model, "--engine", engine)
@@ -4520,6 +4663,7 @@ def test_verify_grade_replaces_dead_workers():
     assert all(grades) and verify_workers()[0] not in before
 
 
+@pytest.mark.slow
 def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
     """An RL run whose grading workers are shot at random writes the metrics of one that was left alone."""
     rows = [

@@ -1,4 +1,5 @@
-"""Programs that measure the method: `python -m experiments.NAME --help`. They import t1; t1 imports none of them."""
+"""Programs that measure the method: `python -m experiments.NAME --help`. They import t1; t1 imports
+none of them."""
 
 import argparse
 import os
@@ -7,7 +8,8 @@ import t1
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of one experiment. What it does not know is an option of t1.py, or with t1_options=False a misuse."""
+    """The options of one experiment. What it does not know is an option of t1.py, or with
+    t1_options=False a misuse."""
 
     def __init__(self, name: str, doc: str, t1_options: bool = True):
         self.t1_options = t1_options
@@ -26,7 +28,8 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def stage_options(stage: str, options: list[str]) -> list[str]:
-    """t1.py's `options` for one stage, as a command line: those that only other stages read are left out."""
+    """t1.py's `options` for one stage, as a command line: those that only other stages read are
+    left out."""
     others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for other, names in t1.STAGE_FIELDS.items():
         for name in names.split() if other != stage else ():
@@ -37,8 +40,8 @@ def stage_options(stage: str, options: list[str]) -> list[str]:
 
 
 def run(parser: Parser, work, argv: list[str] | None) -> int:
-    """Call work(own, options) with the experiment's options and the list of t1.py's -> exit code. A misuse or a failure
-    is one line; remarks of libraries stay off the console."""
+    """Call work(own, options) with the experiment's options and the list of t1.py's -> exit code. A
+    misuse or a failure is one line; remarks of libraries stay off the console."""
     t1.quiet()
     try:
         own, options = parser.parse_known_args(argv)
@@ -46,8 +49,7 @@ def run(parser: Parser, work, argv: list[str] | None) -> int:
             raise t1.Misuse(f"one process, not torchrun: {parser.prog}")
         if options and not parser.t1_options:
             raise t1.Misuse(f"unrecognized arguments: {' '.join(options)}")
-        with t1.interrupt:
-            return work(own, options) or 0
+        return work(own, options) or 0
     except t1.Stop as e:
         return t1.complain(str(e), e.code)
     except OSError as e:
