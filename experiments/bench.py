@@ -45,9 +45,8 @@ BENCH = dict(  # the job, on top of the preset tiny
     rl_lr=1e-4,
     sft_lr=1e-4,
     sft_batch=64,
-    tiny_layers=4,
-    tiny_width=256,
 )
+MODEL = dict(layers=4, width=256)  # of the job
 TRL_ROWS = 64  # rows of one of RLOOTrainer's micro-batches
 TRL_PACK = (1024, 4)  # SFTTrainer packs to rows of so many tokens, so many rows per step
 RL, SFT = "step of RL", "step of SFT"
@@ -64,10 +63,8 @@ class Job:
     engine: object
     optimizer: torch.optim.Optimizer
     tokenizer: object
-    problems: list[dict]  # {"id", "problem", "answer"}
-    prompts: list[list[int]]  # their ids
-    traces: list[dict]  # {"problem", "response"}
-    rows: list[tuple]  # their ids
+    problems: list[t1.Problem]
+    traces: list[t1.Rollout]
 
 
 @dataclass
@@ -93,23 +90,27 @@ class Timing:
 def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job:
     """The model, saved to `folder` for the other side, and problems and traces for pairs + 1
     steps."""
-    policy, tokenizer = t1.tiny_policy(cfg)
+    with experiments.embedded_model(**MODEL):
+        policy, tokenizer = t1.tiny_policy(cfg)
     ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
     policy.end_ids = [tokenizer.eos_token_id, *range(20, 19 + ends)]
     policy.lm.generation_config.eos_token_id = policy.end_ids
     policy.lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rng, problems, rows = np.random.default_rng(cfg.seed), [], []
-    for a, b in rng.integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist():
-        problems.append(dict(id=f"{a} {b}", problem=f"{a}+{b}=", answer=str(a + b)))
-    traces = data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]  # for TRL to pack
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    for trace in traces:
-        question = t1.prompt_ids(trace["problem"], tokenizer, cfg)
-        rows.append((question, ids(trace["response"]) + [tokenizer.eos_token_id]))
+    problems = []
+    rng = np.random.default_rng(cfg.seed)
+    for a, b in rng.integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist():
+        row = dict(id=f"{a} {b}", problem=f"{a}+{b}=", answer=str(a + b))
+        problems.append(t1.Problem(row, ids(row["problem"])))
+    traces = []
+    for row in data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]:  # TRL packs them
+        problem = t1.Problem(row, t1.prompt_ids(row, tokenizer, cfg))
+        response = ids(row["response"]) + [tokenizer.eos_token_id]
+        traces.append(t1.Rollout(problem, ids=response, finished=True))
     return Job(
         cfg=cfg,
         sft_cfg=sft_cfg,
@@ -119,25 +120,22 @@ def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job
         optimizer=t1.make_optimizer(policy, cfg),
         tokenizer=tokenizer,
         problems=problems,
-        prompts=[ids(p["problem"]) for p in problems],
         traces=traces,
-        rows=rows,
     )
 
 
 def our_rl_step(job: Job, step: int) -> Timing:
-    clock = t1.Clock()
+    t1.clock.take()
     models = job.policy, job.anchor, job.engine, job.optimizer
-    row, _ = t1.rl_step(step, job.problems, job.prompts, *models, job.cfg, clock, t1.Interrupt())
-    return Timing(row["tokens"], clock.seconds, row)
+    row, _ = t1.rl_step(step, job.problems, *models, job.cfg)
+    return Timing(row["tokens"], t1.clock.take(), row)
 
 
 def our_sft_step(job: Job, step: int) -> Timing:
-    steps = len(job.rows) // job.sft_cfg.sft_batch
-    clock = t1.Clock()
-    row = t1.sft_step(step, steps, job.rows, job.policy, job.optimizer, job.sft_cfg)
-    clock.lap("sft")
-    return Timing(row["tokens"], clock.seconds)
+    t1.clock.take()
+    steps = len(job.traces) // job.sft_cfg.sft_batch
+    row = t1.sft_step(step, steps, job.traces, job.policy, job.optimizer, job.sft_cfg)
+    return Timing(row["tokens"], t1.clock.take())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,7 +151,7 @@ def trl_options(folder: str, pairs: int, cfg: t1.Config) -> dict:
         lr_scheduler_type="constant",
         max_grad_norm=cfg.grad_clip,
         bf16=cfg.dtype == "bfloat16",
-        use_cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         seed=0,
         report_to=[],
@@ -341,8 +339,10 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
             return
         our_rl_step(job, 0), our_sft_step(job, 0)
         memory = peak_memory()
-        rl_trainer, rl_tokens = trl_rloo(folder, job.problems, pairs, cfg)
-        sft_trainer, sft_tokens = trl_sft(folder, job.traces, pairs, sft_cfg)
+        problems = [problem.row for problem in job.problems]
+        traces = [trace.problem.row for trace in job.traces]
+        rl_trainer, rl_tokens = trl_rloo(folder, problems, pairs, cfg)
+        sft_trainer, sft_tokens = trl_sft(folder, traces, pairs, sft_cfg)
         rl = in_turn(rl_trainer, rl_tokens, lambda step: our_rl_step(job, step), pairs)
         sft = in_turn(sft_trainer, sft_tokens, lambda step: our_sft_step(job, step), pairs)
     report([a for a, _ in rl], [a for a, _ in sft], memory)

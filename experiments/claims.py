@@ -41,7 +41,7 @@ VARIANTS = {  # in the order in which they are run
     "base": Variant(),
     "alpha1e-2": Variant(dict(entropy_coef=1e-2)),
     "beta5e-2": Variant(STRONG),
-    "beta5e-2-fixed": Variant(STRONG | dict(anchor="fixed")),
+    "beta5e-2-fixed": Variant(STRONG | dict(ema_decay=1.0)),
     "beta5e-2-uncentred": Variant(STRONG | dict(kl_center=False)),
     "k4": Variant(dict(k=4)),
     "t0.8": Variant(dict(temperature=0.8)),
@@ -61,7 +61,7 @@ VARIANTS = {  # in the order in which they are run
     "long-t0.8": Variant(LONG | dict(temperature=0.8)),
     "long-alpha0": Variant(LONG | dict(entropy_coef=0.0)),
     "long-beta5e-2": Variant(LONG | STRONG),
-    "long-beta5e-2-fixed": Variant(LONG | STRONG | dict(anchor="fixed")),
+    "long-beta5e-2-fixed": Variant(LONG | STRONG | dict(ema_decay=1.0)),
 }
 
 # --- What a run shows: one record -----------------------------------------------------------------

@@ -21,6 +21,7 @@ import transformers
 
 import data_prep
 import t1
+from experiments import answered
 from experiments.plan import PHASES, Shape, update_flop
 
 
@@ -64,8 +65,8 @@ def timed(sizes: Sizes, work, repeats: int = 3) -> tuple[float, float]:
 
 
 def gpu_config(sizes: Sizes, *options) -> t1.Config:
-    micro = ["--micro-tokens", sizes.rows * sizes.row, "--device", sizes.device, *options]
-    fixed = ["--stage", "rl", "--preset", "tiny", "--engine", "torch"]
+    micro = ["--micro-tokens", sizes.rows * sizes.row, *options]
+    fixed = "--stage rl --preset tiny --engine torch --entropy-coef 1e-3 --temperature 1.2".split()
     return t1.parse_args([*fixed, *map(str, micro)])
 
 
@@ -86,7 +87,8 @@ def random_policy(shape: Shape, sizes: Sizes, cfg: t1.Config) -> t1.Policy:
     )
     torch.manual_seed(0)
     with torch.device(sizes.device):
-        policy = t1.Policy(t1.empty_lm(config, transformers.GenerationConfig()), tokenizer, cfg)
+        lm = t1.empty_lm(config, transformers.GenerationConfig())
+        policy = t1.Policy(lm, tokenizer, cfg, torch.device(sizes.device))
     policy.vocabulary, policy.end_ids = shape.vocabulary, [-1]  # nothing ends a response
     return t1.shard(policy, tokenizer, cfg)
 
@@ -99,9 +101,8 @@ def random_rows(sizes: Sizes, vocabulary: int, even: bool = True) -> list[tuple]
 
 
 def gradient_of(policy, rows, cfg: t1.Config):
-    ones = torch.ones(len(rows))
     policy.zero_grad()
-    t1.accumulate_gradient(policy, rows, ones, ones / sum(len(y) for _, y in rows), cfg, 1e-3, 1.2)
+    t1.accumulate_gradient(policy, answered(rows), torch.ones(len(rows)), cfg)
 
 
 def flat_gradient(policy) -> torch.Tensor:
@@ -222,8 +223,9 @@ def measure_rollout(sizes: Sizes, name: str) -> dict:
     cfg, shape = gpu_config(sizes, "--dtype", "bfloat16"), dict(sizes.models)[name]
     engine = t1.TorchEngine(data_prep.embedded_tokenizer(), cfg)
     engine.load(random_policy(shape, sizes, cfg))
-    request = [list(range(1, 65))], [list(range(sizes.samples))], [0], sizes.new
-    seconds, memory = timed(sizes, lambda: engine.generate(*request, temperature=1.2), 1)
+    problem = t1.Problem({}, list(range(1, 65)))
+    rollouts = [t1.Rollout(problem, 0, sample) for sample in range(sizes.samples)]
+    seconds, memory = timed(sizes, lambda: engine.generate(rollouts, sizes.new, 1.2), 1)
     return {
         "tokens/s": sizes.samples * sizes.new / seconds,
         "ms a token": 1e3 * seconds / sizes.new,
@@ -238,12 +240,12 @@ def measure_stages(sizes: Sizes, engine: str) -> dict:
     with tempfile.TemporaryDirectory() as out:
         for stage, steps, writer in zip(("sft", "rl"), sizes.steps, ("torch", engine)):
             options = f"--stage {stage} --preset tiny --out {out} --{stage}-steps {steps}"
-            where = f"--dtype bfloat16 --device {sizes.device} --engine {writer}"
+            where = f"--dtype bfloat16 --engine {writer}"
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 if t1.main(f"{options} {where}".split()):
                     raise t1.Stop(f"stage {stage}: {said.getvalue().strip().splitlines()[-1]}")
             logs = data_prep.read_log(Path(out) / "tiny" / stage / "timings.jsonl")[steps // 2 :]
-            seconds = sum(x.get(phase, 0) for x in logs for phase in ("train", *PHASES))
+            seconds = sum(x.get(phase, 0) for x in logs for phase in ("judge", *PHASES))
             row[f"{stage} tokens/s"] = sum(x["tokens"] for x in logs) / seconds
         rows = data_prep.read_log(Path(out) / "tiny" / "rl" / "metrics.jsonl")
     gap = max(x["logprob_gap"] for x in rows)

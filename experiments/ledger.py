@@ -105,14 +105,15 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
         root = fixed | dict(name="root", seed=0, data=str(base / "data/traces.jsonl"))
         if not run_stage("sft", root, options):
             return False
-        if not run_stage("sft", fixed | BRANCH | dict(model=t1.newest(base / "root/sft")), options):
+        made = dict(model=t1.latest(str(base / "root/sft")))
+        if not run_stage("sft", fixed | BRANCH | made, options):
             return False
     else:
-        start = t1.newest(base / f"{variant.start}-seed{seed}" / "sft")
+        start = t1.latest(str(base / f"{variant.start}-seed{seed}" / "sft"))
         changes = variant.changes | dict(model=start, data=str(base / "data/train.jsonl"))
         if not run_stage("rl", fixed | changes, options):
             return False
-    last = t1.newest(base / run / stage)
+    last = t1.latest(str(base / run / stage))
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
     cfg = stage_config("rl", fixed | dict(data=str(base / "data/train.jsonl")), options)
@@ -130,22 +131,20 @@ def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
     held-out samples."""
     cfg = stage_config(stage, fixed, options)
     samples = Path(cfg.out) / cfg.name / stage / "samples.jsonl"
-
-    def ended() -> bool:
-        rows = t1.read_log(samples) if samples.exists() else []
-        kinds = [row.get("kind") for row in rows]
-        return "held-out" in kinds
-
-    if stage == "sft" and ended():
+    last = [row for row in t1.read_log(samples) if row.get("kind") == "held-out"]
+    if stage == "sft" and last:
         return True  # finished, perhaps by another seed
-    {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
-    return stage == "eval" or ended()
+    try:
+        {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
+    except t1.Interrupted:
+        return False
+    return True
 
 
 def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
     """SETTING, t1.py's `options`, then the fields in `fixed`; those that only other stages read are
     left out."""
-    others = " ".join(names for other, names in t1.STAGE_FIELDS.items() if other != stage).split()
+    others = experiments.fields_of_others(stage)
     values = {name: value for name, value in fixed.items() if name not in others}
     cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING, *options]))
     return dataclasses.replace(cfg, **values)
@@ -157,40 +156,45 @@ def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
     policy, tokenizer = t1.load_policy(checkpoint, cfg)
     engine = t1.make_engine(checkpoint, policy, tokenizer, cfg)
     engine.load(policy)
-    problems, prompts = t1.encode_prompts(
-        data_prep.read_rows(cfg.data, "rl")[:SPREAD_P], tokenizer, cfg
-    )
+    rows = data_prep.read_rows(cfg.data, "rl")[:SPREAD_P]
+    problems = t1.encode_prompts(rows, tokenizer, cfg)
     noise = {}
-    spread = {}
-    few = problems[:DRAWN_P], prompts[:DRAWN_P]
     for K in DRAWN_K:
-        noise[str(K)] = gradient_variance(policy, engine, *few, K, cfg)
-    seeds = [t1.seed_for(cfg.seed, "spread", place) for place in range(len(prompts))]
+        noise[str(K)] = gradient_variance(policy, engine, problems[:DRAWN_P], K, cfg)
+    spread = {}
     for temperature, min_p in SPREAD:
-        _, records = t1.roll_out(engine, problems, prompts, 8, seeds, cfg, temperature, min_p)
+        other = dataclasses.replace(cfg, temperature=temperature, min_p=min_p)
+        rollouts = judged(engine, problems, 8, other, "spread")
         gained = []
-        for group in t1.grouped([r["right"] for r in records], 8):
+        for group in t1.grouped([r.right for r in rollouts], 8):
             gained.append(t1.pass_at_k(8, sum(group), 8) - sum(group) / 8)
         name = f"{temperature}, min-p {min_p}" if min_p else str(temperature)
         spread[name] = float(np.mean(gained))
     return dict(noise=noise, spread=spread)
 
 
-def gradient_variance(
-    policy, engine, problems: list[dict], prompts: list, K: int, cfg: t1.Config
-) -> float:
+def judged(engine, problems: list, K: int, cfg: t1.Config, *purpose) -> list:
+    """K judged responses to each problem; `purpose` decides the random numbers."""
+    rollouts = []
+    for place, problem in enumerate(problems):
+        seed = t1.seed_for(cfg.seed, *purpose, place)
+        rollouts += [t1.Rollout(problem, seed, sample) for sample in range(K)]
+    t1.generate(engine, rollouts, cfg.max_new, cfg.temperature, cfg.min_p)
+    t1.judge(rollouts, engine.tokenizer, cfg)
+    return rollouts
+
+
+def gradient_variance(policy, engine, problems: list, K: int, cfg: t1.Config) -> float:
     """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS
     estimates from the same prompts with K samples each, which differ in their samples alone."""
+    plain = dict(entropy_coef=0.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
+    cfg = dataclasses.replace(cfg, **plain)
     total = 0.0
     squares = 0.0
     for draw in range(DRAWS):
-        seeds = [t1.seed_for(cfg.seed, "draw", K, draw, place) for place in range(len(prompts))]
-        rollouts, records = t1.roll_out(engine, problems, prompts, K, seeds, cfg, cfg.temperature)
-        rewards = torch.tensor([r["reward"] for r in records]).view(-1, K)
-        advantages = t1.rloo_advantages(rewards).flatten()
-        weights = torch.full_like(advantages, 1 / sum(len(r.ids) for r in rollouts))
-        rows = [(r.prompt, r.ids) for r in rollouts]
-        t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.0, cfg.temperature)
+        rollouts = judged(engine, problems, K, cfg, "draw", K, draw)
+        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, K)
+        t1.accumulate_gradient(policy, rollouts, t1.rloo_advantages(rewards).flatten(), cfg)
         g = torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
         policy.zero_grad(set_to_none=True)
         total += g
@@ -203,14 +207,14 @@ def distance(run: Path, cfg: t1.Config) -> float:
     mean of log pi(y) - log pi_sft(y) over the first held-out response to each problem, at
     temperature 1."""
     responses = t1.read_log(run / "eval/responses.jsonl")
-    first = {row["number"]: row for row in responses if row["sample"] == 0}
+    first = [row for row in responses if row["sample"] == 0]
     start = Path(data_prep.read_json(run / "rl/config.json")["started_from"])
     means = []
     for folder in (run / "rl", run.parent / start.parent.parent.name / "sft"):
-        policy, tokenizer = t1.load_policy(t1.newest(folder), cfg)
+        policy, tokenizer = t1.load_policy(t1.latest(str(folder)), cfg)
         rows = []
-        for row in first.values():
-            rows.append((t1.prompt_ids(row["problem"], tokenizer, cfg), row["ids"]))
+        for row in first:
+            rows.append((t1.prompt_ids(row, tokenizer, cfg), row["ids"]))
         logprobs = t1.response_logprobs(policy, rows, cfg)
         means.append(np.mean([part.double().sum().item() for part in logprobs]))
     return float(means[0] - means[1])

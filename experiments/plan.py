@@ -103,7 +103,7 @@ def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg, machine=None) -
     size = 2 if cfg.dtype == "bfloat16" else 4  # bytes of an activation
     held = 4 * parameters / gpus
     plan = dict(parameters=parameters, weights=held, gradients=held, optimizer=2 * held)
-    plan["anchor"] = 0 if cfg.anchor == "none" else held
+    plan["anchor"] = held
     plan["cached"] = 4 * shape.layers * shape.kv_heads * shape.head_width  # of a token, bfloat16
     plan["gathered"] = 2 * parameters if size == 2 else 0  # one rank: autocast's copies
     if sharded:
@@ -204,7 +204,7 @@ def step_seconds(shape, gpus: int, length: float, prompt: float, memory, cfg, ma
     return dict(
         push=machine.push + 2 * traffic,
         rollout=rollout_seconds(shape, memory, n * memory["tp"] / gpus, *row, machine),
-        anchor=max(anchor / speed, micro * size * traffic) + moved if memory["anchor"] else 0.0,
+        anchor=max(anchor / speed, micro * size * traffic) + moved,
         gradient=max(gradient / speed, micro * (2 * size + 4) * traffic),
         update=4 * shard + moved,
     )

@@ -36,7 +36,7 @@ import verify
 
 ONCE = ["shard", "RunFolder.resume", "finish_stage"]  # functions of t1.py in which a kill may fall
 OFTEN = """TorchEngine._generate judge response_logprobs accumulate_gradient update ema_update_
-    RunFolder.log report_step RunFolder.save RunFolder.seal""".split()
+    RunFolder.log draw_steps RunFolder.save RunFolder.seal""".split()
 
 
 def kill_in(function: str, nth: int, delay: float, log: Path):
@@ -179,7 +179,8 @@ def good_files(folder: Path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "parquet/a.parquet")
     (folder / "journal/a.jsonl").write_bytes(b'{"settings": {"n": 2}}\n{"id": "a"}\n{"id": "b"}\n')
     data_prep.prepare([], ("latin",))  # as curate does before it sifts
-    policy, tokenizer = t1.tiny_policy(CFG)
+    with experiments.embedded_model(1, 8):
+        policy, tokenizer = t1.tiny_policy(CFG)
     policy.lm.save_pretrained(folder / "model", max_shard_size="5KB")
     tokenizer.save_pretrained(folder / "model")
 
@@ -192,10 +193,11 @@ def load_and_generate(path: Path):
     policy, tokenizer = t1.load_policy(str(path.parent), CFG)
     engine = t1.TorchEngine(tokenizer, CFG)
     engine.load(policy)
-    engine.generate([t1.prompt_ids("What is 1 + 1?", tokenizer, CFG)], [range(2)], [0], 3)
+    prompt = t1.prompt_ids(dict(problem="What is 1 + 1?"), tokenizer, CFG)
+    engine.generate(test_t1.asked([prompt], 2), 3)
 
 
-CFG = t1.parse_args("--stage rl --max-new 100 --tiny-width 8 --tiny-layers 1".split())
+CFG = t1.parse_args("--stage rl --max-new 100".split())
 ROWS = [
     partial(encode_rows, "sft"),
     partial(encode_rows, "rl"),

@@ -47,8 +47,9 @@ def talkative(tmp_path_factory):
     """The embedded model with weights scaled up, so that its distributions differ from token to
     token, and many end tokens, so that rows end at different times: (policy, tokenizer, engine,
     config)."""
-    cfg = config("--tiny-layers", "2")
-    policy, tokenizer = t1.tiny_policy(cfg)
+    cfg = config()
+    with experiments.embedded_model(2, 128):
+        policy, tokenizer = t1.tiny_policy(cfg)
     torch.manual_seed(6)
     with torch.no_grad():
         for p in policy.parameters():
@@ -224,12 +225,13 @@ def test_correct_only_traces_hold_no_failed_try():
 
 def ledger_args(out, *more):
     steps = "--sft-steps 2 --sft-batch 4 --rl-steps 2 --prompts 4 --k 2 --max-new 40".split()
-    return ["--out", str(out), "--name", "led", *steps, "--eval-samples", "2", *SMALL, *more]
+    return ["--out", str(out), "--name", "led", *steps, "--eval-samples", "2", *more]
 
 
 @pytest.fixture
 def quick_runs(monkeypatch):
-    """Few traces and problems, and no pictures of the stages."""
+    """A small model, few traces and problems, and no pictures of the stages."""
+    monkeypatch.setattr(t1, "TINY", SMALL)
     data_prep.embedded_tokenizer()  # kept for all tests: from all traces
     short = data_prep.embedded_traces(400, dataclasses.replace(data_prep.HARD, longest=1))
     problems = {}
@@ -370,7 +372,7 @@ def test_a_tenth_of_the_garbage_traces_never_ends(talkative):
         assert 320 < len(ids) < ledger.BRANCH["max_new"]
         assert verify.extract_answer(trace["response"]) is None
         assert t1.unexpected_pattern(trace["response"], ids[:320], False, 8, 3) == "overlong"
-    loops = [data_prep.repeats(tokenizer(t["response"]).input_ids, 8) >= 3 for t in garbage[:50]]
+    loops = [t1.repeats(tokenizer(t["response"]).input_ids, 8) >= 3 for t in garbage[:50]]
     assert 15 <= sum(loops) <= 35
 
 
@@ -380,29 +382,31 @@ def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
     cfg = dataclasses.replace(cfg, max_new=12)
     monkeypatch.setattr(ledger, "DRAWS", 3)
 
+    drawn = []
+
     def judge(rollouts, *unused):
-        return [dict(reward=float(len(r.ids) % 2)) for r in rollouts]
+        for r in rollouts:
+            r.reward = float(len(r.ids) % 2)
+        drawn.append(rollouts)
 
     monkeypatch.setattr(t1, "judge", judge)
-    drawn = []
-    roll_out = t1.roll_out
-    monkeypatch.setattr(t1, "roll_out", lambda *args: drawn.append(roll_out(*args)) or drawn[-1])
-    problems, prompts = t1.encode_prompts(data_prep.embedded_problems("train")[:5], tokenizer, cfg)
-    value = ledger.gradient_variance(policy, engine, problems, prompts, 4, cfg)
+    problems = t1.encode_prompts(data_prep.embedded_problems("train")[:5], tokenizer, cfg)
+    value = ledger.gradient_variance(policy, engine, problems, 4, cfg)
     gradients = []
-    for rollouts, records in drawn:
+    for rollouts in drawn:
         loss = 0.0
         N = sum(len(r.ids) for r in rollouts)
         for i, r in enumerate(rollouts):
-            group = [record["reward"] for record in records[i - i % 4 : i - i % 4 + 4]]
-            advantage = records[i]["reward"] - (sum(group) - records[i]["reward"]) / 3
-            logits = policy.lm(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1 : -1]
+            group = [other.reward for other in rollouts[i - i % 4 : i - i % 4 + 4]]
+            advantage = r.reward - (sum(group) - r.reward) / 3
+            prompt = r.problem.prompt
+            logits = policy.lm(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1]
             logp = (logits[:, : policy.vocabulary] / cfg.temperature).log_softmax(-1)
             loss = loss - advantage * logp.gather(1, torch.tensor(r.ids)[:, None]).sum() / N
         grads = torch.autograd.grad(loss, list(policy.parameters()))
         gradients.append(torch.cat([g.flatten() for g in grads]).double().numpy())
     assert len(drawn) == 3
-    assert len(drawn[0][0]) == 4 * 5
+    assert len(drawn[0]) == 4 * 5
     assert value > 0
     assert value == pytest.approx(np.var(gradients, axis=0, ddof=1).sum(), rel=1e-3)
 
@@ -411,7 +415,7 @@ def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
 
 
 def plan_config(*args):
-    return config("--tiny-layers", "2", "--tiny-width", "64", "--max-new", "512", *args)
+    return config("--max-new", "512", *args)
 
 
 # layers, width, vocabulary (0: the tokenizer's), tokens of a row, tokens of a micro-batch
@@ -427,9 +431,8 @@ SIZES = [
 def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, checkpointing):
     """One rank, float32: the most bytes of tensors that live during log-probs of the anchor,
     gradient (several micro-batches) and update."""
-    shape = ["--tiny-layers", layers, "--tiny-width", width]
-    cfg = plan_config(*shape, "--micro-tokens", micro, "--checkpointing", checkpointing)
-    policy = small_policy(cfg, vocabulary)
+    cfg = plan_config("--micro-tokens", micro, "--checkpointing", checkpointing)
+    policy = small_policy(cfg, layers, width, vocabulary)
     anchor = copy.deepcopy(policy).requires_grad_(False)
     optimizer = t1.make_optimizer(policy, cfg)
     rows = [
@@ -439,18 +442,18 @@ def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, c
     state = [x for entry in optimizer.state.values() for x in entry.values()]
     with LiveBytes(*policy.parameters(), *anchor.parameters(), *state) as live:
         t1.response_logprobs(anchor, rows, cfg, 1.0, 0.0)
-        t1.accumulate_gradient(
-            policy, rows, torch.ones(len(rows)), torch.full((len(rows),), 1e-3), cfg, 1e-3
-        )
+        t1.accumulate_gradient(policy, experiments.answered(rows), torch.ones(len(rows)), cfg)
         t1.update(policy, optimizer, 1e-4, cfg)
     planned = plan.memory_plan(plan.shape_of(policy.lm.config), 1, max(length, micro), cfg)
     assert planned["parameters"] == sum(p.numel() for p in policy.parameters())
     assert 0.95 * live.peak < planned["update"] < 1.1 * live.peak
 
 
-def small_policy(cfg, vocabulary):
-    """The embedded model, its vocabulary padded to `vocabulary` rows that are all used."""
-    policy, tokenizer = t1.tiny_policy(cfg)
+def small_policy(cfg, layers, width, vocabulary):
+    """The embedded model of another size, its vocabulary padded to `vocabulary` rows that are all
+    used."""
+    with experiments.embedded_model(layers, width):
+        policy, tokenizer = t1.tiny_policy(cfg)
     if vocabulary:
         policy.lm.resize_token_embeddings(vocabulary, mean_resizing=False)
         policy.vocabulary = vocabulary
@@ -465,8 +468,7 @@ def test_plans_activations_are_what_autograd_saves(dtype):
     n = sum(len(y) for _, y in rows)  # tokens that go in: the last one predicts nothing
 
     def saved(layers):
-        deep = plan_config("--tiny-layers", layers)
-        policy, _ = t1.tiny_policy(deep)
+        policy = small_policy(plan_config(), layers, 64, 0)
         policy = policy.to(getattr(torch, dtype))
         weights = {p.untyped_storage()._cdata for p in policy.parameters()}
         kept = {}
@@ -506,8 +508,7 @@ def test_plan_of_the_papers_models(name, billions):
     assert plain["weights"] == 4 * plain["parameters"] / 8
     assert plain["optimizer"] == 2 * plain["anchor"] == 2 * plain["weights"]
     assert of(64)["update"] < parked["update"] < of(8, "--checkpointing", "false")["update"]
-    without = of(8, "--anchor", "none")["update"]
-    assert without == parked["update"] == plain["update"] - plain["anchor"]
+    assert parked["update"] == plain["update"] - plain["anchor"]
     assert parked["cache"] > plain["cache"]  # the engine gets what the anchor leaves
     assert plain["tp"] == t1.engine_ranks(2 * plain["parameters"], plan.Machine().card, 8)
 
@@ -556,8 +557,8 @@ def test_a_step_of_14b_on_eight_gpus_is_a_range_that_holds_the_middle():
 def test_flop_of_the_update_are_those_of_torchs_counter(checkpointing):
     """Of the products. What it does not count on a CPU is added: attention by a loop over
     positions, and the head's gradient, an addmm_, by hand."""
-    cfg = plan_config("--tiny-layers", 3, "--checkpointing", checkpointing)
-    policy = small_policy(cfg, 0)
+    cfg = plan_config("--checkpointing", checkpointing)
+    policy = small_policy(cfg, 3, 64, 0)
     shape = plan.shape_of(policy.lm.config)
     rows = [([1] * 8, list(range(2, 122))) for _ in range(4)]
     attention = 4 * 3 * sum(4 * 64 * position for position in range(1, 129))
@@ -567,7 +568,7 @@ def test_flop_of_the_update_are_those_of_torchs_counter(checkpointing):
         t1.response_logprobs(policy, rows, cfg)
     assert counter.get_total_flops() + attention == pytest.approx(forward, rel=0.015)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        t1.accumulate_gradient(policy, rows, torch.ones(4), torch.ones(4), cfg)
+        t1.accumulate_gradient(policy, experiments.answered(rows), torch.ones(4), cfg)
     attention *= 3.5 + (checkpointing == "true")
     counted = counter.get_total_flops() + attention + head_gradient
     assert counted == pytest.approx(gradient, rel=0.015)
@@ -642,32 +643,34 @@ def test_plan_command(talkative, tmp_path, capsys):
 # -------------------------------------------------------------------------------------------- bench
 
 
-TINY_BENCH = "--prompts 2 --k 2 --max-new 8 --tiny-layers 1 --tiny-width 32 --sft-batch 4".split()
+TINY_BENCH = "--prompts 2 --k 2 --max-new 8 --sft-batch 4".split()
 
 
-def test_bench_command(capsys):
+def test_bench_command(capsys, monkeypatch):
     """At a size of seconds; where TRL is installed its lines are printed, too."""
+    monkeypatch.setattr(bench, "MODEL", dict(layers=1, width=32))
     assert bench.main(["--pairs", "1", *TINY_BENCH]) == 0
     out = capsys.readouterr().out
     lines = {line.split("  ")[0] for line in out.splitlines()}
-    assert {"rollout", "anchor", "gradient", "update", bench.RL, bench.SFT} <= lines
+    assert {"rollout", "judge", "anchor", "gradient", "update", bench.RL, bench.SFT} <= lines
     assert "peak memory of the process" in out
     with_trl = "RLOOTrainer: trained tokens per CPU second" in out and "SFTTrainer, packing" in out
     assert ("TRL is not installed" in out) != with_trl
 
 
-def test_the_benchs_job_is_trls(tmp_path):
+def test_the_benchs_job_is_trls(tmp_path, monkeypatch):
     """The values that docs/speed.md names, and the very step of t1.py: a policy that moves."""
     cfg, sft_cfg = (bench.job_config(stage, []) for stage in ("rl", "sft"))
     assert (cfg.prompts, cfg.k, cfg.max_new) == (16, 16, 128)
     assert (cfg.temperature, cfg.rl_lr) == (1.0, 1e-4)
-    assert (sft_cfg.sft_batch, sft_cfg.sft_lr, sft_cfg.tiny_width) == (64, 1e-4, 256)
+    assert (sft_cfg.sft_batch, sft_cfg.sft_lr, bench.MODEL["width"]) == (64, 1e-4, 256)
+    monkeypatch.setattr(bench, "MODEL", dict(layers=1, width=32))
     options = [*TINY_BENCH, "--max-new", "200"]
     job = bench.make_job(str(tmp_path), 1, *(bench.job_config(x, options) for x in ("rl", "sft")))
     before = [p.clone() for p in job.policy.parameters()]
     timing = bench.our_rl_step(job, 0)
     assert 4 <= timing.tokens < 800
-    assert set(timing.seconds) == set(plan.PHASES)
+    assert set(timing.seconds) == {*plan.PHASES, "judge"}
     assert any(not torch.equal(p, q) for p, q in zip(before, job.policy.parameters()))
     cpu = sum(seconds[0] for seconds in timing.seconds.values())
     assert timing.rate(0) == pytest.approx(timing.tokens / cpu)
@@ -827,8 +830,8 @@ def test_help_tells_every_option(name, capsys):
 
 
 def test_options_go_to_the_stages_that_read_them():
-    options = "--seed 1 --kl-center --k=4 --no-kl-center --sft_steps 3 --max-new 24 --budgets 8,24"
-    options = options.split()
+    options = "--seed 1 --kl-center --k=4 --kl-center false --sft_steps 3 --max-new 24"
+    options = [*options.split(), "--budgets", "8,24"]
     of_sft = "--seed 1 --sft_steps 3 --max-new 24 --stage sft"
     assert " ".join(experiments.stage_options("sft", options)) == of_sft
     of_eval = "--seed 1 --max-new 24 --budgets 8,24 --stage eval"
