@@ -1766,7 +1766,7 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack: Packed | None
     (decoding), or one block from position 0 (prefill). Key-value heads are never repeated."""
     for name, value in dict(other, attention_mask=attention_mask).items():
         if name in CHANGES_ATTENTION and value is not None:
-            raise ValueError(f"its attention has {name}")
+            raise NotImplementedError(f"its attention has {name}")
     if pack is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh)
         if q.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -1807,6 +1807,8 @@ class Cache:
         self.dtype = torch.bfloat16 if policy.bfloat16 else torch.float32  # as attention reads it
 
     def update(self, k, v, layer: int, *args, **kwargs):
+        if k.shape != v.shape:
+            raise NotImplementedError("its keys and values have heads of different sizes")
         n, new = self.n[layer], torch.stack([k, v]).to(self.dtype)
         self.n[layer] = end = n + k.shape[2]
         if n == 0:  # prefill
@@ -1915,10 +1917,12 @@ def check_model(policy, tokenizer, folder: str, cfg: Config):
     family = policy.lm.config.model_type
     try:
         fault = what_differs(policy, tokenizer, cfg)
-    except (Stop, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    except Exception as e:  # of the model's own code, which may fail in any way on packed rows
-        fault = f"it fails on packed rows or this file's cache: {type(e).__name__}: {reason_of(e)}"
+    except NotImplementedError as e:  # of `attention` and `Cache`
+        fault = reason_of(e)
+    except Exception as e:  # the model's own code may fail in any way on packed rows or our cache
+        fault = f"{type(e).__name__} in its forward: {reason_of(e)}"
     if fault:
         raise Misuse(f"{folder}: a {family} model is not supported ({fault})")
 
