@@ -1937,9 +1937,9 @@ def what_differs(policy, tokenizer, cfg: Config) -> str:
         return "its layers are not in base_model.layers"
     if lm.get_output_embeddings().bias is not None:
         return "its output layer has a bias"
-    caps = [name for name, x in vars(lm.config).items() if "logit" in name and "cap" in name and x]
-    if caps and caps[0] != "moe_router_logit_softcapping":  # small where the logits are flat
-        return f"it has {caps[0]}"
+    for name, value in vars(lm.config).items():
+        if "softcap" in name and value:  # hardly seen in the log-probs while logits are flat
+            return f"it has {name}"
     longest = cfg.max_prompt + cfg.max_new
     if shortest_window(lm.config) < longest:
         window = shortest_window(lm.config)
