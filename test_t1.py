@@ -11,6 +11,7 @@ import fcntl
 import gzip
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -3583,6 +3584,192 @@ def test_a_real_model_passes_the_check_with_the_documented_defaults(position_fre
     position_free()
     with pytest.raises(t1.Misuse, match="a llama model is not supported"):
         t1.load_policy(SMOLLM2, cfg)
+
+
+# --- every causal family of transformers that can be built tiny: trained right, or refused in a line
+
+TRAINED_RIGHT = """afmoe apertus arcee aria_text biogpt bitnet cwm diffllama dots1 ernie4_5
+    ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma4_text gemma4_unified_text
+    glm glm4 glm4_moe gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe laguna llama mellum minimax_m2
+    minimax_m3_vl_text ministral ministral3 mistral mixtral olmo olmo2 olmo3 olmoe persimmon
+    phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2""".split()
+REFUSED = """axk1 axk2 bamba bart bert big_bird bloom codegen cohere cohere2 cohere2_moe cpmant
+    ctrl dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge falcon falcon_h1
+    falcon_mamba fuyu gemma2 gemma3n_text glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neo
+    gpt_neox_japanese gpt_oss gptj granite_swa granitemoe_swa granitemoehybrid hrm_text hy_v4
+    inkling_text jamba kimi_linear lfm2 lfm2_moe llama4_text longcat_flash mamba mamba2
+    mimo_v2_flash minicpm3 minimax modernbert-decoder mpt nanochat nemotron nemotron_h
+    olmo_hybrid openai-gpt opt phi qwen3_5_text qwen3_5_moe_text qwen3_next recurrent_gemma rwkv
+    stablelm vaultgemma whisper xglm xlm youtu zamba2""".split()
+# sizes by the names that configurations give them; a name that a family does not know is left out
+WIDTHS = {
+    32: """hidden_size n_embd d_model embedding_size input_embedding_size output_embedding_size""",
+    64: """intermediate_size n_inner ffn_hidden_size ffn_dim d_ff mlp_hidden_size
+        moe_hidden_size decoder_ffn_dim encoder_ffn_dim mamba_d_ssm""",
+    2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+        num_key_value_heads expand num_experts_per_tok num_experts_per_token moe_k moe_topk
+        linear_num_key_heads mamba_expand index_n_heads altup_num_inputs""",
+    4: """num_attention_heads n_head n_heads num_heads num_experts num_local_experts
+        n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads mamba_num_heads
+        decoder_attention_heads encoder_attention_heads""",
+    1024: """max_position_embeddings n_positions max_seq_len""",
+    4096: """sliding_window""",
+    16: """moe_intermediate_size shared_expert_intermediate_size q_lora_rank kv_lora_rank
+        mamba_d_head mamba_head_dim shared_intermediate_size expert_ffn_hidden_size""",
+    8: """head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim
+        linear_value_head_dim mamba_d_state ssm_state_size state_size index_head_dim index_topk
+        hidden_size_per_layer_input laurel_rank""",
+    1: """n_group topk_group n_shared_experts first_k_dense_replace partial_rotary_factor""",
+    0: """num_kv_shared_layers zero_expert_num""",
+}
+HYBRID = dict(layer_types=["linear_attention", "full_attention"])
+LATENT = dict(
+    num_key_value_heads=4, head_dim=None
+)  # DeepSeek's attention; None: leave the name out
+CHANGES = dict.fromkeys(["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"], HYBRID)
+CHANGES |= dict.fromkeys(
+    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 youtu minicpm3".split(), LATENT
+)
+CHANGES |= dict.fromkeys("glm4_moe_lite glm_moe_dsa longcat_flash".split(), LATENT)
+CHANGES |= dict.fromkeys(["lfm2", "lfm2_moe"], dict(layer_types=["conv", "full_attention"]))
+CHANGES |= dict(
+    bamba=dict(attn_layer_indices=[1]),
+    cwm=dict(bos_token_id=1),
+    granitemoehybrid=dict(layer_types=["mamba", "attention"]),
+    gpt_neo=dict(attention_types=[[["global", "local"], 1]]),
+    jamba=dict(attn_layer_offset=1, attn_layer_period=2),
+    mamba2=dict(num_heads=4, head_dim=16),
+    minimax=HYBRID,
+    zamba2=dict(layers_block_type=["hybrid", "mamba"]),
+)
+CHANGES["modernbert-decoder"] = dict(bos_token_id=1)
+CHANGES["dbrx"] = dict(
+    attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=10000.0),
+    ffn_config=dict(ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2, hidden_size=32),
+)
+
+
+def tiny_family(family, folder, tokenizer, **changes):
+    """A model folder of the family with two layers, random weights, and attention and logits that
+    matter."""
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    made = getattr(transformers, names[family])
+    kind = made.config_class or transformers.CONFIG_MAPPING[family]
+    known = {*inspect.signature(kind.__init__).parameters, *kind.__dataclass_fields__}
+    sizes = {name: size for size, line in WIDTHS.items() for name in line.split() if name in known}
+    sizes |= {n: len(tokenizer) for n in ("vocab_size", "vocab_size_per_layer_input") if n in known}
+    sizes |= dict(bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    sizes |= CHANGES.get(family, {}) | changes
+    torch.manual_seed(0)
+    for name in [name for name, size in sizes.items() if size is None and name != "bos_token_id"]:
+        sizes.pop(name)
+    lm = made(kind(**sizes))
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(8 if p.dim() > 1 else 1)
+    return save_model(folder, lm, tokenizer)
+
+
+def library_scores(lm, row):
+    x, y = row
+    logits = lm(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
+    return logits.float().log_softmax(-1)[torch.arange(len(y)), y]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TRAINED_RIGHT)
+def test_a_family_that_is_accepted_is_trained_right(tiny, tmp_path, family):
+    """Scores, decoded tokens and the gradient of rows in one pack, against the library, row by
+    row."""
+    cfg = config("--max-new", 300)
+    folder = tiny_family(family, tmp_path / family, tiny.tokenizer)
+    policy, tokenizer = t1.load_policy(str(folder), cfg)
+    rng = random.Random(1)
+    rows = []
+    for prompt, response in ((20, 30), (7, 40), (33, 9), (50, 300)):
+        ids = [rng.randrange(1, policy.vocabulary) for _ in range(prompt + response)]
+        rows.append((ids[:prompt], ids[prompt:]))
+    options = dict(attn_implementation="eager", dtype=torch.float32)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        for row, ours in zip(rows, t1.response_logprobs(policy, rows, cfg)):
+            torch.testing.assert_close(ours, library_scores(lm, row), atol=1e-4, rtol=0)
+    engine = t1.TorchEngine(tokenizer, cfg)
+    engine.load(policy)
+    decoded = engine.generate(asked([x for x, _ in rows]), 20, temperature=0.0)
+    with torch.no_grad():
+        for r in decoded:
+            theirs = library_scores(lm, t1.row_of(r))
+            torch.testing.assert_close(torch.tensor(r.logprobs), theirs, atol=1e-4, rtol=0)
+    plain = dataclasses.replace(cfg, entropy_coef=0.0, temperature=1.0)
+    t1.accumulate_gradient(policy, answered(rows), torch.ones(4), plain)
+    N = sum(len(y) for _, y in rows)
+    for row in rows:
+        (-library_scores(lm, row).sum() / N).backward()
+    ours = dict(policy.lm.named_parameters())
+    whole = sum(p.grad.square().sum() for p in lm.parameters() if p.grad is not None).sqrt()
+    for name, p in lm.named_parameters():
+        gradients = [torch.zeros_like(p) if g is None else g for g in (p.grad, ours[name].grad)]
+        assert (gradients[0] - gradients[1]).norm() < 1e-4 * whole, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REFUSED)
+def test_another_family_is_refused_before_anything_is_written(tiny, tmp_path, family):
+    folder = tiny_family(family, tmp_path / "model", tiny.tokenizer)
+    rows = [dict(problem="1 + 1?", response="\\boxed{2}", answer="2")]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    args = ["--stage", "sft", "--preset", "tiny", "--model", folder, "--data", data]
+    code, _, err = main(*args, "--out", tmp_path / "runs")
+    assert code == 2 and err.count("\n") == 1 and f"a {family} model is not supported" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "family, changes, says",
+    [
+        ("stablelm", {}, "packed rows are .* nats off"),
+        ("gpt2", {}, "not in base_model.layers"),
+        ("mistral", dict(sliding_window=415), "a token sees only 415 others"),
+        ("mistral", dict(sliding_window=416), ""),  # of --max-prompt 256 and --max-new 160
+        ("gemma2", {}, "logit_softcapping"),
+        ("deepseek_v3", {}, "heads of different sizes"),
+    ],
+)
+def test_a_refusal_says_what_differs(tiny, tmp_path, family, changes, says):
+    folder = tiny_family(family, tmp_path / "model", tiny.tokenizer, **changes)
+    with pytest.raises(t1.Misuse, match=says) if says else contextlib.nullcontext():
+        t1.load_policy(str(folder), tiny.cfg)
+
+
+def test_positions_that_change_with_the_longest_row_are_refused(tiny, tmp_path):
+    rope = dict(
+        rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 4, long_factor=[4.0] * 4
+    )
+    rope |= dict(original_max_position_embeddings=416, partial_rotary_factor=1.0)
+    folder = tiny_family(
+        "phi3",
+        tmp_path / "model",
+        tiny.tokenizer,
+        rope_parameters=rope,
+        original_max_position_embeddings=416,
+    )
+    t1.load_policy(str(folder), tiny.cfg)  # no row is longer than 256 + 160
+    limit = dict(original_max_position_embeddings=415)
+    change(folder / "config.json", rope_parameters=rope | limit, **limit)
+    with pytest.raises(t1.Misuse, match="the longest row of a pack changes the positions"):
+        t1.load_policy(str(folder), tiny.cfg)
+
+
+def test_weights_without_a_place_and_adapters_are_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny.folder, tmp_path / "model")
+    change(folder / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    with pytest.raises(t1.Misuse, match="weights that the model has no place for, .*layers.1"):
+        t1.load_policy(str(folder), tiny.cfg)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(t1.Misuse, match="adapter_config.json: adapters are not supported"):
+        t1.load_policy(str(folder), tiny.cfg)
 
 
 class Bomb:
