@@ -3586,7 +3586,7 @@ def test_a_real_model_passes_the_check_with_the_documented_defaults(position_fre
         t1.load_policy(SMOLLM2, cfg)
 
 
-# --- every causal family of transformers that can be built tiny: trained right, or refused in a line
+# --- every causal family of transformers that can be built tiny: trained right, or refused
 
 TRAINED_RIGHT = """afmoe apertus arcee aria_text biogpt bitnet cwm diffllama dots1 ernie4_5
     ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma4_text gemma4_unified_text
