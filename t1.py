@@ -1040,15 +1040,8 @@ def run_sft(cfg: Config):
                 step + 1, steps, 100, cfg.sft_save_every, interrupt, policy, tokenizer, optimizer
             ):
                 return
-    finish_stage(
-        folder,
-        steps,
-        policy,
-        make_engine(folder.source(), policy, tokenizer, cfg),
-        *tests,
-        cfg,
-        "rl",
-    )
+    engine = make_engine(folder.source(), policy, tokenizer, cfg)
+    finish_stage(folder, steps, policy, engine, *tests, cfg, "rl")
 
 
 # ---------------------------------------------------------------------------------------------- 6. Stage rl (section 2)
@@ -2195,9 +2188,8 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
                 options = dict(dtype=torch.float32, attn_implementation="t1")
                 lm = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         read = lm.state_dict()
-        for name, w in policy.lm.state_dict().items():
-            changed = name in weights and weights[name].float().ne(read[name]).any()
-            if changed or read[name].shape != w.shape:
+        for name, w in full_weights(policy, dtype) if weights else policy.lm.state_dict().items():
+            if read[name].shape != w.shape or weights and w.cpu().float().ne(read[name]).any():
                 raise ValueError(f"{name} is another one when it is read back")
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
             raise ValueError("the tokenizer is another one when it is read back")

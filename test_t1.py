@@ -155,10 +155,10 @@ LAYERS = {
     "t1": {"data_prep", "verify"},
 }  # what each may import of ours
 LINES = {
-    "t1.py": 3100,
-    "verify.py": 2800,
-    "data_prep.py": 2600,
-    "test_t1.py": 5200,
+    "t1.py": 1933,
+    "verify.py": 2038,
+    "data_prep.py": 1625,
+    "test_t1.py": 2854,
     "README.md": 250,
     "docs/*.md": 150,
 }
@@ -2894,8 +2894,7 @@ def test_a_begin_token_comes_once_and_options_of_the_tokenizer_are_no_variables(
     assert t1.prompt_ids("2 + 2?", tokenizer, twice) == [begin, *plain]
     tokenizer.chat_template = CHAT_TEMPLATE
     short = config("--chat-template-kwargs", '{"truncation": true, "max_length": 3}')
-    with pytest.raises(t1.Misuse, match="does not take this prompt"):
-        t1.prompt_ids("2 + 2?", tokenizer, short)
+    assert t1.prompt_ids("2 + 2?", tokenizer, short) == t1.prompt_ids("2 + 2?", tokenizer, tiny.cfg)
 
 
 def test_another_prompt_is_noticed_on_resume(tiny, tmp_path):
