@@ -1123,8 +1123,9 @@ def rl_step(
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
     NOT IN PAPER: the sampler's log-probs stand for the policy's, which come with the gradient, after A is needed. In
-    float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A. metrics.jsonl's `kl` has the trainer's
-    log-probs instead, and still the rounding of two forwards in bfloat16: 0.02 nats at the first steps of SmolLM2."""
+    float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A. metrics.jsonl's `kl`
+    has the trainer's log-probs instead, and the rounding of two forwards in bfloat16: 0.02 nats at
+    the first steps of SmolLM2."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
         rows = [(rollouts[i].prompt, rollouts[i].ids) for i in mine]
@@ -1855,7 +1856,7 @@ def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
     text = (unescaped(cfg.prompt_template) or "{problem}\n").replace("{problem}", problem)
     ids = tokenizer(text).input_ids
     plain = tokenizer(text, add_special_tokens=False).input_ids
-    # A tokenizer puts begin tokens before a text, where it has them already, too; some put an end token after it.
+    # Begin tokens come before a text, where it has them already, too; of some an end token after it.
     if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
         ids = ids[:-1]
     begin = ids[: len(ids) - len(plain)]
@@ -1867,8 +1868,8 @@ def unescaped(text: str) -> str:
 
 
 def look_at_prompt(rows: list[dict], prompts, tokenizer, cfg: Config) -> str:
-    """Print the first prompt as the model sees it, and what it says about options and traces; Misuse where these cannot
-    have the wanted effect. -> its text, which resuming compares."""
+    """Print the first prompt as the model sees it, and what it says about options and traces; Misuse
+    where these cannot have the wanted effect. -> its text, which resuming compares."""
     ids, problem = prompts[0], rows[0]["problem"]
     text, template = tokenizer.decode(ids), "" if cfg.prompt_template else tokenizer.chat_template
     before, _, after = text.rpartition(problem)
@@ -1897,8 +1898,8 @@ def look_at_prompt(rows: list[dict], prompts, tokenizer, cfg: Config) -> str:
     for mark in [*marks, after.strip()] if template else marks:
         if mark and mark in problem and text.count(mark) > problem.count(mark):
             raise Misuse(
-                f"the first problem holds {mark!r}, as a prompt does that a template was applied to; "
-                "give bare problems, or --prompt-template '{problem}'"
+                f"the first problem holds {mark!r}, as a prompt that a template was applied to; give "
+                "bare problems, or --prompt-template '{problem}'"
             )
 
     # thoughts that the template begins, or has ended
@@ -1906,8 +1907,8 @@ def look_at_prompt(rows: list[dict], prompts, tokenizer, cfg: Config) -> str:
     endless = sum("</think>" not in response for response in responses)
     if text.rstrip().endswith("<think>") and endless:
         raise Misuse(
-            f"the prompt ends in <think>, and {endless} of {len(rows)} responses have no </think>: their "
-            "answers would be thoughts; see --prompt-template"
+            f"the prompt ends in <think>, and {endless} of {len(rows)} responses have no </think>: "
+            "their answers would be thoughts; see --prompt-template"
         )
     if text.rstrip().endswith("</think>"):
         what = "the prompt ends in a thought that is closed"
@@ -1985,7 +1986,7 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
 
 
 def mend_generation_config(policy, folder: str):
-    """Checkpoints stop where training stops. What the library would refuse to save is said now, and left out."""
+    """Checkpoints stop where training stops; what the library refuses to save is said and left out."""
     lm = policy.lm
     lm.generation_config.eos_token_id = policy.end_ids
     try:
@@ -2158,7 +2159,8 @@ def full_weights(policy, dtype=None):
 
 
 def exported_weights(policy, dtype) -> dict:
-    """What a checkpoint holds: parameters, tied ones once, and persistent buffers; on rank 0, for all ranks together."""
+    """What a checkpoint holds, on rank 0: parameters, tied ones once, and persistent buffers. All ranks
+    must call it together."""
     tensors = *policy.lm.named_parameters(), *policy.lm.named_buffers()
     names = {name for name, _ in tensors if rank() == 0}
     return {name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names}
@@ -2173,8 +2175,9 @@ def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
 
 
 def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
-    """A folder as checkpoints will be, written and read back before anything is trained: with weights of at most
-    `limit` bytes; of a larger model their names and shapes. Misuse with the library's reason."""
+    """A folder as checkpoints will be, written and read back before anything is trained: with weights
+    of at most `limit` bytes; of a larger model their names and shapes. Misuse with the library's
+    reason."""
     dtype = getattr(torch, cfg.dtype)
     size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
     weights = exported_weights(policy, dtype) if size <= limit else {}
@@ -2359,8 +2362,8 @@ class RunFolder:
         return newest(self.path) or (str(self.branch) if self.cfg.resume_from else "")
 
     def create(self, source: str, rows: list[dict], prompt: str = ""):
-        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data and
-        the same `prompt`, the text of the first."""
+        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the
+        same data and the same `prompt`, the text of the first."""
         self.lock, self.has_answers = (
             on_rank0(locked_folder, self.path),
             all(row.get("answer") for row in rows),
@@ -2404,8 +2407,8 @@ class RunFolder:
             )
         if before.get("first_prompt", prompt) != prompt:
             raise Misuse(
-                f"{self.path} was started with the prompt {shortened(repr(before['first_prompt']))}: its model's "
-                "chat template or tokenizer has changed; choose another --name"
+                f"{self.path} was started with the prompt {shortened(repr(before['first_prompt']))}: "
+                "its model's chat template or tokenizer has changed; choose another --name"
             )
         if before.get("source_sha256") != about["source_sha256"]:
             print0(f"{self.path} was started with another version of the code")
@@ -2496,7 +2499,10 @@ class RunFolder:
             shutil.rmtree(beside, ignore_errors=True)
             last = (checkpoints(self.path) or ["the start"])[-1]
             line = -1 if isinstance(e, dcp.CheckpointException) else 0  # where the reason stands
-            reason = f"cannot be written ({reason_of(e, line)}); make room: the same command resumes from {last}"
+            reason = (
+                f"cannot be written ({reason_of(e, line)}); make room: the same command resumes"
+            )
+            reason += f" from {last}"
             all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}"))
 
     def seal(self, beside: Path, final: Path):
@@ -2957,8 +2963,8 @@ def main(argv: list[str] | None = None) -> int:
         print0(f"preset {cfg.preset}" + f": {values}" * bool(values))
         if cfg.stage != "sft" and cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
             print0(
-                f"repetition is never found: {cfg.repeat_count} blocks of {cfg.repeat_ngram} tokens are more than "
-                f"--max-new {cfg.max_new}"
+                f"repetition is never found: {cfg.repeat_count} blocks of {cfg.repeat_ngram} tokens "
+                f"are more than --max-new {cfg.max_new}"
             )
         STAGES[cfg.stage](cfg)
         return 0

@@ -892,13 +892,16 @@ def test_unexpected_patterns(text, finished, expected):
     assert t1.unexpected_pattern(text, ids, finished) == expected
 
 
-SALAD = """banana wheel quickly seventeen purple mountain cathedral apellido quaresma Bildung thread sock onclick
-    router marble velvet kangaroo widget tractor hymn salamander cobalt jurist plankton origami brisket turbine lantern
-    cinnamon glacier puppet harbor syntax meadow cricket fossil ribbon saddle trumpet walnut zeppelin quarry nectar"""
+SALAD = """
+banana wheel quickly seventeen purple mountain cathedral apellido quaresma Bildung thread sock
+onclick router marble velvet kangaroo widget tractor hymn salamander cobalt jurist plankton
+origami brisket turbine lantern cinnamon glacier puppet harbor syntax meadow cricket fossil
+ribbon saddle trumpet walnut zeppelin quarry nectar
+"""
 
 
 def test_a_word_salad_is_garbled_and_honest_text_is_not():
-    """To a prompt in English; for others there is no list of common words. Terse work, code and names are honest."""
+    """To a prompt in English; for others there is no list. Terse work, code and names are honest."""
     english = "Find the smallest n that is a multiple of 4 and of 6."
     honest = [
         "12 mod 5 = 2 not 3, wait\n" * 60,
@@ -2838,8 +2841,8 @@ USERS = [  # change of the folder, rows, options -> exit code, a part of what is
 
 @pytest.mark.parametrize("edit, rows, options, code, says", USERS)
 def test_a_users_model_and_prompt(tiny, tmp_path, edit, rows, options, code, says):
-    """Trained right, with a checkpoint that the library opens and that ends where training ends, or refused in a line
-    before anything is written."""
+    """Trained right, with a checkpoint that the library opens and that ends where training ends, or
+    refused in a line before anything is written."""
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
     if edit:
         edit(folder)
@@ -2910,7 +2913,7 @@ def test_another_prompt_is_noticed_on_resume(tiny, tmp_path):
 
 
 def biased_experts(folder, tokenizer):
-    """A mixture of experts whose router has a correction: a persistent buffer, which no gradient moves."""
+    """A mixture of experts whose router has a correction: a persistent buffer, without gradient."""
     sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, head_dim=8)
     sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     sizes |= dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
@@ -3053,7 +3056,7 @@ GAP = dict(float32=1e-5, bfloat16=0.02)  # nats per token between engine and tra
 
 @pytest.fixture(scope="session")
 def smol_run(tmp_path_factory):
-    """The documented commands: two steps of SFT from the real model, in bfloat16. -> the folder of its runs"""
+    """The documented commands: two steps of SFT in bfloat16. -> the folder of its runs"""
     base = tmp_path_factory.mktemp("smollm2")
     write_rows(base / "rows.jsonl", plus_rows())
     write_rows(base / "test.jsonl", plus_rows()[:2])
@@ -3083,7 +3086,7 @@ def smol_args(base, *more):
     ],
 )
 def test_a_real_model_learns(smol_run, engine, dtype, ranks):
-    """One step of RL from the run's SFT: engine and trainer agree, also after the push of the new weights."""
+    """One step of RL from the run's SFT: engine and trainer agree, also after a push of weights."""
     model = smol_run / "mine/sft/checkpoint-2"
     name = f"{engine}-{dtype}-{ranks}"
     args = smol_args(smol_run, "--stage", "rl", "--model", model, "--engine", engine)
