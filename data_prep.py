@@ -2243,8 +2243,8 @@ def foreign(text: str, prompt: str = "") -> list[str]:
 
 
 def word_salad(text: str, prompt: str) -> bool:
-    """To a prompt in English: 40 words in a row, 20 of them different and longer than names of points
-    and angles, none of them one of English's commonest; code aside. So is another language."""
+    """To a prompt in English: 40 words in a row, 20 of them different and longer than names of
+    points and angles, none of them one of English's commonest; code aside. So is another language."""
     if len(COMMON_WORDS.intersection(_WORD.findall(prompt.lower()))) < 2:
         return False
     run = []

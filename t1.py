@@ -1123,8 +1123,8 @@ def rl_step(
 def kl_to_anchor(anchor, rollouts: list[Rollout], mine: list[int], cfg: Config) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,); each rank computes its own rows.
     NOT IN PAPER: the sampler's log-probs stand for the policy's, which come with the gradient, after A is needed. In
-    float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A. metrics.jsonl's `kl`
-    has the trainer's log-probs instead, and the rounding of two forwards in bfloat16: 0.02 nats at
+    float32 they agree to 1e-6 per token; in bfloat16 `logprob_gap` is noise in A. metrics.jsonl's
+    `kl` has the trainer's log-probs instead, and the rounding of two forwards in bfloat16: 0.02 nats at
     the first steps of SmolLM2."""
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
     if anchor is not None:
@@ -1856,7 +1856,7 @@ def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
     text = (unescaped(cfg.prompt_template) or "{problem}\n").replace("{problem}", problem)
     ids = tokenizer(text).input_ids
     plain = tokenizer(text, add_special_tokens=False).input_ids
-    # Begin tokens come before a text, where it has them already, too; of some an end token after it.
+    # Begin tokens come before any text, also one that has them; of some an end token after it.
     if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
         ids = ids[:-1]
     begin = ids[: len(ids) - len(plain)]
@@ -1868,8 +1868,8 @@ def unescaped(text: str) -> str:
 
 
 def look_at_prompt(rows: list[dict], prompts, tokenizer, cfg: Config) -> str:
-    """Print the first prompt as the model sees it, and what it says about options and traces; Misuse
-    where these cannot have the wanted effect. -> its text, which resuming compares."""
+    """Print the first prompt as the model sees it, and what it says about options and traces;
+    Misuse where these cannot have the wanted effect. -> its text, which resuming compares."""
     ids, problem = prompts[0], rows[0]["problem"]
     text, template = tokenizer.decode(ids), "" if cfg.prompt_template else tokenizer.chat_template
     before, _, after = text.rpartition(problem)
@@ -1898,8 +1898,8 @@ def look_at_prompt(rows: list[dict], prompts, tokenizer, cfg: Config) -> str:
     for mark in [*marks, after.strip()] if template else marks:
         if mark and mark in problem and text.count(mark) > problem.count(mark):
             raise Misuse(
-                f"the first problem holds {mark!r}, as a prompt that a template was applied to; give "
-                "bare problems, or --prompt-template '{problem}'"
+                f"the first problem holds {mark!r}, as a prompt that a template was applied to; "
+                "give bare problems, or --prompt-template '{problem}'"
             )
 
     # thoughts that the template begins, or has ended
@@ -1986,7 +1986,7 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
 
 
 def mend_generation_config(policy, folder: str):
-    """Checkpoints stop where training stops; what the library refuses to save is said and left out."""
+    """Checkpoints stop where training stops; what the library does not save is left out, with a word."""
     lm = policy.lm
     lm.generation_config.eos_token_id = policy.end_ids
     try:
@@ -2159,8 +2159,8 @@ def full_weights(policy, dtype=None):
 
 
 def exported_weights(policy, dtype) -> dict:
-    """What a checkpoint holds, on rank 0: parameters, tied ones once, and persistent buffers. All ranks
-    must call it together."""
+    """What a checkpoint holds, on rank 0: parameters, tied ones once, and persistent buffers. All
+    ranks must call it together."""
     tensors = *policy.lm.named_parameters(), *policy.lm.named_buffers()
     names = {name for name, _ in tensors if rank() == 0}
     return {name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names}
@@ -2175,8 +2175,8 @@ def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
 
 
 def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
-    """A folder as checkpoints will be, written and read back before anything is trained: with weights
-    of at most `limit` bytes; of a larger model their names and shapes. Misuse with the library's
+    """A folder as checkpoints will be, written and read back before anything is trained: with
+    weights of at most `limit` bytes; of a larger model their names and shapes. Misuse with the library's
     reason."""
     dtype = getattr(torch, cfg.dtype)
     size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
@@ -2362,8 +2362,8 @@ class RunFolder:
         return newest(self.path) or (str(self.branch) if self.cfg.resume_from else "")
 
     def create(self, source: str, rows: list[dict], prompt: str = ""):
-        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the
-        same data and the same `prompt`, the text of the first."""
+        """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
+        the same data and the same `prompt`, the text of the first."""
         self.lock, self.has_answers = (
             on_rank0(locked_folder, self.path),
             all(row.get("answer") for row in rows),
@@ -2407,7 +2407,7 @@ class RunFolder:
             )
         if before.get("first_prompt", prompt) != prompt:
             raise Misuse(
-                f"{self.path} was started with the prompt {shortened(repr(before['first_prompt']))}: "
+                f"{self.path} began with the prompt {shortened(repr(before['first_prompt']))}: "
                 "its model's chat template or tokenizer has changed; choose another --name"
             )
         if before.get("source_sha256") != about["source_sha256"]:
@@ -2963,8 +2963,8 @@ def main(argv: list[str] | None = None) -> int:
         print0(f"preset {cfg.preset}" + f": {values}" * bool(values))
         if cfg.stage != "sft" and cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
             print0(
-                f"repetition is never found: {cfg.repeat_count} blocks of {cfg.repeat_ngram} tokens "
-                f"are more than --max-new {cfg.max_new}"
+                f"repetition is never found: {cfg.repeat_count} blocks of {cfg.repeat_ngram} "
+                f"tokens are more than --max-new {cfg.max_new}"
             )
         STAGES[cfg.stage](cfg)
         return 0

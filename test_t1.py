@@ -901,7 +901,7 @@ ribbon saddle trumpet walnut zeppelin quarry nectar
 
 
 def test_a_word_salad_is_garbled_and_honest_text_is_not():
-    """To a prompt in English; for others there is no list. Terse work, code and names are honest."""
+    """To a prompt in English; for others there is no list. Terse work, code, names are honest."""
     english = "Find the smallest n that is a multiple of 4 and of 6."
     honest = [
         "12 mod 5 = 2 not 3, wait\n" * 60,
@@ -2909,7 +2909,7 @@ def test_another_prompt_is_noticed_on_resume(tiny, tmp_path):
     assert json.loads(path.read_text())["first_prompt"] == "What is 3 plus 50?\n"
     change(path, first_prompt="What is 3 plus 50?")
     code, _, err = main(*args)
-    assert code == 2 and "was started with the prompt 'What is 3 plus 50?'" in err
+    assert code == 2 and "began with the prompt 'What is 3 plus 50?'" in err
 
 
 def biased_experts(folder, tokenizer):
