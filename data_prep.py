@@ -2263,13 +2263,13 @@ def foreign_letters(text: str, prompt: str = "") -> list[str]:
 
 
 def foreign(text: str, prompt: str = "") -> list[str]:
-    """Of each letter of a script that is used neither in mathematics nor in the prompt, the script."""
+    """The scripts of these letters."""
     return [script_of(c) for c in foreign_letters(text, prompt)]
 
 
 def word_salad(text: str, prompt: str) -> bool:
-    """To a prompt in English: 40 words in a row, 20 of them different and longer than names of points and angles, none
-    of them one of English's commonest; code aside. Solutions in another language have that, too."""
+    """To a prompt in English: 40 words in a row, 20 of them different and longer than names of
+    points and angles, none of them one of English's commonest; code aside. So is another language."""
     if len(COMMON_WORDS.intersection(_WORD.findall(prompt.lower()))) < 2:
         return False
     run = []
@@ -2281,9 +2281,10 @@ def word_salad(text: str, prompt: str) -> bool:
 
 
 def garbled(text: str, prompt: str = "") -> bool:
-    """Mixed languages or random characters: at least 5 letters are of a script used neither in mathematics nor in the
-    prompt, and are 5 % of all or stand in 3 different groups; more than 1 % of the characters are broken (replacement,
-    control, unassigned); 60 Latin letters follow each other; or a word salad."""
+    """Mixed languages or random characters: at least 5 letters are of a script used neither in
+    mathematics nor in the prompt, and are 5 % of all or stand in 3 different groups; more than 1 %
+    of the characters are broken (replacement, control, unassigned); 60 Latin letters follow each
+    other; or a word salad."""
     broken = [
         c
         for c in text

