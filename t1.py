@@ -1367,7 +1367,7 @@ def measure(engine, answerer, problems, samples: int, prompts, about: dict, fold
         path = folder / "responses.jsonl"
         if path.exists():
             cut_log(
-                path, path, lambda row: row.get("key") != about["key"], folder / "responses.cut"
+                path, path, lambda row: row.get("key") != about["key"], folder / "responses.jsonl.cut"
             )
         rows = []
         for n, (r, record) in enumerate(zip(rollouts, records)):

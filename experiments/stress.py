@@ -689,8 +689,10 @@ def run_folder_case(rng: random.Random, folder: Path, base: dict):
         run.path / "metrics.jsonl",
         [dict(step=i, reward=0.5, honest=None, kl=1e-9) for i in range(9)],
     )
-    (run.path / "checkpoint-3").mkdir()
-    t1.write_json(run.path / "checkpoint-3/complete.json", {"../metrics.jsonl": 1, "a": 2})
+    checkpoint = run.path / "checkpoint-3"
+    (checkpoint / "trainer").mkdir(parents=True)
+    (checkpoint / "trainer/a").write_text("state")
+    t1.write_manifest(checkpoint, 3, run.run, t1.checksums(checkpoint, ["trainer/a"]))
     path = run.path / rng.choice(["config.json", "metrics.jsonl", "checkpoint-3/complete.json"])
     data = path.read_bytes()
     path.unlink()
