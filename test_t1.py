@@ -2291,7 +2291,8 @@ class Disk:
         self.looker = None  # the thread that is in `at_event`: what it does there is not of the run
         for name in self.names:
             monkeypatch.setattr(os, name, partial(self.event, name, getattr(os, name)))
-        self.synced(self.hold(root))
+        for path in (root, *root.rglob("*")):  # what was there before
+            self.synced(self.hold(path))
 
     def event(self, name, function, *args, **kwargs):
         if self.looker == threading.get_ident():
@@ -2385,7 +2386,7 @@ def test_a_power_cut_loses_no_checkpoint_that_was_saved(guess, whole_sft, tmp_pa
             seen[saved] += 1
 
     def some(disk, event, saved):
-        if event % 3 == 0:
+        if event % 5 == 0:
             check(disk, event, saved)
 
     cut_at(sft_args(guess, tmp_path / "disk"), tmp_path / "disk", monkeypatch, some)
