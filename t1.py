@@ -1367,7 +1367,10 @@ def measure(engine, answerer, problems, samples: int, prompts, about: dict, fold
         path = folder / "responses.jsonl"
         if path.exists():
             cut_log(
-                path, path, lambda row: row.get("key") != about["key"], folder / "responses.jsonl.cut"
+                path,
+                path,
+                lambda row: row.get("key") != about["key"],
+                folder / "responses.jsonl.cut",
             )
         rows = []
         for n, (r, record) in enumerate(zip(rollouts, records)):
@@ -1451,7 +1454,8 @@ def run_eval(cfg: Config):
         " ".join([*Path(p).parts[-2:-1], Path(p).name.removeprefix("checkpoint-")]) for p in folders
     ]
     names = names if len(set(names)) == len(names) else folders
-    tests, folder, lock, engine = test_sets(cfg), base / "eval", None, None
+    tests, folder, engine = test_sets(cfg), base / "eval", None
+    lock = []  # held until the stage ends
     known = {entry["key"]: entry for entry in from_rank0(on_rank0(results_of, folder))}
     other, other_tokenizer = (
         load_whole(latest(cfg.answer_model), cfg) if cfg.answer_model else (None, None)
@@ -1467,7 +1471,8 @@ def run_eval(cfg: Config):
                 todo.append((about, problems, samples))
                 continue
             print0(f"{path}, {test}: evaluated before, pass@1 {known[key]['pass_at_1']:.1%}")
-            lock = lock or on_rank0(locked_folder, folder)
+            if not lock:
+                lock.append(on_rank0(locked_folder, folder))
             on_rank0(add_result, folder, known[key] | about)
         if not todo:
             continue
@@ -1486,7 +1491,8 @@ def run_eval(cfg: Config):
                 f"--answer-model {cfg.answer_model}: its tokenizer is not that of {path}; ids are passed on"
             )
         if engine is None:
-            lock = lock or on_rank0(locked_folder, folder)  # held until the stage ends
+            if not lock:
+                lock.append(on_rank0(locked_folder, folder))
             engine = answerer = make_engine(path, policy, tokenizer, cfg)
             if other_tokenizer:  # vLLM's groups of ranks are those of its first engine; this one takes the memory left
                 options = dict(
