@@ -2573,9 +2573,7 @@ class RunFolder:
                 error = Misuse(f"{self.source}: does not fit this model ({reason_of(e, -1)})")
             all_ranks_agree(error)
             print0(f"resuming from {self.source}")
-        if rank() == 0:
-            self.tidy()
-        all_ranks_agree()
+        on_rank0(self.tidy)
         if self.cfg.tensorboard and rank() == 0:  # events from `step` on count no longer
             self.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
                 str(self.path), purge_step=self.step
