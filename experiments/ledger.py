@@ -160,7 +160,9 @@ def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
     problems, prompts = t1.encode_prompts(
         data_prep.read_rows(cfg.data, "rl")[:SPREAD_P], tokenizer, cfg
     )
-    noise, spread, few = {}, {}, (problems[:DRAWN_P], prompts[:DRAWN_P])
+    noise = {}
+    spread = {}
+    few = problems[:DRAWN_P], prompts[:DRAWN_P]
     for K in DRAWN_K:
         noise[str(K)] = gradient_variance(policy, engine, *few, K, cfg)
     seeds = [t1.seed_for(cfg.seed, "spread", place) for place in range(len(prompts))]

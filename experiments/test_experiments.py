@@ -542,7 +542,8 @@ def test_a_step_of_14b_on_eight_gpus_is_a_range_that_holds_the_middle():
         assert set(seconds) == set(plan.PHASES)
         return sum(seconds.values())
 
-    assert 500 < total(**plan.BEST) < 620 < total() < 680 < total(**plan.WORST) < 900
+    assert 500 < total(**plan.BEST) < 620 < total() < 680
+    assert 680 < total(**plan.WORST) < 900
     for name in plan.BEST:
         assert total(**{name: plan.BEST[name]}) < total()
         assert total(**{name: plan.WORST[name]}) > total()
@@ -630,7 +631,8 @@ def test_plan_command(talkative, tmp_path, capsys):
     model = f"--model {tmp_path}/model --gpus 1,2 --set efficiency=0.2,pcie=2e10".split()
     assert plan.main([*model, *few]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows if row and row[0].isdecimal()] == ["1", "2"]
+    numbers = [row[0] for row in rows if row and row[0].isdecimal()]
+    assert numbers == ["1", "2"]
     assert plan.main(["--model", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
