@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pyarrow.parquet
@@ -117,8 +117,7 @@ def run_kills(count: int, ranks: int, seed: int, base: Path):
 ODD_VALUES = [
     None, True, 0, -1, 0.5, 1e308, 10**30, float("nan"), float("inf"), [], {}, [[]], {"a": 1}, "",
     "\0", "\ud800", "x" * 60_000, "9" * 5000, "\\boxed{" * 400, "\\boxed{2}", "25\n", "\u2028", [1],
-    "<|endoftext|>", "{problem}", "-" * 3000, "[asy]" * 3000, [dict(role="user", content=3)], " ",
-    "\ufeff", "\r", "caf\xe9", "\\ud800", "1e999", "[" * 3000, '{"a":' * 3000, "\\", '"id": 1, ',
+    "{problem}", "-" * 3000, [dict(role="user", content=3)], "\ufeff", "1e999", '{"a":' * 3000,
 ]
 # fmt: on
 ENCODINGS = ["utf-16", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "cp500"]
@@ -185,8 +184,11 @@ def good_files(folder: Path):
     tokenizer.save_pretrained(folder / "model")
 
 
+made_once = cache(data_prep.embedded_tokenizer)  # takes seconds
+
+
 def encode_rows(stage: str, path: Path):
-    t1.encode_prompts(t1.read_rows(str(path), stage), data_prep.embedded_tokenizer(), CFG)
+    t1.encode_prompts(t1.read_rows(str(path), stage), made_once(), CFG)
 
 
 def load_and_generate(path: Path):
@@ -221,7 +223,7 @@ def fuzz_case(kind: str, rng: random.Random, good: Path, folder: Path) -> str:
     before, said = sorted(folder.rglob("*")), "one line"
     name = folder.name if kind == "model" else path.name
     for reader in READERS[kind]:
-        faulthandler.dump_traceback_later(60, exit=True)  # a hang
+        faulthandler.dump_traceback_later(600, exit=True)  # a hang
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 reader(path)
@@ -270,9 +272,7 @@ def stress_command(own, options: list[str]) -> int:
         cases = range(own.case, own.case + own.count)
         counts, failures = run_fuzz(cases, own.seed, Path(folder))
     for case, kind, trace in failures:
-        print(
-            f"{kind}: python -m experiments.stress fuzz 1 --seed {own.seed} --case {case}\n{trace}"
-        )
+        print(f"{kind}: stress fuzz 1 --seed {own.seed} --case {case}\n{trace}")
     print("\n".join(f"{kind:8} {said:9}{n:6}" for (kind, said), n in sorted(counts.items())))
     print(f"{counts.total()} cases, {len(failures)} failed, seed {own.seed}")
     return 1 if failures else 0
