@@ -383,7 +383,8 @@ def naming(path: Path):
 
 
 def sync(path: Path):
-    """Wait until a file, or the names in a folder, are on the disk: what comes after cannot get there first."""
+    """Wait until a file, or the names in a folder, are on the disk: what comes after cannot get
+    there first."""
     with naming(path):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -393,7 +394,8 @@ def sync(path: Path):
 
 
 def write(path: Path, lines):
-    """Writes beside the file, then renames: neither a kill nor a power cut leaves a half under the final name."""
+    """Writes beside the file, then renames: neither a kill nor a power cut leaves a half under the
+    final name."""
     beside = path.with_name(path.name + ".partial")
     with naming(path):
         with open(beside, "w", encoding="utf-8") as f:

@@ -1601,7 +1601,7 @@ def run_eval(cfg: Config):
     paths = checkpoints_to_evaluate(folder.parent, cfg)
     sets = test_sets(cfg)
     answer_weights = on_rank0(weights_of, latest(cfg.answer_model))
-    lock = None  # held until the stage ends
+    lock = []  # held until the stage ends
     engine = None
     for path, name in paths.items():
         models = (on_rank0(weights_of, path), answer_weights)
@@ -1612,6 +1612,8 @@ def run_eval(cfg: Config):
             known = [old for old in from_rank0(on_rank0(results_of, folder)) if old["key"] == key]
             if known:
                 print0(f"{path}, {test}: evaluated before, pass@1 {known[0]['pass_at_1']:.1%}")
+                if not lock:
+                    lock.append(on_rank0(locked_folder, folder))
                 on_rank0(add_result, folder, known[0] | entry)
             else:
                 todo.append((entry, rows, samples))
@@ -1620,13 +1622,14 @@ def run_eval(cfg: Config):
         release(engine)
         whole, tokenizer = load_whole(path, cfg)
         encoded = [encode_prompts(rows, tokenizer, cfg) for _, rows, _ in todo]
-        look_at_prompt(encoded[0], tokenizer, cfg)
         policy = shard(whole, tokenizer, cfg)
         del whole
-        lock = lock or on_rank0(locked_folder, folder)
         if engine is None:
+            look_at_prompt(encoded[0], tokenizer, cfg)
             engine = make_engine(path, policy, tokenizer, cfg)
             answerer = answer_engine(engine, tokenizer, cfg) if cfg.answer_model else engine
+        if not lock:
+            lock.append(on_rank0(locked_folder, folder))
         engine.tokenizer = tokenizer
         push_weights(engine, policy, encoded[0][0], cfg)
         del policy
@@ -2229,8 +2232,7 @@ def unfit_config(lm, longest: int) -> str:
     if lm.get_output_embeddings().bias is not None:
         return "its output layer has a bias"
     for name, value in vars(lm.config).items():
-        cap = "logit" in name and "cap" in name and name != "moe_router_logit_softcapping"
-        if cap and value:  # where the logits are flat it is too small to be measured
+        if "softcap" in name and value:  # hardly seen in the log-probs while logits are flat
             return f"it has {name}"
     window = shortest_window(lm.config)
     if window < longest:
@@ -2839,7 +2841,7 @@ class RunFolder:
             if old != value:
                 what = f"--{name}"
                 if name == "prompt":
-                    what = f"the first prompt, {shortened(repr(old))}"
+                    what = f"first prompt, {shortened(repr(old))}"
                 raise Misuse(f"{self.path} was started with another {what}; choose another --name")
         for name, value in machine().items():
             if before.get(name) != value:
@@ -3436,8 +3438,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def truth(text: str) -> bool:
-    values = {"true": True, "false": False, "1": True, "0": False}
-    return values[text.lower()]
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError  # argparse says which option it is of
+    return text.lower() in ("true", "1")
 
 
 def options_with(rule: str) -> set[str]:

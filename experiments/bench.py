@@ -1,16 +1,15 @@
-"""Speed and memory of a step of RL and of SFT on the embedded model, beside TRL's trainers where TRL is installed.
+"""Speed and memory of a step of RL and of SFT on the embedded model, beside TRL's trainers.
 
     export OMP_NUM_THREADS=1
-    python -m experiments.bench                   with TRL in the environment: pip install trl==1.16.0
+    python -m experiments.bench                   with TRL (pip install trl==1.16.0): both, in turn
     python -m experiments.bench --max-new 512     rows of different lengths
-    python -m experiments.bench --gpu             what one GPU does, in minutes; no download, vLLM if it is there
+    python -m experiments.bench --gpu             what one GPU does, in minutes; no download
 
-The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch, float32, random
-weights. Up to 128 new tokens the model has one end token, so nearly all responses have the full length; above, one
-token in 64 is an end token: lengths differ, 64 on average. Both sides get the same folder, problems, K, lengths, type
-and threads; after each of TRL's steps one of ours is run, so that both see the same machine. Other options are t1.py's.
---gpu: is flash attention right, does the gradient agree with float32, memory and time of the head, FLOP utilisation,
-generation, parked optimizer, SFT and RL from end to end; a table, and the same as JSON.
+The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch,
+float32, random weights. Up to 128 new tokens the model has one end token, so nearly all responses
+have the full length; above, one token in 64 is an end token: lengths differ, 64 on average. Both
+sides get the same folder, problems, K, lengths, type and threads; after each of TRL's steps one of
+ours is run, so that both see the same machine. Other options are t1.py's.
 """
 
 import copy
@@ -19,6 +18,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 import resource
 import sys
 import tempfile
@@ -45,9 +45,8 @@ BENCH = dict(  # the job, on top of the preset tiny
     rl_lr=1e-4,
     sft_lr=1e-4,
     sft_batch=64,
-    tiny_layers=4,
-    tiny_width=256,
 )
+MODEL = dict(layers=4, width=256)  # of the job
 TRL_ROWS = 64  # rows of one of RLOOTrainer's micro-batches
 TRL_PACK = (1024, 4)  # SFTTrainer packs to rows of so many tokens, so many rows per step
 RL, SFT = "step of RL", "step of SFT"
@@ -64,10 +63,8 @@ class Job:
     engine: object
     optimizer: torch.optim.Optimizer
     tokenizer: object
-    problems: list[dict]  # {"id", "problem", "answer"}
-    prompts: list[list[int]]  # their ids
-    traces: list[dict]  # {"problem", "response"}
-    rows: list[tuple]  # their ids
+    problems: list[t1.Problem]
+    traces: list[t1.Rollout]
 
 
 @dataclass
@@ -79,39 +76,41 @@ class Timing:
     row: dict = field(default_factory=dict)  # of metrics.jsonl
 
     def rate(self, clock: int, phase: str = "") -> float:
-        """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the whole step."""
-        return self.tokens / (
-            self.seconds[phase][clock] if phase else sum(s[clock] for s in self.seconds.values())
-        )
+        """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the whole
+        step."""
+        phases = [self.seconds[phase]] if phase else self.seconds.values()
+        return self.tokens / sum(seconds[clock] for seconds in phases)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Our side: the very steps of t1.py
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job:
-    """The model, saved to `folder` for the other side, and problems and traces for pairs + 1 steps."""
-    policy, tokenizer = t1.tiny_policy(cfg)
+    """The model, saved to `folder` for the other side, and problems and traces for pairs + 1
+    steps."""
+    with experiments.embedded_model(**MODEL):
+        policy, tokenizer = t1.tiny_policy(cfg)
     ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
     policy.end_ids = [tokenizer.eos_token_id, *range(20, 19 + ends)]
     policy.lm.generation_config.eos_token_id = policy.end_ids
     policy.lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    sums = (
-        np.random.default_rng(cfg.seed).integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist()
-    )
-    problems = [
-        dict(id=str(i), problem=f"{a}+{b}=", answer=str(a + b)) for i, (a, b) in enumerate(sums)
-    ]
-    traces = data_prep.embedded_traces()[
-        : 4 * sft_cfg.sft_batch * (pairs + 1)
-    ]  # enough for TRL to pack
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    questions = [t1.prompt_ids(t["problem"], tokenizer, cfg) for t in traces]
+    problems = []
+    rng = np.random.default_rng(cfg.seed)
+    for a, b in rng.integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist():
+        row = dict(id=f"{a} {b}", problem=f"{a}+{b}=", answer=str(a + b))
+        problems.append(t1.Problem(row, ids(row["problem"])))
+    traces = []
+    for row in data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]:  # TRL packs them
+        problem = t1.Problem(row, t1.prompt_ids(row, tokenizer, cfg))
+        response = ids(row["response"]) + [tokenizer.eos_token_id]
+        traces.append(t1.Rollout(problem, ids=response, finished=True))
     return Job(
         cfg=cfg,
         sft_cfg=sft_cfg,
@@ -121,42 +120,27 @@ def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job
         optimizer=t1.make_optimizer(policy, cfg),
         tokenizer=tokenizer,
         problems=problems,
-        prompts=[ids(p["problem"]) for p in problems],
         traces=traces,
-        rows=[
-            (x, ids(t["response"]) + [tokenizer.eos_token_id]) for x, t in zip(questions, traces)
-        ],
     )
 
 
 def our_rl_step(job: Job, step: int) -> Timing:
-    clock = t1.Clock()
-    row, _ = t1.rl_step(
-        step,
-        job.problems,
-        job.prompts,
-        job.policy,
-        job.anchor,
-        job.engine,
-        job.optimizer,
-        job.cfg,
-        clock,
-        t1.Interrupt(),
-    )
-    return Timing(row["tokens"], clock.seconds, row)
+    t1.clock.take()
+    models = job.policy, job.anchor, job.engine, job.optimizer
+    row, _ = t1.rl_step(step, job.problems, *models, job.cfg)
+    return Timing(row["tokens"], t1.clock.take(), row)
 
 
 def our_sft_step(job: Job, step: int) -> Timing:
-    steps = len(job.rows) // job.sft_cfg.sft_batch
-    clock = t1.Clock()
-    row = t1.sft_step(step, steps, job.rows, job.policy, job.optimizer, job.sft_cfg)
-    clock.lap("sft")
-    return Timing(row["tokens"], clock.seconds)
+    t1.clock.take()
+    steps = len(job.traces) // job.sft_cfg.sft_batch
+    row = t1.sft_step(step, steps, job.traces, job.policy, job.optimizer, job.sft_cfg)
+    return Timing(row["tokens"], t1.clock.take())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The other side: TRL's trainers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def trl_options(folder: str, pairs: int, cfg: t1.Config) -> dict:
@@ -167,7 +151,7 @@ def trl_options(folder: str, pairs: int, cfg: t1.Config) -> dict:
         lr_scheduler_type="constant",
         max_grad_norm=cfg.grad_clip,
         bf16=cfg.dtype == "bfloat16",
-        use_cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         seed=0,
         report_to=[],
@@ -179,15 +163,25 @@ def trl_options(folder: str, pairs: int, cfg: t1.Config) -> dict:
 
 def trl_reward(completions, answer, **unused) -> list[float]:
     """A reward that costs TRL next to nothing."""
-    return [
-        1.0 if c.strip().startswith(a) else 0.1 * (c[:1] == a[:1])
-        for c, a in zip(completions, answer)
-    ]
+    return [float(c.strip().startswith(a)) for c, a in zip(completions, answer)]
+
+
+def trl_trainer(make, folder: str, settings, rows: list[dict], **more):
+    """One of TRL's trainers on the bench's model and rows."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return make(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        **more,
+    )
 
 
 def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
-    """TRL's RLOOTrainer on the bench's job, and the list in which it counts the tokens it trains on."""
-    import datasets
+    """TRL's RLOOTrainer on the bench's job, and the list in which it counts its trained tokens."""
     import trl
 
     micro = math.gcd(cfg.prompts * cfg.k, TRL_ROWS)
@@ -205,15 +199,8 @@ def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
         ref_model_mixup_alpha=1 - cfg.ema_decay,
         shuffle_dataset=False,
     )
-    trainer = trl.RLOOTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(
-            [dict(prompt=p["problem"], answer=p["answer"]) for p in problems]
-        ),
-        reward_funcs=trl_reward,
-    )
+    rows = [dict(prompt=p["problem"], answer=p["answer"]) for p in problems]
+    trainer = trl_trainer(trl.RLOOTrainer, folder, settings, rows, reward_funcs=trl_reward)
     tokens, generate = [], trainer._generate_single_turn
 
     def counted(*args, **kwargs):
@@ -226,11 +213,9 @@ def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
 
 
 def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
-    """TRL's SFTTrainer with packing, and the list in which it counts the tokens it trains on."""
-    import datasets
+    """TRL's SFTTrainer with packing, and the list in which it counts its trained tokens."""
     import trl
 
-    datasets.disable_progress_bars()
     length, rows = TRL_PACK
     settings = trl.SFTConfig(
         **trl_options(folder, pairs, cfg),
@@ -241,12 +226,7 @@ def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
         learning_rate=cfg.sft_lr,
     )
     examples = [dict(prompt=t["problem"] + "\n", completion=t["response"]) for t in traces]
-    trainer = trl.SFTTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(examples),
-    )
+    trainer = trl_trainer(trl.SFTTrainer, folder, settings, examples)
     tokens, loss = [], trainer.compute_loss
 
     def counted(model, inputs, *args, **kwargs):
@@ -258,7 +238,8 @@ def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
 
 
 def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, Timing]]:
-    """Run a TRL trainer for one step to warm up and `pairs` more, and ours(step) after each -> the pairs."""
+    """Run a TRL trainer for one step to warm up and `pairs` more, and ours(step) after each -> the
+    pairs."""
     results = []
 
     class InTurn(transformers.TrainerCallback):
@@ -274,11 +255,10 @@ def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, 
             tokens.clear()
             mine = ours(len(results))
             results.append((mine, theirs))
+            rates = mine.rate(0), theirs.rate(0)
+            said = f"{rates[0]:,.0f} and {rates[1]:,.0f} tokens per CPU second"
             pair = f"{type(trainer).__name__} {len(results) - 1} of {pairs}"
-            ratio = mine.rate(0) / theirs.rate(0)
-            t1.print0(
-                f"{pair}: {mine.rate(0):,.0f} and {theirs.rate(0):,.0f} tokens per CPU second, {ratio:.2f}"
-            )
+            t1.print0(f"{pair}: {said}, {rates[0] / rates[1]:.2f}")
             self.start()
 
     trainer.add_callback(InTurn())
@@ -287,9 +267,9 @@ def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, 
     return results[1:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def median_of(values) -> str:
@@ -307,10 +287,9 @@ def peak_memory() -> float:
 
 def about_machine() -> str:
     """Processor, cores, load, threads and versions."""
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    )
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    names = []
+    if os.path.exists("/proc/cpuinfo"):
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     cpu = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
@@ -319,16 +298,14 @@ def about_machine() -> str:
 
 def report(rl: list[Timing], sft: list[Timing], memory: float):
     """Print tokens per second of every phase: median (smallest-largest) over the steps."""
-    t1.print0(
-        f"{'phase':24} {'tokens per CPU second':>26} {'tokens per second':>26} {'share of a step':>16}"
-    )
-    for phase in rl[0].seconds:
-        shares = [t.rate(0) / t.rate(0, phase) for t in rl]
-        cpu, wall = (median_of([t.rate(clock, phase) for t in rl]) for clock in (0, 1))
-        t1.print0(f"{phase:24} {cpu:>26} {wall:>26} {100 * np.median(shares):14.0f} %")
-    for name, timings in ((RL, rl), (SFT, sft)):
-        cpu, wall = (median_of([t.rate(clock) for t in timings]) for clock in (0, 1))
-        t1.print0(f"{name:24} {cpu:>26} {wall:>26}")
+    heads = "tokens per CPU second", "tokens per second", "share of a step"
+    t1.print0(f"{'phase':16} {heads[0]:>26} {heads[1]:>26} {heads[2]:>16}")
+    rows = [(phase, rl, phase) for phase in rl[0].seconds] + [(RL, rl, ""), (SFT, sft, "")]
+    for name, timings, phase in rows:
+        share = np.median([t.rate(0) / t.rate(0, phase) for t in timings])
+        cpu = median_of([t.rate(0, phase) for t in timings])
+        wall = median_of([t.rate(1, phase) for t in timings])
+        t1.print0(f"{name:16} {cpu:>26} {wall:>26} {100 * share:14.0f} %")
     tokens = np.median([t.tokens for t in rl])
     t1.print0(f"peak memory of the process {memory:.2f} GiB, {tokens:,.0f} tokens per {RL}")
 
@@ -336,11 +313,11 @@ def report(rl: list[Timing], sft: list[Timing], memory: float):
 def report_pairs(name: str, pairs: list[tuple[Timing, Timing]]):
     """Print tokens per second of both sides and their ratio within each pair."""
     for clock, unit in enumerate(("CPU second", "second")):
-        ours, theirs = [a.rate(clock) for a, _ in pairs], [b.rate(clock) for _, b in pairs]
+        ours = [a.rate(clock) for a, _ in pairs]
+        theirs = [b.rate(clock) for _, b in pairs]
         ratio = median_of([a / b for a, b in zip(ours, theirs)])
-        t1.print0(
-            f"{name}: trained tokens per {unit} {median_of(ours)}, TRL {median_of(theirs)}, ratio {ratio}"
-        )
+        said = f"{median_of(ours)}, TRL {median_of(theirs)}, ratio {ratio}"
+        t1.print0(f"{name}: trained tokens per {unit} {said}")
 
 
 def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
@@ -349,22 +326,23 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
         job = make_job(folder, pairs, cfg, sft_cfg)
         size = sum(p.numel() for p in job.policy.parameters()) / 1e6
         t1.print0(about_machine())
-        t1.print0(
-            f"{size:.2f} M parameters, V {job.policy.vocabulary}, {cfg.prompts} prompts x {cfg.k} samples, at most "
-            f"{cfg.max_new} new tokens, {cfg.dtype}, {pairs} steps and one to warm up: median (min-max)"
-        )
+        of_job = f"{cfg.prompts} prompts x {cfg.k} samples, at most {cfg.max_new} new tokens"
+        t1.print0(f"{size:.2f} M parameters, V {job.policy.vocabulary}, {of_job}, {cfg.dtype}")
+        t1.print0(f"{pairs} steps and one to warm up: median (min-max)")
         if importlib.util.find_spec("trl") is None:
             rl = [our_rl_step(job, step) for step in range(pairs + 1)][1:]
             sft = [our_sft_step(job, step) for step in range(pairs + 1)][1:]
             report(rl, sft, peak_memory())
             t1.print0(
-                "TRL is not installed here: nothing to compare with (pip install trl==1.16.0)"
+                "TRL is not installed here (pip install trl==1.16.0): nothing to compare with"
             )
             return
         our_rl_step(job, 0), our_sft_step(job, 0)
         memory = peak_memory()
-        rl_trainer, rl_tokens = trl_rloo(folder, job.problems, pairs, cfg)
-        sft_trainer, sft_tokens = trl_sft(folder, job.traces, pairs, sft_cfg)
+        problems = [problem.row for problem in job.problems]
+        traces = [trace.problem.row for trace in job.traces]
+        rl_trainer, rl_tokens = trl_rloo(folder, problems, pairs, cfg)
+        sft_trainer, sft_tokens = trl_sft(folder, traces, pairs, sft_cfg)
         rl = in_turn(rl_trainer, rl_tokens, lambda step: our_rl_step(job, step), pairs)
         sft = in_turn(sft_trainer, sft_tokens, lambda step: our_sft_step(job, step), pairs)
     report([a for a, _ in rl], [a for a, _ in sft], memory)
@@ -373,9 +351,9 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
     t1.print0(f"peak memory with TRL in the same process {peak_memory():.2f} GiB")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -383,11 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
     add("--gpu", action="store_true", help="measure this machine's GPU instead (default: off)")
-    add(
-        "--json",
-        default="bench-gpu.json",
-        help="with --gpu: file for the numbers (default: %(default)s)",
-    )
+    add("--json", default="bench-gpu.json", help="--gpu: file of numbers (default: %(default)s)")
     return experiments.run(parser, bench_command, argv)
 
 
@@ -399,9 +373,8 @@ def bench_command(own, options: list[str]):
     if own.gpu and not torch.cuda.is_available():
         raise t1.Misuse("--gpu: torch sees no GPU here")
     if own.gpu:
-        return gpu.run_gpu(
-            gpu.Sizes(), f"{torch.cuda.get_device_name()}; {about_machine()}", own.json
-        )
+        about = f"{torch.cuda.get_device_name()}; {about_machine()}"
+        return gpu.run_gpu(gpu.Sizes(), about, own.json)
     run_bench(own.pairs, *(job_config(stage, options) for stage in ("rl", "sft")))
 
 

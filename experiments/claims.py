@@ -1,8 +1,9 @@
-"""What the ledger asks of its runs, and what they answer: records -> claims, statistics, tables and a picture.
+"""What the ledger asks of its runs, and what they answer: records -> claims, statistics, tables and
+a picture.
 
-A claim has two questions: does the part do what it is for (mostly one column of the run), and does it pay (held-out
-pass@1)? Both are differences paired by seed, with a 95 % interval (Student's t) and a p-value that is corrected for the
-number of questions (Holm)."""
+A claim has two questions: does the part do what it is for (mostly one column of the run), and does
+it pay (held-out pass@1)? Both are differences paired by seed, with a 95 % interval (Student's t)
+and a p-value that is corrected for the number of questions (Holm)."""
 
 import math
 import textwrap
@@ -19,12 +20,13 @@ import t1
 LEVEL = 0.05  # of the intervals and, after Holm's correction, of the verdicts
 PUBLISHED = Path(__file__).parent.parent / "figures" / "ledger.jsonl"
 
-# --- What is run ------------------------------------------------------------------------------------------------------
+# --- What is run ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A run: RL from the SFT variant `start` of its seed, with changes in t1.Config; with `traces` it is SFT alone."""
+    """A run: RL from the SFT variant `start` of its seed, with changes in t1.Config; with `traces`
+    it is SFT alone."""
 
     changes: dict = field(default_factory=dict)
     start: str = "sft"
@@ -39,7 +41,7 @@ VARIANTS = {  # in the order in which they are run
     "base": Variant(),
     "alpha1e-2": Variant(dict(entropy_coef=1e-2)),
     "beta5e-2": Variant(STRONG),
-    "beta5e-2-fixed": Variant(STRONG | dict(anchor="fixed")),
+    "beta5e-2-fixed": Variant(STRONG | dict(ema_decay=1.0)),
     "beta5e-2-uncentred": Variant(STRONG | dict(kl_center=False)),
     "k4": Variant(dict(k=4)),
     "t0.8": Variant(dict(temperature=0.8)),
@@ -59,32 +61,31 @@ VARIANTS = {  # in the order in which they are run
     "long-t0.8": Variant(LONG | dict(temperature=0.8)),
     "long-alpha0": Variant(LONG | dict(entropy_coef=0.0)),
     "long-beta5e-2": Variant(LONG | STRONG),
-    "long-beta5e-2-fixed": Variant(LONG | STRONG | dict(anchor="fixed")),
+    "long-beta5e-2-fixed": Variant(LONG | STRONG | dict(ema_decay=1.0)),
 }
 
-# --- What a run shows: one record -------------------------------------------------------------------------------------
+# --- What a run shows: one record -----------------------------------------------------------------
 
 HELD_OUT = "pass_at_1 length overlong repetition".split()
 STEPS = "reward accuracy entropy nll kl flat_groups".split()
+ENDS = ("measures.json", "stopped.json")  # the last file of a run
 
 
 def read_records(base: Path) -> list[dict]:
     """A record of each finished run under `base`, in the order of VARIANTS and seeds."""
-    done = {
-        path.parent.name
-        for name in ("measures.json", "stopped.json")
-        for path in base.glob(f"*/{name}")
-    }
-    pairs = [run.rsplit("-seed", 1) for run in done]
-    pairs = sorted(
-        (list(VARIANTS).index(name), int(seed), name) for name, seed in pairs if name in VARIANTS
-    )
-    return [record_of(base, name, seed) for _, seed, name in pairs]
+    done = {path.parent.name for path in base.glob("*/*") if path.name in ENDS}
+    seeds = sorted(int(run.rsplit("-seed")[-1]) for run in done)
+    records = []
+    for name in VARIANTS:
+        for seed in dict.fromkeys(seeds):
+            if f"{name}-seed{seed}" in done:
+                records.append(record_of(base, name, seed))
+    return records
 
 
 def record_of(base: Path, name: str, seed: int) -> dict:
-    """What one run showed, rounded to six digits: held-out means of its last checkpoint, means over tenths of its RL
-    steps (`steps`), and its measures. A run that stopped has nothing but the reason."""
+    """What one run showed, rounded to six digits: held-out means of its last checkpoint, means over
+    tenths of its RL steps (`steps`), and its measures. A run that stopped has only the reason."""
     run = base / f"{name}-seed{seed}"
     record = dict(variant=name, seed=seed)
     if (run / "stopped.json").exists():
@@ -92,10 +93,8 @@ def record_of(base: Path, name: str, seed: int) -> dict:
     end = data_prep.read_json(run / "eval/results.json")["checkpoints"][-1]
     rows = [row for row in t1.read_log(run / "eval/responses.jsonl") if row["key"] == end["key"]]
     record |= {column: end[column] for column in HELD_OUT}
-    record["samples"], record["pass_at_8"] = (
-        [end["problems"], end["samples"]],
-        end["pass_at_k"][-1][1],
-    )
+    record["samples"] = [end["problems"], end["samples"]]
+    record["pass_at_8"] = end["pass_at_k"][-1][1]
     record["corrected"] = float(np.mean([row["corrected"] for row in rows]))
     record["jump"] = data_prep.habit_shares(rows).get("jump", [0.0])[0]
     record["scaling"] = [point[:2] for point in end.get("scaling", [])]
@@ -103,18 +102,15 @@ def record_of(base: Path, name: str, seed: int) -> dict:
     if (run / "rl/metrics.jsonl").exists():
         steps = t1.read_log(run / "rl/metrics.jsonl")
         tenths = np.array_split(steps, min(10, len(steps)))
-        record["steps"] = {
-            column: [column_mean(part, column) for part in tenths] for column in STEPS
-        }
+        for column in STEPS:
+            values = [[row[column] for row in part] for part in tenths]
+            record["steps"][column] = [float(np.mean(part)) for part in values]
     return rounded(record | data_prep.read_json(run / "measures.json"))
 
 
-def column_mean(rows: list[dict], column: str) -> float:
-    return float(np.mean([row[column] for row in rows]))
-
-
 def rounded(value):
-    """Every float in it to six significant digits, so that a table made from the file equals one made from folders."""
+    """Every float in it to six significant digits: a table from the file equals one from
+    folders."""
     if isinstance(value, dict):
         return {name: rounded(x) for name, x in value.items()}
     if isinstance(value, list):
@@ -122,7 +118,7 @@ def rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-# --- What is asked ----------------------------------------------------------------------------------------------------
+# --- What is asked --------------------------------------------------------------------------------
 
 
 def at_budget(record: dict, budget: int) -> float:
@@ -131,8 +127,10 @@ def at_budget(record: dict, budget: int) -> float:
 
 
 def entropy_at(record: dict, accuracy: float) -> float:
-    """Entropy where training first reaches this accuracy, between tenths of the run by a straight line."""
-    right, entropy = record["steps"]["accuracy"], record["steps"]["entropy"]
+    """Entropy where training first reaches this accuracy, interpolated between tenths of the
+    run."""
+    right = record["steps"]["accuracy"]
+    entropy = record["steps"]["entropy"]
     i = next(i for i, value in enumerate(right) if value >= accuracy)
     if i == 0:
         return entropy[0]
@@ -141,32 +139,30 @@ def entropy_at(record: dict, accuracy: float) -> float:
 
 
 def entropy_difference(a: dict, b: dict) -> float:
-    """Entropy of a minus that of b, both where they first reach the best accuracy of the weaker one."""
+    """Entropy of a minus that of b, both where they first reach the best accuracy of the weaker
+    one."""
     level = min(max(a["steps"]["accuracy"]), max(b["steps"]["accuracy"]))
     return entropy_at(a, level) - entropy_at(b, level)
 
 
 def mean_advantage(record: dict) -> float:
-    """Leave-one-out rewards sum to zero, so do centred KLs; what is left of the sum is -beta times the mean KL."""
+    """Leave-one-out rewards sum to zero, so do centred KLs; the rest is -beta times the mean KL."""
     changes = VARIANTS[record["variant"]].changes
-    return (
-        0.0
-        if changes.get("kl_center", True)
-        else -changes["kl_coef"] * float(np.mean(record["steps"]["kl"]))
-    )
+    if changes.get("kl_center", True):
+        return 0.0
+    return -changes["kl_coef"] * float(np.mean(record["steps"]["kl"]))
 
 
 def log_slope(noise: dict[str, float]) -> float:
     """Slope of log variance against log K, by least squares."""
+    sizes, variances = [int(k) for k in noise], list(noise.values())
     with np.errstate(divide="ignore"):
-        return float(
-            np.polyfit(np.log([int(k) for k in noise]), np.log(list(noise.values())), 1)[0]
-        )
+        return float(np.polyfit(np.log(sizes), np.log(variances), 1)[0])
 
 
 @dataclass(frozen=True)
 class Measure:
-    """of: a record -> its value; or two records -> their difference. Printed times `scale`, with so many digits."""
+    """of: a record -> its value; or two records -> their difference. Printed times `scale`."""
 
     of: Callable
     scale: float = 1
@@ -183,25 +179,29 @@ def last_tenth(record: dict, column: str) -> float:
     return record["steps"][column][-1] if record["steps"] else math.nan
 
 
-MEASURES = {  # name, with the unit if it has one; the rise of reward: last fifth of the steps minus first
+def rise(record: dict) -> float:
+    """Reward in the last fifth of the steps minus that in the first."""
+    reward = record["steps"]["reward"]
+    return np.mean(reward[-2:]) - np.mean(reward[:2])
+
+
+def distance(record: dict) -> float:
+    return record["distance"] if record["steps"] else math.nan
+
+
+MEASURES = {  # name, with the unit if it has one
     "pass@1, points": points(lambda r: r["pass_at_1"]),
     "pass@8, points": points(lambda r: r["pass_at_8"]),
     "pass@8 - pass@1, points": points(lambda r: r["pass_at_8"] - r["pass_at_1"]),
-    "rise of reward": Measure(
-        lambda r: np.mean(r["steps"]["reward"][-2:]) - np.mean(r["steps"]["reward"][:2]), 1, 2
-    ),
+    "rise of reward": Measure(rise, 1, 2),
     "variance ~ K to the": Measure(lambda r: log_slope(r["noise"]), 1, 2),
     "spread 1.1 - 0.8, points": points(lambda r: r["spread"]["1.1"] - r["spread"]["0.8"]),
     "spread 1.3 - 1.1, points": points(lambda r: r["spread"]["1.3"] - r["spread"]["1.1"]),
     "spread, points": points(lambda r: r["spread"]["1.3, min-p 0.05"] - r["spread"]["1.3"]),
     "garbage, points": points(lambda r: r["overlong"] + r["repetition"]),
-    "KL from SFT, nats": Measure(
-        lambda r: r["distance"] if r["steps"] else math.nan, 1, 2
-    ),  # per response
+    "KL from SFT, nats": Measure(distance, 1, 2),  # per response
     "entropy, nats": Measure(entropy_difference, 1, 3, True),  # per token, at equal accuracy
-    "last entropy": Measure(
-        lambda r: last_tenth(r, "entropy")
-    ),  # where no accuracy is common to both
+    "last entropy": Measure(lambda r: last_tenth(r, "entropy")),  # no accuracy is common to both
     "flat groups, points": points(lambda r: last_tenth(r, "flat_groups")),
     "log-prob, nats": Measure(lambda r: -last_tenth(r, "nll")),  # of the samples, per token
     "mean advantage, 1/1000": Measure(mean_advantage, 1000, 1),
@@ -215,16 +215,13 @@ MEASURES = {  # name, with the unit if it has one; the rise of reward: last fift
 
 @dataclass(frozen=True)
 class Test:
-    """`measure` of `variant` minus that of `against` (empty: minus zero), and the claimed sign; 0: none is claimed."""
+    """`measure` of `variant` minus that of `against` (empty: minus zero), and the claimed sign; 0:
+    none."""
 
     measure: str
     variant: str
     against: str
     sign: int
-
-
-def pays(variant: str, against: str, sign: int = 1) -> Test:
-    return Test("pass@1, points", variant, against, sign)
 
 
 @dataclass(frozen=True)
@@ -237,143 +234,72 @@ class Claim:
     pays: Test | None
 
 
-FROM_SFT, GARBAGE_SHARE, ENTROPY = "KL from SFT, nats", "garbage, points", "entropy, nats"
-STRONG_KL, LOOSE = "beta5e-2", "beta5e-2-uncentred"
-CLAIMS = [
-    Claim(
-        "RL lifts SFT", "RL over SFT", Test("rise of reward", "base", "", 1), pays("base", "sft")
-    ),
-    Claim("K", "K = 4, not 16", Test("variance ~ K to the", "sft", "", -1), pays("k4", "base", -1)),
-    Claim("K", "K = 4, as many samples", None, pays("k4-samples", "base", -1)),
-    Claim("K", "K = 64, as many samples", None, pays("k64-samples", "base")),
-    Claim(
-        "temperature",
-        "0.8, not 1.1",
-        Test("spread 1.1 - 0.8, points", "sft", "", 1),
-        pays("t0.8", "base", -1),
-    ),
-    Claim(
-        "temperature",
-        "1.3, not 1.1",
-        Test("spread 1.3 - 1.1, points", "sft", "", 1),
-        pays("t1.3", "base", -1),
-    ),
-    Claim(
-        "temperature",
-        "1.3 with min-p",
-        Test("spread, points", "sft", "", -1),
-        pays("t1.3-minp", "t1.3", 0),
-    ),
-    Claim(
-        "temperature",
-        "0.8, not 1.1, trained",
-        Test("pass@8 - pass@1, points", "t0.8", "base", -1),
-        None,
-    ),
-    Claim(
-        "temperature",
-        "0.8, 240 steps",
-        Test("flat groups, points", "long-t0.8", "long", 1),
-        pays("long-t0.8", "long", -1),
-    ),
-    Claim(
-        "penalties",
-        "on, garbage start",
-        Test(GARBAGE_SHARE, "garbage", "garbage-unpunished", -1),
-        pays("garbage", "garbage-unpunished"),
-    ),
-    Claim(
-        "penalties",
-        "on, clean start",
-        Test(GARBAGE_SHARE, "base", "unpunished", -1),
-        pays("base", "unpunished"),
-    ),
-    Claim(
-        "moving anchor",
-        "EMA, beta .05",
-        Test(FROM_SFT, STRONG_KL, "beta5e-2-fixed", 1),
-        pays(STRONG_KL, "beta5e-2-fixed"),
-    ),
-    Claim(
-        "moving anchor",
-        "EMA, 240 steps",
-        Test(FROM_SFT, "long-beta5e-2", "long-beta5e-2-fixed", 1),
-        pays("long-beta5e-2", "long-beta5e-2-fixed"),
-    ),
-    Claim(
-        "KL term", "beta 2e-4, not 0", Test(FROM_SFT, "base", "beta0", -1), pays("base", "beta0")
-    ),
-    Claim(
-        "KL term",
-        "beta .01, not 2e-4",
-        Test(FROM_SFT, "beta1e-2", "base", -1),
-        pays("beta1e-2", "base"),
-    ),
-    Claim(
-        "KL term",
-        "beta .05, not 2e-4",
-        Test(FROM_SFT, STRONG_KL, "base", -1),
-        pays(STRONG_KL, "base"),
-    ),
-    Claim(
-        "centred KL",
-        "uncentred, beta .05",
-        Test("log-prob, nats", LOOSE, STRONG_KL, -1),
-        pays(LOOSE, STRONG_KL, -1),
-    ),
-    Claim("centred KL", "uncentred, sum", Test("mean advantage, 1/1000", LOOSE, "", -1), None),
-    Claim(
-        "entropy bonus",
-        "alpha .001, not 0",
-        Test(ENTROPY, "base", "alpha0", 1),
-        pays("base", "alpha0"),
-    ),
-    Claim(
-        "entropy bonus",
-        "alpha .01, not .001",
-        Test(ENTROPY, "alpha1e-2", "base", 1),
-        pays("alpha1e-2", "base"),
-    ),
-    Claim(
-        "entropy bonus",
-        "alpha .1, not .001",
-        Test("last entropy", "alpha1e-1", "base", 1),
-        pays("alpha1e-1", "base"),
-    ),
-    Claim(
-        "entropy bonus",
-        "alpha .001, 240 steps",
-        Test("last entropy", "long", "long-alpha0", 1),
-        pays("long", "long-alpha0"),
-    ),
-    Claim(
-        "inference scaling", "RL over SFT", Test("32 to 320 tokens, points", "base", "sft", 1), None
-    ),
-    Claim(
-        "inference scaling",
-        "RL, last budget",
-        Test("128 to 320 tokens, points", "base", "", 1),
-        None,
-    ),
-    Claim("longer", "RL over SFT", Test("tokens", "base", "sft", 1), None),
-    Claim("self-correcting", "RL over SFT", Test("corrected, points", "base", "sft", 1), None),
-]
+def parse_test(text: str, measure: str = "pass@1, points") -> Test | None:
+    """`k4 < base`: the paper claims that k4 is below base; `base >`: above zero; `a ~ b`: no
+    claim."""
+    if not text:
+        return None
+    variant, sign, against = [*text.split(), ""][:3]
+    return Test(measure, variant, against, {"<": -1, "~": 0, ">": 1}[sign])
+
+
+def parse_claim(line: str) -> Claim:
+    """Paper's claim | here | measure: test of what the part is for | test of pass@1, where a sign
+    alone compares the same two runs."""
+    paper, text, does, brings = (cell.strip() for cell in line.split("|"))
+    measure, _, test = does.partition(": ")
+    does = parse_test(test, measure)
+    if brings in ("<", ">"):
+        brings = f"{does.variant} {brings} {does.against}"
+    return Claim(paper, text, does, parse_test(brings))
+
+
+CLAIMS = """
+RL lifts SFT      | RL over SFT             | rise of reward: base >                 | base > sft
+K                 | K = 4, not 16           | variance ~ K to the: sft <             | k4 < base
+K | K = 4, as many samples |  | k4-samples < base
+K | K = 64, as many samples |  | k64-samples > base
+temperature       | 0.8, not 1.1            | spread 1.1 - 0.8, points: sft >        | t0.8 < base
+temperature       | 1.3, not 1.1            | spread 1.3 - 1.1, points: sft >        | t1.3 < base
+temperature | 1.3 with min-p | spread, points: sft < | t1.3-minp ~ t1.3
+temperature       | 0.8, not 1.1, trained   | pass@8 - pass@1, points: t0.8 < base   |
+temperature       | 0.8, 240 steps          | flat groups, points: long-t0.8 > long  | <
+penalties         | on, garbage start       | garbage, points: garbage < garbage-unpunished | >
+penalties         | on, clean start         | garbage, points: base < unpunished     | >
+moving anchor     | EMA, beta .05           | KL from SFT, nats: beta5e-2 > beta5e-2-fixed | >
+moving anchor | EMA, 240 steps | KL from SFT, nats: long-beta5e-2 > long-beta5e-2-fixed | >
+KL term           | beta 2e-4, not 0        | KL from SFT, nats: base < beta0        | >
+KL term           | beta .01, not 2e-4      | KL from SFT, nats: beta1e-2 < base     | >
+KL term           | beta .05, not 2e-4      | KL from SFT, nats: beta5e-2 < base     | >
+centred KL        | uncentred, beta .05     | log-prob, nats: beta5e-2-uncentred < beta5e-2 | <
+centred KL        | uncentred, sum          | mean advantage, 1/1000: beta5e-2-uncentred < |
+entropy bonus     | alpha .001, not 0       | entropy, nats: base > alpha0           | >
+entropy bonus     | alpha .01, not .001     | entropy, nats: alpha1e-2 > base        | >
+entropy bonus     | alpha .1, not .001      | last entropy: alpha1e-1 > base         | >
+entropy bonus     | alpha .001, 240 steps   | last entropy: long > long-alpha0       | >
+inference scaling | RL over SFT             | 32 to 320 tokens, points: base > sft   |
+inference scaling | RL, last budget         | 128 to 320 tokens, points: base >      |
+longer            | RL over SFT             | tokens: base > sft                     |
+self-correcting   | RL over SFT             | corrected, points: base > sft          |
+"""
+CLAIMS = [parse_claim(line) for line in CLAIMS.strip().splitlines()]
 TESTS = list(dict.fromkeys(test for claim in CLAIMS for test in (claim.does, claim.pays) if test))
 
-# --- Statistics -------------------------------------------------------------------------------------------------------
+# --- Statistics -----------------------------------------------------------------------------------
 
 
 def p_value(t: float, dof: int) -> float:
-    """Two-sided: the chance that Student's t with `dof` degrees of freedom lies farther from zero than `t`. The finite
-    series in the angle atan(t / sqrt(dof)) (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """Two-sided: the chance that Student's t with `dof` degrees of freedom lies farther from zero
+    than `t`. The series in the angle atan(t / sqrt(dof)) (Abramowitz and Stegun 26.7.3 and
+    26.7.4)."""
     angle = math.atan(abs(t) / math.sqrt(dof))
     term, total = (math.cos(angle), 0.0) if dof % 2 else (1.0, 0.0)
-    for i in range(
-        2 + dof % 2, dof + 1, 2
-    ):  # terms of the series: cos, 2/3 cos^3, ... or 1, 1/2 cos^2, ...
+    for i in range(2 + dof % 2, dof + 1, 2):  # cos, 2/3 cos^3, ... or 1, 1/2 cos^2, ...
         total += term
         term *= math.cos(angle) ** 2 * (i - 1) / i
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if dof % 2 else math.sin(angle) * total
+    inside = math.sin(angle) * total
+    if dof % 2:
+        inside = 2 / math.pi * (angle + inside)
     return max(0.0, 1 - inside)
 
 
@@ -387,50 +313,50 @@ def t_quantile(dof: int, level: float = LEVEL) -> float:
 
 
 def holm(values: list[float]) -> list[float]:
-    """p-values -> those of Holm's step-down procedure, in the same order: the i-th smallest (from 0) of m is multiplied
-    by m - i, and none is smaller than the one before."""
-    order, adjusted, largest = (
-        sorted(range(len(values)), key=values.__getitem__),
-        [0.0] * len(values),
-        0.0,
-    )
-    for i, at in enumerate(order):
+    """p-values -> those of Holm's step-down procedure, in the same order: the i-th smallest (from
+    0) of m is multiplied by m - i, and none is smaller than the one before."""
+    adjusted, largest = [0.0] * len(values), 0.0
+    for i, at in enumerate(sorted(range(len(values)), key=values.__getitem__)):
         largest = max(largest, min(1.0, (len(values) - i) * values[at]))
         adjusted[at] = largest
     return adjusted
 
 
 def statistics(differences: list[float]) -> dict:
-    """n, mean, standard deviation, half-width of the 95 % interval and p-value of paired differences."""
-    n, mean, sd = len(differences), float(np.mean(differences)), float(np.std(differences, ddof=1))
+    """n, mean, standard deviation, half-width of the 95 % interval and p-value of paired
+    differences."""
+    n, mean = len(differences), float(np.mean(differences))
+    sd = float(np.std(differences, ddof=1))
     if sd == 0:
         return dict(n=n, mean=mean, sd=0.0, half=0.0, p=float(mean == 0))
     error = sd / math.sqrt(n)
-    return dict(
-        n=n, mean=mean, sd=sd, half=t_quantile(n - 1) * error, p=p_value(mean / error, n - 1)
-    )
+    p = p_value(mean / error, n - 1)
+    return dict(n=n, mean=mean, sd=sd, half=t_quantile(n - 1) * error, p=p)
 
 
 def seeds_for(sd: float, effect: float) -> int:
-    """The fewest seeds whose interval, at this standard deviation of the differences, is no wider than +- `effect`."""
-    return next((n for n in range(2, 100) if t_quantile(n - 1) * sd / math.sqrt(n) <= effect), 100)
+    """The fewest seeds whose interval, at this standard deviation, is no wider than +- `effect`."""
+    for n in range(2, 100):
+        if t_quantile(n - 1) * sd / math.sqrt(n) <= effect:
+            return n
+    return 100
 
 
 def verdict(mean: float, sign: int, p: float) -> str:
-    """yes or no: does the difference have the claimed sign? "higher" or "lower" where none is claimed; "open" if p is
-    above LEVEL."""
+    """yes or no: does the difference have the claimed sign? "higher" or "lower" where none is
+    claimed; "open" if p is above LEVEL."""
     if p > LEVEL:
         return "open"
-    return ("higher" if mean > 0 else "lower") if sign == 0 else "yes" if mean * sign > 0 else "no"
+    if sign == 0:
+        return "higher" if mean > 0 else "lower"
+    return "yes" if mean * sign > 0 else "no"
 
 
 def differences(records: list[dict], test: Test) -> list[float]:
-    """One per seed in which both runs are there and neither stopped, in order of seeds; without those of no value."""
-    runs, measure = (
-        {(r["variant"], r["seed"]): r for r in records if "stopped" not in r},
-        MEASURES[test.measure],
-    )
-    found = []
+    """One per seed in which both runs are there and neither stopped, in order of seeds; without
+    those of no value."""
+    runs = {(r["variant"], r["seed"]): r for r in records if "stopped" not in r}
+    measure, found = MEASURES[test.measure], []
     for seed in sorted({seed for _, seed in runs}):
         a, b = runs.get((test.variant, seed)), runs.get((test.against, seed))
         if a and b:
@@ -441,16 +367,18 @@ def differences(records: list[dict], test: Test) -> list[float]:
 
 
 def answers(records: list[dict]) -> dict[Test, dict]:
-    """Test -> its `statistics` with Holm's p-value (`holm`) and `verdict`, of all tests that have two seeds or more."""
+    """Test -> its `statistics` with Holm's p-value (`holm`) and `verdict`, where it has two
+    seeds."""
     found = {test: differences(records, test) for test in TESTS}
     result = {test: statistics(values) for test, values in found.items() if len(values) > 1}
-    for (test, answer), p in zip(result.items(), holm([answer["p"] for answer in result.values()])):
+    corrected = holm([answer["p"] for answer in result.values()])
+    for (test, answer), p in zip(result.items(), corrected):
         answer |= dict(holm=p, verdict=verdict(answer["mean"], test.sign, p))
     return result
 
 
 def open_variants(records: list[dict]) -> list[str]:
-    """Variants of which some question is open: unanswered by Holm's procedure, or with fewer than two seeds."""
+    """Variants of which some question is open: no verdict, or fewer than two seeds."""
     found, wanted = answers(records), set()
     for test in TESTS:
         if test not in found or found[test]["verdict"] == "open":
@@ -458,18 +386,19 @@ def open_variants(records: list[dict]) -> list[str]:
     return [name for name in VARIANTS if name in wanted]
 
 
-# --- Tables and picture -----------------------------------------------------------------------------------------------
+# --- Tables and picture ---------------------------------------------------------------------------
 
 HOW_TO_READ = """
-Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict is `yes` or `no` where the
-p-value, corrected for the number of questions by Holm's procedure, is at most 0.05: does the difference have the
-claimed sign (`higher` or `lower` where none is claimed)? Else it is open, and effects outside the interval are
-excluded, each at 95 %.
+Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict is
+`yes` or `no` where the p-value, corrected for the number of questions by Holm's procedure, is at
+most 0.05: does the difference have the claimed sign (`higher` or `lower` where none is claimed)?
+Else it is open, and effects outside the interval are excluded, each at 95 %.
 """
 
 
 def write_ledger(base: Path):
-    """ledger.jsonl, ledger.md and ledger.png, from the finished runs under `base`, or from the published ones."""
+    """ledger.jsonl, ledger.md and ledger.png, from the finished runs under `base`, or from the
+    published ones."""
     records = read_records(base)
     if records:
         data_prep.write(base / "ledger.jsonl", map(data_prep.json_line, records))
@@ -491,7 +420,8 @@ def table_of(columns: list[str], rows: list[list]) -> str:
 
 
 def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
-    """Two cells: the difference with its interval and seeds; the verdict with its corrected p-value."""
+    """Two cells: the difference with its interval and seeds; the verdict with its corrected
+    p-value."""
     if not test or test not in found:
         return ["", "no two seeds" if test else ""]
     measure, answer = MEASURES[test.measure], found[test]
@@ -505,9 +435,8 @@ def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
 def claim_table(found: dict[Test, dict]) -> str:
     """One row per claim with its two verdicts."""
     rows = [[c.paper, c.text, *in_words(c.does, found), *in_words(c.pays, found)] for c in CLAIMS]
-    return table_of(
-        ["claim", "here", "does it do what it is for?", "", "does it pay? points", ""], rows
-    )
+    head = ["claim", "here", "does it do what it is for?", "", "does it pay? points", ""]
+    return table_of(head, rows)
 
 
 def seeds_needed(found: dict[Test, dict]) -> str:
@@ -516,11 +445,9 @@ def seeds_needed(found: dict[Test, dict]) -> str:
     for test, answer in found.items():
         if test.measure.startswith("pass@1") and answer["verdict"] == "open":
             said.append(f"{test.variant} - {test.against} {seeds_for(answer['sd'], 0.02)}")
-    return (
-        textwrap.fill(f"Seeds for an interval of ± 2 points: {', '.join(said)}.", 118) + "\n"
-        if said
-        else ""
-    )
+    if not said:
+        return ""
+    return textwrap.fill(f"Seeds for an interval of ± 2 points: {', '.join(said)}.", 118) + "\n"
 
 
 COLUMNS = {  # of the table of runs -> a measure; pass@1 first, `variant_table` adds its sd
@@ -537,7 +464,7 @@ COLUMNS = {  # of the table of runs -> a measure; pass@1 first, `variant_table` 
 
 
 def variant_table(records: list[dict]) -> str:
-    """Means over seeds and standard deviations of pass@1; `stopped` counts the runs that could not continue."""
+    """Means over seeds and the sd of pass@1; `stopped` counts the runs that could not continue."""
     rows = []
     for name in VARIANTS:
         runs = [r for r in records if r["variant"] == name]
@@ -555,23 +482,19 @@ def variant_table(records: list[dict]) -> str:
 
 
 def draw(path: Path, found: dict[Test, dict], about: str):
-    """Two panels, a row per claim that has an answer. Left: the mechanism's difference in half-widths of its interval,
-    the claimed direction to the right: beyond 1 the interval excludes zero. Right: pass@1 in points with its interval.
-    """
+    """Two panels, a row per claim that has an answer. Left: the mechanism's difference in
+    half-widths of its interval, the claimed direction to the right: beyond 1 the interval excludes
+    zero. Right: pass@1 in points with its interval."""
     asked = [claim for claim in reversed(CLAIMS) if claim.does in found or claim.pays in found]
     figure = Figure(figsize=(11, 0.32 * len(asked) + 1.8))
     left, right = figure.subplots(1, 2, sharey=True)
-    colours = {
-        "yes": "tab:green",
-        "no": "tab:red",
-        "higher": "tab:blue",
-        "lower": "tab:blue",
-        "open": "0.6",
-    }
+    colours = dict(yes="tab:green", no="tab:red", higher="tab:blue", lower="tab:blue", open="0.6")
     for y, claim in enumerate(asked):
         does, pays = found.get(claim.does), found.get(claim.pays)
         if does:
-            size = (claim.does.sign or 1) * does["mean"] / (does["half"] or math.inf)
+            sign = claim.does.sign or 1
+            half = does["half"] or math.inf
+            size = sign * does["mean"] / half
             left.plot(size, y, "D", color=colours[does["verdict"]])
         if pays:
             mean, half = 100 * pays["mean"], 100 * pays["half"]
@@ -581,12 +504,10 @@ def draw(path: Path, found: dict[Test, dict], about: str):
     left.axvspan(-1, 1, color="0.9")
     for axis in (left, right):
         axis.axvline(0, color="black", lw=0.8)
-    left.set_yticks(
-        range(len(asked)), [f"{claim.paper}: {claim.text}" for claim in asked], fontsize=8
-    )
-    left.set_xlabel(
-        "does it do what it is for?\ndifference / half-width of its interval", fontsize=8
-    )
+    names = [f"{claim.paper}: {claim.text}" for claim in asked]
+    left.set_yticks(range(len(asked)), names, fontsize=8)
+    does = "does it do what it is for?\ndifference / half-width of its interval"
+    left.set_xlabel(does, fontsize=8)
     right.set_xlabel("does it pay?\npoints of held-out pass@1, 95 % interval", fontsize=8)
     for name, label in dict(yes="yes", no="no", higher="no sign claimed", open="open").items():
         right.plot([], [], "D", color=colours[name], label=label)

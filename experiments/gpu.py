@@ -1,7 +1,8 @@
-"""What one GPU does with this code: `python -m experiments.bench --gpu`, in minutes, with random weights, no download.
+"""What one GPU does with this code: `python -m experiments.bench --gpu`, in minutes, with random
+weights, no download.
 
-Every function runs on a CPU, too, with smaller Sizes (test_experiments.py), so that nothing is new on a GPU but the
-device. An item that fails is a row of the table; the others go on.
+Every function runs on a CPU, too, with smaller Sizes (test_experiments.py), so that nothing is new
+on a GPU but the device. An item that fails is a row of the table; the others go on.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ import transformers
 
 import data_prep
 import t1
-from experiments.costs import Shape, update_flop
-from experiments.plan import PHASES
+from experiments import answered
+from experiments.plan import PHASES, Shape, update_flop
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class Sizes:
     copied: int = 2**30  # bytes
     rows: int = 4  # of a micro-batch
     row: int = 4096  # tokens
-    stack: Shape = Shape(
-        1024, 4, 2816, 16, 4, 64, 4096, True
-    )  # layers whose gradients are compared
+    stack: Shape = Shape(1024, 4, 2816, 16, 4, 64, 4096, True)  # whose gradients are compared
     head: tuple[int, int, int] = (4096, 896, 151_936)  # positions, D, V
     models: tuple[tuple[str, Shape], ...] = (  # Qwen2.5's
         ("0.5B", Shape(896, 24, 4864, 14, 2, 64, 151_936, True)),
@@ -48,8 +47,10 @@ class Sizes:
 
 
 def timed(sizes: Sizes, work, repeats: int = 3) -> tuple[float, float]:
-    """-> median wall seconds of work() after one call to warm up, and GiB that it took beside what was there (GPU)."""
-    gpu, seconds = sizes.device == "cuda", []
+    """-> median wall seconds of work() after one call to warm up, and GiB that it took beside what
+    was there (GPU)."""
+    seconds = []
+    gpu = sizes.device == "cuda"
     for _ in range(1 + repeats):
         if gpu:
             torch.cuda.synchronize()
@@ -59,16 +60,14 @@ def timed(sizes: Sizes, work, repeats: int = 3) -> tuple[float, float]:
         if gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:])), (
-        torch.cuda.max_memory_allocated() - before
-    ) / 2**30 if gpu else math.nan
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**30 if gpu else math.nan
+    return float(np.median(seconds[1:])), memory
 
 
 def gpu_config(sizes: Sizes, *options) -> t1.Config:
-    micro = ["--micro-tokens", str(sizes.rows * sizes.row), "--device", sizes.device]
-    return t1.parse_args(
-        ["--stage", "rl", "--preset", "tiny", "--engine", "torch", *micro, *map(str, options)]
-    )
+    micro = ["--micro-tokens", sizes.rows * sizes.row, *options]
+    fixed = "--stage rl --preset tiny --engine torch --entropy-coef 1e-3 --temperature 1.2".split()
+    return t1.parse_args([*fixed, *map(str, micro)])
 
 
 def random_policy(shape: Shape, sizes: Sizes, cfg: t1.Config) -> t1.Policy:
@@ -88,7 +87,8 @@ def random_policy(shape: Shape, sizes: Sizes, cfg: t1.Config) -> t1.Policy:
     )
     torch.manual_seed(0)
     with torch.device(sizes.device):
-        policy = t1.Policy(t1.empty_lm(config, transformers.GenerationConfig()), tokenizer, cfg)
+        lm = t1.empty_lm(config, transformers.GenerationConfig())
+        policy = t1.Policy(lm, tokenizer, cfg, torch.device(sizes.device))
     policy.vocabulary, policy.end_ids = shape.vocabulary, [-1]  # nothing ends a response
     return t1.shard(policy, tokenizer, cfg)
 
@@ -96,43 +96,39 @@ def random_policy(shape: Shape, sizes: Sizes, cfg: t1.Config) -> t1.Policy:
 def random_rows(sizes: Sizes, vocabulary: int, even: bool = True) -> list[tuple]:
     """Rows of sizes.row tokens, or of a whole, a half, a third ... of that."""
     ids = np.random.default_rng(0).integers(1, vocabulary, (sizes.rows, sizes.row)).tolist()
-    return [
-        (x[:8], x[8 : len(x) if even else max(16, len(x) // (i + 1))]) for i, x in enumerate(ids)
-    ]
+    ends = [len(x) if even else max(16, len(x) // (i + 1)) for i, x in enumerate(ids)]
+    return [(x[:8], x[8:end]) for x, end in zip(ids, ends)]
 
 
 def gradient_of(policy, rows, cfg: t1.Config):
-    ones = torch.ones(len(rows))
     policy.zero_grad()
-    t1.accumulate_gradient(policy, rows, ones, ones / sum(len(y) for _, y in rows), cfg, 1e-3, 1.2)
+    t1.accumulate_gradient(policy, answered(rows), torch.ones(len(rows)), cfg)
+
+
+def flat_gradient(policy) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
 def measure_card(sizes: Sizes) -> dict:
-    """Matrix products in bfloat16, copies on the card, copies from pinned memory: constants of costs.Machine."""
+    """Matrix products in bfloat16, copies on the card, copies from pinned memory: constants of
+    plan.Machine."""
     n, where = sizes.product, sizes.device
-    a, bytes_ = (
-        torch.randn(n, n, device=where, dtype=torch.bfloat16),
-        torch.empty(sizes.copied, dtype=torch.uint8),
-    )
-    b, host = bytes_.to(where), bytes_.pin_memory() if where == "cuda" else bytes_
-    product, copy_, pcie = (
-        timed(sizes, work)[0] for work in (lambda: a @ a, b.clone, lambda: b.copy_(host))
-    )
-    return {
-        "TFLOP/s": 2e-12 * n**3 / product,
-        "memory TB/s": 2e-12 * sizes.copied / copy_,
-        "host GB/s": 1e-9 * sizes.copied / pcie,
-    }
+    a = torch.randn(n, n, device=where, dtype=torch.bfloat16)
+    host = torch.empty(sizes.copied, dtype=torch.uint8, pin_memory=where == "cuda")
+    b = host.to(where)
+    works = {"TFLOP/s": lambda: a @ a, "memory TB/s": b.clone, "host GB/s": lambda: b.copy_(host)}
+    amounts = dict(zip(works, (2e-12 * n**3, 2e-12 * sizes.copied, 1e-9 * sizes.copied)))
+    return {name: amounts[name] / timed(sizes, work)[0] for name, work in works.items()}
 
 
 def compare_with_float32(sizes: Sizes) -> dict:
-    """Log-probs and gradients of rows of different lengths, packed and in bfloat16, against the library's own forward
-    row by row: its bfloat16 and its float32. Ours should be about as far from float32 as the library's bfloat16."""
+    """Log-probs and gradients of rows of different lengths, packed and in bfloat16, against the
+    library's own forward row by row: its bfloat16 and its float32. Ours should be about as far from
+    float32 as the library's bfloat16."""
     cfg = gpu_config(sizes, "--dtype", "bfloat16")
-    policy, rows = (
-        random_policy(sizes.stack, sizes, cfg),
-        random_rows(sizes, sizes.stack.vocabulary, even=False),
-    )
+    policy = random_policy(sizes.stack, sizes, cfg)
+    rows = random_rows(sizes, sizes.stack.vocabulary, even=False)
+    tokens = sum(len(y) for _, y in rows)
 
     def library(dtype):
         policy.zero_grad()
@@ -142,34 +138,24 @@ def compare_with_float32(sizes: Sizes) -> dict:
             ids = torch.tensor([x + y], device=sizes.device)
             with torch.autocast(sizes.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 hidden = policy.lm.base_model(ids).last_hidden_state[0, len(x) - 1 : -1]
-            logp = (hidden.float() @ policy.lm.get_output_embeddings().weight.T / 1.2).log_softmax(
-                -1
-            )
+            head = policy.lm.get_output_embeddings().weight
+            logp = (hidden.float() @ head.T / 1.2).log_softmax(-1)
             entropy = -(logp.exp() * logp).sum(-1)
             parts.append(logp.gather(1, ids[0, len(x) :, None])[:, 0])
-            (-(parts[-1] + 1e-3 * entropy).sum() / sum(len(y) for _, y in rows)).backward()
+            (-(parts[-1] + 1e-3 * entropy).sum() / tokens).backward()
         policy.lm.set_attn_implementation("t1")
-        return torch.cat(parts).detach().cpu(), torch.cat(
-            [p.grad.flatten() for p in policy.parameters()]
-        )
+        return torch.cat(parts).detach().cpu(), flat_gradient(policy)
 
     logp, gradient = library(torch.float32)
     low_logp, low_gradient = library(torch.bfloat16)
     ours = torch.cat(t1.response_logprobs(policy, rows, cfg, 1.2))
     gradient_of(policy, rows, cfg)
-    our_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    gap = {
-        "ours": (ours - logp).abs().mean().item(),
-        "library": (low_logp - logp).abs().mean().item(),
-    }
-    norm = gradient.norm()
-    error = {
-        "ours": (our_gradient - gradient).norm() / norm,
-        "library": (low_gradient - gradient).norm() / norm,
-    }
-    return {f"log-prob gap, {k}": v for k, v in gap.items()} | {
-        f"gradient, {k}": v.item() for k, v in error.items()
-    }
+    result = {}
+    found = dict(ours=(ours, flat_gradient(policy)), library=(low_logp, low_gradient))
+    for name, (logprobs, g) in found.items():
+        result[f"log-prob gap, {name}"] = (logprobs - logp).abs().mean().item()
+        result[f"gradient, {name}"] = ((g - gradient).norm() / gradient.norm()).item()
+    return result
 
 
 def measure_head(sizes: Sizes) -> dict:
@@ -177,10 +163,9 @@ def measure_head(sizes: Sizes) -> dict:
     n, D, V = sizes.head
     like = dict(dtype=torch.bfloat16, device=sizes.device)
     hidden, head = (torch.empty(m, D, **like).normal_(0, D**-0.25).requires_grad_() for m in (n, V))
-    y, A, w = (
-        x.to(sizes.device)
-        for x in (torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n))
-    )
+    y = torch.randint(V, (n,)).to(sizes.device)
+    A = torch.randn(n).to(sizes.device)
+    w = torch.full((n,), 1 / n).to(sizes.device)
 
     def chunks():
         t1.policy_loss(hidden, head, y, A, w, 1e-3, 1.2)[0].backward()
@@ -189,20 +174,29 @@ def measure_head(sizes: Sizes) -> dict:
         t1.policy_loss_reference(hidden, head, y, A, w, 1e-3, 1.2).backward()
 
     (ours, memory), (reference, more) = timed(sizes, chunks), timed(sizes, whole, 1)
-    return {"ms": 1e3 * ours, "GiB": memory, "reference ms": 1e3 * reference, "reference GiB": more}
+    return {
+        "ms": 1e3 * ours,
+        "GiB": memory,
+        "reference ms": 1e3 * reference,
+        "reference GiB": more,
+    }
 
 
 def measure_update(sizes: Sizes, name: str, compiled: bool) -> dict:
-    """Gradient and AdamW at the shape of one of sizes.models, rows of sizes.row tokens; AdamW's state parked or not."""
-    cfg = gpu_config(sizes, "--dtype", "bfloat16", "--checkpointing", *["--compile"] * compiled)
+    """Gradient and AdamW at the shape of one of sizes.models, rows of sizes.row tokens; AdamW's
+    state parked or not."""
+    cfg = gpu_config(sizes, "--dtype", "bfloat16", "--checkpointing", "--compile", compiled)
     shape = dict(sizes.models)[name]
     policy, rows = random_policy(shape, sizes, cfg), random_rows(sizes, shape.vocabulary)
     seconds, memory = timed(sizes, lambda: gradient_of(policy, rows, cfg))
-    lengths, n = np.array([len(y) for _, y in rows]), sizes.rows * sizes.row
-    plain = update_flop(shape, lengths, 8, gpu_config(sizes))[
-        1
-    ]  # of the model: without what is computed again
-    row = {"tokens/s": n / seconds, "MFU %": 100 * plain / seconds / sizes.peak, "GiB": memory}
+    # of the model: without what is computed again
+    plain = update_flop(shape, sizes.rows, sizes.row - 8, 8, gpu_config(sizes))[1]
+    n = sizes.rows * sizes.row
+    row = {
+        "tokens/s": n / seconds,
+        "MFU %": 100 * plain / seconds / sizes.peak,
+        "GiB": memory,
+    }
     if compiled:
         return row
     optimizer = t1.make_optimizer(policy, cfg)
@@ -218,11 +212,10 @@ def measure_update(sizes: Sizes, name: str, compiled: bool) -> dict:
     parking = timed(sizes, fetch_and_park)[0]
     with parked:
         same = all(torch.equal(x, y) for x, y in zip(before, state))
-    return row | {
-        "AdamW ms": 1e3 * update,
-        "parked ms": 1e3 * parking,
-        "parked bits": "same" if same else "OTHER",
-    }
+    row["parked bits"] = "same" if same else "OTHER"
+    row["AdamW ms"] = 1e3 * update
+    row["parked ms"] = 1e3 * parking
+    return row
 
 
 def measure_rollout(sizes: Sizes, name: str) -> dict:
@@ -230,8 +223,9 @@ def measure_rollout(sizes: Sizes, name: str) -> dict:
     cfg, shape = gpu_config(sizes, "--dtype", "bfloat16"), dict(sizes.models)[name]
     engine = t1.TorchEngine(data_prep.embedded_tokenizer(), cfg)
     engine.load(random_policy(shape, sizes, cfg))
-    request = [list(range(1, 65))], [list(range(sizes.samples))], [0], sizes.new
-    seconds, memory = timed(sizes, lambda: engine.generate(*request, temperature=1.2), 1)
+    problem = t1.Problem({}, list(range(1, 65)))
+    rollouts = [t1.Rollout(problem, 0, sample) for sample in range(sizes.samples)]
+    seconds, memory = timed(sizes, lambda: engine.generate(rollouts, sizes.new, 1.2), 1)
     return {
         "tokens/s": sizes.samples * sizes.new / seconds,
         "ms a token": 1e3 * seconds / sizes.new,
@@ -240,33 +234,22 @@ def measure_rollout(sizes: Sizes, name: str) -> dict:
 
 
 def measure_stages(sizes: Sizes, engine: str) -> dict:
-    """SFT and RL of the preset tiny through t1.main, in bfloat16: tokens per second of the later half of the steps.
-    `engine` is that of RL: one process has room for one vLLM engine."""
+    """SFT and RL of the preset tiny through t1.main, in bfloat16: tokens per second of the later
+    half of the steps. `engine` is that of RL: one process has room for one vLLM engine."""
     row, said = {}, io.StringIO()
     with tempfile.TemporaryDirectory() as out:
         for stage, steps, writer in zip(("sft", "rl"), sizes.steps, ("torch", engine)):
-            options = [
-                "--stage",
-                stage,
-                "--preset",
-                "tiny",
-                "--out",
-                out,
-                f"--{stage}-steps",
-                str(steps),
-            ]
-            options += ["--dtype", "bfloat16", "--device", sizes.device, "--engine", writer]
+            options = f"--stage {stage} --preset tiny --out {out} --{stage}-steps {steps}"
+            where = f"--dtype bfloat16 --engine {writer}"
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                if t1.main(options):
+                if t1.main(f"{options} {where}".split()):
                     raise t1.Stop(f"stage {stage}: {said.getvalue().strip().splitlines()[-1]}")
             logs = data_prep.read_log(Path(out) / "tiny" / stage / "timings.jsonl")[steps // 2 :]
-            seconds = sum(x[phase] for x in logs for phase in ("train", *PHASES) if phase in x)
+            seconds = sum(x.get(phase, 0) for x in logs for phase in ("judge", *PHASES))
             row[f"{stage} tokens/s"] = sum(x["tokens"] for x in logs) / seconds
         rows = data_prep.read_log(Path(out) / "tiny" / "rl" / "metrics.jsonl")
-    return row | {
-        "engine gap, nats": max(x["logprob_gap"] for x in rows),
-        "right": rows[-1]["accuracy"],
-    }
+    gap = max(x["logprob_gap"] for x in rows)
+    return row | {"engine gap, nats": gap, "right": rows[-1]["accuracy"]}
 
 
 def with_repeated_heads(attend):
@@ -297,7 +280,8 @@ def items_of(sizes: Sizes) -> dict:
 
 
 def run_gpu(sizes: Sizes, about: str, path: str) -> int:
-    """Measure every item, print the table and write it as JSON -> exit code, 1 if an item failed."""
+    """Measure every item, print the table and write it as JSON -> exit code, 1 if an item
+    failed."""
     results = {}
     if "enable_gqa" not in inspect.signature(t1.varlen_attn).parameters:
         t1.varlen_attn = with_repeated_heads(t1.varlen_attn)
@@ -305,15 +289,12 @@ def run_gpu(sizes: Sizes, about: str, path: str) -> int:
     for name, (measure, *args) in items_of(sizes).items():
         try:
             results[name] = measure(sizes, *args)
-        except (
-            Exception
-        ) as e:  # whatever a library of this machine raises: the other items are still worth having
+        except Exception as e:  # whatever a library raises here: the others are still worth having
             results[name] = dict(failed=f"{type(e).__name__}: {t1.reason_of(e)}")
         results[name] = {k: v for k, v in results[name].items() if v == v}  # no GiB on a CPU
-        cells = [
-            f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in results[name].items()
-        ]
+        cells = []
+        for key, value in results[name].items():
+            cells.append(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}")
         t1.print0(f"{name:44} {', '.join(cells)}")
         if sizes.device == "cuda":
             torch.cuda.empty_cache()

@@ -1,19 +1,22 @@
-"""The ledger: does each part of T1 do what it is for, and does it pay? Variants of one run over several seeds.
+"""The ledger: does each part of T1 do what it is for, and does it pay? One run varied, over several
+seeds.
 
-    python -m experiments.ledger                    the plan: three seeds of every variant, then more where it is open
+    python -m experiments.ledger            the plan: three seeds of every variant, more where open
     python -m experiments.ledger --variants k4,t0.8 --seeds 0,1     these runs alone
-    python -m experiments.ledger --table            run nothing: ledger.md and ledger.png of the finished runs; where
-                                                    OUT/NAME holds none, of figures/ledger.jsonl, the published ones
+    python -m experiments.ledger --table    run nothing: the tables of finished runs, or where there
+                                            are none of figures/ledger.jsonl
 
-Problems and traces are those of `data_prep.py embedded --hard`. One policy is trained on the traces from random
-weights; each seed branches off it with some more steps in its own order, on the same traces or on ones of which a tenth
-is garbage. All runs of a seed begin at that checkpoint, so differences are paired by seed. Each run is an ordinary
-folder OUT/NAME/VARIANT-seedS (OUT: runs, NAME: ledger); after a kill the same command resumes. Other options are those
-of t1.py and hold for every run, for instance --prompts 16, but where its variant sets the same field.
+Problems and traces are those of `data_prep.py embedded --hard`. One policy is trained on the traces
+from random weights; each seed branches off it with some more steps in its own order, on the same
+traces or on ones of which a tenth is garbage. All runs of a seed begin at that checkpoint, so
+differences are paired by seed. Each run is an ordinary folder OUT/NAME/VARIANT-seedS (OUT: runs,
+NAME: ledger); after a kill the same command resumes. Other options are those of t1.py and hold for
+every run, for instance --prompts 16, but where its variant sets the same field.
 """
 
 import argparse
 import dataclasses
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -29,32 +32,22 @@ from experiments.claims import VARIANTS, open_variants, read_records, write_ledg
 SETTING = (
     "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8".split()
 )
-BRANCH = dict(
-    sft_steps=80, sft_lr=5e-4, max_new=640
-)  # of each seed; the longest garbage has about 600 tokens
-ROUNDS = (
-    (0, 1, 2),
-    (3, 4),
-    (5, 6, 7),
-)  # seeds: of every variant, then where some question is open, twice
+BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; garbage has about 600 tokens
+ROUNDS = ((0, 1, 2), (3, 4), (5, 6, 7))  # seeds: of every variant, then twice of those still open
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
-DRAWS, DRAWN_K, DRAWN_P = (
-    8,
-    (4, 16, 64),
-    4,
-)  # gradient estimates at one checkpoint: for each K, of so many prompts
+# Gradient estimates at one checkpoint, for each K, of so many prompts
+DRAWS = 8
+DRAWN_K = (4, 16, 64)
+DRAWN_P = 4
+SPREAD = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05))  # temperature and min-p,
+SPREAD_P = 64  # of so many problems
 
-SPREAD, SPREAD_P = (
-    ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05)),
-    64,
-)  # temperature and min-p; problems
-
-# --- Runs -------------------------------------------------------------------------------------------------------------
+# --- Runs -----------------------------------------------------------------------------------------
 
 
 def garbage_traces() -> list[dict]:
-    """The hard traces, of which every tenth loops (one failed try, again and again) or guesses on without an end; both
-    go on for longer than RL's limit, and neither answers."""
+    """The hard traces, of which every tenth loops (one failed try, again and again) or guesses on
+    without an end; both go on for longer than RL's limit, and neither answers."""
     rows, rng = data_prep.embedded_traces(ground=data_prep.HARD), random.Random(0)
     for i in range(0, len(rows), 10):
         line = "{n} mod {m} = {r} not {other}, wait"
@@ -81,8 +74,9 @@ def write_data(folder: Path):
 
 
 def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
-    """Run one variant of one seed, and before it what it starts from, unless finished -> False if a signal asked for an
-    end. A run that cannot continue (a loss that is not finite, say) is a result: stopped.json says why."""
+    """Run one variant of one seed, and before it what it starts from, unless finished -> False if a
+    signal asked for an end. A run that cannot continue (a loss that is not finite, say) is a
+    result: stopped.json says why."""
     run, variant = base / f"{name}-seed{seed}", VARIANTS[name]
     if (run / "measures.json").exists() or (run / "stopped.json").exists():
         return True
@@ -111,14 +105,15 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
         root = fixed | dict(name="root", seed=0, data=str(base / "data/traces.jsonl"))
         if not run_stage("sft", root, options):
             return False
-        if not run_stage("sft", fixed | BRANCH | dict(model=t1.newest(base / "root/sft")), options):
+        made = dict(model=t1.latest(str(base / "root/sft")))
+        if not run_stage("sft", fixed | BRANCH | made, options):
             return False
     else:
-        start = t1.newest(base / f"{variant.start}-seed{seed}" / "sft")
+        start = t1.latest(str(base / f"{variant.start}-seed{seed}" / "sft"))
         changes = variant.changes | dict(model=start, data=str(base / "data/train.jsonl"))
         if not run_stage("rl", fixed | changes, options):
             return False
-    last = t1.newest(base / run / stage)
+    last = t1.latest(str(base / run / stage))
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
     cfg = stage_config("rl", fixed | dict(data=str(base / "data/train.jsonl")), options)
@@ -132,144 +127,130 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
 
 
 def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
-    """One stage of t1.py -> False if a signal asked for an end. A stage that reached its end has held-out samples."""
+    """One stage of t1.py -> False if a signal asked for an end. A stage that reached its end has
+    held-out samples."""
     cfg = stage_config(stage, fixed, options)
     samples = Path(cfg.out) / cfg.name / stage / "samples.jsonl"
-    if (
-        stage == "sft"
-        and samples.exists()
-        and any(row.get("kind") == "held-out" for row in t1.read_log(samples))
-    ):
+    last = [row for row in t1.read_log(samples) if row.get("kind") == "held-out"]
+    if stage == "sft" and last:
         return True  # finished, perhaps by another seed
-    {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
-    return stage == "eval" or any(row.get("kind") == "held-out" for row in t1.read_log(samples))
+    try:
+        {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
+    except t1.Interrupted:
+        return False
+    return True
 
 
 def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
-    """SETTING, t1.py's `options`, then the fields in `fixed`; those that only other stages read are left out."""
-    others = " ".join(names for other, names in t1.STAGE_FIELDS.items() if other != stage).split()
+    """SETTING, t1.py's `options`, then the fields in `fixed`; those that only other stages read are
+    left out."""
+    others = experiments.fields_of_others(stage)
     values = {name: value for name, value in fixed.items() if name not in others}
     cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING, *options]))
     return dataclasses.replace(cfg, **values)
 
 
 def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
-    """What sampling does at one checkpoint, before any RL. noise: K -> `gradient_variance`. spread: temperature (and
-    min-p) -> pass@8 - pass@1 over SPREAD_P training problems."""
+    """What sampling does at one checkpoint, before any RL. noise: K -> `gradient_variance`. spread:
+    temperature (and min-p) -> pass@8 - pass@1 over SPREAD_P training problems."""
     policy, tokenizer = t1.load_policy(checkpoint, cfg)
     engine = t1.make_engine(checkpoint, policy, tokenizer, cfg)
     engine.load(policy)
-    problems, prompts = t1.encode_prompts(
-        data_prep.read_rows(cfg.data, "rl")[:SPREAD_P], tokenizer, cfg
-    )
-    noise = {
-        str(K): gradient_variance(policy, engine, problems[:DRAWN_P], prompts[:DRAWN_P], K, cfg)
-        for K in DRAWN_K
-    }
-    spread, seeds = {}, [t1.seed_for(cfg.seed, "spread", place) for place in range(len(prompts))]
+    rows = data_prep.read_rows(cfg.data, "rl")[:SPREAD_P]
+    problems = t1.encode_prompts(rows, tokenizer, cfg)
+    noise = {}
+    for K in DRAWN_K:
+        noise[str(K)] = gradient_variance(policy, engine, problems[:DRAWN_P], K, cfg)
+    spread = {}
     for temperature, min_p in SPREAD:
-        _, records = t1.roll_out(engine, problems, prompts, 8, seeds, cfg, temperature, min_p)
-        right = [sum(r["right"] for r in group) for group in t1.grouped(records, 8)]
-        gained = [t1.pass_at_k(8, n, 8) - n / 8 for n in right]
-        spread[f"{temperature}, min-p {min_p}" if min_p else str(temperature)] = float(
-            np.mean(gained)
-        )
+        other = dataclasses.replace(cfg, temperature=temperature, min_p=min_p)
+        rollouts = judged(engine, problems, 8, other, "spread")
+        gained = []
+        for group in t1.grouped([r.right for r in rollouts], 8):
+            gained.append(t1.pass_at_k(8, sum(group), 8) - sum(group) / 8)
+        name = f"{temperature}, min-p {min_p}" if min_p else str(temperature)
+        spread[name] = float(np.mean(gained))
     return dict(noise=noise, spread=spread)
 
 
-def gradient_variance(
-    policy, engine, problems: list[dict], prompts: list, K: int, cfg: t1.Config
-) -> float:
-    """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS estimates from the same
-    prompts with K samples each, which differ in their samples alone."""
-    total, squares = 0.0, 0.0
+def judged(engine, problems: list, K: int, cfg: t1.Config, *purpose) -> list:
+    """K judged responses to each problem; `purpose` decides the random numbers."""
+    rollouts = []
+    for place, problem in enumerate(problems):
+        seed = t1.seed_for(cfg.seed, *purpose, place)
+        rollouts += [t1.Rollout(problem, seed, sample) for sample in range(K)]
+    t1.generate(engine, rollouts, cfg.max_new, cfg.temperature, cfg.min_p)
+    t1.judge(rollouts, engine.tokenizer, cfg)
+    return rollouts
+
+
+def gradient_variance(policy, engine, problems: list, K: int, cfg: t1.Config) -> float:
+    """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS
+    estimates from the same prompts with K samples each, which differ in their samples alone."""
+    plain = dict(entropy_coef=0.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
+    cfg = dataclasses.replace(cfg, **plain)
+    total = 0.0
+    squares = 0.0
     for draw in range(DRAWS):
-        seeds = [t1.seed_for(cfg.seed, "draw", K, draw, place) for place in range(len(prompts))]
-        rollouts, records = t1.roll_out(engine, problems, prompts, K, seeds, cfg, cfg.temperature)
-        advantages = t1.rloo_advantages(
-            torch.tensor([r["reward"] for r in records]).view(-1, K)
-        ).flatten()
-        weights = torch.full_like(advantages, 1 / sum(len(r.ids) for r in rollouts))
-        rows = [(r.prompt, r.ids) for r in rollouts]
-        t1.accumulate_gradient(policy, rows, advantages, weights, cfg, 0.0, cfg.temperature)
+        rollouts = judged(engine, problems, K, cfg, "draw", K, draw)
+        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, K)
+        t1.accumulate_gradient(policy, rollouts, t1.rloo_advantages(rewards).flatten(), cfg)
         g = torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
         policy.zero_grad(set_to_none=True)
-        total, squares = total + g, squares + (g * g).sum()
+        total += g
+        squares += (g * g).sum()
     return ((squares - total @ total / DRAWS) / (DRAWS - 1)).item()
 
 
 def distance(run: Path, cfg: t1.Config) -> float:
-    """KL of the trained policy to the SFT checkpoint that it began from, nats per response: the mean of
-    log pi(y) - log pi_sft(y) over the first held-out response to each problem, at temperature 1."""
-    first = {
-        row["number"]: row
-        for row in t1.read_log(run / "eval/responses.jsonl")
-        if row["sample"] == 0
-    }
-    start = data_prep.read_json(run / "rl/config.json")["started_from"]
-    sums = []
-    for checkpoint in (
-        t1.newest(run / "rl"),
-        t1.newest(run.parent / Path(start).parent.parent.name / "sft"),
-    ):
-        policy, tokenizer = t1.load_policy(checkpoint, cfg)
-        rows = [
-            (t1.prompt_ids(row["problem"], tokenizer, cfg), row["ids"]) for row in first.values()
-        ]
-        sums.append(
-            np.array(
-                [part.double().sum().item() for part in t1.response_logprobs(policy, rows, cfg)]
-            )
-        )
-    return float(np.mean(sums[0] - sums[1]))
+    """KL of the trained policy to the SFT checkpoint that it began from, nats per response: the
+    mean of log pi(y) - log pi_sft(y) over the first held-out response to each problem, at
+    temperature 1."""
+    responses = t1.read_log(run / "eval/responses.jsonl")
+    first = [row for row in responses if row["sample"] == 0]
+    start = Path(data_prep.read_json(run / "rl/config.json")["started_from"])
+    means = []
+    for folder in (run / "rl", run.parent / start.parent.parent.name / "sft"):
+        policy, tokenizer = t1.load_policy(t1.latest(str(folder)), cfg)
+        rows = []
+        for row in first:
+            rows.append((t1.prompt_ids(row, tokenizer, cfg), row["ids"]))
+        logprobs = t1.response_logprobs(policy, rows, cfg)
+        means.append(np.mean([part.double().sum().item() for part in logprobs]))
+    return float(means[0] - means[1])
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def variant_names(text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in VARIANTS:
-            raise argparse.ArgumentTypeError(
-                f"no variant {name!r}; choose from {', '.join(VARIANTS)}"
-            )
+            known = ", ".join(VARIANTS)
+            raise argparse.ArgumentTypeError(f"no variant {name!r}; choose from {known}")
     return names
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("ledger", __doc__)
     add = parser.add_argument
-    add(
-        "--variants",
-        type=variant_names,
-        default=[],
-        metavar="LIST",
-        help="run these, by commas (default: the plan)",
-    )
-    add(
-        "--seeds",
-        type=experiments.whole_numbers,
-        default=[0, 1, 2],
-        metavar="LIST",
-        help="of them (default: 0,1,2)",
-    )
-    add(
-        "--table",
-        action="store_true",
-        help="run nothing: write the ledger of the finished runs (default: off)",
-    )
+    add("--variants", type=variant_names, default=[], help="run these (default: the plan)")
+    seeds = experiments.whole_numbers
+    add("--seeds", type=seeds, default=[0, 1, 2], help="of --variants (default: 0,1,2)")
+    add("--table", action="store_true", help="run nothing, write the tables (default: off)")
     return experiments.run(parser, ledger_command, argv)
 
 
 def ledger_command(own, options: list[str]):
     cfg = t1.parse_args(experiments.stage_options("rl", options))
     base = Path(cfg.out) / (cfg.name or "ledger")
-    for seeds in [] if own.table else [own.seeds] if own.variants else ROUNDS:
-        names = own.variants or (
-            open_variants(read_records(base)) if seeds != ROUNDS[0] else list(VARIANTS)
-        )
-        for seed, name in [(seed, name) for seed in seeds for name in names]:
+    rounds = [own.seeds] if own.variants else ROUNDS
+    for seeds in [] if own.table else rounds:
+        names = own.variants or list(VARIANTS)
+        if not own.variants and seeds != ROUNDS[0]:
+            names = open_variants(read_records(base))
+        for seed, name in itertools.product(seeds, names):
             if not run_variant(base, name, seed, options):
                 t1.print0("interrupted; the same command resumes")
                 return

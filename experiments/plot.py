@@ -1,4 +1,5 @@
-"""Draw every picture of a run again, from its folder alone.   python -m experiments.plot runs/NAME [--pdf]"""
+"""Draw every picture of a run again, from its folder alone.   python -m experiments.plot runs/NAME
+[--pdf]"""
 
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import t1
 
 
 def draw_run(folder: Path, suffix: str = ".png") -> list[Path]:
-    """curves.png of each stage and the pictures of eval -> their paths. Misuse if the folder holds no run."""
+    """curves.png of each stage and the pictures of eval -> their paths. Misuse if the folder holds
+    no run."""
     for stage in t1.PANELS:
         if (folder / stage / "metrics.jsonl").exists():
             t1.draw_steps(folder / stage, suffix)
