@@ -299,6 +299,29 @@ def test_functions_have_at_most_60_lines():
     assert not long
 
 
+def test_the_walkthrough_is_true():
+    page = (HERE / "docs/walkthrough.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\d\. `(.*?)`", page, re.M)
+    assert len(quoted) == 7
+    for line in quoted:
+        assert line in inspect.getsource(t1.rl_step), line
+
+    def numbers(name):
+        found = re.search(rf"- {re.escape(name)}: (.*)", page)[1]
+        return torch.tensor([float(x) for x in found.split(",")])
+
+    rewards = numbers("rewards")[None]
+    d = numbers("d")[None]
+    beta = float(re.search(r"beta = (\S+)", page)[1])
+    A = t1.rloo_advantages(rewards) - beta * (d - d.mean())
+    assert torch.allclose(A, numbers("A")[None], atol=1e-4)
+    loss = numbers("the loss by `policy_loss_reference`")
+    assert torch.allclose(loss, numbers("the loss by `policy_loss`, in chunks"), atol=2e-6)
+    change = numbers("after") - numbers("before")
+    assert torch.allclose(change, numbers("change"), atol=2e-4)
+    assert (change.sign() == A[0].sign()).all()
+
+
 # -------------------------------------------------------------------------------------- mathematics
 
 

@@ -21,7 +21,7 @@ TEMPLATE = """# One step of T1, number by number
 `python -m experiments.walkthrough` wrote this page: the embedded model after its cold start and
 {steps} steps of RL, one prompt, K = 4. Each line of code is one of `t1.rl_step`.
 
-1. `rollouts = sample_responses(engine, policy, batch, step, cfg)`: four responses at temperature
+1. `rollouts = sample_responses(engine, policy, chosen, step, cfg)`: four responses at temperature
    {temperature} to the prompt
 
 ```
