@@ -101,7 +101,7 @@ def local_files(name: str) -> list[Path]:
         if not stat.S_ISDIR(path.stat().st_mode):
             return [path]
     except FileNotFoundError:
-        if found := sorted(glob.glob(name, recursive=True)):
+        if found := sorted(filter(os.path.exists, glob.glob(name, recursive=True))):
             return [Path(file) for file in found]
         known = ", ".join(HUB)
         raise Misuse(f"{name}: no such file, and not one of the data sets of the hub ({known})")
@@ -181,7 +181,7 @@ def file_rows(path: Path) -> Iterator[tuple]:
         raise
     except Exception as e:  # a damaged file makes the libraries raise almost anything
         reason = f"{type(e).__name__}: {getattr(e, 'strerror', None) or e}"
-        raise Misuse(f"{path}: cannot be read (after row {number}: {reason})")
+        raise Misuse(f"{path}: cannot be read as {kind[1:]} (after row {number}: {reason})")
 
 
 def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
@@ -342,7 +342,7 @@ def append_rows(path: Path, rows: list[dict], sync: bool = False):
 
 def read_log(path: Path) -> list[dict]:
     """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
-    lines = json_lines(path) if os.path.lexists(path) else []
+    lines = file_rows(path) if os.path.lexists(path) else []
     return [parse(where, line) for where, line in lines if line.endswith(b"\n")]
 
 
@@ -392,9 +392,10 @@ def chunks(rows, size: int) -> Iterator[list]:
 COLUMNS = {
     "problem": "problem question chat.problem prompt query instruction text input problem_statement"
     " question.problem 0.value",
-    "answer": "answer expected_answer final_answer label ground_truth gt_answer ground_truth_answer"
-    " reference_answer gold_answer golden_answer gold target reward_model.ground_truth"
-    " verification_info.ground_truth question.ground_truth_answer 1.ground_truth.value result",
+    "answer": "answer expected_answer final_answer ground_truth gt_answer ground_truth_answer"
+    " reference_answer gold_answer golden_answer reward_model.ground_truth 1.ground_truth.value"
+    " verification_info.ground_truth question.ground_truth_answer",
+    "label": "label target gold result",  # the answer where no text says one
     "solution": "solution gold_standard_solution question.ground_truth_solution",
     "response": "response completion output generated_solution llm_response generations generation"
     " r1_solution_1 chat.response deepseek_solution deepseek_attempt attempt gemini_attempt",
@@ -407,7 +408,7 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 IDS = ("id", "_id", "unique_id", "uuid", "problem_id", "row")
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
 _WORKED = re.compile(r"\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101}")  # no bare value
-LISTED = re.compile(r'\s*\[\s*".*"\s*\]\s*', re.S)  # JSON in text: Skywork writes ["350"]
+LISTED = re.compile(r'\s*\[\s*"([^"\\]|\\.)*"\s*\]\s*')  # JSON in text: Skywork writes ["350"]
 
 
 def at(row: dict, path: str):
@@ -444,7 +445,8 @@ def field(row: dict, kind: str, where) -> str | None:
         text = as_text(value)
         if text and text.strip():
             return text
-        if isinstance(value, (bool, list)) and value != [] and not turns_of(value):
+        wrong = isinstance(value, (bool, list)) and value != [] and not turns_of(value)
+        if wrong and kind in ("problem", "answer"):
             what = type(value).__name__
             raise Misuse(f"{row_at(where)}: field {name!r} must be text or a number, not a {what}")
     return None
@@ -495,7 +497,8 @@ def chat(row: dict, where) -> dict:
     turns = []
     for name in ("messages", "conversations", "conversation"):
         turns = turns or turns_of(row.get(name))
-    turns = turns or turns_of(row.get("prompt")) + turns_of(row.get("completion"))
+    asked = turns_of(row.get("prompt")) or turns_of(row.get("input"))
+    turns = turns or asked + turns_of(row.get("completion"))
     roles = [role for role, _ in turns]
     if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
         raise Misuse(
@@ -522,8 +525,8 @@ def final(text: str) -> str | None:
 
 
 def reading(row: dict, where) -> dict:
-    """What a row says, whatever its layout: its text of each kind of COLUMNS, or None; "wrong": it is marked so. An
-    answer in the solution stays there (`find_answer`, `read_rows`). Misuse where it cannot be understood."""
+    """What a row says, whatever its layout: its problem, answer, solution, response, system message and source, empty
+    or None where it has none. An answer in the solution stays there. Misuse where it cannot be understood."""
     row = {name.lower(): value for name, value in row.items()} | row
     row |= chat(row, where)
     if row.get("options") or row.get("choices"):
@@ -542,6 +545,8 @@ def reading(row: dict, where) -> dict:
         text = as_text(row.get(name)) or ""
         if text.strip() and (name == "context" or problem == row.get("instruction")):
             problem += "\n\n" + text
+    if body := as_text(row.get("body")):  # SVAMP
+        problem = f"{body} {problem}"
     if "####" in answer:
         solution = solution or answer
     if answer in ("", solution) and not _WORKED.search(solution):
@@ -552,17 +557,24 @@ def reading(row: dict, where) -> dict:
     if response or "</think>" in thought:
         response = with_thought(thought, response)
     if not answer and not final(solution):
-        answer = final(response) or ""
-    said |= dict(problem=problem, answer=answer, solution=solution, response=response, wrong=wrong)
-    return said
+        answer = final(response) or said["label"] or ""
+    return dict(
+        id=next((row[name] for name in IDS if row.get(name) is not None), None),
+        problem=problem,
+        answer=answer,
+        solution=solution,
+        response=response,
+        system=said["system"],
+        source=said["source"],
+        marked_wrong=wrong,
+    )
 
 
 def to_problem(where, raw, default_source: str) -> dict:
     """A row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level", "flags"}."""
     row = parse(where, raw)
     said = require(reading(row, where), ["problem"], where, row)
-    low = {name.lower(): value for name, value in row.items()}
-    own = next((low[k] for k in IDS if low.get(k) is not None), where[1])
+    own = where[1] if said["id"] is None else said["id"]
     source = said["source"] or default_source
     if "_id" in row:  # the authors' rows
         source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
@@ -611,7 +623,7 @@ def left_out(row: dict, said: dict, stage: str) -> str | None:
     if any(row.get(name) not in (None, "Yes") for name in VALID):
         return "marked invalid"
     if stage == "sft":
-        return "marked wrong" if said["wrong"] else None
+        return "marked wrong" if said["marked_wrong"] else None
     proof = row.get("question_type") == "proof" or said["answer"] in ("proof", "notfound")
     return "proofs" if proof else None
 
@@ -635,7 +647,7 @@ def read_rows(path: str, stage: str, columns: str = "") -> list[dict]:
             gone[reason] += 1
             continue
         require(said, ["problem", "response" if stage == "sft" else "answer"], where, row)
-        rows.append(row | said | dict(where=row_at(where)))
+        rows.append(row | {k: v for k, v in said.items() if v} | dict(where=row_at(where)))
     bad = [] if stage == "sft" else [row for row in rows if not gradable(row["answer"])]
     first = f"{bad[0]['where']}: {bad[0]['answer'][:60]!r}" if bad else ""
     if not rows or len(bad) == len(rows):
@@ -1968,9 +1980,9 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     rows = []
     for where, raw in raw_rows(path):
         row = parse(where, raw)
-        *options, question = (as_text(row.get(column)) or "" for column in columns)
-        require(row, columns, where)
-        order = random.Random(f"{seed} {row['Question']}").sample(range(4), 4)
+        texts = {column: as_text(row.get(column)) for column in columns}
+        *options, question = (require(texts, columns, where, row)[name].strip() for name in columns)
+        order = random.Random(f"{seed} {texts['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
         problem = (
             f"{question}\n\n{listed}\n\nAnswer with the letter of the right option in \\boxed{{}}."

@@ -54,6 +54,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -113,7 +114,10 @@ class Config:
     )
     data: str = knob(
         "",
-        "traces (sft) or problems (rl): .jsonl[.gz], .parquet or a folder; empty: the embedded ones",
+        "traces (sft) or problems (rl): .jsonl, .json, .csv, .parquet, a folder; empty: the embedded",
+    )
+    columns: str = knob(
+        "", "other names of columns of --data: problem=COLUMN,answer=COLUMN,response=COLUMN"
     )
     test: str = knob(
         "", "problems to evaluate on; empty: a held-out part of --data, or the embedded test set"
@@ -588,21 +592,27 @@ def text_of(rollout, tokenizer) -> str:
     return "<think>" * opens_thought(rollout.prompt, tokenizer) + tokenizer.decode(ids)
 
 
-python_file = functools.cache(runpy.run_path)  # path -> its names
+@functools.cache
+def reward_function(spec: str):
+    """The function that --reward FILE.py:FUNCTION names; the modules beside its file can be imported."""
+    file, _, name = spec.rpartition(":")
+    try:
+        sys.path.insert(0, str(Path(file).resolve().parent))
+        return runpy.run_path(file)[name]
+    except (Exception, SystemExit) as e:
+        raise Misuse(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; give FILE.py:FUNCTION")
 
 
 def own_reward(spec: str, response: str, row: dict) -> float:
-    """The value of --reward FILE.py:FUNCTION."""
-    file, _, name = spec.rpartition(":")
+    """The value of --reward FILE.py:FUNCTION; the function gets a copy of the row."""
     try:
-        value = float(python_file(file)[name](response, row))
+        value = float(reward_function(spec)(response, copy.deepcopy(row)))
         if not math.isfinite(value):
             raise ValueError(f"{value} is no reward")
         return value
-    except Exception as e:
-        raise Stop(
-            f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {row.get('where') or row.get('id')}"
-        )
+    except (Exception, SystemExit) as e:
+        where = row.get("where") or row.get("id")
+        raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {where}")
 
 
 def judge(rollouts: list, problems: list[dict], tokenizer, cfg: Config) -> list[dict]:
@@ -1005,10 +1015,10 @@ def run_sft(cfg: Config):
         raise Misuse(
             f"every response is longer than --max-new {cfg.max_new} tokens (the shortest has {shortest})"
         )
-    folder.create(source, traces)
+    steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
+    folder.create(source, traces, steps)
     policy = shard(whole, tokenizer, cfg)
     del whole
-    steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(kept) / cfg.sft_batch)
     print0(
         f"{len(kept)} traces ({len(rows) - len(kept)} longer than --max-new left out), {steps} steps; the policy "
         f"starts from {source or 'random weights'}"
@@ -1148,8 +1158,8 @@ def run_rl(cfg: Config):
     whole, tokenizer = load_whole(source, cfg)
     tests = encode_prompts(tests, tokenizer, cfg)
     problems, prompts = encode_prompts(problems, tokenizer, cfg)
-    folder.create(source, problems)
-    print0(f"{len(problems)} problems; the policy starts from {source}")
+    folder.create(source, problems, cfg.rl_steps)
+    print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
     anchor = None
     if cfg.anchor != "none":
         own = (
@@ -1180,6 +1190,9 @@ def run_rl(cfg: Config):
             if row:
                 folder.log(row, clock, records)
                 report_step(bar, row, clock, cfg)
+                least = min(record["reward"] for record in records)
+                if least < -1:
+                    print0(f"step {step}: --reward gave {least:.3g}: less than garbage gets, -1")
             if folder.after_step(
                 step + bool(row), cfg.rl_steps, 10, cfg.rl_save_every, interrupt, *state
             ):
@@ -1244,31 +1257,30 @@ def grouped(values, n: int) -> list[list]:
 
 
 def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
-    """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in fifty of --data, by a
-    hash of its text: every stage holds out the same."""
+    """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in fifty of --data by a
+    hash of its text, the same in every stage. No problem of them is trained on, however it is spelled."""
+    tests = read_rows(cfg.test, "eval", cfg.columns) if cfg.test else []
+    if cfg.stage == "eval" and cfg.test:
+        return [], tests
     if not cfg.data:
-        correct_only = cfg.traces == "correct-only"
-        sft = cfg.stage == "sft"
-        rows = (
-            data_prep.embedded_traces(correct_only=correct_only)
-            if sft
-            else data_prep.embedded_problems("train")
-        )
-        return rows, read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems(
-            "test"
-        )
-    rows = read_rows(cfg.data, cfg.stage)
-    if cfg.test:
-        return rows, read_rows(cfg.test, "eval")
-    out = {
-        row["problem"] for row in rows if seed_for(0, row["problem"]) % 50 == 0
-    }  # traces without answers, too
-    held = {row["problem"]: row for row in rows if row["problem"] in out and row.get("answer")}
-    rest = [row for row in rows if row["problem"] not in out]
-    print0(
-        f"{cfg.data}: {len(held)} problems held out for evaluation (--test FILE for others), {len(rest)} rows left"
-    )
-    return rest or rows, list(held.values()) if rest else []
+        rows = data_prep.embedded_problems("train")
+        if cfg.stage == "sft":
+            rows = data_prep.embedded_traces(correct_only=cfg.traces == "correct-only")
+        return rows, tests or data_prep.embedded_problems("test")
+    rows = read_rows(cfg.data, cfg.stage, cfg.columns)
+    keys = [data_prep.key(data_prep.tokens(row["problem"])) for row in rows]
+    out = {data_prep.key(data_prep.tokens(row["problem"])) for row in tests}
+    if not cfg.test:
+        out = {key for key in keys if seed_for(0, key) % 50 == 0}  # traces without answers, too
+        held = {key: row for key, row in zip(keys, rows) if key in out and row.get("answer")}
+        tests = list(held.values())
+    rest = [row for key, row in zip(keys, rows) if key not in out]
+    if not rest:
+        print0(f"{cfg.data}: no row is left beside the problems of the test: nothing is held out")
+        return rows, tests if cfg.test else []
+    others = "are problems of --test" if cfg.test else "held out for evaluation (--test for others)"
+    print0(f"{cfg.data}: {len(rows) - len(rest)} rows {others}, {len(rest)} rows left to train on")
+    return rest, tests
 
 
 def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
@@ -1278,7 +1290,10 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
             raise Misuse(
                 "--stage eval: on which problems? Give --test FILE, --benchmarks NAMES or the run's --data"
             )
-        return [(cfg.test or cfg.data or "embedded", read_data(cfg)[1], cfg.eval_samples or 4)]
+        name, problems = cfg.test or cfg.data or "embedded", read_data(cfg)[1]
+        if not problems:
+            raise Misuse(f"{name}: nothing of it is held out; give --test FILE")
+        return [(name, problems, cfg.eval_samples or 4)]
     sets = []
     for name in cfg.benchmarks.split(","):
         path = Path(cfg.benchmark_dir) / f"{name}.jsonl"
@@ -1309,6 +1324,7 @@ def evaluate(
     """-> rollouts and their records, `samples` consecutive ones per problem.
     With `path` every response is appended there, with `about` and its "key", in chunks of `rollout_rows`. What is there
     is not generated again, and seeds are stateless: a killed evaluation that is resumed ends with the same bits."""
+    cfg = dataclasses.replace(cfg, reward="")  # right or wrong is measured
     on_disk = from_rank0(
         read_log(path) if path and rank() == 0 else []
     )  # every rank decides from what rank 0 sees
@@ -1827,16 +1843,18 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
-def prompt_ids(problem: str, tokenizer, cfg: Config) -> list[int]:
-    """The problem as the model sees it. NOT IN PAPER: the template; a model was trained on its own chat template."""
+def prompt_ids(problem: str, tokenizer, cfg: Config, system: str | None = None) -> list[int]:
+    """The problem as the model sees it. NOT IN PAPER: the template; a model was trained on its own chat template.
+    system: of the row, in place of --system; without a chat template it stands before the problem."""
     if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
-        messages = [dict(role="system", content=cfg.system)] * bool(cfg.system) + [
-            dict(role="user", content=problem)
-        ]
+        messages = [dict(role="user", content=problem)]
+        if system or cfg.system:
+            messages.insert(0, dict(role="system", content=system or cfg.system))
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )
     template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
+    problem = f"{system}\n\n{problem}" if system else problem
     return tokenizer(template.replace("{problem}", problem)).input_ids
 
 
@@ -2067,7 +2085,12 @@ def make_optimizer(policy, cfg: Config):
 # --------------------------------------------------------------------------- machinery: data, run folders, checkpoints
 def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> tuple[list[dict], list[list[int]]]:
     """-> rows and their prompt ids. A prompt is never cut: those longer than max_prompt are counted and left out."""
-    encoded = [prompt_ids(row["problem"], tokenizer, cfg) for row in rows]
+    encoded = []
+    for row in rows:
+        try:
+            encoded.append(prompt_ids(row["problem"], tokenizer, cfg, row.get("system")))
+        except jinja2.TemplateError as e:
+            raise Misuse(f"{row.get('where')}: refused by the chat template: {reason_of(e)}")
     fits = [0 < len(ids) <= cfg.max_prompt for ids in encoded]
     if not all(fits):
         first = rows[fits.index(False)]
@@ -2111,6 +2134,16 @@ def newest(stage_folder: Path) -> str:
 def latest(folder: str) -> str:
     """A folder or hub name as it is; of a stage's folder (runs/NAME/sft) its last checkpoint."""
     return folder and (newest(Path(folder)) or folder)
+
+
+def unfinished(source: str) -> str:
+    """A remark on a checkpoint that is not the last one of its stage, or the empty string."""
+    folder = Path(source)
+    path = folder.parent / "config.json"
+    steps = read_json(path).get("steps") if path.is_file() else None
+    if not steps or not is_whole(folder) or step_of(folder) >= steps:
+        return ""
+    return f", which is step {step_of(folder)} of {steps}: its stage did not end"
 
 
 def drop_trainer_state(checkpoint_folder: Path):
@@ -2208,7 +2241,7 @@ class RunFolder:
         """The checkpoint that this stage resumes from, or the empty string."""
         return newest(self.path) or (str(self.branch) if self.cfg.resume_from else "")
 
-    def create(self, source: str, rows: list[dict]):
+    def create(self, source: str, rows: list[dict], steps: int = 0):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs the same data."""
         self.lock, self.has_answers = (
             on_rank0(locked_folder, self.path),
@@ -2230,7 +2263,7 @@ class RunFolder:
             Path(m.__file__).read_bytes() for m in (sys.modules[__name__], data_prep, verify)
         )
         data = repr(
-            [(row["problem"], row.get("response"), row.get("answer")) for row in rows]
+            [tuple(map(row.get, ("problem", "response", "answer", "system"))) for row in rows]
         ).encode()
         about = dict(
             config=self.values,
@@ -2241,7 +2274,9 @@ class RunFolder:
         about |= dict(
             transformers=transformers.__version__, source_sha256=hashlib.sha256(code).hexdigest()
         )
-        about |= dict(data_sha256=hashlib.sha256(data).hexdigest(), started_from=source)
+        about |= dict(
+            steps=steps, data_sha256=hashlib.sha256(data).hexdigest(), started_from=source
+        )
         if rank() == 0 and not (self.path / "config.json").exists():
             write_json(self.path / "config.json", about)
         all_ranks_agree()
@@ -2757,6 +2792,8 @@ def check_config(cfg: Config):
         "must contain {problem}",
     )
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
+    if cfg.reward:
+        reward_function(cfg.reward)  # before a model is loaded
     installed = importlib.util.find_spec
     need(
         cfg.engine != "vllm" or installed("vllm"),
@@ -2824,7 +2861,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quiet():
-    """Remarks of libraries stay off the console; failures raise."""
+    """Remarks of libraries stay off the console; failures raise; any console can show any text."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings(
