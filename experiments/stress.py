@@ -495,8 +495,12 @@ def good_files(folder: Path) -> dict:
         dict(id="b", trace=None, why="x", failed=0),
         dict(id="c", trace=dict(id="c"), why="x", failed=1, pass_rate=1),
     ]
+    layouts = (Path(t1.__file__).parent / "cases/layouts.jsonl").read_text().splitlines()
+    layouts = [case["row"] for case in map(json.loads, layouts) if case["answer"] != "refuse"]
     return dict(
         rows=as_lines(good_rows()),
+        layouts=as_lines(layouts),
+        json=json.dumps(layouts, indent=1).encode(),
         gpqa=as_lines([question] * 2),
         csv=(",".join(question) + "\n" + 'r,"a, ""b""\n\nc",d,e,f,g\n' * 2).encode(),
         verify=as_lines(pairs),
@@ -515,9 +519,13 @@ JOURNAL_SETTINGS = dict(n=2, model="m")
 
 
 def rows_case(rng: random.Random, folder: Path, base: dict):
-    """Rows as JSON lines, gzip or parquet, through every reader of rows."""
-    path, data = folder / "rows.jsonl", base["rows"]
-    if rng.random() < 0.05:
+    """Rows as JSON lines, an array, csv, gzip or parquet, through every reader of rows."""
+    path, data = folder / "rows.jsonl", base[rng.choice(["rows", "layouts"])]
+    if rng.random() < 0.2:
+        kind = rng.choice(["json", "csv"])
+        path = folder / f"rows.{kind}"
+        path.write_bytes((odd_text if kind == "json" else odd_bytes)(rng, base[kind]))
+    elif rng.random() < 0.05:
         path = rare_file(rng, path, data)
     elif rng.random() < 0.2:
         path = folder / "rows.jsonl.gz"
