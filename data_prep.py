@@ -68,20 +68,30 @@ class Misuse(Stop):
 
 # --- Files and data sets: one reader for every command. Rows are a stream; an error names the file and the row. -------
 
-_MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra"
-HUB = {  # name on the hub -> (configurations, split, file)
-    "EleutherAI/hendrycks_math": (_MATH.split() + ["precalculus"], "train", None),  # 7,500 rows
-    "nlile/hendrycks-MATH-benchmark": ([None], "train", None),  # the 12,000 not in MATH-500
-    "AI-MO/NuminaMath-CoT": ([None], "train", None),  # 859,494 rows
-    "AI-MO/NuminaMath-1.5": ([None], "train", None),  # 896,215 rows, with answers and validity
-    "zai-org/T1": ([None], "train", "rl-data.jsonl"),  # the authors' RL problems
-    "zai-org/T1:sft": ([None], "train", "sft.jsonl"),  # the authors' traces
-    "HuggingFaceH4/MATH-500": ([None], "test", None),
-    "HuggingFaceH4/aime_2024": ([None], "train", None),
-    "KbsdJames/Omni-MATH": ([None], "test", None),
-    "openai/gsm8k": (["main"], "test", None),
-    "math-ai/amc23": ([None], "test", None),
-}
+# Data sets of the hub: name, configuration, split, file. -: none is named
+HUB_PARTS = """
+EleutherAI/hendrycks_math       algebra                  train  -
+EleutherAI/hendrycks_math       counting_and_probability train  -
+EleutherAI/hendrycks_math       geometry                 train  -
+EleutherAI/hendrycks_math       intermediate_algebra     train  -
+EleutherAI/hendrycks_math       number_theory            train  -
+EleutherAI/hendrycks_math       prealgebra               train  -
+EleutherAI/hendrycks_math       precalculus              train  -
+nlile/hendrycks-MATH-benchmark  -                        train  -
+AI-MO/NuminaMath-CoT            -                        train  -
+AI-MO/NuminaMath-1.5            -                        train  -
+zai-org/T1                      -                        train  rl-data.jsonl
+zai-org/T1:sft                  -                        train  sft.jsonl
+HuggingFaceH4/MATH-500          -                        test   -
+HuggingFaceH4/aime_2024         -                        train  -
+KbsdJames/Omni-MATH             -                        test   -
+openai/gsm8k                    main                     test   -
+math-ai/amc23                   -                        test   -
+"""
+HUB = defaultdict(list)  # name -> [(configuration, split, file)]
+for line in HUB_PARTS.strip().splitlines():
+    name, *part = line.split()
+    HUB[name].append([None if word == "-" else word for word in part])
 ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of it
 FILE_BYTES = 1 << 30  # largest .json file, which is read whole
 GZIP_BYTES = 16 << 20  # a gzip file that grows past this and past 200 times its size is a bomb;
@@ -124,7 +134,7 @@ def local_files(name: str) -> list[Path]:
     return list(files)
 
 
-def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tuple]:
+def raw_rows(name: str, columns: str | None = None, strict: bool = True) -> Iterator[tuple]:
     """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be read.
 
     where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a value; `parse` takes both.
@@ -133,7 +143,7 @@ def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tupl
         parts = [hub_rows(name)]
     else:
         parts = map(file_rows, local_files(name))
-    renames = dict(part.partition("=")[::2] for part in columns.split(",") if part)
+    renames = dict(part.partition("=")[::2] for part in (columns or "").split(",") if part)
     if unknown := [f"{a}={b}" for a, b in renames.items() if a not in COLUMNS or not b]:
         raise Misuse(f"--columns {unknown[0]}: must be one of {', '.join(COLUMNS)}, =, a column")
     row = None
@@ -245,8 +255,7 @@ def hub_rows(name: str) -> Iterator[tuple]:
     """(where, row) of a data set of the hub, streamed."""
     from datasets import load_dataset
 
-    configs, split, file = HUB[name]
-    for config in configs:
+    for config, split, file in HUB[name]:
         place = config or name.split("/")[1].replace(":", "-")
         try:
             rows = load_dataset(
@@ -260,11 +269,11 @@ def hub_rows(name: str) -> Iterator[tuple]:
 
 
 def _unique(pairs) -> dict:
-    pairs = list(pairs)
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = Counter(k for k, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {twice!r} is there twice")
+    row = {}
+    for name, value in pairs:
+        if name in row:
+            raise ValueError(f"key {name!r} is there twice")
+        row[name] = value
     return row
 
 
@@ -304,13 +313,10 @@ def parse(where, raw) -> dict:
         if isinstance(row, list) and turns_of(row):
             row = {"0": row[0], "1": row[-1], "messages": row}  # ORZ: a row is a list of turns
         fault = None if isinstance(row, dict) else "a row must be a JSON object"
-    except UnicodeDecodeError as e:
-        fault = f"not UTF-8 text (byte {raw[e.start]:#x} in column {e.start + 1}); save the file as UTF-8"
-    except UnicodeEncodeError:
-        fault = "half of a surrogate pair (\\ud800 to \\udfff), which is no text; repair or remove the line"
+    except UnicodeError as e:
+        fault = f"not UTF-8 text ({e}); save the file as UTF-8, or repair the line"
     except (ValueError, RecursionError) as e:
-        nul = "; it holds NUL bytes: damaged, or UTF-16 instead of UTF-8" if b"\0" in raw else ""
-        fault = f"not JSON ({e}{nul}); repair or remove the line"
+        fault = f"not JSON ({e}); repair or remove the line"
     if fault:
         raise Misuse(f"{row_at(where)}: {fault}")
     return row
@@ -402,6 +408,7 @@ COLUMNS = {
     "thought": "reasoning_content thinking thought reasoning complex_cot deepseek_reasoning"
     " deepseek_thinking_trajectory thinking_trajectories gemini_thinking_trajectory",
     "system": "chat.system system system_prompt",
+    "turn": "content value",  # of a chat
     "source": "source data_source problem_source source_type source_dataset dataset",
 }
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
@@ -470,11 +477,10 @@ def turns_of(value) -> list[tuple[str, str]]:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         if not isinstance(role, str):
             return []
-        thoughts = (
-            as_text(turn.get(name)) for name in ("reasoning_content", "thinking", "reasoning")
+        thought = field(turn, "thought", None) or ""
+        turns.append(
+            (ROLES.get(role, role), with_thought(thought, field(turn, "turn", None) or ""))
         )
-        text = as_text(turn.get("content")) or as_text(turn.get("value")) or ""
-        turns.append((ROLES.get(role, role), with_thought(next(filter(None, thoughts), ""), text)))
     return turns
 
 
@@ -634,7 +640,7 @@ def gradable(answer: str) -> bool:
     return len(words) < 12 and verify.is_readable(answer)
 
 
-def read_rows(path: str, stage: str, columns: str = "") -> list[dict]:
+def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
     """Rows of a data set for a stage: traces (sft: "problem", "response") or problems (rl, eval: "problem", "answer"),
     with "system", where the row has one, "where", and all columns of the file as they are. Misuse, with the row, where
     one of these texts is missing. columns: see `raw_rows`; a test set may have other columns than the data."""
@@ -647,19 +653,20 @@ def read_rows(path: str, stage: str, columns: str = "") -> list[dict]:
             gone[reason] += 1
             continue
         require(said, ["problem", "response" if stage == "sft" else "answer"], where, row)
-        rows.append(row | {k: v for k, v in said.items() if v} | dict(where=row_at(where)))
+        kept = {} if stage == "sft" else row  # all columns, for --reward
+        rows.append(kept | {k: v for k, v in said.items() if v} | dict(where=row_at(where)))
     bad = [] if stage == "sft" else [row for row in rows if not gradable(row["answer"])]
     first = f"{bad[0]['where']}: {bad[0]['answer'][:60]!r}" if bad else ""
     if not rows or len(bad) == len(rows):
-        what = f"{first}; verify.py can read no answer" if rows else f"no rows are left of {gone}"
-        raise Misuse(f"{path}: {what}; which column holds them? --columns answer=COLUMN")
+        what = (
+            f"{first}; verify.py reads none of the answers" if rows else f"left out: {dict(gone)}"
+        )
+        raise Misuse(f"{path}: {what}; nothing is left; see --columns")
     if os.environ.get("RANK", "0") == "0":
         if gone:
-            print(f"{path}: left out: " + ", ".join(f"{n} {why}" for why, n in gone.items()))
+            print(f"{path}: rows left out: {dict(gone)}")
         if bad:
-            print(
-                f"{len(bad)} answers cannot be read by verify.py, nothing will equal them: {first}"
-            )
+            print(f"{path}: {len(bad)} answers that verify.py cannot read, {first} ...")
     return rows
 
 
@@ -1287,7 +1294,11 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
 
 
 def read_pools(
-    pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int, columns: str = ""
+    pools: list[tuple[str, str]],
+    benchmarks: list[dict],
+    scripts,
+    processes: int,
+    columns: str | None = None,
 ) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
     counts, candidates, shared, pool = Counter(), [], (benchmarks, scripts), None
@@ -1429,8 +1440,8 @@ def draw(
 
 def curate(args, out: Path) -> int:
     """Pools -> rl.jsonl, report.json and a data card (paper: MATH-train and NuminaMath, filtered to 30,000)."""
-    pools = [(name, "math") for name in args.math or ()]
-    pools += [(name, Path(name).name.split(".")[0]) for name in args.numina or ()]
+    pools = [(name, "math") for name in args.math]
+    pools += [(name, Path(name).name.split(".")[0]) for name in args.numina]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
         args.decontaminate = args.decontaminate or [
@@ -1445,7 +1456,9 @@ def curate(args, out: Path) -> int:
             "data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems",
             file=sys.stderr,
         )
-    counts, rows = read_pools(pools, benchmarks, tuple(args.scripts), args.processes, args.columns)
+    counts, rows = read_pools(
+        pools, benchmarks, tuple(args.scripts), args.processes or os.cpu_count(), args.columns
+    )
     bad = ungradable([row.answer for row in rows])
     gone = {i: "ungradable" for i, row in enumerate(rows) if row.answer in bad}
     gone |= judge_groups(rows, [i for i in range(len(rows)) if i not in gone])
@@ -1840,7 +1853,7 @@ def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model,
     return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
 
 
-def read_problems(name: str, columns: str = "") -> list[dict]:
+def read_problems(name: str, columns: str | None = None) -> list[dict]:
     """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct ids to resume by."""
     rows = {}
     for where, raw in raw_rows(name, columns):
@@ -1955,7 +1968,7 @@ BENCHMARKS = {  # option, also the source's name -> name on the hub
 OMNI = 500  # problems. NOT IN PAPER: which. The paper's own 500 are not published, so a seeded draw that lists its ids
 
 
-def benchmark_rows(source: str, name: str, columns: str = "") -> list[dict]:
+def benchmark_rows(source: str, name: str, columns: str | None = None) -> list[dict]:
     """A benchmark's rows as problem rows."""
     rows = []
     for where, raw in raw_rows(name, columns):
@@ -2428,40 +2441,49 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
+# Commands, kind of the value (N: a whole number from 1, +: several), default (-: none), meaning.
+OPTIONS = """
+curate,cot,benchmarks --columns NAMES - columns of other names: problem=COLUMN,answer=COLUMN
+curate     --math           DATA+    -     MATH (without --math and --numina: both, from the hub)
+curate     --numina         DATA+    -     NuminaMath, or any rows with problem and answer or solution
+curate     --decontaminate  DATA+    -     benchmarks whose problems are rejected
+curate     --target         N        30000 problems to draw, or all there are; as in the paper
+curate     --mix            proportional|equal proportional share of each source in the draw
+curate     --scripts        NAME+    -     to keep besides Latin, by Unicode name: CJK CYRILLIC ...
+curate     --processes      N        -     all cores if not given; the result is always the same
+curate     --pass-rate      MODEL    -     drop problems that this model of the server solves never or always
+curate     --samples        N        8     per problem, for --pass-rate
+curate     --max-tokens     N        4096  limit of one reply, tokens
+cot        --problems       DATA     -     problem rows, e.g. rl.jsonl of curate
+cot        --teacher        MODEL+   -     models that attempt, by the names that the server knows
+cot        --critic         MODEL    -     model that writes critiques, or the first teacher
+cot        --rewriter       MODEL    -     model that merges, or the first teacher
+cot        --attempts       N        8     per problem, shared out over the teachers
+cot        --reflect-share  X        1.0   share of problems whose trace must hold a failed attempt
+cot        --max-failed     N        2     most failed attempts in one trace
+cot        --max-chars      N        32000 longest trace, characters
+cot        --authors        DATA     -     convert the authors' sft.jsonl (or zai-org/T1:sft) instead
+cot        --max-tokens     N        8192  limit of one reply, tokens
+curate,cot --base-url       URL      http://localhost:8000/v1 server of the models; key: OPENAI_API_KEY
+curate,cot --temperature    X        1.0   of every sample
+curate,cot --concurrency    N        32    problems under way at once
+curate,cot --timeout        X        600   of one request, seconds
+curate,cot --retries        INT      6     after 429, 5xx, time-outs and broken replies
+benchmarks --math500        DATA     -     file, or HuggingFaceH4/MATH-500
+benchmarks --aime24         DATA     -     file, or HuggingFaceH4/aime_2024
+benchmarks --omni           DATA     -     file, or KbsdJames/Omni-MATH
+benchmarks --gsm8k          DATA     -     file, or openai/gsm8k
+benchmarks --amc23          DATA     -     file, or math-ai/amc23
+benchmarks --gpqa           DATA     -     your own copy of gpqa_diamond.csv
+curate,cot,benchmarks --seed INT     0     of the draw, the choice of attempts, the order of options
+embedded   --hard           FLAG     -     problems with longer searches (t1.py: --max-new 320)
+"""
+
+
 def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError  # which argparse words
     return int(text)
-
-
-def add_model_options(parser, max_tokens: int):
-    add = parser.add_argument_group("the server of the models").add_argument
-    add(
-        "--base-url",
-        metavar="URL",
-        default="http://localhost:8000/v1",
-        help="default %(default)s; OPENAI_API_KEY",
-    )
-    add("--temperature", type=float, default=1.0, help="of every sample (default %(default)s)")
-    add(
-        "--max-tokens",
-        type=positive,
-        default=max_tokens,
-        help="limit of one reply, tokens (default %(default)s)",
-    )
-    add(
-        "--concurrency",
-        type=positive,
-        default=32,
-        help="problems under way at once (default %(default)s)",
-    )
-    add("--timeout", type=float, default=600, help="of one request, seconds (default %(default)s)")
-    add(
-        "--retries",
-        type=int,
-        default=6,
-        help="after 429, 5xx, time-outs and broken replies (default %(default)s)",
-    )
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -2469,138 +2491,29 @@ def parse_args(argv=None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(run: Callable, out: str, text: str):
-        p = commands.add_parser(run.__name__, help=text)
-        p.add_argument("--out", default=out, help="folder of the results (default %(default)s)")
-        if run is not embedded:
-            text = "of other names: problem=COLUMN,answer=COLUMN; also " + ", ".join(COLUMNS)
-            p.add_argument("--columns", metavar="NAMES", default="", help=text)
+    kinds = {"N": positive, "INT": int, "X": float}
+    for run in (curate, cot, benchmarks, embedded):
+        name = run.__name__
+        p = commands.add_parser(name, help=run.__doc__)
         p.set_defaults(run=run)
-        return p, p.add_argument
-
-    p, add = command(curate, "data", "MATH and NuminaMath -> clean RL problems")
-    add(
-        "--math",
-        nargs="+",
-        metavar="DATA",
-        help="MATH (without --math and --numina: both, from the hub)",
-    )
-    add(
-        "--numina",
-        nargs="+",
-        metavar="DATA",
-        help="NuminaMath, or any rows with problem and answer or solution",
-    )
-    add(
-        "--decontaminate",
-        nargs="+",
-        default=[],
-        metavar="DATA",
-        help="benchmarks whose problems are rejected",
-    )
-    add(
-        "--target",
-        type=positive,
-        default=30000,
-        help="problems to draw, or all there are (paper and default: 30,000)",
-    )
-    add(
-        "--mix",
-        choices=("proportional", "equal"),
-        default="proportional",
-        help="share of each source in the draw",
-    )
-    add(
-        "--scripts",
-        nargs="+",
-        default=[],
-        help="to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ...",
-    )
-    add(
-        "--processes",
-        type=positive,
-        default=os.cpu_count(),
-        help="default: all cores; the result is always the same",
-    )
-    add("--seed", type=int, default=0, help="of the draw")
-    add(
-        "--pass-rate",
-        metavar="MODEL",
-        help="drop problems that this model of the server solves never or always",
-    )
-    add(
-        "--samples",
-        type=positive,
-        default=8,
-        help="per problem, for --pass-rate (default %(default)s)",
-    )
-    add_model_options(p, 4096)
-
-    p, add = command(cot, "data", "problems -> cold-start traces, by models")
-    add("--problems", metavar="DATA", help="problem rows, e.g. rl.jsonl of curate")
-    add(
-        "--teacher",
-        nargs="+",
-        metavar="MODEL",
-        help="models that attempt, by the names that the server knows",
-    )
-    add(
-        "--critic", metavar="MODEL", help="model that writes critiques (default: the first teacher)"
-    )
-    add("--rewriter", metavar="MODEL", help="model that merges (default: the first teacher)")
-    add(
-        "--attempts",
-        type=positive,
-        default=8,
-        help="per problem, shared out over the teachers (default %(default)s)",
-    )
-    add(
-        "--reflect-share",
-        type=float,
-        default=1.0,
-        help="share of problems whose trace must hold a failed attempt",
-    )
-    add(
-        "--max-failed",
-        type=positive,
-        default=2,
-        help="most failed attempts in one trace (default %(default)s)",
-    )
-    add(
-        "--max-chars",
-        type=positive,
-        default=32000,
-        help="longest trace, characters (default %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="of the choice of attempts")
-    add(
-        "--authors",
-        metavar="DATA",
-        help="convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead",
-    )
-    add_model_options(p, 8192)
-
-    p, add = command(
-        benchmarks,
-        "benchmarks",
-        "the evaluation sets in one form (default: all but GPQA, from the hub)",
-    )
-    for source, name in BENCHMARKS.items():
-        add(
-            f"--{source}",
-            metavar="DATA",
-            help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}",
-        )
-    add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-    p, add = command(
-        embedded, "data", "the embedded problems, their test set and their traces, as files"
-    )
-    add(
-        "--hard",
-        action="store_true",
-        help="problems with longer searches (t1.py: --max-new 320; default: off)",
-    )
+        out = "benchmarks" if run is benchmarks else "data"
+        p.add_argument("--out", default=out, help=f"folder of the results (default {out})")
+        for line in OPTIONS.strip().splitlines():
+            users, option, kind, default, text = line.split(maxsplit=4)
+            if name not in users.split(","):
+                continue
+            how = dict(help=text if default == "-" else f"{text} (default {default})")
+            if kind == "FLAG":
+                how["action"] = "store_true"
+            elif "|" in kind:
+                how["choices"] = kind.split("|")
+            else:
+                how |= dict(metavar=kind.strip("+"), type=kinds.get(kind, str))
+            if "+" in kind:
+                how |= dict(nargs="+", default=[])
+            elif default != "-":
+                how["default"] = default
+            p.add_argument(option, **how)
     return parser.parse_args(argv)
 
 
