@@ -415,13 +415,14 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 IDS = ("id", "_id", "unique_id", "uuid", "problem_id", "row")
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
 _WORKED = re.compile(r"\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101}")  # no bare value
+_FINAL = re.compile(r"\\f?box|####")
 LISTED = re.compile(r'\s*\[\s*"([^"\\]|\\.)*"\s*\]\s*')  # JSON in text: Skywork writes ["350"]
 
 
 def at(row: dict, path: str):
     """The value of a column, or of a field inside one (`reward_model.ground_truth`), which may be JSON in text."""
-    if path in row:
-        return row[path]
+    if "." not in path or path in row:
+        return row.get(path)
     value = row
     for name in path.split("."):
         if isinstance(value, str) and value.startswith("{"):
@@ -449,6 +450,8 @@ def field(row: dict, kind: str, where) -> str | None:
     """The text of the first column of a kind that holds some; None if none does; Misuse where another value stands."""
     for name in COLUMNS[kind].split():
         value = at(row, name)
+        if value is None:
+            continue
         text = as_text(value)
         if text and text.strip():
             return text
@@ -526,6 +529,8 @@ def marked_right(row: dict, texts: list) -> list:
 
 def final(text: str) -> str | None:
     """The value that a worked text ends in: its last box, or what follows the last #### (GSM8K); None if neither."""
+    if not _FINAL.search(text):
+        return None
     after = text.rpartition("####")[2].strip().split("\n")[0] if "####" in text else None
     return verify.extract_answer(text) or after
 
@@ -562,7 +567,7 @@ def reading(row: dict, where) -> dict:
     response = response or solution
     if response or "</think>" in thought:
         response = with_thought(thought, response)
-    if not answer and not final(solution):
+    if not answer and not _FINAL.search(solution):
         answer = final(response) or said["label"] or ""
     return dict(
         id=next((row[name] for name in IDS if row.get(name) is not None), None),
@@ -587,10 +592,10 @@ def to_problem(where, raw, default_source: str) -> dict:
     level = re.fullmatch(
         r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", "")))
     )
-    file = Path(where[0])
-    stem = file.name.split(".")[0]
+    folder, file = os.path.split(where[0])
+    stem = file.split(".")[0]
     if _SPLIT.match(stem):  # train-00000-of-00001 of each folder
-        stem = f"{file.parent.name}-{stem}"
+        stem = f"{os.path.basename(folder)}-{stem}"
     return {
         "id": own if isinstance(own, str) else f"{stem}-{own}",
         "problem": said["problem"],
@@ -648,7 +653,7 @@ def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
     for where, raw in raw_rows(path, columns, strict=stage != "eval"):
         row = parse(where, raw)
         said = reading(row, where)
-        said["answer"] = said["answer"] or final(said["solution"]) or ""
+        said["answer"] = said["answer"] or final(said["solution"])
         if reason := left_out(row, said, stage):
             gone[reason] += 1
             continue
