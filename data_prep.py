@@ -106,17 +106,12 @@ def local_files(name: str) -> list[Path]:
     """The data files of a path: a file, a pattern (`set/**/train-*`), or a folder with all that lies in it, sorted.
     Misuse if there is none, or if a folder holds several splits: its test set must not be trained on."""
     path = Path(name)
-    try:
-        name.encode()  # ValueError: not UTF-8
-        if not stat.S_ISDIR(path.stat().st_mode):
-            return [path]
-    except FileNotFoundError:
-        if found := sorted(filter(os.path.exists, glob.glob(name, recursive=True))):
-            return [Path(file) for file in found]
-        known = ", ".join(HUB)
-        raise Misuse(f"{name}: no such file, and not one of the data sets of the hub ({known})")
-    except (OSError, ValueError) as e:
-        raise Misuse(f"{name}: cannot be read ({getattr(e, 'strerror', None) or e})")
+    if not os.path.isdir(name):
+        found = [name] if os.path.lexists(name) else glob.glob(name, recursive=True)
+        if not found:
+            known = ", ".join(HUB)
+            raise Misuse(f"{name}: no such file, and not one of the data sets of the hub ({known})")
+        return sorted(map(Path, found))
     files = {}  # file -> its split
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path).as_posix().lower()
@@ -184,6 +179,7 @@ def file_rows(path: Path) -> Iterator[tuple]:
     read = {".parquet": parquet_rows, ".csv": csv_rows, ".json": json_rows}.get(kind, byte_lines)
     number = 0
     try:
+        str(path).encode()  # an id may hold the name
         for number, row in read(path):
             if not isinstance(row, bytes) or row.strip():
                 yield (str(path), number), row
@@ -415,7 +411,7 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 IDS = ("id", "_id", "unique_id", "uuid", "problem_id", "row")
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
 _WORKED = re.compile(r"\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101}")  # no bare value
-_FINAL = re.compile(r"\\f?box|####")
+_FINAL = re.compile(r"\\f?box|####|The answer is:")
 LISTED = re.compile(r'\s*\[\s*"([^"\\]|\\.)*"\s*\]\s*')  # JSON in text: Skywork writes ["350"]
 
 
@@ -528,11 +524,11 @@ def marked_right(row: dict, texts: list) -> list:
 
 
 def final(text: str) -> str | None:
-    """The value that a worked text ends in: its last box, or what follows the last #### (GSM8K); None if neither."""
+    """The value that a worked text ends in: its last box, or what its last #### (GSM8K) or words (MetaMathQA) say."""
     if not _FINAL.search(text):
         return None
-    after = text.rpartition("####")[2].strip().split("\n")[0] if "####" in text else None
-    return verify.extract_answer(text) or after
+    said = re.findall(r"(?:####|The answer is:)[ \t]*([^\n]+)", text)
+    return verify.extract_answer(text) or (said[-1].rstrip(" .") if said else None)
 
 
 def reading(row: dict, where) -> dict:

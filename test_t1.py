@@ -2325,7 +2325,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage sft --data loop.jsonl", "loop.jsonl: "),
     ("--stage sft --data device.jsonl", "device.jsonl: not a file"),
     ("--stage sft --data folder.jsonl", "folder.jsonl: "),
-    ("--stage sft --data dangling.jsonl", "no such file"),
+    ("--stage sft --data dangling.jsonl", "No such file"),
     (
         "--stage sft --data good.jsonl --test twice.jsonl",
         "twice.jsonl, row 1: not JSON (key 'problem' is there twice)",
