@@ -1,12 +1,15 @@
-"""Problems and traces for T1: what the paper did to its data, with rules that can be read and counted.
+"""Problems and traces for T1: what the paper did to its data, with rules that can be read.
 
-    python data_prep.py curate --math PATH --numina PATH --decontaminate PATH ... --out DIR   30,000 clean RL problems
-    python data_prep.py cot --problems DIR/rl.jsonl --teacher MODEL --base-url URL --out DIR  cold-start traces
-    python data_prep.py benchmarks --out DIR                                                  the evaluation sets
-    python data_prep.py embedded --out DIR                                                    the embedded problems
+    python data_prep.py curate --math PATH --numina PATH --decontaminate PATH ... --out DIR
+                                                        30,000 clean RL problems
+    python data_prep.py cot --problems DIR/rl.jsonl --teacher MODEL --base-url URL --out DIR
+                                                        cold-start traces
+    python data_prep.py benchmarks --out DIR            the evaluation sets
+    python data_prep.py embedded --out DIR              the embedded problems
 
-A data set is a local file (.jsonl, .json, .csv, each also .gz; .parquet), a pattern in quotes, a folder, or a name of the
-hub listed in HUB. Column names of the usual sets are known (COLUMNS); --columns names others.
+A data set is a local file (.jsonl, .json, .csv, each also .gz; .parquet), a pattern in quotes, a
+folder, or a name of the hub listed in HUB. Column names of the usual sets are known (COLUMNS);
+--columns names others.
 Models answer behind an OpenAI-compatible server (`vllm serve`, `transformers serve`).
 
 Rows are JSON lines:  problem {"id", "problem", "answer", "source", "level"?, "solution"?}
@@ -50,12 +53,13 @@ import verify
 
 
 class Stop(Exception):
-    """The run must end. The message is one line that says what is wrong, where, and what to do. Exit code 1."""
+    """The run must end. The message is one line that says what is wrong, where, and what to do.
+    Exit code 1."""
 
     code = 1
 
     def __str__(self):
-        """One printable line of at most 2,000 characters, whatever names and texts of the user it quotes."""
+        """One printable line of at most 2,000 characters, whatever texts of the user it quotes."""
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
         return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
 
@@ -66,7 +70,7 @@ class Misuse(Stop):
     code = 2
 
 
-# --- Files and data sets: one reader for every command. Rows are a stream; an error names the file and the row. -------
+# --- Files and data sets: one reader for every command. An error names the file and the row. ------
 
 # Data sets of the hub: name, configuration, split, file. -: none is named
 HUB_PARTS = """
@@ -103,8 +107,9 @@ _SPLIT = re.compile(r"(?<![a-z\d])(train|test|val|dev|eval)(?:ing|id|idation|uat
 
 
 def local_files(name: str) -> list[Path]:
-    """The data files of a path: a file, a pattern (`set/**/train-*`), or a folder with all that lies in it, sorted.
-    Misuse if there is none, or if a folder holds several splits: its test set must not be trained on."""
+    """The data files of a path: a file, a pattern (`set/**/train-*`), or a folder with all that
+    lies in it, sorted. Misuse if there is none, or if a folder holds several splits: its test set
+    must not be trained on."""
     path = Path(name)
     if not os.path.isdir(name):
         found = [name] if os.path.lexists(name) else glob.glob(name, recursive=True)
@@ -123,17 +128,19 @@ def local_files(name: str) -> list[Path]:
     splits = sorted(set(files.values()))
     if len(splits) > 1 and splits != ["other", "train"]:
         raise Misuse(
-            f"{name}: holds files of several splits ({', '.join(splits)}); give one of them: a file, "
-            f"a folder, or a pattern in quotes such as '{name}/**/*{splits[-1]}*'"
+            f"{name}: holds files of several splits ({', '.join(splits)}); give one of them: a "
+            f"file, a folder, or a pattern in quotes such as '{name}/**/*{splits[-1]}*'"
         )
     return list(files)
 
 
 def raw_rows(name: str, columns: str | None = None, strict: bool = True) -> Iterator[tuple]:
-    """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be read.
+    """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be
+    read.
 
-    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a value; `parse` takes both.
-    columns: `problem=COLUMN,answer=COLUMN`, or empty; each column must be there, if `strict`."""
+    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a value;
+    `parse` takes both. columns: `problem=COLUMN,answer=COLUMN`, or empty; each column must be
+    there, if `strict`."""
     if name in HUB and not os.path.exists(name):
         parts = [hub_rows(name)]
     else:
@@ -165,7 +172,8 @@ def row_at(where) -> str:
 
 
 def open_file(path: Path):
-    """Opens an ordinary file as bytes. A pipe or a device, which may never end, is refused without being opened."""
+    """Opens an ordinary file as bytes. A pipe or a device, which may never end, is refused without
+    being opened."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise Misuse(
             f"{path}: not a file but a folder, a pipe or a device; copy its content into a file"
@@ -174,7 +182,8 @@ def open_file(path: Path):
 
 
 def file_rows(path: Path) -> Iterator[tuple]:
-    """(where, raw) of each row of a file, read by the end of its name: parquet, csv, a JSON array, else JSON lines."""
+    """(where, raw) of each row of a file, read by the end of its name: parquet, csv, a JSON array,
+    else JSON lines."""
     kind = Path(path.name.removesuffix(".gz")).suffix
     read = {".parquet": parquet_rows, ".csv": csv_rows, ".json": json_rows}.get(kind, byte_lines)
     number = 0
@@ -191,7 +200,8 @@ def file_rows(path: Path) -> Iterator[tuple]:
 
 
 def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
-    """(number, line) of each line, plain or gzipped whatever the name, without byte order mark; memory is bounded."""
+    """(number, line) of each line, plain or gzipped whatever the name, without byte order mark;
+    memory is bounded."""
     with open_file(path) as plain:
         file, most = plain, math.inf
         if plain.peek(2)[:2] == b"\x1f\x8b":
@@ -204,9 +214,8 @@ def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
                     f"{path}, row {number}: longer than {longest >> 20} MiB; rows end with \\n"
                 )
             if most < 0:
-                raise Misuse(
-                    f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times its size"
-                )
+                grows = f"the gzip file grows to more than {GZIP_RATIO} times its size"
+                raise Misuse(f"{path}, row {number}: {grows}")
             yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
@@ -280,7 +289,8 @@ def _number(text: str) -> float:
 
 
 def parse_json(raw: bytes):
-    """The value of a JSON text. ValueError or RecursionError for what is not JSON, not UTF-8, or ambiguous."""
+    """The value of a JSON text. ValueError or RecursionError for what is not JSON, not UTF-8, or
+    ambiguous."""
     value = json.loads(
         raw.decode(), object_pairs_hook=_unique, parse_float=_number, parse_constant=_number
     )
@@ -331,7 +341,8 @@ def write(path: Path, lines):
 
 
 def append_rows(path: Path, rows: list[dict], sync: bool = False):
-    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first. sync: wait for the disk."""
+    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first. sync: wait
+    for the disk."""
     with open(path, "ab+") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n":
             f.seek(0)
@@ -380,17 +391,20 @@ def chunks(rows, size: int) -> Iterator[list]:
         yield part
 
 
-# --- What a row says: one table of column names, for t1.py and every command ------------------------------------------
+# --- What a row says: one table of column names, for t1.py and every command ----------------------
 
-# The first name that holds text counts; `a.b` is field b of column a; capitals do not matter. Which set uses which:
-#   problem   MATH, NuminaMath, OpenR1, Big-Math, DeepScaleR, OpenMathReasoning; question: GSM8K, LIMO, s1K, DeepMath,
-#             AIME 2025; chat: the user's turn (OpenThoughts, ShareGPT, tulu, DAPO and Skywork: `prompt`); prompt: TRL,
-#             DAPO-processed, SYNTHETIC-1; query: MetaMathQA; instruction: Alpaca; text: the authors' T1; input: AceReason
-#             1.1; question.problem: PRM800K; 0.value: ORZ
-#   answer    label: T1; expected_answer: OpenMathReasoning; final_answer: DeepMath, OlympiadBench; gt_answer: SimpleRL;
-#             reward_model.ground_truth: verl, DAPO, Skywork; verification_info.ground_truth: SYNTHETIC-1
-#   response  completion: TRL; output: Alpaca; generations: OpenR1; generated_solution: OpenMathReasoning; attempts: s1K
-#   thought   of the response, where it has its own column: s1K, OpenThoughts (metadata), medical-o1
+# The first name that holds text counts; `a.b` is field b of column a; capitals do not matter.
+# `chat.problem` is the user's turn: OpenThoughts, ShareGPT, tulu, and in `prompt` verl and DAPO.
+# Which set uses which, where it is not plain:
+#   problem   question: GSM8K, LIMO, s1K, DeepMath; prompt: TRL, SYNTHETIC-1; query: MetaMathQA;
+#             instruction: Alpaca; text: the authors' T1; input: AceReason 1.1; 0.value: ORZ;
+#             question.problem: PRM800K
+#   answer    expected_answer: OpenMathReasoning; final_answer: DeepMath, OlympiadBench;
+#             gt_answer: SimpleRL; reward_model.ground_truth: verl, DAPO, Skywork;
+#             verification_info.ground_truth: SYNTHETIC-1; label: the authors' T1
+#   response  completion: TRL; output: Alpaca; generated_solution: OpenMathReasoning;
+#             generations: OpenR1; attempt: s1K; r1_solution_1: DeepMath
+#   thought   of the response, in a column of its own: s1K, OpenThoughts (metadata), medical-o1
 COLUMNS = {
     "problem": "problem question chat.problem prompt query instruction text input problem_statement"
     " question.problem 0.value",
@@ -416,7 +430,8 @@ LISTED = re.compile(r'\s*\[\s*"([^"\\]|\\.)*"\s*\]\s*')  # JSON in text: Skywork
 
 
 def at(row: dict, path: str):
-    """The value of a column, or of a field inside one (`reward_model.ground_truth`), which may be JSON in text."""
+    """The value of a column, or of a field inside one (`reward_model.ground_truth`), which may be
+    JSON in text."""
     if "." not in path or path in row:
         return row.get(path)
     value = row
@@ -429,7 +444,8 @@ def at(row: dict, path: str):
 
 
 def as_text(value) -> str | None:
-    """Text as it is, a number as text (27.0 as "27"), the element of a list of one; None of anything else."""
+    """Text as it is, a number as text (27.0 as "27"), the element of a list of one; None of
+    anything else."""
     if isinstance(value, str) and LISTED.fullmatch(value):
         with suppress(ValueError, RecursionError):
             value = parse_json(value.encode())
@@ -443,7 +459,8 @@ def as_text(value) -> str | None:
 
 
 def field(row: dict, kind: str, where) -> str | None:
-    """The text of the first column of a kind that holds some; None if none does; Misuse where another value stands."""
+    """The text of the first column of a kind that holds some; None if none does; Misuse where
+    another value stands."""
     for name in COLUMNS[kind].split():
         value = at(row, name)
         if value is None:
@@ -470,7 +487,8 @@ def require(row: dict, names, where, found=None) -> dict:
 
 
 def turns_of(value) -> list[tuple[str, str]]:
-    """The turns of a chat as (role, text), a thought in its own field as <think> ... </think>; [] of all else."""
+    """The turns of a chat as (role, text), a thought in its own field as <think> ... </think>; []
+    of all else."""
     turns = []
     for turn in value if isinstance(value, list) else ():
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
@@ -484,8 +502,8 @@ def turns_of(value) -> list[tuple[str, str]]:
 
 
 def with_thought(thought: str, text: str) -> str:
-    """A response whose thought stands in a field of its own (the answer may follow it there), or between the marks of
-    OpenThoughts, Bespoke-Stratos and Sky-T1."""
+    """A response whose thought stands in a field of its own (the answer may follow it there), or
+    between the marks of OpenThoughts, Bespoke-Stratos and Sky-T1."""
     if "<|begin_of_thought|>" in text:
         thought, _, text = text.partition("<|end_of_thought|>")
         thought = thought.replace("<|begin_of_thought|>", "")
@@ -497,8 +515,8 @@ def with_thought(thought: str, text: str) -> str:
 
 
 def chat(row: dict, where) -> dict:
-    """The conversation of a row as {"chat.system", "chat.problem", "chat.response"}, {} if there is none. Misuse if it
-    is longer: a reply in the middle is neither trained nor forgotten."""
+    """The conversation of a row as {"chat.system", "chat.problem", "chat.response"}, {} if there is
+    none. Misuse if it is longer: a reply in the middle is neither trained nor forgotten."""
     turns = []
     for name in ("messages", "conversations", "conversation"):
         turns = turns or turns_of(row.get(name))
@@ -506,8 +524,9 @@ def chat(row: dict, where) -> dict:
     turns = turns or asked + turns_of(row.get("completion"))
     roles = [role for role, _ in turns]
     if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
+        found = ", ".join(roles)
         raise Misuse(
-            f"{row_at(where)}: a conversation must be [system,] user, assistant; found {', '.join(roles)}"
+            f"{row_at(where)}: a conversation must be [system,] user, assistant; found {found}"
         )
     parts = dict(turns)
     names = dict(system="system", user="problem", assistant="response")
@@ -515,7 +534,8 @@ def chat(row: dict, where) -> dict:
 
 
 def marked_right(row: dict, texts: list) -> list:
-    """Those of several responses that a list beside them marks as right (OpenR1: correctness_math_verify)."""
+    """Those of several responses that a list beside them marks as right (OpenR1:
+    correctness_math_verify)."""
     marks = []
     for name, values in row.items():
         if "correct" in name and isinstance(values, list) and len(values) == len(texts):
@@ -524,7 +544,8 @@ def marked_right(row: dict, texts: list) -> list:
 
 
 def final(text: str) -> str | None:
-    """The value that a worked text ends in: its last box, or what its last #### (GSM8K) or words (MetaMathQA) say."""
+    """The value that a worked text ends in: its last box, or what its last #### (GSM8K) or words
+    (MetaMathQA) say."""
     if not _FINAL.search(text):
         return None
     said = re.findall(r"(?:####|The answer is:)[ \t]*([^\n]+)", text)
@@ -532,8 +553,9 @@ def final(text: str) -> str | None:
 
 
 def reading(row: dict, where) -> dict:
-    """What a row says, whatever its layout: its problem, answer, solution, response, system message and source, empty
-    or None where it has none. An answer in the solution stays there. Misuse where it cannot be understood."""
+    """What a row says, whatever its layout: its problem, answer, solution, response, system message
+    and source, empty or None where it has none. An answer in the solution stays there. Misuse where
+    it cannot be understood."""
     row = {name.lower(): value for name, value in row.items()} | row
     row |= chat(row, where)
     if row.get("options") or row.get("choices"):
@@ -565,20 +587,19 @@ def reading(row: dict, where) -> dict:
         response = with_thought(thought, response)
     if not answer and not _FINAL.search(solution):
         answer = final(response) or said["label"] or ""
-    return dict(
+    return said | dict(
         id=next((row[name] for name in IDS if row.get(name) is not None), None),
         problem=problem,
         answer=answer,
         solution=solution,
         response=response,
-        system=said["system"],
-        source=said["source"],
         marked_wrong=wrong,
     )
 
 
 def to_problem(where, raw, default_source: str) -> dict:
-    """A row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level", "flags"}."""
+    """A row as {"id", "problem", "answer" (None: look into the solution), "solution", "source",
+    "level", "flags"}."""
     row = parse(where, raw)
     said = require(reading(row, where), ["problem"], where, row)
     own = where[1] if said["id"] is None else said["id"]
@@ -616,12 +637,12 @@ def problem_row(row: dict) -> dict:
 
 
 def checked_problem(where, raw, default_source: str) -> dict:
-    """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate` drops it from a pool."""
+    """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate`
+    drops it from a pool."""
     row = to_problem(where, raw, default_source)
     if too_long(row):
-        raise Misuse(
-            f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; shorten it"
-        )
+        what = f"problem, solution or answer of more than {LONGEST:,} characters; shorten it"
+        raise Misuse(f"{row_at(where)}: {what}")
     return row
 
 
@@ -642,9 +663,10 @@ def gradable(answer: str) -> bool:
 
 
 def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
-    """Rows of a data set for a stage: traces (sft: "problem", "response") or problems (rl, eval: "problem", "answer"),
-    with "system", where the row has one, "where", and all columns of the file as they are. Misuse, with the row, where
-    one of these texts is missing. columns: see `raw_rows`; a test set may have other columns than the data."""
+    """Rows of a data set for a stage: traces (sft: "problem", "response") or problems (rl, eval:
+    "problem", "answer"), with "system", where the row has one, "where", and all columns of the file
+    as they are. Misuse, with the row, where one of these texts is missing. columns: see `raw_rows`;
+    a test set may have other columns than the data."""
     rows, gone = [], Counter()
     for where, raw in raw_rows(path, columns, strict=stage != "eval"):
         row = parse(where, raw)
@@ -654,8 +676,10 @@ def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
             gone[reason] += 1
             continue
         require(said, ["problem", "response" if stage == "sft" else "answer"], where, row)
-        kept = {} if stage == "sft" else row  # all columns, for --reward
-        rows.append(kept | {k: v for k, v in said.items() if v} | dict(where=row_at(where)))
+        row = {} if stage == "sft" else row  # all columns are for --reward
+        names = ("id", "problem", "answer", "solution", "response", "system", "source")
+        row |= {name: said[name] for name in names if said[name]}
+        rows.append(row | dict(where=row_at(where)))
     bad = [] if stage == "sft" else [row for row in rows if not gradable(row["answer"])]
     first = f"{bad[0]['where']}: {bad[0]['answer'][:60]!r}" if bad else ""
     if not rows or len(bad) == len(rows):
@@ -1936,7 +1960,8 @@ def write_traces(out: Path, traces: list[dict], remark: str) -> int:
 
 
 def read_authors(name: str, columns: str, out: Path) -> int:
-    """The authors' sft.jsonl, whose columns are not documented, or any other traces -> trace rows."""
+    """The authors' sft.jsonl, whose columns are not documented, or any other traces -> trace
+    rows."""
     traces, without_box = [], 0
     for number, row in enumerate(read_rows(name, "sft", columns), 1):
         response = row["response"]
@@ -1988,8 +2013,9 @@ def benchmark_rows(source: str, name: str, columns: str | None = None) -> list[d
 
 
 def gpqa_rows(path: str, seed: int) -> list[dict]:
-    """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns in another file), options shuffled by
-    seed. Its authors ask that no example be published: nothing of it is in this repository."""
+    """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns in another file),
+    options shuffled by seed. Its authors ask that no example be published: nothing of it is in this
+    repository."""
     columns = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)), "Question"]
     rows = []
     for where, raw in raw_rows(path):
@@ -2013,7 +2039,8 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
 
 
 def benchmarks(args, out: Path) -> int:
-    """Writes a JSONL per benchmark, and report.json with unreadable golds and the ids drawn of Omni-MATH."""
+    """Writes a JSONL per benchmark, and report.json with unreadable golds and the ids drawn of
+    Omni-MATH."""
     report, contents = {"seed": args.seed, "benchmarks": {}}, {}
     names = {source: getattr(args, source) for source in BENCHMARKS if getattr(args, source)}
     for source, name in (
@@ -2439,20 +2466,20 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     return rows
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 # Commands, kind of the value (N: a whole number from 1, +: several), default (-: none), meaning.
 OPTIONS = """
 curate,cot,benchmarks --columns NAMES - columns of other names: problem=COLUMN,answer=COLUMN
 curate     --math           DATA+    -     MATH (without --math and --numina: both, from the hub)
-curate     --numina         DATA+    -     NuminaMath, or any rows with problem and answer or solution
+curate     --numina         DATA+    -     NuminaMath, or any rows of problems and answers
 curate     --decontaminate  DATA+    -     benchmarks whose problems are rejected
 curate     --target         N        30000 problems to draw, or all there are; as in the paper
 curate     --mix            proportional|equal proportional share of each source in the draw
 curate     --scripts        NAME+    -     to keep besides Latin, by Unicode name: CJK CYRILLIC ...
 curate     --processes      N        -     all cores if not given; the result is always the same
-curate     --pass-rate      MODEL    -     drop problems that this model of the server solves never or always
+curate     --pass-rate      MODEL    -     drop problems that this model solves never or always
 curate     --samples        N        8     per problem, for --pass-rate
 curate     --max-tokens     N        4096  limit of one reply, tokens
 cot        --problems       DATA     -     problem rows, e.g. rl.jsonl of curate
@@ -2463,9 +2490,9 @@ cot        --attempts       N        8     per problem, shared out over the teac
 cot        --reflect-share  X        1.0   share of problems whose trace must hold a failed attempt
 cot        --max-failed     N        2     most failed attempts in one trace
 cot        --max-chars      N        32000 longest trace, characters
-cot        --authors        DATA     -     convert the authors' sft.jsonl (or zai-org/T1:sft) instead
+cot        --authors        DATA     -     the authors' sft.jsonl, or other traces, instead
 cot        --max-tokens     N        8192  limit of one reply, tokens
-curate,cot --base-url       URL      http://localhost:8000/v1 server of the models; key: OPENAI_API_KEY
+curate,cot --base-url       URL      http://localhost:8000/v1 of the models; key: OPENAI_API_KEY
 curate,cot --temperature    X        1.0   of every sample
 curate,cot --concurrency    N        32    problems under way at once
 curate,cot --timeout        X        600   of one request, seconds
@@ -2488,7 +2515,8 @@ def positive(text: str) -> int:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The options of a command; `run` is its function (args, folder of the results) -> exit code."""
+    """The options of a command; `run` is its function (args, folder of the results) -> exit
+    code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -2519,7 +2547,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on stderr."""
+    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on
+    stderr."""
     args = parse_args(argv)
     try:
         try:

@@ -114,7 +114,7 @@ class Config:
     )
     data: str = knob(
         "",
-        "traces (sft) or problems (rl): .jsonl, .json, .csv, .parquet, a folder; empty: the embedded",
+        "traces (sft) or problems (rl): jsonl, json, csv, parquet, a folder; empty: the embedded",
     )
     columns: str = knob(
         "", "other names of columns of --data: problem=COLUMN,answer=COLUMN,response=COLUMN"
@@ -594,7 +594,8 @@ def text_of(rollout, tokenizer) -> str:
 
 @functools.cache
 def reward_function(spec: str):
-    """The function that --reward FILE.py:FUNCTION names; the modules beside its file can be imported."""
+    """The function that --reward FILE.py:FUNCTION names; the modules beside its file can be
+    imported."""
     file, _, name = spec.rpartition(":")
     try:
         sys.path.insert(0, str(Path(file).resolve().parent))
@@ -1257,8 +1258,9 @@ def grouped(values, n: int) -> list[list]:
 
 
 def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
-    """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in fifty of --data by a
-    hash of its text, the same in every stage. No problem of them is trained on, however it is spelled."""
+    """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in
+    fifty of --data by a hash of its text, the same in every stage. No problem of them is trained
+    on, however it is spelled."""
     tests = read_rows(cfg.test, "eval", cfg.columns) if cfg.test else []
     if cfg.stage == "eval" and cfg.test:
         return [], tests
@@ -1844,8 +1846,9 @@ def device_of(cfg: Config) -> torch.device:
 
 
 def prompt_ids(problem: str, tokenizer, cfg: Config, system: str | None = None) -> list[int]:
-    """The problem as the model sees it. NOT IN PAPER: the template; a model was trained on its own chat template.
-    system: of the row, in place of --system; without a chat template it stands before the problem."""
+    """The problem as the model sees it. NOT IN PAPER: the template; a model was trained on its own
+    chat template. system: of the row, in place of --system; without a chat template it stands
+    before the problem."""
     if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
         messages = [dict(role="user", content=problem)]
         if system or cfg.system:
