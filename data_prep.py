@@ -303,13 +303,9 @@ def read_json(path: Path) -> dict:
     """A file that is one JSON object, such as a config.json. Misuse if it is not."""
     try:
         with open_file(path) as f:
-            value = parse_json(f.read(ROW_BYTES))
-        if not isinstance(value, dict):
-            raise ValueError(f"a JSON object is wanted, not a {type(value).__name__}")
-    except (OSError, ValueError, RecursionError) as e:
-        said = getattr(e, "strerror", None) or e
-        raise Misuse(f"{path}: damaged, or no JSON file ({said}); repair it or take another folder")
-    return value
+            return parse((path, 1), f.read(ROW_BYTES))
+    except (OSError, Misuse) as e:
+        raise Misuse(f"{path}: damaged, or no JSON file ({e}); repair it or take another folder")
 
 
 def parse(where, raw) -> dict:
@@ -447,7 +443,7 @@ def as_text(value) -> str | None:
     """Text as it is, a number as text (27.0 as "27"), the element of a list of one; None of
     anything else."""
     if isinstance(value, str) and LISTED.fullmatch(value):
-        with suppress(ValueError, RecursionError):
+        with suppress(ValueError):
             value = parse_json(value.encode())
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -2002,7 +1998,7 @@ def benchmark_rows(source: str, name: str, columns: str | None = None) -> list[d
         if given.get("split", "test") != "test":  # a local file may hold both splits of GSM8K
             continue
         row = checked_problem(where, given, source)
-        answer = bare(row["answer"] or (boxes(row["solution"]) or [None])[-1] or "")
+        answer = bare(row["answer"] or final(row["solution"]) or "")
         if source == "aime24" and re.fullmatch(r"\d{1,9}", answer):
             answer = str(int(answer))  # "025"
         if not isinstance(given.get("unique_id", given.get("id")), str):

@@ -2143,8 +2143,10 @@ def unfinished(source: str) -> str:
     """A remark on a checkpoint that is not the last one of its stage, or the empty string."""
     folder = Path(source)
     path = folder.parent / "config.json"
-    steps = read_json(path).get("steps") if path.is_file() else None
-    if not steps or not is_whole(folder) or step_of(folder) >= steps:
+    if not (re.fullmatch(r"checkpoint-\d+", folder.name) and is_whole(folder) and path.is_file()):
+        return ""
+    steps = read_json(path).get("steps", 0)
+    if step_of(folder) >= steps:
         return ""
     return f", which is step {step_of(folder)} of {steps}: its stage did not end"
 
