@@ -536,7 +536,8 @@ def marked_right(row: dict, texts: list) -> list:
     for name, values in row.items():
         if "correct" in name and isinstance(values, list) and len(values) == len(texts):
             marks += [values] if True in values or False in values else []
-    return [t for i, t in enumerate(texts) if not marks or any(m[i] == 1 for m in marks)]
+    marked = zip(*marks) if marks else [[True]] * len(texts)
+    return [text for text, said in zip(texts, marked) if True in said]
 
 
 def final(text: str) -> str | None:

@@ -1292,7 +1292,8 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
             raise Misuse(
                 "--stage eval: on which problems? Give --test FILE, --benchmarks NAMES or the run's --data"
             )
-        name, problems = cfg.test or cfg.data or "embedded", read_data(cfg)[1]
+        name = cfg.test or cfg.data or "embedded"
+        _, problems = read_data(cfg)
         if not problems:
             raise Misuse(f"{name}: nothing of it is held out; give --test FILE")
         return [(name, problems, cfg.eval_samples or 4)]
