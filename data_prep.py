@@ -2543,10 +2543,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def show_any_text():
+    """A console that knows only ASCII shows other characters as their numbers, and stops nothing."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does with stderr
+
+
 def main(argv=None) -> int:
     """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on
     stderr."""
     args = parse_args(argv)
+    show_any_text()
     try:
         try:
             Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -2868,9 +2868,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def quiet():
     """Remarks of libraries stay off the console; failures raise; any console can show any text."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    data_prep.show_any_text()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings(
