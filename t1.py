@@ -2639,9 +2639,10 @@ def unfinished(source: str) -> str:
     """A remark on a checkpoint that is not the last of its stage, or the empty string."""
     folder = Path(source)
     config = folder.parent / "config.json"
-    steps = read_json(config).get("steps") if config.is_file() else None
-    step = manifest_of(folder).get("step")
-    if not steps or not step or step >= steps:
+    ours = re.fullmatch(r"checkpoint-\d+", folder.name) and config.is_file()
+    steps = read_json(config).get("steps", 0) if ours else 0
+    step = manifest_of(folder).get("step", 0)
+    if step == 0 or step >= steps:
         return ""
     return f", which is step {step} of {steps}: its stage did not end"
 
