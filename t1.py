@@ -17,7 +17,7 @@ LOO is leave-one-out: a reward minus the mean of the other K-1. r' is 1 (right),
 (over-long, repetitive or garbled). One update per batch: no PPO ratio or clip, no value network.
 
 Letters: B = P*K responses, T positions, N generated tokens of the whole batch over all ranks, V
-vocabulary, D hidden width. Tensors of responses are (P, K), of their tokens (N,).
+vocabulary, D hidden width. From `pack` on, B, N and T are of one micro-batch, T its longest row.
 
 Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first skip
 part 5 (how it is computed) and all below the banner (what a run needs around it). "(section 2)" is
@@ -124,6 +124,9 @@ class Method:
     repeat_ngram: int = knob(8, "repetition: a block of this many tokens ...", "not stated")
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
     loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
+    tis_cap: float = knob(
+        0.0, "weigh tokens by min(pi_trainer / pi_engine, this); 0: off", "", "rl", zero=True
+    )
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
     answer_prefix: str = knob(
@@ -138,10 +141,9 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
         [[1, 0, 0]] -> [[1, -1/2, -1/2]]
 
-    A baseline that leaves out the sample itself keeps the policy gradient unbiased. GRPO divides by
-    the standard deviation of the group and T1 does not: the division gives most weight to prompts
-    that are nearly always or nearly never solved, and the estimate is no longer the gradient of the
-    expected reward."""
+    A baseline without the sample itself adds no bias (the 1/N of the loss does, of order 1/B). GRPO
+    divides by the standard deviation of the group and T1 does not: the division gives most weight
+    to prompts that are nearly always or nearly never solved."""
     K = rewards.shape[1]
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (K - 1)  # (P, K)
     return rewards - baseline
@@ -170,8 +172,7 @@ def log_softmax_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
 def policy_loss_reference(
     hidden, lm_head, targets, advantages, weights, entropy_coef=0.0, temperature=1.0, min_p=0.0
 ):
-    """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N by
-    default.
+    """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N.
 
     hidden (n, D), lm_head (V, D); targets, advantages, weights (n,) -> scalar. H is differentiated
     at the sampled prefixes; how the policy could reach other prefixes is left out, as in the paper.
@@ -249,9 +250,10 @@ CODE = re.compile(r"\[asy\].*?(\[/asy\]|$)|```.*?(```|$)", re.S)
 
 
 def word_salad(text: str, prompt: str) -> bool:
-    """To a prompt in English: 40 words in a row, 20 different ones of them longer than names of
-    points and angles, none of them one of English's commonest; code aside."""
-    if len(COMMON_WORDS.intersection(WORD.findall(prompt.lower()))) < 2:
+    """To a prompt in English (with "the" or "and", and another of COMMON_WORDS): 40 words in a row
+    with none of them, 20 different ones of 4 letters or more; code aside."""
+    english = COMMON_WORDS.intersection(WORD.findall(prompt.lower()))
+    if len(english) < 2 or not english & {"the", "and"}:
         return False
     run = []
     for word in WORD.findall(CODE.sub(" ", text).lower()):
@@ -264,7 +266,7 @@ def word_salad(text: str, prompt: str) -> bool:
 def garbled(text: str, prompt: str = "") -> bool:
     """Mixed languages or random characters: more than 1 % of the characters are broken; 60 Latin
     letters follow each other; at least 5 letters are of a script used neither in mathematics nor in
-    the prompt, and are 5 % of all or stand in 3 different groups; or a word salad."""
+    the prompt, and pass 5 % of all or make 3 unlike runs of 2 or more; or a word salad."""
     broken = text.count("\ufffd")  # the replacement character
     for c in text:
         if c < " ":
@@ -381,7 +383,7 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
 def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) -> list[Rollout]:
     """K responses to each problem with the policy's present weights, (P * K,), on every rank."""
     with clock("push"):
-        push_weights(engine, policy, problems[0], cfg)  # and compare log-probs on this one
+        push_weights(engine, policy, problems[0], cfg)  # if it copies, a check on this one
     rollouts = []
     for place, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "rollout", step, place)
@@ -434,7 +436,7 @@ def run_rl(cfg):
     for step in folder.steps(start, cfg.rl_steps):
         try:
             row, rollouts = rl_step(step, problems, policy, anchor, engine, optimizer, cfg)
-        except Interrupted:  # before the gradient: save what was, and raise again
+        except Interrupted:  # before the gradient: after_step saves and raises
             folder.after_step(step, cfg.rl_steps, policy, optimizer, anchor)
         folder.log(row, rollouts)
         warn(row, rollouts)
@@ -717,7 +719,7 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
     advantages (B,), one per response of the whole batch. -> sums over all tokens and ranks; bias
     and gap are those of log pi - mu and of its magnitude, mu the sampler's log-prob; gap_p99 is the
     largest of the ranks. Raises Stop on all ranks if a sum is not finite."""
-    N = sum(len(r.ids) for r in rollouts)  # the one division, by the tokens of the whole batch
+    N = sum(len(r.ids) for r in rollouts)  # of the whole batch and all ranks: the one division
     B = len(rollouts)
     weights = torch.full((B,), 1 / N)  # of each token of a response
     if cfg.loss_norm == "responses":
@@ -835,9 +837,8 @@ def generate(engine, rollouts, max_new: int, temperature: float, min_p=0.0, ende
 class TorchEngine:
     """Sampling in plain torch, on any device. Nothing is padded: the shared prompt length is
     prefilled in one pass, the rest of longer prompts is fed token by token while shorter ones
-    already answer. Rows that ended leave the batch. The random numbers of a sample depend on
-    nothing but its seed and number, so it depends neither on its batch nor on the number of
-    ranks."""
+    already answer. Rows that ended leave the batch. The random numbers of a sample depend on its
+    seed, number and max_new alone: but for rounding, neither its batch nor the ranks matter."""
 
     ranks = 1  # per engine
 
@@ -976,8 +977,8 @@ def policy_loss(
     Log-probs and entropy are float32 whatever the dtype of hidden and lm_head.
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
-    constant in the gradient: unbiased up to the cap, which bounds the variance. They act on the
-    gradient, not on the loss that is returned."""
+    constant in the gradient. The prefixes stay mu's, which leaves a bias; the cap limits noise. The
+    loss that is returned is without these weights."""
     a = advantages * weights
     b = entropy_coef * weights
     options = (temperature, min_p, chunk, sampler_logprobs, tis_cap)
@@ -1061,7 +1062,7 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
         z /= temperature
     z -= z.amax(-1, keepdim=True)
     p = z.exp()
-    if min_p > 0:  # keep the sampled token: rounding may put it just below the threshold here
+    if min_p > 0:  # keep the target: rounding, or the anchor's own support, may exclude it
         p_target = p.gather(1, targets[:, None])
         F.threshold_(p, min_p, 0.0).scatter_(1, targets[:, None], p_target)
     total = p.sum(-1)
@@ -1075,7 +1076,7 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
 
 
 def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
-    """d(a log p_y + b H)/d logits, written over z. (c, V)
+    """d(a log p_y + b H)/d logits, written over z (a, b here negated). (c, V)
     With p = softmax(logits / T) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / T:
         d log p_y / dlogit_v = (1[v=y] - p_v) / T
         dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / T
@@ -1183,9 +1184,6 @@ class Config(Method):
     vllm_tp: int = knob(0, "ranks that share a vllm engine; 0: engine_ranks", zero=True, free=True)
     vllm_memory: float = knob(
         0.0, "vllm engine: share of the GPU; 0: engine_share", zero=True, free=True
-    )
-    tis_cap: float = knob(
-        0.0, "weigh tokens by min(pi_trainer / pi_engine, this); 0: off", "", "rl", zero=True
     )
 
 

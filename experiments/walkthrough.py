@@ -47,7 +47,7 @@ TEMPLATE = """# One step of T1, number by number
    - the loss by `policy_loss_reference`: {plain}
    - the loss by `policy_loss`, in chunks: {chunked}
 6. `norm = update(policy, optimizer, lr, cfg)`: the gradient's norm is {norm}, the rate {lr}. The
-   log pi of each response moves with the sign of its A
+   log pi of the responses; those that share tokens with a wrong one may fall with it
    - before: {before}
    - after: {after}
    - change: {change}
