@@ -28,11 +28,13 @@ import random
 import re
 import stat
 import sys
+import threading
+import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from contextlib import nullcontext
@@ -751,10 +753,44 @@ _LETTER = (
     r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
     r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z"
 )
+_OPTION = re.compile(  # `\textbf{(D)}\; 192`, `\text{(D) 21}`, `A: 8`
+    r"(?:\\(?:text|math)[a-z]*\s*\{?|[$~\s])*\(?\s*[A-H]\s*(?:\)|[.:](?=[\s\\}]))"
+    r"(?:[\s}~.]|\\[ ,;:!]|\\q?quad)*(\S.*)",
+    re.S,
+)
+_OPTIONS_ASKED = re.compile(  # the question means nothing without its options
+    r"\b(?:closest|nearest) to\b|\bwhich (?:of|one|is|statement)|\bof the following|\bbest\b|\bapproximate|\btrue\b"
+    r"|\b(?:must|could|may|might|cannot) (?:not |always )?(?:be|equal|have).{0,9}\Z|\b(?:between|interval|range)\W*\Z"
+)
+_DECIMAL_COMMA = re.compile(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"(?<![\\a-z])(?!(?:and|or|sin|cos|tan|log|cm|sqrt|feet|inches|cents|meters|miles|minutes"
+    r"|hours|seconds|square|cubic|units|degrees)(?![a-z]))[a-z]{3,}", re.I)
 _CONTINUES = re.compile(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
-    r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for (?:all|any|every|some))\s*(?:\\[(\[]|\$)|is either\b)"
+    r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for some)\s*(?:\\[(\[]|\$)(?!\\(?:text|math)|\()|is either\b)"
     r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)"
 )
+
+
+def value_of(answer: str, problem: str) -> str:
+    """An answer without the letter of its option, and without the left side that the problem asks for:
+    `\\textbf{(D)}\\; 192` is 192, `a_3 + a_5 = 8` is 8 (a bare 8 would not equal the equation)."""
+    option = _OPTION.fullmatch(answer)
+    if option and not _OPTIONS_ASKED.search(problem.lower()):
+        value = option[1]
+        if value.count("}") > value.count("{"):
+            value = "".join(value.rsplit("}", 1))
+        if value.strip("{} ") and not _WORD.search(_COMMAND.sub(" ", value)):
+            answer = value
+    if _DECIMAL_COMMA.search(problem + answer) and not re.search(r"[(\[]|\\\{", answer):
+        answer = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", ".", answer)
+    left, _, right = answer.partition("=")
+    whole = len(left.strip()) > 1 and left.count("{") == left.count("}") and "=" not in right
+    if not whole or not right or _WORD.search(_COMMAND.sub(" ", right)):
+        return answer
+    asked = key(tokens(left)) in key(tokens(problem))
+    asked = asked and not re.search(r"equation|relation|equality|compare", problem.lower())
+    return bare(right) if asked and not verify.is_equal(right, answer) else answer
 
 
 def find_answer(row: dict) -> str | None:
@@ -771,11 +807,14 @@ def find_answer(row: dict) -> str | None:
         return "no box"
     else:
         row["answer"] = found[-1]
-        last = row["solution"].rfind("{" + raw[-1] + "}")
-        if last >= 0 and _CONTINUES.match(row["solution"], last + len(raw[-1]) + 2):
+        before, _, after = row["solution"].rpartition("{" + raw[-1] + "}")
+        name = re.search(r"(\S+)\s*=\s*\\boxed\s*\Z", before)  # one value of several, the one asked for
+        asked = name and re.search(r"(?:ind|is|of)\W*" + re.escape(name[1].strip("$")) + r"[$.?\s]*(?:\Z|if)", row["problem"])
+        if _CONTINUES.match(after) and not asked:
             return "answer continues after the box"
         if found[-1] and not all(same_answer(box, found[-1]) for box in set(found)):
             return "several different boxes"
+    row["answer"] = value_of(row["answer"], row["problem"])
     row["plain"] = plain_text(row["answer"])
     return None if row["answer"] else "empty answer"
 
@@ -791,9 +830,9 @@ _TASK = re.compile(  # a part asks: a question mark, or an order at its beginnin
     r"|sketch|list|fill|complete|translate|estimate|for (?:which|what))",
     re.I,
 )
-_LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ...
-    r"\W*(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b"
-    r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b).{0,80}",
+_LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ..., also at the end of a longer head
+    r"\b(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b"
+    r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b)[^.?]{0,80}\Z",
     re.I | re.S,
 )
 _QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
@@ -807,7 +846,9 @@ def several_questions(row: dict) -> str | None:
         for s in re.split(r"(?<=[?.!])\s+", row["lower"])
     )
     tasks = sum(bool(_TASK.search(part)) for part in parts)
-    several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head)
+    if re.search(r"\(2\)|Ⅱ|\(II\)", row["words"][len(head) :][:6]):
+        tasks += 1  # the head is the first part
+    several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.search(head)
     return "several questions" if several else None
 
 
@@ -883,9 +924,9 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
             r"\bamong the following\b|\bthe following (?:statement|conclusion|proposition|option)s?\b",
         ),
-        searched(
-            "multiple choice", "plain", _LETTER
-        ),  # also where the options are gone, as in most of amc_aime
+        searched(  # also where the options are gone, and the numbers of statements
+            "multiple choice", "plain", _LETTER, r"[\u2460-\u2473]", r"\A(?:\(\d\)\W*){2,}\Z"
+        ),
         searched(
             "yes or no, true or false",
             "lower",
@@ -907,11 +948,11 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
         ),
         searched(
-            "several questions", "words", r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}"
-        ),  # two blanks to fill
-        searched(
-            "answer longer than 50 characters", "answer", r".{51}"
-        ),  # prose, or systems that no rule grades
+            "several questions", "words", r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}", r"\(?Ⅰ.*Ⅱ|\(I\).*\(II\)"
+        ),  # two blanks to fill, roman parts
+        searched(  # beside commands and brackets
+            "answer longer than 80 characters", "answer", r"(?:\\[a-zA-Z]+[\s{]*|[{}()\[\]\s\\&$]*[^{}()\[\]\s\\&$]){81}"
+        ),
         searched(
             "answer in prose",
             "plain",  # three words; a rule can compare statements only letter by letter
@@ -928,16 +969,13 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             "rounded answer",
             "answer",  # where an exact one is asked for; eighths and sixteenths are exact
             r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
-            unless=(
-                "lower",
-                r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura",
-            ),
+            unless=("lower", r"\bround|nearest|decimal|estimate|significant|accura|scientific|\.\d.*probab|probab.*\.\d"),
         ),
         unknown_letter,
         searched(
             "nothing definite asked",
             "lower",  # many right answers
-            r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)"
+            r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of)"
             r"|any|some|\d+\s+(?:natural|positive|different|distinct))\b"
             r"|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b",
             unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b"),
@@ -948,7 +986,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             "",
             unless=(  # a statement instead of a question
                 "lower",
-                r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
+                r"\A(?:[^a-z\\]|\\?\b[a-z]{1,3}\b|\\[a-z]+)*\Z|\?|formulat|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
                 r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
                 r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
                 r"|answer|\\boxed|value|number|[=:]\W*$"
@@ -960,7 +998,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
 
 REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box; empty answer
 answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
-yes or no, true or false; several questions; answer longer than 50 characters; answer in prose; rounded answer
+yes or no, true or false; several questions; answer longer than 80 characters; answer in prose; rounded answer
 letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
 same problem, different answers; duplicate; near-duplicate; pass rate 0 or 1
 beyond the target""".replace("\n", "; ").split("; ")
@@ -1189,24 +1227,26 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
     return sorted(rows, key=place.__getitem__)
 
 
-def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[dict]:
-    """Problems with their "pass_rate", the share of n sampled answers that are right, in order; each is measured once,
-    also when the command is given again. A request that the server refuses counts as a rate of 0."""
-    settings, kinds = {"n": n, "model": model.name}, {"id": str, "pass_rate": (int, float)}
-    done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
+def pass_rates(problems: Iterator[dict], model: Model, args) -> Iterator[dict]:
+    """Problems with their "pass_rate", the share of sampled answers that are right, in order. What has come is on disk
+    at once and is never asked for again."""
+    names = "temperature max_tokens samples".split()
+    settings = {name: getattr(args, name) for name in names} | {"model": model.name}
+    path = Path(args.out) / "pass_rates.jsonl"
+    journal = Journal(path, settings | {"prompt": ATTEMPT}, {"pass_rate": (int, float)})
 
-    def measure(problem: dict) -> dict:
-        try:
-            right = verify.grade(
-                model.ask(ATTEMPT.format(problem=problem["problem"]), n), [problem["answer"]] * n
-            )
-        except Refused:
-            right = []
-        return {"id": problem["id"], "pass_rate": sum(right) / n}
+    def measure(key: str, problem: dict) -> dict:
+        prompt = ATTEMPT.format(problem=problem["problem"])
+        kinds = kinds_of(journal.ask(key, model, prompt, args.samples), problem["answer"])
+        return {"id": problem["id"], "pass_rate": kinds.count("right") / args.samples}
 
-    for part in chunks(problems, model.concurrency):
-        list(finish(part, measure, done, journal, model.concurrency))
-        yield from (problem | done[problem["id"]] for problem in part)
+    with tqdm(desc="pass rates", unit=" problems") as bar:
+        for part in chunks(problems, 4 * args.concurrency):
+            outcomes = journal.run(part, measure, args.concurrency, bar)
+            if journal.refused:
+                raise journal.refused
+            for problem, outcome in zip(part, outcomes):
+                yield problem | {"pass_rate": outcome["pass_rate"]}
 
 
 def draw(
@@ -1219,7 +1259,7 @@ def draw(
         names[i] = rows[i].id if seen[rows[i].id] == 1 else f"{rows[i].id}~{seen[rows[i].id]}"
     problems = (json.loads(rows[i].line) | {"id": names[i]} for i in order)
     if model:
-        problems = pass_rates(problems, model, args.samples, Path(args.out) / "pass_rates.jsonl")
+        problems = pass_rates(problems, model, args)
     for i, problem in zip(order, problems):
         if problem.get("pass_rate") in (0, 1):
             gone[i] = "pass rate 0 or 1"
@@ -1321,6 +1361,9 @@ def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
 
 # --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
 
+GROUP = 2  # samples in one request: what is asked again if it fails, or if the process is killed
+PAUSE = 0.5  # seconds before a request is repeated; twice as many before each later repetition
+
 
 class Unfinished(Stop):
     """A model did not answer after all retries; the same command asks again for what is still open. Exit code 1."""
@@ -1329,26 +1372,51 @@ class Unfinished(Stop):
         return super().__str__() + "; run the same command again to resume"
 
 
-class Refused(Exception):
-    """The server will never answer this request (too long, filtered): the problem is dropped, with the reason."""
+class Refused(Stop):
+    """The server will never answer this request (too long, filtered), in its own words. Exit code 1."""
+
+
+class Reply(NamedTuple):
+    """One sample of a model."""
+
+    text: str  # without what a server with a reasoning parser has moved out of it; may be empty
+    thought: str  # that part
+    cut: bool  # stopped by --max-tokens
+
+    @property
+    def answer(self) -> str:
+        """What follows the model's own thought."""
+        return self.text.rpartition("</think>")[2].strip()
+
+
+def to_reply(choice) -> Reply:
+    """A choice of a completion. Servers name a moved thought `reasoning` or `reasoning_content`."""
+    said = choice.message
+    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
+    text = (said.content or "").strip()
+    return Reply(text, (thought or "").strip(), choice.finish_reason == "length")
 
 
 class Model:
     """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be called by threads.
     Misuse within ten seconds if no server answers, rather than minutes of retries, problem by problem."""
 
+    waiting: dict[int, float] = {}  # thread -> when it sent the request that it waits for
+
     def __init__(self, name: str, args):
         import openai
 
-        self.name, self.args, self.openai, self.concurrency = name, args, openai, args.concurrency
+        self.name = name
+        self.args = args
+        self.openai = openai
         self.client = openai.OpenAI(
             base_url=args.base_url,
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             timeout=args.timeout,
-            max_retries=args.retries,
+            max_retries=0,
         )
         try:
-            self.client.with_options(timeout=10, max_retries=0).models.list()
+            self.client.with_options(timeout=10).models.list()
         except openai.APIConnectionError as e:  # refused, unknown host, no answer in time
             raise Misuse(
                 f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start one, for instance "
@@ -1357,101 +1425,143 @@ class Model:
         except (openai.APIError, ValueError, TypeError, AttributeError):
             pass  # a server without a list of models may still answer questions
 
-    def ask(self, prompt: str, n: int) -> list[str]:
-        """n texts for one prompt. The library retries lost connections, time-outs, 408, 409, 429 and 5xx, and waits
-        between; replies that are no completion are asked again here. Raises Misuse, Refused, or at last Unfinished."""
-        texts, faults, openai = [], 0, self.openai
-        while len(texts) < n:  # some servers give one choice whatever n
+    def ask(self, prompt: str, n: int) -> list[Reply]:
+        """1 to n replies to one prompt (some servers give one whatever n). Lost connections, time-outs, 408, 409, 429,
+        5xx and broken replies are asked again, with a line each. Raises Misuse, Refused, or at last Unfinished."""
+        for repetition in range(self.args.retries + 1):
+            if repetition:
+                pause = min(8, PAUSE * 2 ** (repetition - 1))
+                tqdm.write(f"{self.name}: {fault}; asked again in {pause:g} s", sys.stderr)
+                time.sleep(pause)
             try:
-                reply = self.client.chat.completions.create(
-                    model=self.name,
-                    messages=[{"role": "user", "content": prompt}],
-                    n=n - len(texts),
-                    temperature=self.args.temperature,
-                    max_tokens=self.args.max_tokens,
-                )
-                new = [choice.message.content for choice in reply.choices]
-                if not new or not all(text.strip() for text in new):
-                    raise ValueError("a reply without text")
-                texts += new
-            except openai.APIStatusError as e:
+                return self.request(prompt, n)
+            except self.openai.APIStatusError as e:
                 fault = f"status {e.status_code}"
+                where = f"--base-url {self.args.base_url}: {fault} for model {self.name!r}"
                 if e.status_code in (401, 403, 404):
-                    raise Misuse(
-                        f"--base-url {self.args.base_url}: {fault} for model {self.name!r}; check the "
-                        "address, the model's name and OPENAI_API_KEY"
-                    )
-                retried = e.status_code >= 500 or e.status_code in (408, 409, 429)
-                raise (
-                    Unfinished(f"{self.name}: {fault}")
-                    if retried
-                    else Refused(f"refused by the server with {fault}")
-                )
-            except (
-                openai.APIError,
-                ValueError,
-                TypeError,
-                AttributeError,
-                KeyError,
-            ) as e:  # lost, or no completion
-                faults += 1
-                if isinstance(e, openai.APIConnectionError) or faults > self.args.retries:
-                    raise Unfinished(
-                        f"{self.name}: no usable reply ({type(e).__name__}: {str(e)[:120]})"
-                    )
-        return texts[:n]
+                    raise Misuse(f"{where}; check the address, the model's name and OPENAI_API_KEY")
+                if e.status_code < 500 and e.status_code not in (408, 409, 429):
+                    raise Refused(f"{where}: {e.message}")
+            except (self.openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:
+                fault = f"no usable reply ({type(e).__name__}: {str(e)[:120]})"
+        raise Unfinished(f"{self.name}: {fault}")
 
-
-def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
-    """Finished rows of an earlier run with the same settings; a line that a kill cut is removed. kinds: the type of
-    each field. Other settings, or a file that is no journal, are Misuse; the file is not changed."""
-    rows = read_log(path)
-    begun = path.read_bytes()[:12] if path.exists() and not rows else b""
-    old = rows[0].get("settings") if rows else settings
-    if not (isinstance(old, dict) and b'{"settings":'.startswith(begun)):
-        raise Misuse(
-            f"{path}: not a journal of this command; take another --out, or remove the file"
-        )
-    if old != settings:
-        changed = ", ".join(
-            sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
-        )
-        raise Misuse(
-            f"{path}: written with another {changed}; take another --out, or delete the file to start again"
-        )
-    for number, row in enumerate(rows[1:], 2):
-        if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
-            raise Misuse(
-                f"{path}, row {number}: field {wrong[0]!r} is missing or of another type; remove the line"
-            )
-    append_rows(path, [] if rows else [{"settings": settings}])
-    return rows[1:]
-
-
-def finish(
-    problems: list[dict], work: Callable, done: dict, journal: Path, threads: int
-) -> Iterator[dict]:
-    """work(problem) -> outcome of each problem whose id is not in `done`, by threads, as they come. An outcome is
-    yielded and put into `done` when it is on the disk: it survives kill -9. Unfinished, when the others are done."""
-    unfinished, todo = [], [problem for problem in problems if problem["id"] not in done]
-    with ThreadPoolExecutor(threads) as pool:
-        tasks = [pool.submit(work, problem) for problem in todo]
+    def request(self, prompt: str, n: int) -> list[Reply]:
+        self.waiting[threading.get_ident()] = time.monotonic()
         try:
-            for task in as_completed(tasks):
-                try:
-                    outcome = task.result()
-                except Unfinished as e:
-                    unfinished.append(e.args[0])
-                    continue
-                append_rows(journal, [outcome], sync=True)
-                done[outcome["id"]] = outcome
-                yield outcome
+            completion = self.client.chat.completions.create(
+                model=self.name,
+                messages=[{"role": "user", "content": prompt}],
+                n=n,
+                temperature=self.args.temperature,
+                max_tokens=self.args.max_tokens,
+            )
         finally:
-            pool.shutdown(cancel_futures=True)
-    if unfinished:
-        raise Unfinished(
-            f"{len(unfinished)} of {len(todo)} problems are still open ({unfinished[0]})"
-        )
+            del self.waiting[threading.get_ident()]
+        if not completion.choices:
+            raise ValueError("a reply without choices")
+        return list(map(to_reply, completion.choices[:n]))
+
+
+class Journal:
+    """What models said, and the outcome of each finished problem: JSON lines, on the disk as they come. After kill -9
+    only requests under way are asked again. A problem's key is a hash of its text, its answer and the settings, so
+    that nothing of another problem or of other settings is ever used.
+
+    kinds: the type of each field of an outcome. Misuse for a file that is no journal; it is not changed."""
+
+    def __init__(self, path: Path, settings: dict, kinds: dict):
+        self.path = path
+        self.settings = settings
+        self.lock = threading.Lock()
+        self.refused = None  # the error to raise when all is done
+        self.outcomes = {}  # key -> outcome
+        self.replies = defaultdict(dict)  # key of an open problem -> hash of a question -> replies
+        if not path.exists():
+            return
+        with open(path, "rb") as f:
+            if not b'{"key": '.startswith(f.read(8)):
+                raise Misuse(
+                    f"{path}: not a journal of this command; take another --out, or remove the file"
+                )
+        for where, line in json_lines(path):
+            if not line.endswith(b"\n"):
+                break  # cut by a kill
+            row = require(parse(where, line), ["key"], where)
+            outcome = row.get("outcome")
+            if not outcome:
+                asked = self.replies[row["key"]].setdefault(row.get("asked"), [])
+                asked += [Reply(*reply) for reply in row.get("replies", ())]
+            elif all(isinstance(outcome.get(name), kind) for name, kind in kinds.items()):
+                self.outcomes[row["key"]] = outcome
+                self.replies.pop(row["key"], None)
+            else:
+                raise Misuse(f"{row_at(where)}: damaged; remove the line")
+
+    def key(self, problem: dict) -> str:
+        return digest([problem["problem"], problem["answer"], self.settings])
+
+    def finish(self, key: str, outcome: dict):
+        with self.lock:
+            append_rows(self.path, [{"key": key, "outcome": outcome}], sync=True)
+        self.outcomes[key] = outcome
+        self.replies.pop(key, None)
+
+    def ask(self, key: str, model: Model, prompt: str, n: int = 1) -> list[Reply]:
+        """n replies of a model for a problem, asked for in small groups; each group is kept as it comes."""
+        asked = digest([model.name, prompt])
+        replies = self.replies[key].setdefault(asked, [])
+        while len(replies) < n:
+            new = model.ask(prompt, min(GROUP, n - len(replies)))
+            with self.lock:
+                append_rows(self.path, [{"key": key, "asked": asked, "replies": new}])
+            replies += new
+        return replies[:n]
+
+    def run(self, problems: list[dict], work: Callable, threads: int, bar: tqdm) -> list[dict]:
+        """The outcomes of the problems, in order: known ones, else work(key, problem), by threads. What cannot be
+        answered now has none: the same command asks again. Raises Unfinished when the others are done, and Misuse if
+        the server refuses everything; a refusal of some is kept in `self.refused` for the caller to raise."""
+        keys = [self.key(problem) for problem in problems]
+        todo = {key: row for key, row in zip(keys, problems) if key not in self.outcomes}
+        bar.update(len(problems) - len(todo))
+        faults = []
+        with ThreadPoolExecutor(threads) as pool:
+            tasks = {pool.submit(work, key, row): key for key, row in todo.items()}
+            waiting = set(tasks)
+            try:
+                while waiting and not len(faults) == len(tasks) - len(waiting) >= threads:
+                    ended, waiting = wait(waiting, 10, FIRST_COMPLETED)
+                    for task in ended:
+                        try:
+                            self.finish(tasks[task], task.result())
+                        except (Unfinished, Refused) as e:
+                            faults.append(e)
+                    bar.update(len(ended))
+                    bar.set_postfix_str(self.state())
+            finally:
+                pool.shutdown(cancel_futures=True)
+        outcomes = [self.outcomes[key] for key in keys if key in self.outcomes]
+        for fault in faults:
+            left = len(problems) - len(outcomes)
+            said = f"{left} of {len(problems)} problems are still open ({fault.args[0]})"
+            if isinstance(fault, Unfinished):
+                raise Unfinished(said)
+            self.refused = Refused(said)
+            if not outcomes:
+                raise Misuse(said)
+        return outcomes
+
+    def state(self) -> str:
+        """What is waited for, in words."""
+        sent = list(Model.waiting.values())
+        oldest = time.monotonic() - min(sent, default=time.monotonic())
+        return f"{len(sent)} requests waiting, the oldest for {oldest:.0f} s"
+
+
+def digest(value) -> str:
+    """A short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
 # --- cot: cold-start traces (paper, section 1) ------------------------------------------------------------------------
@@ -1499,44 +1609,55 @@ ONE_ATTEMPT = """Attempt {number} ({verdict}):
 {kind}:
 {critique}
 """
-_NOTICE = re.compile(
-    r"\b(?:wait|but|however|mistake|wrong|error|incorrect|not right|no[,.;:!]|hmm|oops|fails?|failed|contradict\w*"
-    r"|doesn't|does not|can't be|cannot be|isn't|is not|overlooked|forgot|missed|recheck|re-?examine|reconsider"
-    r"|try again|instead)\b",
-    re.I,
-)
-_VERIFY = re.compile(
-    r"\b(?:check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*|double-check\w*|consistent|indeed|holds"
-    r"|test\w*)\b",
-    re.I,
-)
-_MARKUP = re.compile(
-    r"\\(?:boxed|text|mathrm|left|right|displaystyle|[dt]?frac(?=\b))|[{}$\\]|(?<=\d),(?=\d{3}\b)"
-)
+JUDGE = """Here is a problem and the solution of someone who thinks aloud.
+
+Problem:
+{problem}
+
+Solution:
+{response}
+
+Is the solution coherent from beginning to end and in the language of the problem: each calculation right, unless it \
+is taken back later, each step following from what stands before it, nothing said again and again, no sentence broken \
+off? Answer with one word, yes or no."""
+PROMPTS = [ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT, JUDGE]
+
+
+def kinds_of(attempts: list[Reply], gold: str) -> list[str]:
+    """Of each attempt: right, wrong, no box, or cut (whatever it says by then)."""
+    right = verify.grade([attempt.text for attempt in attempts], [gold] * len(attempts))
+    kinds = []
+    for attempt, ok in zip(attempts, right):
+        if attempt.cut:
+            kinds.append("cut")
+        elif ok:
+            kinds.append("right")
+        else:
+            kinds.append("wrong" if verify.extract_answer(attempt.text) else "no box")
+    return kinds
 
 
 def choose_attempts(
-    row: dict, attempts: list[str], args
+    row: dict, attempts: list[Reply], kinds: list[str], args
 ) -> tuple[list[tuple[str, bool]], str | None]:
     """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one last; or why none."""
-    right = verify.grade(attempts, [row["answer"]] * len(attempts))
-    good = [a for a, ok in zip(attempts, right) if ok]
-    wrong = {
-        verify.extract_answer(a): a
-        for a, ok in zip(attempts, right)
-        if not ok and verify.extract_answer(a)
-    }
+    good = [a.answer for a, kind in zip(attempts, kinds) if kind == "right"]
+    wrong = []  # with different answers
+    for attempt, kind in zip(attempts, kinds):
+        found = verify.extract_answer(attempt.text)
+        if kind == "wrong" and not any(
+            same_answer(found, verify.extract_answer(a)) for a in wrong
+        ):
+            wrong.append(attempt.answer)
     rng = random.Random(f"{args.seed} {row['id']}")
     reflect = rng.random() < args.reflect_share
     if not good:
-        return [], "no right attempt"
+        return [], f"no right attempt: most are {Counter(kinds).most_common(1)[0][0]}"
     if reflect and not wrong:
         return [], "no failed attempt"
-    failed = (
-        rng.sample(sorted(wrong.values()), min(len(wrong), rng.randint(1, args.max_failed)))
-        if reflect
-        else []
-    )
+    failed = []
+    if reflect:
+        failed = rng.sample(sorted(wrong), min(len(wrong), rng.randint(1, args.max_failed)))
     return [(a, False) for a in failed] + [(rng.choice(good), True)], None
 
 
@@ -1557,38 +1678,155 @@ def rewrite_prompt(row: dict, path: list[tuple[str, bool]], critiques: list[str]
     return REWRITE.format(problem=row["problem"], attempts="\n".join(parts))
 
 
-def plain(text: str) -> str:
-    """A text without LaTeX markup, with single spaces."""
-    return " ".join(_MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text).split())
+def rewritten(reply: Reply) -> str:
+    """A rewriter's reply as `<think> ... </think> ...`, without a thought of its own: a reasoning model thinks before
+    it writes the thought that was asked for; a server or a chat template may have taken the first tag, or the thought."""
+    own, opened, rest = reply.text.rpartition("<think>")
+    if opened or "</think>" in reply.text:
+        return "<think>" + rest
+    return f"<think>\n{reply.thought}\n</think>\n{reply.text}"
 
 
-def named(text: str, answer: str) -> list[int]:
-    """Positions at which a text, as `plain` writes it, names an answer."""
-    target = re.escape(plain(answer))
-    return (
-        [m.start() for m in re.finditer(rf"(?<![\d.\w]){target}(?![\w]|\.\d)", text)]
-        if target
-        else []
-    )
+# What a thought says, in plain text: the values that it names, in their order, and the words around them.
 
-
-def recognised(text: str, failed: list[str], gold: str) -> bool:
-    """Does a thought name a failed answer, then a word that takes it back, and after that the right answer? NOT IN
-    PAPER: a rule in place of a reader. It asks for the wrong value itself, so a mere "wait" does not count."""
-    last = max(named(text, gold), default=-1)
-    notices = [_NOTICE.search(text, at) for answer in failed for at in named(text, answer)[:1]]
-    return any(notice and notice.start() < last for notice in notices)
-
-
+_MARKUP = re.compile(
+    r"\\(?:boxed|fbox|text|mathrm|left|right|displaystyle|[,;!:()\[\] ])(?![a-zA-Z])|[$~]|\*\*"
+)
+_ITEM = (
+    r"(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+|(?<![a-zA-Z])(?:sqrt|sin|cos|tan|log|ln|pi)(?![a-zA-Z])"
+    r"|(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])"  # no article, no pronoun
+    r"|[-+*/^_!%°√πθ∞²³·×÷()\[\]{}|]|,(?=\S))"
+)
+_VALUE = re.compile(rf"{_ITEM}(?: ?{_ITEM})*")
+_VALUES = re.compile(  # several values, or an equation
+    rf"{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or)\b|\\(?:leq?|geq?|in)\b)\s?{_VALUE.pattern})+"
+)
+_END = re.compile(r"[.?!](?=\s|$)|\n|\Z")  # of a sentence
+_LEADS = re.compile(  # to a result
+    r"\b(?:so|thus|hence|therefore|get|gets|got|gives?|giving|obtain|find|yields?|answer|result|total|finally)\b"
+    r"|(?:=|\b(?:is|are|be|equals?|makes?|leaves?))\W*$",
+    re.I,
+)
+_NOTICE = re.compile(  # a result is taken back
+    r"\b(?:wait|hmm+|oops|no[,.;:!]|mistake\w*|wrong\w*|errors?|incorrect\w*|fail(?:s|ed)?|contradict\w*|overlooked"
+    r"|forgot\w*|missed|mis\w*count\w*|lost|impossible|re-?check|re-?examine|reconsider|try again|(?:can|could|do|does"
+    r"|did|is|are|was)(?:n't|not| not) (?:be|right|correct|possible|true|work|fit|hold|match|agree|satisfy|add up"
+    r"|make sense|the answer))\b|not right\b",
+    re.I,
+)
+_VERIFY = re.compile(
+    r"\b(?:(?:double-|re-?)?check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*|put(?:ting)? .{0,30}back|test\w*"
+    r"|consistent|holds|to be sure|make sure)\b",
+    re.I,
+)
+_VERDICT = re.compile(  # of a check: the group is a bad one
+    r"\b((?:fail(?:s|ed)?|wrong|incorrect|contradict\w*|mistake|no[,.;:!]|cannot be|impossible|(?:does|do|did|is|are)"
+    r"(?:n't| not) (?:right|correct|true|equal|\S*\d|hold|work|fit|match|agree|check|satisf\w+|add up|the same))|≠|\\ne)"
+    r"|\b(?:holds?|works?|right|correct|fine|confirm\w*|consistent|match\w*|agrees?|satisf\w*|yes|good|true|required"
+    r"|expected|exactly|indeed)\b",
+    re.I,
+)
+_CONCLUDES = re.compile(
+    r"\b(?:answer|result|final\w*|conclu\w+|(?:so|hence|thus|therefore),? it(?:'s| is| must be))\b[^\n]*?", re.I
+)
+_GIVEN_AWAY = re.compile(  # the answer that was given, the critiques, the instructions
+    r"\bcriti(?:que|c)s?\b|\bverdicts?\b|\brewrit\w+|\binstruct(?:ions?|ed)\b|\bprompts?\b|\battempts? *#?\d"
+    r"|\b(?:the|wrong|right|failed|given|provided|correct|these|both|all) attempts?\b(?! to)|\bground[- ]truth\b"
+    r"|\b(?:given|provided|expected|official|known|stated|supplied|reference|gold|target) (?:final )?answer\b"
+    r"|\b(?:reference|official|provided) (?:solution|value|result)\b|\banswer key\b|\bthe reference (?:is|says|gives)\b"
+    r"|\b(?:answer|result|solution) (?:is|was|has been|i was) (?:already )?(?:given|provided|known|told|supplied)\b"
+    r"|\b(?:given|told|know|knowing|known) (?:that )?the (?:right |correct |final |true )?(?:answer|result|solution)\b"
+    r"|\bI(?:'m|'ve| am| was| have)(?: been)? (?:told|given|instructed|shown|informed)\b|\bas an? (?:AI|assistant)\b"
+    r"|\b(?:language|AI) models?\b|\bthe user\b|\bsystem message\b|\btrain of thought\b|\bas requested\b"
+    r"|\bmaterial (?:above|below)\b|\bfollow\w* the (?:order|rules)\b",
+    re.I,
+)
+_EMPTY = set(  # words that do not argue
+    """the this that these there and but now all not wait wrong right correct wrongly sure yes fine clear done good true
+    check checks checked verify verified hold holds get got gives answer result value final solution number maybe hmm let
+    try again see know therefore thus hence indeed well okay""".split()
+)
 _GARBLED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ue000-\uf8ff\ufffd]|\S{200}")
+
+
+@lru_cache(1 << 16)
+def same_value(text: str, answer: str) -> bool:
+    if text.count("(") + text.count("[") != text.count(")") + text.count("]"):
+        text = text.strip("()[]")
+    return bool(text) and verify.is_equal(text, answer)
+
+
+def named(text: str, answer: str) -> list[tuple[int, int]]:
+    """Where a text, without markup, names an answer, in any spelling that verify.py finds equal: (start, end), in order."""
+    found = []
+    several = re.search(r"[,;=<>]|\\cup|\bor\b|\band\b|\\in\b", answer)
+    for match in chain(_VALUE.finditer(text), _VALUES.finditer(text) if several else ()):
+        value = match[0].strip(" ,*/^_+")
+        if len(value) <= 2 * len(answer) + 30 and same_value(value.rstrip("-"), answer):
+            found.append(match.span())
+    words = _MARKUP.sub("", answer).strip("{} ")
+    if re.search(r"(?<!\\)\b[^\W\d_]{3,}", words):
+        found += [m.span() for m in re.finditer(re.escape(words), text, re.I)]
+    return sorted(found)
+
+
+def sentence(text: str, start: int, end: int) -> tuple[str, str]:
+    """What stands before and after text[start:end] in its sentence."""
+    first = max(text.rfind(mark, 0, start) for mark in (". ", "? ", "! ", "\n")) + 1
+    return text[first:start], text[end : _END.search(text, end).start()]
+
+
+def is_result(text: str, start: int, end: int) -> bool:
+    """Is the value at text[start:end] said as a result: after a word that leads to one, or last in its sentence?"""
+    before, after = sentence(text, start, end)
+    return bool(_LEADS.search(before)) or not re.search(r"\d", after)
+
+
+def ends_elsewhere(text: str, answers: list[str]) -> bool:
+    """Does the last sentence of a text that speaks of a result name values, and none of the answers?"""
+    said = [sentence(text, *match.span())[1] for match in _CONCLUDES.finditer(text)]
+    said = [rest for rest in said if re.search(r"\d", rest)]
+    return bool(said) and not any(named(said[-1], answer) for answer in answers)
+
+
+def story_fault(text: str, failed: list[str], answer: str) -> str | None:
+    """Does a thought name each failed answer as a result and take it back, then the right one, then verify that, and
+    end with it? Why not, or None. NOT IN PAPER: rules in place of a reader; the judge reads what passes them."""
+    told = named(text, answer)
+    at = 0
+    for wrong in failed:
+        places = [p for p in named(text, wrong) if p[0] >= at and is_result(text, *p)]
+        notice = _NOTICE.search(text, places[0][1]) if places else None
+        if not notice:
+            return "failed attempt not recognised"
+        for start, end in told:
+            if end <= places[0][0] and is_result(text, start, end):
+                checked = _VERIFY.search(text[end : min(end + 60, places[0][0])])
+                if checked or _CONCLUDES.search(sentence(text, start, end)[0]):
+                    return "right answer before the failed one"
+        at = notice.end()
+    told = [p for p in told if p[0] >= at]
+    if failed and not told:
+        return "failed attempt not recognised"
+    check = _VERIFY.search(text, told[0][1]) if told else None
+    if not check:
+        return "no self-verification"
+    verdicts = [match[1] for match in _VERDICT.finditer(text, check.start())]
+    if verdicts and verdicts[-1]:
+        return "verification fails"
+    if ends_elsewhere(text[at:], [answer, *failed]):
+        return "ends at another value"
+    numbers = set(re.findall(r"\d+", text)) - set(re.findall(r"\d+", " ".join([answer, *failed])))
+    words = set(re.findall(r"[^\W\d_]{3,}", text.lower())) - _EMPTY
+    return "no reasoning" if len(numbers | words) < 3 else None
 
 
 def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) -> str | None:
     """Why a rewritten response is not a trace, or None."""
-    thought = re.fullmatch(
-        r"<think>((?:(?!</?think>).){33,})</think>(?:(?!</?think>).)*", response, re.S
+    parts = re.fullmatch(
+        r"<think>((?:(?!</?think>).){33,})</think>((?:(?!</?think>).)*)", response, re.S
     )
-    if not thought:
+    if not parts:
         return "not one thought and one answer"
     if not verify.grade([response], [row["answer"]])[0]:
         return "wrong answer"
@@ -1599,54 +1837,44 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
         return "repetitive"
     if foreign(response, row["problem"]) or _GARBLED.search(response):
         return "garbled"
-    text = plain(thought[1])
+    if any(m[0].lower() not in row["problem"].lower() for m in _GIVEN_AWAY.finditer(response)):
+        return "speaks of what was given"
+    thought, solution = (_MARKUP.sub(" ", part) for part in parts.groups())
+    if ends_elsewhere(solution, [row["answer"]]):
+        return "ends at another value"
     failed = [verify.extract_answer(attempt) for attempt, ok in path if not ok]
-    if failed and not recognised(text, failed, row["answer"]):
-        return "failed attempt not recognised"
-    places = named(text, verify.extract_answer(response) or "")
-    return None if places and _VERIFY.search(text, places[0]) else "no self-verification"
+    return story_fault(thought, failed, row["answer"])
 
 
-def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model, args) -> dict:
-    """A problem -> its outcome {"id", "trace" or None, "why", "failed": failed attempts that the trace shows}."""
-
-    def ask(model: Model, prompt: str, n: int) -> list[str]:
-        return [
-            text.rsplit("</think>", 1)[-1].strip() for text in model.ask(prompt, n)
-        ]  # not its own thought
-
-    attempts, path = [], []
-    try:
-        for t, teacher in enumerate(
-            teachers
-        ):  # each makes its share of the attempts, the first ones one more
-            if share := len(range(t, args.attempts, len(teachers))):
-                attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
-        path, why = choose_attempts(row, attempts, args)
-        if not why:
-            critiques = [
-                ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path
-            ]
-            response = rewriter.ask(rewrite_prompt(row, path, critiques), 1)[0].strip()
-            why = trace_fault(row, response, path, args)
-    except Refused as e:
-        why = str(e)
-    trace = (
-        None
-        if why
-        else dict(
-            id=row["id"],
-            problem=row["problem"],
-            response=response,
-            answer=row["answer"],
-            source=row["source"],
-        )
-    )
-    return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
+def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], args) -> dict:
+    """A problem -> its outcome: {"id", "why" it gave no trace or "kept", "response", "failed": failed attempts that the
+    trace shows, "attempts": how many were right, wrong, without box, cut}."""
+    ask = partial(journal.ask, key)
+    attempts = []
+    for t, teacher in enumerate(args.teacher):  # each makes its share, the first ones one more
+        share = len(range(t, args.attempts, len(args.teacher)))
+        attempts += ask(models[teacher], ATTEMPT.format(problem=row["problem"]), share)
+    kinds = kinds_of(attempts, row["answer"])
+    path, why = choose_attempts(row, attempts, kinds, args)
+    response = ""
+    if not why:
+        prompts = [critique_prompt(row, attempt, ok) for attempt, ok in path]
+        critiques = [ask(models[args.critic], prompt)[0] for prompt in prompts]
+        prompt = rewrite_prompt(row, path, [critique.answer for critique in critiques])
+        reply = ask(models[args.rewriter], prompt)[0]
+        response = rewritten(reply)
+        why = "rewrite cut" if reply.cut else trace_fault(row, response, path, args)
+    if not why:
+        prompt = JUDGE.format(problem=row["problem"], response=response)
+        verdict = ask(models[args.judge], prompt)[0].answer
+        if not re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I):
+            why = "rejected by the judge"
+    outcome = {"id": row["id"], "why": why or "kept", "response": "" if why else response}
+    return outcome | {"failed": max(len(path) - 1, 0), "attempts": dict(Counter(kinds))}
 
 
 def read_problems(name: str) -> list[dict]:
-    """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct ids to resume by."""
+    """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct ids."""
     rows = {}
     for where, raw in raw_rows(name):
         row = checked_problem(where, raw, "local")
@@ -1664,7 +1892,7 @@ def read_problems(name: str) -> list[dict]:
 
 
 def cot(args, out: Path) -> int:
-    """Problems -> sft.jsonl, by models; every finished problem is on disk at once and is never asked again."""
+    """Problems -> sft.jsonl, by models; what has come is on disk at once and is never asked for again."""
     if args.authors:
         return read_authors(args.authors, out)
     if not args.teacher or not args.problems:
@@ -1672,51 +1900,44 @@ def cot(args, out: Path) -> int:
             "cot: give --problems FILE and at least one --teacher (or --authors FILE for the authors' traces)"
         )
     problems = read_problems(args.problems)
-    args.critic, args.rewriter = args.critic or args.teacher[0], args.rewriter or args.teacher[0]
-    models = {
-        name: Model(name, args)
-        for name in dict.fromkeys([*args.teacher, args.critic, args.rewriter])
-    }
-    make = partial(
-        make_trace,
-        teachers=[models[name] for name in args.teacher],
-        critic=models[args.critic],
-        rewriter=models[args.rewriter],
-        args=args,
-    )
-    names = "teacher critic rewriter attempts reflect_share max_failed temperature max_tokens max_chars seed".split()
-    prompts = "".join(
-        (ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT)
-    ).encode()
-    settings = {name: getattr(args, name) for name in names} | {
-        "prompts": hashlib.sha256(prompts).hexdigest()[:16]
-    }
-    journal, kinds = (
-        out / "journal.jsonl",
-        {"id": str, "trace": (dict, type(None)), "why": str, "failed": int},
-    )
-    done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
-    made = finish(problems, make, done, journal, args.concurrency)
-    for _ in tqdm(made, "traces", len(problems), initial=len(done), unit=" problems"):
-        pass
-    kept = [done[row["id"]] for row in problems if done[row["id"]]["trace"]]
-    reflecting = sum(row["failed"] > 0 for row in kept)
-    counts = dict(Counter(sorted(row["why"] for row in done.values())).most_common())
-    write_json(
-        out / "report.json",
-        {
-            "settings": settings,
-            "problems": len(done),
-            "outcomes": counts,
-            "with a failed attempt": reflecting,
-        },
-    )
-    print("\n".join(f"{n:8,}  {why}" for why, n in counts.items()))
-    return write_traces(
-        out,
-        [row["trace"] for row in kept],
-        f"{reflecting:,} with a failed attempt that is recognised",
-    )
+    args.critic = args.critic or args.teacher[0]
+    args.rewriter = args.rewriter or args.teacher[0]
+    args.judge = args.judge or args.critic
+    names = dict.fromkeys([*args.teacher, args.critic, args.rewriter, args.judge])
+    models = {name: Model(name, args) for name in names}
+    names = """teacher critic rewriter judge attempts reflect_share max_failed temperature max_tokens max_chars
+        seed""".split()
+    settings = {name: getattr(args, name) for name in names} | {"prompts": digest(PROMPTS)}
+    kinds = {"why": str, "response": str, "failed": int, "attempts": dict}
+    journal = Journal(out / "journal.jsonl", settings, kinds)
+    make = partial(make_trace, journal=journal, models=models, args=args)
+    with tqdm(desc="traces", total=len(problems), unit=" problems") as bar:
+        journal.run(problems, make, args.concurrency, bar)
+    traces = []
+    reflecting = 0
+    why = Counter()
+    attempts = Counter()
+    for row in problems:
+        outcome = journal.outcomes.get(journal.key(row))
+        if not outcome:
+            why["refused by the server"] += 1
+            continue
+        why[outcome["why"]] += 1
+        attempts.update(outcome["attempts"])
+        if outcome["why"] == "kept":
+            reflecting += outcome["failed"] > 0
+            traces.append(row | {"response": outcome["response"]})
+    report = {"settings": settings, "problems": len(problems), "attempts": dict(attempts)}
+    report |= {"outcomes": dict(why.most_common()), "with a failed attempt": reflecting}
+    write_json(out / "report.json", report)
+    print("attempts: " + ", ".join(f"{n:,} {kind}" for kind, n in attempts.most_common()))
+    print("\n".join(f"{n:8,}  {reason}" for reason, n in why.most_common()))
+    if not traces:
+        raise Stop(f"no trace was kept of {len(problems)} problems; {out}/report.json says why")
+    write_traces(out, traces, f"{reflecting:,} with a failed attempt that is recognised")
+    if journal.refused:
+        raise journal.refused
+    return 0
 
 
 def write_traces(out: Path, traces: list[dict], remark: str) -> int:
@@ -2268,34 +2489,70 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_model_options(parser, max_tokens: int):
-    add = parser.add_argument_group("the server of the models").add_argument
-    add(
-        "--base-url",
-        metavar="URL",
-        default="http://localhost:8000/v1",
-        help="default %(default)s; OPENAI_API_KEY",
-    )
-    add("--temperature", type=float, default=1.0, help="of every sample (default %(default)s)")
-    add(
-        "--max-tokens",
-        type=positive,
-        default=max_tokens,
-        help="limit of one reply, tokens (default %(default)s)",
-    )
-    add(
-        "--concurrency",
-        type=positive,
-        default=32,
-        help="problems under way at once (default %(default)s)",
-    )
-    add("--timeout", type=float, default=600, help="of one request, seconds (default %(default)s)")
-    add(
-        "--retries",
-        type=int,
-        default=6,
-        help="after 429, 5xx, time-outs and broken replies (default %(default)s)",
-    )
+# An option: (name, kind, default, help)
+TEXT = {}
+INTEGER = {"type": int}
+COUNT = {"type": positive}
+REAL = {"type": float}
+MODEL = {"metavar": "MODEL"}
+DATA = {"metavar": "DATA"}
+FILES = {"metavar": "DATA", "nargs": "+"}
+WORDS = {"nargs": "+"}
+SWITCH = {"action": "store_true"}
+
+SERVER = [
+    ("--base-url", TEXT, "http://localhost:8000/v1", "of the server; OPENAI_API_KEY"),
+    ("--temperature", REAL, 1.0, "of every sample"),
+    ("--concurrency", COUNT, 32, "problems under way at once"),
+    ("--timeout", REAL, 600, "of one request, seconds"),
+    ("--retries", INTEGER, 6, "after 429, 5xx, time-outs and broken replies"),
+]
+CURATE = [
+    ("--math", FILES, None, "MATH (without --math and --numina: both, from the hub)"),
+    ("--numina", FILES, None, "NuminaMath, or any rows with problem and answer or solution"),
+    ("--decontaminate", FILES, [], "benchmarks whose problems are rejected"),
+    ("--target", COUNT, 30000, "problems for RL, and 2/5 as many for traces, or all there are"),
+    ("--mix", {"choices": ("proportional", "equal")}, "proportional", "sources in the draw"),
+    ("--scripts", WORDS, [], "to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ..."),
+    ("--solutions-only", SWITCH, False, "leave out rows that have an answer and no solution"),
+    ("--processes", COUNT, os.cpu_count(), "the result is always the same"),
+    ("--seed", INTEGER, 0, "of the draw"),
+    (
+        "--pass-rate",
+        {"nargs": "+", "metavar": ("MODEL", "LOW HIGH")},
+        None,
+        "drop problems of which this model of the server solves a share below LOW or above HIGH "
+        "(default: never or always solved)",
+    ),
+    ("--samples", COUNT, 16, "per problem, for --pass-rate"),
+    ("--max-tokens", COUNT, 4096, "limit of one reply, tokens"),
+]
+COT = [
+    ("--problems", DATA, None, "problem rows, e.g. sft_problems.jsonl of curate"),
+    ("--teacher", MODEL | WORDS, None, "models that attempt, by the names that the server knows"),
+    ("--critic", MODEL, None, "model that writes critiques (default: the first teacher)"),
+    ("--rewriter", MODEL, None, "model that merges (default: the first teacher)"),
+    ("--judge", MODEL, None, "model that reads each trace, yes or no (default: the critic)"),
+    ("--attempts", COUNT, 8, "per problem, shared out over the teachers"),
+    ("--reflect-share", REAL, 1.0, "share of problems whose trace must hold a failed attempt"),
+    ("--max-failed", COUNT, 2, "most failed attempts in one trace"),
+    ("--max-chars", COUNT, 32000, "longest trace, characters"),
+    ("--seed", INTEGER, 0, "of the choice of attempts"),
+    ("--authors", DATA, None, "convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead"),
+    ("--max-tokens", COUNT, 8192, "limit of one reply, tokens"),
+]
+SETS = [
+    (f"--{source}", DATA, None, f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
+    for source, name in BENCHMARKS.items()
+]
+DRAW = ("--seed", INTEGER, 0, "of the 500 of Omni-MATH and of GPQA's options")
+LONG = ("--hard", SWITCH, False, "problems with longer searches (t1.py: --max-new 320)")
+COMMANDS = [  # (function, folder of the results, help, options)
+    (curate, "data", "MATH and NuminaMath -> clean RL problems", CURATE + SERVER),
+    (cot, "data", "problems -> cold-start traces, by models", COT + SERVER),
+    (benchmarks, "benchmarks", "the evaluation sets in one form (all but GPQA)", [*SETS, DRAW]),
+    (embedded, "data", "the embedded problems, their test set and their traces, as files", [LONG]),
+]
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -2303,135 +2560,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(run: Callable, out: str, text: str):
-        p = commands.add_parser(run.__name__, help=text)
-        p.add_argument("--out", default=out, help="folder of the results (default %(default)s)")
-        p.set_defaults(run=run)
-        return p, p.add_argument
-
-    p, add = command(curate, "data", "MATH and NuminaMath -> clean RL problems")
-    add(
-        "--math",
-        nargs="+",
-        metavar="DATA",
-        help="MATH (without --math and --numina: both, from the hub)",
-    )
-    add(
-        "--numina",
-        nargs="+",
-        metavar="DATA",
-        help="NuminaMath, or any rows with problem and answer or solution",
-    )
-    add(
-        "--decontaminate",
-        nargs="+",
-        default=[],
-        metavar="DATA",
-        help="benchmarks whose problems are rejected",
-    )
-    add(
-        "--target",
-        type=positive,
-        default=30000,
-        help="problems to draw, or all there are (paper and default: 30,000)",
-    )
-    add(
-        "--mix",
-        choices=("proportional", "equal"),
-        default="proportional",
-        help="share of each source in the draw",
-    )
-    add(
-        "--scripts",
-        nargs="+",
-        default=[],
-        help="to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ...",
-    )
-    add(
-        "--processes",
-        type=positive,
-        default=os.cpu_count(),
-        help="default: all cores; the result is always the same",
-    )
-    add("--seed", type=int, default=0, help="of the draw")
-    add(
-        "--pass-rate",
-        metavar="MODEL",
-        help="drop problems that this model of the server solves never or always",
-    )
-    add(
-        "--samples",
-        type=positive,
-        default=8,
-        help="per problem, for --pass-rate (default %(default)s)",
-    )
-    add_model_options(p, 4096)
-
-    p, add = command(cot, "data", "problems -> cold-start traces, by models")
-    add("--problems", metavar="DATA", help="problem rows, e.g. rl.jsonl of curate")
-    add(
-        "--teacher",
-        nargs="+",
-        metavar="MODEL",
-        help="models that attempt, by the names that the server knows",
-    )
-    add(
-        "--critic", metavar="MODEL", help="model that writes critiques (default: the first teacher)"
-    )
-    add("--rewriter", metavar="MODEL", help="model that merges (default: the first teacher)")
-    add(
-        "--attempts",
-        type=positive,
-        default=8,
-        help="per problem, shared out over the teachers (default %(default)s)",
-    )
-    add(
-        "--reflect-share",
-        type=float,
-        default=1.0,
-        help="share of problems whose trace must hold a failed attempt",
-    )
-    add(
-        "--max-failed",
-        type=positive,
-        default=2,
-        help="most failed attempts in one trace (default %(default)s)",
-    )
-    add(
-        "--max-chars",
-        type=positive,
-        default=32000,
-        help="longest trace, characters (default %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="of the choice of attempts")
-    add(
-        "--authors",
-        metavar="DATA",
-        help="convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead",
-    )
-    add_model_options(p, 8192)
-
-    p, add = command(
-        benchmarks,
-        "benchmarks",
-        "the evaluation sets in one form (default: all but GPQA, from the hub)",
-    )
-    for source, name in BENCHMARKS.items():
-        add(
-            f"--{source}",
-            metavar="DATA",
-            help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}",
-        )
-    add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-    p, add = command(
-        embedded, "data", "the embedded problems, their test set and their traces, as files"
-    )
-    add(
-        "--hard",
-        action="store_true",
-        help="problems with longer searches (t1.py: --max-new 320; default: off)",
-    )
+    for run, out, text, options in COMMANDS:
+        command = commands.add_parser(run.__name__, help=text)
+        command.set_defaults(run=run)
+        for name, kind, default, said in [("--out", TEXT, out, "folder of the results"), *options]:
+            if default:
+                said += " (default: %(default)s)"
+            command.add_argument(name, default=default, help=said, **kind)
     return parser.parse_args(argv)
 
 
