@@ -549,11 +549,20 @@ _HARMLESS = set(
     form common fraction s th expression""".split()
 )
 _CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
+_FORM = re.compile(  # how to answer, as prompts for models say it; labels of a dialogue
+    r"(?:\blet'?s\b|\bplease\b|\bremember\b|\bput\b|\bpresent\b|\byou (?:must|should|need|are)\b|\bthe last line\b|\bshow\b"
+    r"|\bsolve th\w+\b|\bthink\b|\bmake sure\b|\boutput\b|\b(?:give|return|write|box|state|provide) (?:me )?(?:your|the final)\b"
+    r"|\ba conversation\b)[^.?!\n]{0,99}?(?:step[- ]by[- ]step|\\boxed|final answer|\byour (?:answer|response|work|reasoning)"
+    r"|following (?:math )?(?:question|problem)|assistant|tutor|mathematician)[^.?!\n]*(?:[.?!\n]+|\Z)"
+    r"|\b(?:question|problem|answer|solution|user|assistant|human):",
+    re.I,
+)
 
 
 def tokens(text: str) -> list[str]:
     """A problem as LaTeX-aware tokens: words, single letters, numbers, operators, commands; no braces, punctuation."""
-    text = _DRAWING.sub(" ", unicodedata.normalize("NFC", text)).translate(_UNICODE)
+    text = unicodedata.normalize("NFC", text).translate(_UNICODE)
+    text = _DRAWING.sub(" ", _FORM.sub(" ", text))
     text = _THOUSANDS.sub("", _BULLET.sub(" ", _SHORT_FRACTION.sub(r"\1 \2 ", text)))
     text = _ENVIRONMENT.sub(" ", _BLANK.sub(" ", _WORD_HYPHEN.sub(" ", text)))
     text = _CAPITALS.sub(lambda m: m[1] or m[0].lower(), text)  # `\Gamma` is not `\gamma`
@@ -595,6 +604,28 @@ def signs(words: list[str]) -> list[str]:
 def skeleton(words: list[str]) -> list[str]:
     """Tokens without brackets and harmless words: equal for `tan^2(20)` and `tan^2 20`, `find x` and `what is x`."""
     return [w for w in words if w not in _HARMLESS and w not in _BRACKETS]
+
+
+# Plain text for LaTeX: `<=`, `sqrt(x)`, `(a)/(b)`, `pi`. Commands are read as words, and what is often left out is dropped.
+_SPOKEN = {r"\leq": "<", r"\geq": ">", r"\neq": "", r"\pm": "+ -", r"\rightarrow": "- >"}
+_SPOKEN |= {r"\infty": "infinity", r"\cup": "union", r"\cap": "intersection"}
+_UNSPOKEN = set(
+    r"""\frac frac / \div * \cdot ^ ! \circ degree degrees \angle angle \triangle triangle \dots \in \lfloor \rfloor floor
+    \lceil \rceil ceil \langle \rangle langle rangle prime \pmod pmod bmod \mod begin end pmatrix matrix cases array align
+    aligned \perp \equiv =""".split()
+)
+
+
+def spoken(words: list[str]) -> list[str]:
+    """A skeleton as plain text, to find benchmark problems: equal for `\\frac{\\pi}{2}` and `(pi)/(2)`."""
+    plain = []
+    for word in words:
+        if word[0] == "\\" and word not in _UNSPOKEN:
+            name = word[1:].lower()
+            plain += _SPOKEN.get(word, name if len(name) > 3 else " ".join(name)).split()
+        elif word not in _UNSPOKEN:
+            plain.append(word)
+    return skeleton(plain)
 
 
 def drawing(text: str) -> str:
@@ -1042,35 +1073,35 @@ def sketch(words: list[str]) -> np.ndarray:
 
 
 class Benchmarks:
-    """Finds the benchmark problem that a row repeats: equal normalised text, or a common 13-gram (or 8-gram of
-    skeletons), after which `same_problem` or `reworded` decides."""
+    """Finds the benchmark problem that a row repeats, on plain text: equal, or inside the row, or a common 13-gram (or
+    8-gram), after which `same_problem` or `reworded` decides."""
 
     def __init__(self, rows: list[dict]):
-        self.rows, self.keys, owners = (
-            [],
-            {},
-            defaultdict(set),
-        )  # (id, tokens, gold answer); text -> row; gram -> rows
+        self.rows = []  # (id, words, their key, gold answer)
+        self.keys = {}  # key -> row
+        owners = defaultdict(set)  # gram -> rows
         for i, row in enumerate(rows):
-            words, gold = (
-                tokens(repair(row["problem"])),
-                row["answer"] or (boxes(row["solution"]) or [""])[-1] or "",
-            )
-            self.rows.append((row["id"], words, bare(gold)))
+            words = spoken(tokens(repair(row["problem"])))
+            gold = row["answer"] or (boxes(row["solution"]) or [""])[-1] or ""
+            self.rows.append((row["id"], words, key(words), bare(gold)))
             self.keys.setdefault(key(words), i)
             for gram in self.grams(words):
                 owners[gram].add(i)
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
 
     def grams(self, words: list[str]) -> list[int]:
-        return gram_hashes(words, N_GRAM).tolist() + gram_hashes(skeleton(words), SHORT).tolist()
+        return gram_hashes(words, N_GRAM).tolist() + gram_hashes(words, SHORT).tolist()
 
     def find(self, words: list[str], answer: str) -> str | None:
-        """The id of the benchmark problem that this one repeats, or None."""
-        if (i := self.keys.get(key(words))) is not None:
-            return self.rows[i][0]
+        """The id of the benchmark problem that a row with these tokens repeats, or None."""
+        words = spoken(words)
+        text = key(words)
+        if text in self.keys:
+            return self.rows[self.keys[text]][0]
         for i in sorted({i for gram in self.grams(words) for i in self.owners.get(gram, ())}):
-            name, other, gold = self.rows[i]
+            name, other, inside, gold = self.rows[i]
+            if len(other) >= N_GRAM and inside in text:
+                return name
             if same_problem(words, other, same_answer(answer, gold)) or reworded(words, other):
                 return name
         return None
