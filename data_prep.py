@@ -785,8 +785,8 @@ _LETTER = (
     r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z"
 )
 _OPTION = re.compile(  # `\textbf{(D)}\; 192`, `\text{(D) 21}`, `A: 8`
-    r"(?:\\(?:text|math)[a-z]*\s*\{?|[$~\s])*\(?\s*[A-H]\s*(?:\)|[.:](?=[\s\\}]))"
-    r"(?:[\s}~.]|\\[ ,;:!]|\\q?quad)*(\S.*)",
+    r"(?:\\(?:text|math)[a-z]*\{?|[$~\s])*+\(?\s*+[A-H]\s*+(?:\)|[.:](?=[\s\\}]))"
+    r"(?:[\s}~]|\\[ ,;:!]|\\q?quad)*+(\S.*)",
     re.S,
 )
 _OPTIONS_ASKED = re.compile(  # the question means nothing without its options
@@ -795,8 +795,11 @@ _OPTIONS_ASKED = re.compile(  # the question means nothing without its options
 )
 _DECIMAL_COMMA = re.compile(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_WORD = re.compile(r"(?<![\\a-z])(?!(?:and|or|sin|cos|tan|log|cm|sqrt|feet|inches|cents|meters|miles|minutes"
-    r"|hours|seconds|square|cubic|units|degrees)(?![a-z]))[a-z]{3,}", re.I)
+_WORD = re.compile(
+    r"(?<![\\a-z])(?!(?:and|or|sin|cos|tan|log|cm|sqrt|feet|inches|cents|meters|miles|minutes"
+    r"|hours|seconds|square|cubic|units|degrees)(?![a-z]))[a-z]{3,}",
+    re.I,
+)
 _CONTINUES = re.compile(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
     r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for some)\s*(?:\\[(\[]|\$)(?!\\(?:text|math)|\()|is either\b)"
     r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)"
@@ -839,8 +842,13 @@ def find_answer(row: dict) -> str | None:
     else:
         row["answer"] = found[-1]
         before, _, after = row["solution"].rpartition("{" + raw[-1] + "}")
-        name = re.search(r"(\S+)\s*=\s*\\boxed\s*\Z", before)  # one value of several, the one asked for
-        asked = name and re.search(r"(?:ind|is|of)\W*" + re.escape(name[1].strip("$")) + r"[$.?\s]*(?:\Z|if)", row["problem"])
+        name = re.search(
+            r"(\S+)\s*=\s*\\boxed\s*\Z", before[-60:]
+        )  # one value of several, the one asked for
+        asked = name and re.search(
+            r"(?:ind|is|of)\W*" + re.escape(name[1].strip("$")) + r"[$.?\s]*(?:\Z|if)",
+            row["problem"],
+        )
         if _CONTINUES.match(after) and not asked:
             return "answer continues after the box"
         if found[-1] and not all(same_answer(box, found[-1]) for box in set(found)):
@@ -879,7 +887,7 @@ def several_questions(row: dict) -> str | None:
     tasks = sum(bool(_TASK.search(part)) for part in parts)
     if re.search(r"\(2\)|Ⅱ|\(II\)", row["words"][len(head) :][:6]):
         tasks += 1  # the head is the first part
-    several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.search(head)
+    several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.search(head[-200:])
     return "several questions" if several else None
 
 
@@ -888,6 +896,12 @@ _NOT_VARIABLES = re.compile(
     r"|(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])"
 )
 _USUAL = set("eidxyfcnzpqrs")  # constants, and the names that answers give to the unknown
+
+
+def long_answer(row: dict) -> str | None:
+    """Prose, or a system that no rule grades; commands and brackets do not count."""
+    shown = re.sub(r"\\[a-zA-Z]+|[{}()\[\]\s\\&$]", "", row["answer"])
+    return "answer longer than 80 characters" if len(shown) > 80 else None
 
 
 def unknown_letter(row: dict) -> str | None:
@@ -979,11 +993,12 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
         ),
         searched(
-            "several questions", "words", r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}", r"\(?Ⅰ.*Ⅱ|\(I\).*\(II\)"
+            "several questions",
+            "words",
+            r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}",
+            r"\(?Ⅰ.*Ⅱ|\(I\).*\(II\)",
         ),  # two blanks to fill, roman parts
-        searched(  # beside commands and brackets
-            "answer longer than 80 characters", "answer", r"(?:\\[a-zA-Z]+[\s{]*|[{}()\[\]\s\\&$]*[^{}()\[\]\s\\&$]){81}"
-        ),
+        long_answer,
         searched(
             "answer in prose",
             "plain",  # three words; a rule can compare statements only letter by letter
@@ -1000,7 +1015,10 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             "rounded answer",
             "answer",  # where an exact one is asked for; eighths and sixteenths are exact
             r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
-            unless=("lower", r"\bround|nearest|decimal|estimate|significant|accura|scientific|\.\d.*probab|probab.*\.\d"),
+            unless=(
+                "lower",
+                r"\bround|nearest|decimal|estimate|significant|accura|scientific|\.\d.*probab|probab.*\.\d",
+            ),
         ),
         unknown_letter,
         searched(
@@ -1017,7 +1035,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             "",
             unless=(  # a statement instead of a question
                 "lower",
-                r"\A(?:[^a-z\\]|\\?\b[a-z]{1,3}\b|\\[a-z]+)*\Z|\?|formulat|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
+                r"\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z|\?|formulat|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
                 r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
                 r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
                 r"|answer|\\boxed|value|number|[=:]\W*$"
@@ -1027,11 +1045,11 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     )
 
 
-REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box; empty answer
+REASONS = """too long; no solution; empty problem; marked invalid by its source; link or missing figure; proof; no box; empty answer
 answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
 yes or no, true or false; several questions; answer longer than 80 characters; answer in prose; rounded answer
 letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
-same problem, different answers; duplicate; near-duplicate; pass rate 0 or 1
+same problem, different answers; duplicate; near-duplicate; solved too seldom; solved too often
 beyond the target""".replace("\n", "; ").split("; ")
 
 # --- curate: benchmark problems and near-duplicates -------------------------------------------------------------------
@@ -1124,9 +1142,12 @@ class Candidate(NamedTuple):
     buckets: bytes  # (SKETCH,) uint64: rows that share one are compared
 
 
-def prepare(benchmarks: list[dict], scripts: tuple[str, ...]):
+def prepare(benchmarks: list[dict], scripts: tuple[str, ...], solutions_only: bool = False):
     """Gives a process what it needs to judge rows."""
-    _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=rules(scripts))
+    checks = rules(scripts)
+    if solutions_only:
+        checks = (*checks, searched("no solution", "solution", r"\A[^ ]{0,80}\Z"))
+    _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=checks)
 
 
 def sift(chunk) -> tuple[Counter, list[Candidate]]:
@@ -1136,6 +1157,7 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
     for where, raw in rows:
         row = to_problem(where, raw, default_source)
         counts[row["source"], "read"] += 1
+        counts[row["source"], "answer only"] += not row["solution"].strip(" $\n")
         reason = "too long" if too_long(row) else None
         if not reason:
             row["problem"] = repair(row["problem"])
@@ -1161,11 +1183,10 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
     return counts, passed
 
 
-def read_pools(
-    pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int
-) -> tuple[Counter, list]:
-    """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
-    counts, candidates, shared, pool = Counter(), [], (benchmarks, scripts), None
+def read_pools(pools: list[tuple[str, str]], shared: tuple, processes: int) -> tuple[Counter, list]:
+    """Streams every pool through the rules -> counts of (source, reason), and the candidates in order. shared: of
+    `prepare`."""
+    counts, candidates, pool = Counter(), [], None
     work = ((default, part) for name, default in pools for part in chunks(raw_rows(name), 250))
     if processes > 1:
         pool = multiprocessing.get_context("spawn").Pool(processes, prepare, shared)
@@ -1280,39 +1301,56 @@ def pass_rates(problems: Iterator[dict], model: Model, args) -> Iterator[dict]:
                 yield problem | {"pass_rate": outcome["pass_rate"]}
 
 
-def draw(
-    rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]
-) -> dict[int, dict]:
-    """Row -> problem, for the first --target rows of the order that pass the difficulty filter; others go to `gone`."""
-    seen, names, chosen = Counter(), {}, {}
-    for i in sorted(order):  # two sources may use one id; `cot` resumes by id
+def draw(rows: list[Candidate], order: list[int], args, gone: dict[int, str]) -> dict[int, dict]:
+    """Row -> problem, for the first rows of the order that pass the difficulty filter: --target for RL and 2/5 as many
+    for traces. Others go to `gone`, with the reason."""
+    seen = Counter()
+    names = {}  # two sources may use one id
+    for i in sorted(order):
         seen[rows[i].id] += 1
         names[i] = rows[i].id if seen[rows[i].id] == 1 else f"{rows[i].id}~{seen[rows[i].id]}"
     problems = (json.loads(rows[i].line) | {"id": names[i]} for i in order)
-    if model:
-        problems = pass_rates(problems, model, args)
+    low, high = 0.0, 1.0
+    if args.pass_rate:
+        name, low, high = args.pass_rate
+        problems = pass_rates(problems, Model(name, args), args)
+    chosen = {}
     for i, problem in zip(order, problems):
-        if problem.get("pass_rate") in (0, 1):
-            gone[i] = "pass rate 0 or 1"
-            continue
-        chosen[i] = problem
-        if len(chosen) == args.target:
+        rate = problem.get("pass_rate", low)
+        if low <= rate <= high:
+            chosen[i] = problem
+        else:
+            gone[i] = "solved too seldom" if rate < low else "solved too often"
+        if len(chosen) == args.target + 2 * args.target // 5:
             break
     gone |= {i: "beyond the target" for i in order if i not in chosen and i not in gone}
     return chosen
 
 
+def bounds(given: list[str]) -> tuple[str, float, float]:
+    """--pass-rate MODEL [LOW HIGH] -> model, and the least and largest share of right answers."""
+    try:
+        name, *shares = given
+        low, high = map(float, shares or (1 / 16, 15 / 16))
+        if not 0 <= low <= high <= 1:
+            raise ValueError
+    except ValueError:
+        raise Misuse(f"--pass-rate {' '.join(given)}: give MODEL, or MODEL LOW HIGH of 0 to 1")
+    return name, low, high
+
+
 def curate(args, out: Path) -> int:
-    """Pools -> rl.jsonl, report.json and a data card (paper: MATH-train and NuminaMath, filtered to 30,000)."""
-    pools = [
-        (name, default) for default in ("math", "numina") for name in getattr(args, default) or ()
-    ]
+    """Pools -> rl.jsonl, sft_problems.jsonl, report.json and a data card (paper: MATH-train and NuminaMath; 30,000
+    problems for RL and 12,000 others for traces)."""
+    pools = [(name, "math") for name in args.math or ()]
+    pools += [(name, "numina") for name in args.numina or ()]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
-        args.decontaminate = args.decontaminate or [
-            BENCHMARKS[name] for name in ("math500", "aime24", "omni")
-        ]
-    model = Model(args.pass_rate, args) if args.pass_rate else None
+        known = [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
+        args.decontaminate = args.decontaminate or known
+    if args.pass_rate:
+        args.pass_rate = bounds(args.pass_rate)
+        Model(args.pass_rate[0], args)  # does the server answer?
     benchmarks = [
         checked_problem(*row, "benchmark") for name in args.decontaminate for row in raw_rows(name)
     ]
@@ -1321,73 +1359,62 @@ def curate(args, out: Path) -> int:
             "data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems",
             file=sys.stderr,
         )
-    counts, rows = read_pools(pools, benchmarks, tuple(args.scripts), args.processes)
+    shared = (benchmarks, tuple(args.scripts), args.solutions_only)
+    counts, rows = read_pools(pools, shared, args.processes)
     bad = ungradable([row.answer for row in rows])
     gone = {i: "ungradable" for i, row in enumerate(rows) if row.answer in bad}
     gone |= judge_groups(rows, [i for i in range(len(rows)) if i not in gone])
     left = [i for i in range(len(rows)) if i not in gone]
-    chosen = draw(
-        rows,
-        stratified_order(left, [row.source for row in rows], args.seed, args.mix),
-        model,
-        args,
-        gone,
-    )
-    write(out / "rl.jsonl", (json_line(chosen[i]) for i in sorted(chosen)))
-    counts.update(
-        (rows[i].source, reason) for i, reason in (gone | dict.fromkeys(chosen, "kept")).items()
-    )
+    order = stratified_order(left, [row.source for row in rows], args.seed, args.mix)
+    chosen = draw(rows, order, args, gone)
+    traces = [i for number, i in enumerate(chosen) if number % 7 in (3, 6)]  # 2 of 7
+    files = {out / "sft_problems.jsonl": traces, out / "rl.jsonl": chosen.keys() - set(traces)}
+    for path, members in files.items():
+        write(path, (json_line(chosen[i]) for i in sorted(members)))
+    counts.update((rows[i].source, reason) for i, reason in gone.items())
+    counts.update((rows[i].source, "kept") for i in chosen)
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
-    names = "math numina decontaminate target seed mix scripts pass_rate".split()
-    write_report(out, {name: getattr(args, name) for name in names}, counts, removed)
+    names = "math numina decontaminate target seed mix scripts solutions_only pass_rate".split()
+    settings = {name: getattr(args, name) for name in names}
+    sizes = {path.name: len(members) for path, members in files.items()}
+    write_report(out, {"settings": settings, "rows": sizes, "in a benchmark": removed}, counts)
+    if not chosen:
+        raise Stop(f"none of {counts.total():,} rows was kept; {out}/report.json says why")
     return 0
 
 
-def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
-    """The funnel on the console, as report.json, and in the data card. counts: of (source, "read", "kept" or reason).
-    removed: id -> benchmark problem that it repeats."""
-    by_source = {
-        source: {
-            reason: counts[source, reason]
-            for reason in ("read", "kept", *REASONS)
-            if counts[source, reason]
-        }
-        for source in sorted({source for source, _ in counts})
-    }
+def write_report(out: Path, report: dict, counts: Counter):
+    """The funnel on the console, as report.json, and in the data card. counts: of (source, "read", "answer only",
+    "kept" or reason)."""
+    names = ("read", "answer only", "kept", *REASONS)
+    sources = sorted({source for source, _ in counts})
+    by_source = {s: {name: counts[s, name] for name in names if counts[s, name]} for s in sources}
     total = sum(map(Counter, by_source.values()), Counter())
-    gone = [total[reason] for reason in REASONS]
-    left = [total["read"] - n for n in accumulate(gone)]
-    funnel = [
-        {"why": why, "gone": n, "left": rest} for why, n, rest in zip(REASONS, gone, left) if n
-    ]
-    write_json(
-        out / "report.json",
-        {
-            "settings": settings,
-            "read": total["read"],
-            "rows": total["kept"],
-            "funnel": funnel,
-            "by_source": by_source,
-            "in a benchmark": removed,
-        },
-    )
-    table = ["| step | gone | left |", "|---|---:|---:|", f"| read | | {total['read']:,} |"]
-    table += [f"| {step['why']} | {step['gone']:,} | {step['left']:,} |" for step in funnel]
-    table += ["", "| source | read | kept |", "|---|---:|---:|"]
-    table += [
-        f"| {source} | {row['read']:,} | {row.get('kept', 0):,} |"
-        for source, row in by_source.items()
-    ]
+    left = total["read"]
+    funnel = []
+    table = ["| step | gone | left |", "|---|---:|---:|", f"| read | | {left:,} |"]
+    for why in REASONS:
+        left -= total[why]
+        if total[why]:
+            funnel.append({"why": why, "gone": total[why], "left": left})
+            table.append(f"| {why} | {total[why]:,} | {left:,} |")
+    table += ["", "| source | read | kept | |", "|---|---:|---:|---|"]
+    for source, row in by_source.items():
+        remark = "answers only" if row.get("answer only") == row["read"] else ""
+        table.append(f"| {source} | {row['read']:,} | {row.get('kept', 0):,} | {remark} |")
+    report |= {"read": total["read"], "kept": total["kept"], "funnel": funnel}
+    write_json(out / "report.json", report | {"by_source": by_source})
     card = (
         f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by `data_prep.py "
-        "curate`. Licences are those of the sources; answers are the sources' own and not proven.\n\n"
+        "curate`. Licences are those of the sources; answers are the sources' own and not proven: those of a source "
+        'with "answers only" come without a solution, and more of them are wrong.\n\n'
     )
-    write(out / "README.md", card + "\n".join(table) + f"\n\nSettings: `{json.dumps(settings)}`\n")
+    settings = f"\n\nSettings: `{json.dumps(report['settings'])}`\n"
+    write(out / "README.md", card + "\n".join(table) + settings)
     print("\n".join(table))
-    print(f"\n{total['kept']:,} problems in {out / 'rl.jsonl'}; report and data card beside it")
-    print(
-        f"next: SFT of your model on traces (data_prep.py cot), then t1.py --stage rl --data {out / 'rl.jsonl'}"
-    )
+    for name, size in report["rows"].items():
+        print(f"{size:,} problems in {out / name}")
+    print(f"next: data_prep.py cot --problems {out}/sft_problems.jsonl, then t1.py --stage sft")
 
 
 # --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
@@ -1676,9 +1703,7 @@ def choose_attempts(
     wrong = []  # with different answers
     for attempt, kind in zip(attempts, kinds):
         found = verify.extract_answer(attempt.text)
-        if kind == "wrong" and not any(
-            same_answer(found, verify.extract_answer(a)) for a in wrong
-        ):
+        if kind == "wrong" and not any(same_answer(found, verify.extract_answer(a)) for a in wrong):
             wrong.append(attempt.answer)
     rng = random.Random(f"{args.seed} {row['id']}")
     reflect = rng.random() < args.reflect_share
@@ -1728,7 +1753,7 @@ _ITEM = (
     r"|(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])"  # no article, no pronoun
     r"|[-+*/^_!%°√πθ∞²³·×÷()\[\]{}|]|,(?=\S))"
 )
-_VALUE = re.compile(rf"{_ITEM}(?: ?{_ITEM})*")
+_VALUE = re.compile(rf"(?>{_ITEM}(?: ?{_ITEM})*)")
 _VALUES = re.compile(  # several values, or an equation
     rf"{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or)\b|\\(?:leq?|geq?|in)\b)\s?{_VALUE.pattern})+"
 )
@@ -1758,7 +1783,8 @@ _VERDICT = re.compile(  # of a check: the group is a bad one
     re.I,
 )
 _CONCLUDES = re.compile(
-    r"\b(?:answer|result|final\w*|conclu\w+|(?:so|hence|thus|therefore),? it(?:'s| is| must be))\b[^\n]*?", re.I
+    r"\b(?:answer|result|final\w*|conclu\w+|(?:so|hence|thus|therefore),? it(?:'s| is| must be))\b",
+    re.I,
 )
 _GIVEN_AWAY = re.compile(  # the answer that was given, the critiques, the instructions
     r"\bcriti(?:que|c)s?\b|\bverdicts?\b|\brewrit\w+|\binstruct(?:ions?|ed)\b|\bprompts?\b|\battempts? *#?\d"
