@@ -487,45 +487,12 @@ _SHORT_FRACTION = re.compile(
 _BULLET = re.compile(r"(?:^|\n)\s*[-*\u2022]\s+(?=[A-Za-z$\\(])")
 _WORD_HYPHEN = re.compile(r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})")
 _BLANK = re.compile(r"(?:\\_|_){2,}|\\underline\s*\{[\s\\,;:~]*\}|\\\\(?:\[[^\]]*\])?")
-_UNICODE = str.maketrans(
-    {
-        "²": "^2",
-        "³": "^3",
-        "≤": r"\leq ",
-        "≥": r"\geq ",
-        "⩽": r"\leq ",
-        "⩾": r"\geq ",
-        "≦": r"\leq ",
-        "≧": r"\geq ",
-        "≠": r"\neq ",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "⋅": r"\cdot ",
-        "÷": r"\div ",
-        "−": "-",
-        "–": "-",
-        "—": " ",
-        "π": r"\pi ",
-        "α": r"\alpha ",
-        "β": r"\beta ",
-        "γ": r"\gamma ",
-        "θ": r"\theta ",
-        "λ": r"\lambda ",
-        "ω": r"\omega ",
-        "°": r"^\circ ",
-        "∞": r"\infty ",
-        "√": r"\sqrt ",
-        "∠": r"\angle ",
-        "△": r"\triangle ",
-        "∈": r"\in ",
-        "…": r"\dots ",
-        "′": "'",
-        "’": "'",
-        "‘": "'",
-        "“": '"',
-        "”": '"',
-    }
-)
+_SIGNS = r"""² ^2 ³ ^3 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≦ \leq ≧ \geq ≠ \neq
+    × \times · \cdot ⋅ \cdot ÷ \div − - – - π \pi α \alpha β \beta
+    γ \gamma θ \theta λ \lambda ω \omega ° ^\circ ∞ \infty √ \sqrt ∠ \angle △ \triangle
+    ∈ \in … \dots""".split()
+_UNICODE = {ord(sign): name + " " for sign, name in zip(_SIGNS[::2], _SIGNS[1::2])}
+_UNICODE |= str.maketrans("\u2014\u2032\u2019\u2018\u201c\u201d", " '''\"\"")
 # One name for a token that is written in several ways; an empty name drops the token.
 _SYNONYMS = r"""\frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to; \mod
     \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; * \ast; > \gt; < \lt;
@@ -801,7 +768,7 @@ _WORD = re.compile(
     re.I,
 )
 _CONTINUES = re.compile(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
-    r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for some)\s*(?:\\[(\[]|\$)(?!\\(?:text|math)|\()|is either\b)"
+    r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for some)\s*(?:\\[(\[]|\$)(?!\\(?:text|math)|\()|is either\b|such that\b|where\b)"
     r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)"
 )
 
@@ -934,6 +901,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
         empty_problem,
         marked_invalid,
         searched("link or missing figure", "lower", r"https?:|!\["),
+        searched("answer given", "problem", r"\\boxed\s*\{[^{}_?]*[0-9][^_?]*\}\W*\Z"),
         searched(
             "link or missing figure",
             "lower",  # spoken of, but not there as code or as a table
@@ -1021,6 +989,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
             ),
         ),
         unknown_letter,
+        searched("ungradable", "answer", r"\[\s*-?\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
         searched(
             "nothing definite asked",
             "lower",  # many right answers
@@ -1045,7 +1014,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     )
 
 
-REASONS = """too long; no solution; empty problem; marked invalid by its source; link or missing figure; proof; no box; empty answer
+REASONS = """too long; no solution; empty problem; marked invalid by its source; link or missing figure; answer given; proof; no box; empty answer
 answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
 yes or no, true or false; several questions; answer longer than 80 characters; answer in prose; rounded answer
 letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
@@ -1099,28 +1068,32 @@ class Benchmarks:
         self.keys = {}  # key -> row
         owners = defaultdict(set)  # gram -> rows
         for i, row in enumerate(rows):
-            words = spoken(tokens(repair(row["problem"])))
+            words = tokens(repair(row["problem"]))
+            plain = spoken(words)
             gold = row["answer"] or (boxes(row["solution"]) or [""])[-1] or ""
-            self.rows.append((row["id"], words, key(words), bare(gold)))
-            self.keys.setdefault(key(words), i)
+            self.rows.append((row["id"], plain, key(plain), bare(gold)))
+            self.keys.setdefault(key(plain), i)
             for gram in self.grams(words):
                 owners[gram].add(i)
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
 
     def grams(self, words: list[str]) -> list[int]:
-        return gram_hashes(words, N_GRAM).tolist() + gram_hashes(words, SHORT).tolist()
+        plain = spoken(words)
+        hashes = [gram_hashes(skeleton(words), SHORT)]
+        hashes += [gram_hashes(plain, size) for size in (SHORT, N_GRAM)]
+        return np.concatenate(hashes).tolist()
 
     def find(self, words: list[str], answer: str) -> str | None:
         """The id of the benchmark problem that a row with these tokens repeats, or None."""
-        words = spoken(words)
-        text = key(words)
+        plain = spoken(words)
+        text = key(plain)
         if text in self.keys:
             return self.rows[self.keys[text]][0]
         for i in sorted({i for gram in self.grams(words) for i in self.owners.get(gram, ())}):
             name, other, inside, gold = self.rows[i]
             if len(other) >= N_GRAM and inside in text:
                 return name
-            if same_problem(words, other, same_answer(answer, gold)) or reworded(words, other):
+            if same_problem(plain, other, same_answer(answer, gold)) or reworded(plain, other):
                 return name
         return None
 
@@ -1280,25 +1253,21 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
 
 
 def pass_rates(problems: Iterator[dict], model: Model, args) -> Iterator[dict]:
-    """Problems with their "pass_rate", the share of sampled answers that are right, in order. What has come is on disk
-    at once and is never asked for again."""
-    names = "temperature max_tokens samples".split()
-    settings = {name: getattr(args, name) for name in names} | {"model": model.name}
-    path = Path(args.out) / "pass_rates.jsonl"
-    journal = Journal(path, settings | {"prompt": ATTEMPT}, {"pass_rate": (int, float)})
+    """Problems with their "pass_rate", the share of sampled answers that are right, in order."""
+    settings = [model.name, args.temperature, args.max_tokens, args.samples, ATTEMPT]
+    journal = Journal(Path(args.out) / "pass_rates.jsonl", settings)
 
     def measure(key: str, problem: dict) -> dict:
         prompt = ATTEMPT.format(problem=problem["problem"])
         kinds = kinds_of(journal.ask(key, model, prompt, args.samples), problem["answer"])
-        return {"id": problem["id"], "pass_rate": kinds.count("right") / args.samples}
+        return {"pass_rate": kinds.count("right") / args.samples}
 
     with tqdm(desc="pass rates", unit=" problems") as bar:
         for part in chunks(problems, 4 * args.concurrency):
             outcomes = journal.run(part, measure, args.concurrency, bar)
             if journal.refused:
                 raise journal.refused
-            for problem, outcome in zip(part, outcomes):
-                yield problem | {"pass_rate": outcome["pass_rate"]}
+            yield from map(dict.__or__, part, outcomes)
 
 
 def draw(rows: list[Candidate], order: list[int], args, gone: dict[int, str]) -> dict[int, dict]:
@@ -1342,8 +1311,9 @@ def bounds(given: list[str]) -> tuple[str, float, float]:
 def curate(args, out: Path) -> int:
     """Pools -> rl.jsonl, sft_problems.jsonl, report.json and a data card (paper: MATH-train and NuminaMath; 30,000
     problems for RL and 12,000 others for traces)."""
-    pools = [(name, "math") for name in args.math or ()]
-    pools += [(name, "numina") for name in args.numina or ()]
+    if args.mix not in ("proportional", "equal"):
+        raise Misuse(f"--mix {args.mix}: give proportional or equal")
+    pools = [(name, "math") for name in args.math] + [(name, "numina") for name in args.numina]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
         known = [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
@@ -1459,7 +1429,7 @@ class Model:
     """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be called by threads.
     Misuse within ten seconds if no server answers, rather than minutes of retries, problem by problem."""
 
-    waiting: dict[int, float] = {}  # thread -> when it sent the request that it waits for
+    sent: dict[int, float] = {}  # thread -> when it sent the request that it waits for
 
     def __init__(self, name: str, args):
         import openai
@@ -1467,11 +1437,9 @@ class Model:
         self.name = name
         self.args = args
         self.openai = openai
+        key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(
-            base_url=args.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            timeout=args.timeout,
-            max_retries=0,
+            base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0
         )
         try:
             self.client.with_options(timeout=10).models.list()
@@ -1486,84 +1454,74 @@ class Model:
     def ask(self, prompt: str, n: int) -> list[Reply]:
         """1 to n replies to one prompt (some servers give one whatever n). Lost connections, time-outs, 408, 409, 429,
         5xx and broken replies are asked again, with a line each. Raises Misuse, Refused, or at last Unfinished."""
+        fault = None
         for repetition in range(self.args.retries + 1):
-            if repetition:
-                pause = min(8, PAUSE * 2 ** (repetition - 1))
-                tqdm.write(f"{self.name}: {fault}; asked again in {pause:g} s", sys.stderr)
-                time.sleep(pause)
+            if fault:
+                tqdm.write(f"{self.name}: {fault}; asked again", sys.stderr)
+                time.sleep(min(8, PAUSE * 2**repetition))
+            self.sent[threading.get_ident()] = time.monotonic()
             try:
-                return self.request(prompt, n)
+                completion = self.client.chat.completions.create(
+                    model=self.name,
+                    messages=[{"role": "user", "content": prompt}],
+                    n=n,
+                    temperature=self.args.temperature,
+                    max_tokens=self.args.max_tokens,
+                )
+                if completion.choices:
+                    return list(map(to_reply, completion.choices[:n]))
+                fault = "a reply without choices"
             except self.openai.APIStatusError as e:
-                fault = f"status {e.status_code}"
-                where = f"--base-url {self.args.base_url}: {fault} for model {self.name!r}"
+                fault = f"status {e.status_code} for model {self.name!r}"
+                where = f"--base-url {self.args.base_url}: {fault}"
                 if e.status_code in (401, 403, 404):
                     raise Misuse(f"{where}; check the address, the model's name and OPENAI_API_KEY")
                 if e.status_code < 500 and e.status_code not in (408, 409, 429):
                     raise Refused(f"{where}: {e.message}")
             except (self.openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:
                 fault = f"no usable reply ({type(e).__name__}: {str(e)[:120]})"
+            finally:
+                del self.sent[threading.get_ident()]
         raise Unfinished(f"{self.name}: {fault}")
-
-    def request(self, prompt: str, n: int) -> list[Reply]:
-        self.waiting[threading.get_ident()] = time.monotonic()
-        try:
-            completion = self.client.chat.completions.create(
-                model=self.name,
-                messages=[{"role": "user", "content": prompt}],
-                n=n,
-                temperature=self.args.temperature,
-                max_tokens=self.args.max_tokens,
-            )
-        finally:
-            del self.waiting[threading.get_ident()]
-        if not completion.choices:
-            raise ValueError("a reply without choices")
-        return list(map(to_reply, completion.choices[:n]))
 
 
 class Journal:
     """What models said, and the outcome of each finished problem: JSON lines, on the disk as they come. After kill -9
     only requests under way are asked again. A problem's key is a hash of its text, its answer and the settings, so
-    that nothing of another problem or of other settings is ever used.
+    that nothing of another problem or of other settings is ever used. Misuse for a file that is no journal; it is not
+    changed."""
 
-    kinds: the type of each field of an outcome. Misuse for a file that is no journal; it is not changed."""
-
-    def __init__(self, path: Path, settings: dict, kinds: dict):
+    def __init__(self, path: Path, settings: dict):
         self.path = path
         self.settings = settings
         self.lock = threading.Lock()
         self.refused = None  # the error to raise when all is done
         self.outcomes = {}  # key -> outcome
         self.replies = defaultdict(dict)  # key of an open problem -> hash of a question -> replies
-        if not path.exists():
-            return
-        with open(path, "rb") as f:
-            if not b'{"key": '.startswith(f.read(8)):
-                raise Misuse(
-                    f"{path}: not a journal of this command; take another --out, or remove the file"
-                )
-        for where, line in json_lines(path):
-            if not line.endswith(b"\n"):
-                break  # cut by a kill
-            row = require(parse(where, line), ["key"], where)
-            outcome = row.get("outcome")
-            if not outcome:
-                asked = self.replies[row["key"]].setdefault(row.get("asked"), [])
-                asked += [Reply(*reply) for reply in row.get("replies", ())]
-            elif all(isinstance(outcome.get(name), kind) for name, kind in kinds.items()):
-                self.outcomes[row["key"]] = outcome
-                self.replies.pop(row["key"], None)
-            else:
-                raise Misuse(f"{row_at(where)}: damaged; remove the line")
+        begun = path.read_bytes()[:8] if path.exists() else b""
+        if not b'{"key": '.startswith(begun):
+            raise Misuse(
+                f"{path}: not a journal of this command; take another --out, or remove the file"
+            )
+        for where, line in json_lines(path) if begun else ():
+            if line.endswith(b"\n"):  # not cut by a kill
+                self.keep(**require(parse(where, line), ["key"], where))
+
+    def keep(self, key: str, outcome=None, asked=None, replies=()):
+        """A row of the journal: an outcome, or replies to a question."""
+        if outcome:
+            self.outcomes[key] = outcome
+            self.replies.pop(key, None)
+        else:
+            self.replies[key].setdefault(asked, []).extend(Reply(*reply) for reply in replies)
+
+    def add(self, **row):
+        with self.lock:
+            append_rows(self.path, [row], sync="outcome" in row)
+        self.keep(**row)
 
     def key(self, problem: dict) -> str:
         return digest([problem["problem"], problem["answer"], self.settings])
-
-    def finish(self, key: str, outcome: dict):
-        with self.lock:
-            append_rows(self.path, [{"key": key, "outcome": outcome}], sync=True)
-        self.outcomes[key] = outcome
-        self.replies.pop(key, None)
 
     def ask(self, key: str, model: Model, prompt: str, n: int = 1) -> list[Reply]:
         """n replies of a model for a problem, asked for in small groups; each group is kept as it comes."""
@@ -1571,17 +1529,15 @@ class Journal:
         replies = self.replies[key].setdefault(asked, [])
         while len(replies) < n:
             new = model.ask(prompt, min(GROUP, n - len(replies)))
-            with self.lock:
-                append_rows(self.path, [{"key": key, "asked": asked, "replies": new}])
-            replies += new
+            self.add(key=key, asked=asked, replies=new)
         return replies[:n]
 
-    def run(self, problems: list[dict], work: Callable, threads: int, bar: tqdm) -> list[dict]:
-        """The outcomes of the problems, in order: known ones, else work(key, problem), by threads. What cannot be
+    def run(self, problems: list[dict], work: Callable, threads: int, bar: tqdm) -> list:
+        """The outcome of each problem, or None: a known one, else work(key, problem), by threads. What cannot be
         answered now has none: the same command asks again. Raises Unfinished when the others are done, and Misuse if
         the server refuses everything; a refusal of some is kept in `self.refused` for the caller to raise."""
-        keys = [self.key(problem) for problem in problems]
-        todo = {key: row for key, row in zip(keys, problems) if key not in self.outcomes}
+        todo = {self.key(problem): problem for problem in problems}
+        todo = {key: problem for key, problem in todo.items() if key not in self.outcomes}
         bar.update(len(problems) - len(todo))
         faults = []
         with ThreadPoolExecutor(threads) as pool:
@@ -1592,29 +1548,25 @@ class Journal:
                     ended, waiting = wait(waiting, 10, FIRST_COMPLETED)
                     for task in ended:
                         try:
-                            self.finish(tasks[task], task.result())
+                            self.add(key=tasks[task], outcome=task.result())
                         except (Unfinished, Refused) as e:
                             faults.append(e)
+                    sent = [*Model.sent.values(), time.monotonic()]
                     bar.update(len(ended))
-                    bar.set_postfix_str(self.state())
+                    bar.set_postfix_str(
+                        f"{len(sent) - 1} requests wait, the oldest {max(sent) - min(sent):.0f} s"
+                    )
             finally:
                 pool.shutdown(cancel_futures=True)
-        outcomes = [self.outcomes[key] for key in keys if key in self.outcomes]
-        for fault in faults:
-            left = len(problems) - len(outcomes)
-            said = f"{left} of {len(problems)} problems are still open ({fault.args[0]})"
-            if isinstance(fault, Unfinished):
+        outcomes = [self.outcomes.get(self.key(problem)) for problem in problems]
+        if faults:
+            said = f"{outcomes.count(None)} of {len(problems)} problems are still open ({faults[-1].args[0]})"
+            if any(isinstance(fault, Unfinished) for fault in faults):
                 raise Unfinished(said)
             self.refused = Refused(said)
-            if not outcomes:
+            if not any(outcomes):
                 raise Misuse(said)
         return outcomes
-
-    def state(self) -> str:
-        """What is waited for, in words."""
-        sent = list(Model.waiting.values())
-        oldest = time.monotonic() - min(sent, default=time.monotonic())
-        return f"{len(sent)} requests waiting, the oldest for {oldest:.0f} s"
 
 
 def digest(value) -> str:
@@ -1684,14 +1636,12 @@ PROMPTS = [ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT, 
 def kinds_of(attempts: list[Reply], gold: str) -> list[str]:
     """Of each attempt: right, wrong, no box, or cut (whatever it says by then)."""
     right = verify.grade([attempt.text for attempt in attempts], [gold] * len(attempts))
-    kinds = []
-    for attempt, ok in zip(attempts, right):
+    kinds = ["right" if ok else "wrong" for ok in right]
+    for i, attempt in enumerate(attempts):
         if attempt.cut:
-            kinds.append("cut")
-        elif ok:
-            kinds.append("right")
-        else:
-            kinds.append("wrong" if verify.extract_answer(attempt.text) else "no box")
+            kinds[i] = "cut"
+        elif not verify.extract_answer(attempt.text):
+            kinds[i] = "no box"
     return kinds
 
 
@@ -1699,22 +1649,21 @@ def choose_attempts(
     row: dict, attempts: list[Reply], kinds: list[str], args
 ) -> tuple[list[tuple[str, bool]], str | None]:
     """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one last; or why none."""
-    good = [a.answer for a, kind in zip(attempts, kinds) if kind == "right"]
-    wrong = []  # with different answers
+    good = [attempt.answer for attempt, kind in zip(attempts, kinds) if kind == "right"]
+    wrong = {}  # answer -> attempt
     for attempt, kind in zip(attempts, kinds):
-        found = verify.extract_answer(attempt.text)
-        if kind == "wrong" and not any(same_answer(found, verify.extract_answer(a)) for a in wrong):
-            wrong.append(attempt.answer)
+        answer = verify.extract_answer(attempt.text)
+        if kind == "wrong" and not any(same_answer(answer, other) for other in wrong):
+            wrong[answer] = attempt.answer
     rng = random.Random(f"{args.seed} {row['id']}")
     reflect = rng.random() < args.reflect_share
     if not good:
         return [], f"no right attempt: most are {Counter(kinds).most_common(1)[0][0]}"
     if reflect and not wrong:
         return [], "no failed attempt"
-    failed = []
-    if reflect:
-        failed = rng.sample(sorted(wrong), min(len(wrong), rng.randint(1, args.max_failed)))
-    return [(a, False) for a in failed] + [(rng.choice(good), True)], None
+    shown = min(len(wrong), rng.randint(1, args.max_failed)) if reflect else 0
+    failed = rng.sample(sorted(wrong.values()), shown)
+    return [(text, False) for text in failed] + [(rng.choice(good), True)], None
 
 
 def critique_prompt(row: dict, attempt: str, ok: bool) -> str:
@@ -1915,19 +1864,25 @@ def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], 
     path, why = choose_attempts(row, attempts, kinds, args)
     response = ""
     if not why:
-        prompts = [critique_prompt(row, attempt, ok) for attempt, ok in path]
-        critiques = [ask(models[args.critic], prompt)[0] for prompt in prompts]
-        prompt = rewrite_prompt(row, path, [critique.answer for critique in critiques])
-        reply = ask(models[args.rewriter], prompt)[0]
+        critiques = [
+            ask(models[args.critic], critique_prompt(row, attempt, ok))[0].answer
+            for attempt, ok in path
+        ]
+        reply = ask(models[args.rewriter], rewrite_prompt(row, path, critiques))[0]
         response = rewritten(reply)
         why = "rewrite cut" if reply.cut else trace_fault(row, response, path, args)
     if not why:
         prompt = JUDGE.format(problem=row["problem"], response=response)
         verdict = ask(models[args.judge], prompt)[0].answer
-        if not re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I):
-            why = "rejected by the judge"
-    outcome = {"id": row["id"], "why": why or "kept", "response": "" if why else response}
-    return outcome | {"failed": max(len(path) - 1, 0), "attempts": dict(Counter(kinds))}
+        yes = re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I)
+        why = None if yes else "rejected by the judge"
+    return {
+        "id": row["id"],
+        "why": why or "kept",
+        "response": "" if why else response,
+        "failed": max(len(path) - 1, 0),
+        "attempts": Counter(kinds),
+    }
 
 
 def read_problems(name: str) -> list[dict]:
@@ -1960,37 +1915,32 @@ def cot(args, out: Path) -> int:
     args.critic = args.critic or args.teacher[0]
     args.rewriter = args.rewriter or args.teacher[0]
     args.judge = args.judge or args.critic
-    names = dict.fromkeys([*args.teacher, args.critic, args.rewriter, args.judge])
-    models = {name: Model(name, args) for name in names}
+    names = {*args.teacher, args.critic, args.rewriter, args.judge}
+    models = {name: Model(name, args) for name in sorted(names)}
     names = """teacher critic rewriter judge attempts reflect_share max_failed temperature max_tokens max_chars
         seed""".split()
     settings = {name: getattr(args, name) for name in names} | {"prompts": digest(PROMPTS)}
-    kinds = {"why": str, "response": str, "failed": int, "attempts": dict}
-    journal = Journal(out / "journal.jsonl", settings, kinds)
+    journal = Journal(out / "journal.jsonl", settings)
     make = partial(make_trace, journal=journal, models=models, args=args)
     with tqdm(desc="traces", total=len(problems), unit=" problems") as bar:
-        journal.run(problems, make, args.concurrency, bar)
-    traces = []
-    reflecting = 0
-    why = Counter()
-    attempts = Counter()
-    for row in problems:
-        outcome = journal.outcomes.get(journal.key(row))
-        if not outcome:
-            why["refused by the server"] += 1
-            continue
-        why[outcome["why"]] += 1
-        attempts.update(outcome["attempts"])
-        if outcome["why"] == "kept":
-            reflecting += outcome["failed"] > 0
-            traces.append(row | {"response": outcome["response"]})
-    report = {"settings": settings, "problems": len(problems), "attempts": dict(attempts)}
-    report |= {"outcomes": dict(why.most_common()), "with a failed attempt": reflecting}
-    write_json(out / "report.json", report)
+        outcomes = journal.run(problems, make, args.concurrency, bar)
+    done = [outcome for outcome in outcomes if outcome]
+    why = Counter(outcome["why"] for outcome in done)
+    attempts = sum((Counter(outcome["attempts"]) for outcome in done), Counter())
+    reflecting = sum(outcome["failed"] > 0 for outcome in done if outcome["response"])
+    traces = [
+        row | {"response": outcome["response"]}
+        for row, outcome in zip(problems, outcomes)
+        if outcome and outcome["response"]
+    ]
+    report = {"settings": settings, "problems": len(done), "outcomes": dict(why.most_common())}
+    write_json(
+        out / "report.json", report | {"attempts": attempts, "with a failed attempt": reflecting}
+    )
     print("attempts: " + ", ".join(f"{n:,} {kind}" for kind, n in attempts.most_common()))
     print("\n".join(f"{n:8,}  {reason}" for reason, n in why.most_common()))
     if not traces:
-        raise Stop(f"no trace was kept of {len(problems)} problems; {out}/report.json says why")
+        raise Stop(f"no trace was kept of {len(done)} problems; {out}/report.json says why")
     write_traces(out, traces, f"{reflecting:,} with a failed attempt that is recognised")
     if journal.refused:
         raise journal.refused
@@ -2546,70 +2496,75 @@ def positive(text: str) -> int:
     return int(text)
 
 
-# An option: (name, kind, default, help)
-TEXT = {}
-INTEGER = {"type": int}
-COUNT = {"type": positive}
-REAL = {"type": float}
-MODEL = {"metavar": "MODEL"}
-DATA = {"metavar": "DATA"}
-FILES = {"metavar": "DATA", "nargs": "+"}
-WORDS = {"nargs": "+"}
-SWITCH = {"action": "store_true"}
-
-SERVER = [
-    ("--base-url", TEXT, "http://localhost:8000/v1", "of the server; OPENAI_API_KEY"),
-    ("--temperature", REAL, 1.0, "of every sample"),
-    ("--concurrency", COUNT, 32, "problems under way at once"),
-    ("--timeout", REAL, 600, "of one request, seconds"),
-    ("--retries", INTEGER, 6, "after 429, 5xx, time-outs and broken replies"),
+FILES = ()  # one or more data sets
+SERVER = [  # (option, default, help); the type is that of the default, None: text
+    ("--base-url", "http://localhost:8000/v1", "of the server; OPENAI_API_KEY"),
+    ("--temperature", 1.0, "of every sample"),
+    ("--concurrency", 32, "problems under way at once"),
+    ("--timeout", 600.0, "of one request, seconds"),
+    ("--retries", 6, "after 429, 5xx, time-outs and broken replies"),
 ]
 CURATE = [
-    ("--math", FILES, None, "MATH (without --math and --numina: both, from the hub)"),
-    ("--numina", FILES, None, "NuminaMath, or any rows with problem and answer or solution"),
-    ("--decontaminate", FILES, [], "benchmarks whose problems are rejected"),
-    ("--target", COUNT, 30000, "problems for RL, and 2/5 as many for traces, or all there are"),
-    ("--mix", {"choices": ("proportional", "equal")}, "proportional", "sources in the draw"),
-    ("--scripts", WORDS, [], "to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ..."),
-    ("--solutions-only", SWITCH, False, "leave out rows that have an answer and no solution"),
-    ("--processes", COUNT, os.cpu_count(), "the result is always the same"),
-    ("--seed", INTEGER, 0, "of the draw"),
+    ("--math", FILES, "MATH (without --math and --numina: both, from the hub)"),
+    ("--numina", FILES, "NuminaMath, or any rows with problem and answer or solution"),
+    ("--decontaminate", FILES, "benchmarks whose problems are rejected"),
+    ("--target", 30000, "problems for RL, and 2/5 as many for traces, or all there are"),
+    ("--mix", "proportional", "share of each source in the draw: proportional or equal"),
+    ("--scripts", (), "to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ..."),
+    ("--solutions-only", False, "leave out rows that have an answer and no solution"),
+    ("--processes", os.cpu_count(), "the result is always the same"),
+    ("--seed", 0, "of the draw"),
     (
         "--pass-rate",
-        {"nargs": "+", "metavar": ("MODEL", "LOW HIGH")},
-        None,
-        "drop problems of which this model of the server solves a share below LOW or above HIGH "
-        "(default: never or always solved)",
+        (),
+        "MODEL [LOW HIGH]: drop problems of which this model of the server solves a share below "
+        "LOW or above HIGH (if not given: 1/16 and 15/16)",
     ),
-    ("--samples", COUNT, 16, "per problem, for --pass-rate"),
-    ("--max-tokens", COUNT, 4096, "limit of one reply, tokens"),
+    ("--samples", 16, "per problem, for --pass-rate"),
+    ("--max-tokens", 4096, "limit of one reply, tokens"),
 ]
 COT = [
-    ("--problems", DATA, None, "problem rows, e.g. sft_problems.jsonl of curate"),
-    ("--teacher", MODEL | WORDS, None, "models that attempt, by the names that the server knows"),
-    ("--critic", MODEL, None, "model that writes critiques (default: the first teacher)"),
-    ("--rewriter", MODEL, None, "model that merges (default: the first teacher)"),
-    ("--judge", MODEL, None, "model that reads each trace, yes or no (default: the critic)"),
-    ("--attempts", COUNT, 8, "per problem, shared out over the teachers"),
-    ("--reflect-share", REAL, 1.0, "share of problems whose trace must hold a failed attempt"),
-    ("--max-failed", COUNT, 2, "most failed attempts in one trace"),
-    ("--max-chars", COUNT, 32000, "longest trace, characters"),
-    ("--seed", INTEGER, 0, "of the choice of attempts"),
-    ("--authors", DATA, None, "convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead"),
-    ("--max-tokens", COUNT, 8192, "limit of one reply, tokens"),
+    ("--problems", None, "problem rows, e.g. sft_problems.jsonl of curate"),
+    ("--teacher", (), "models that attempt, by the names that the server knows"),
+    ("--critic", None, "model that writes critiques (if not given: the first teacher)"),
+    ("--rewriter", None, "model that merges (if not given: the first teacher)"),
+    ("--judge", None, "model that reads each trace, yes or no (if not given: the critic)"),
+    ("--attempts", 8, "per problem, shared out over the teachers"),
+    ("--reflect-share", 1.0, "share of problems whose trace must hold a failed attempt"),
+    ("--max-failed", 2, "most failed attempts in one trace"),
+    ("--max-chars", 32000, "longest trace, characters"),
+    ("--seed", 0, "of the choice of attempts"),
+    ("--authors", None, "convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead"),
+    ("--max-tokens", 8192, "limit of one reply, tokens"),
 ]
 SETS = [
-    (f"--{source}", DATA, None, f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
+    (f"--{source}", None, f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
     for source, name in BENCHMARKS.items()
 ]
-DRAW = ("--seed", INTEGER, 0, "of the 500 of Omni-MATH and of GPQA's options")
-LONG = ("--hard", SWITCH, False, "problems with longer searches (t1.py: --max-new 320)")
+DRAW = ("--seed", 0, "of the 500 of Omni-MATH and of GPQA's options")
+LONG = ("--hard", False, "problems with longer searches (t1.py: --max-new 320)")
 COMMANDS = [  # (function, folder of the results, help, options)
     (curate, "data", "MATH and NuminaMath -> clean RL problems", CURATE + SERVER),
     (cot, "data", "problems -> cold-start traces, by models", COT + SERVER),
     (benchmarks, "benchmarks", "the evaluation sets in one form (all but GPQA)", [*SETS, DRAW]),
     (embedded, "data", "the embedded problems, their test set and their traces, as files", [LONG]),
 ]
+
+
+def add_option(command: argparse.ArgumentParser, name: str, default, text: str):
+    """An option whose type is that of its default."""
+    if default:
+        text += " (default: %(default)s)"
+    form = {"type": str}
+    if default is False:
+        form = {"action": "store_true"}
+    elif default == ():
+        form = {"nargs": "+", "metavar": "X"}
+    elif name in ("--seed", "--retries"):
+        form = {"type": int}
+    elif isinstance(default, (int, float)):
+        form = {"type": positive if isinstance(default, int) else float}
+    command.add_argument(name, default=default, help=text, **form)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -2620,10 +2575,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for run, out, text, options in COMMANDS:
         command = commands.add_parser(run.__name__, help=text)
         command.set_defaults(run=run)
-        for name, kind, default, said in [("--out", TEXT, out, "folder of the results"), *options]:
-            if default:
-                said += " (default: %(default)s)"
-            command.add_argument(name, default=default, help=said, **kind)
+        for option in [("--out", out, "folder of the results"), *options]:
+            add_option(command, *option)
     return parser.parse_args(argv)
 
 
