@@ -956,6 +956,13 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
         several_questions,
         searched(
             "several questions",
+            "lower",  # two quantities, one answer; two problems in one row
+            r"\b(?:find|determine|calculate|compute|what (?:is|are)) the (?:[a-z]+ ){1,2}and (?:the )?"
+            r"[a-z]+(?: [a-z]+){0,2} (?:of|for)\b|\n\s*-{3,}\s*\n",
+            unless=("plain", r",|;|\band\b|\bor\b"),
+        ),
+        searched(
+            "several questions",
             "lower",  # two tasks in one sentence
             r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
             r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
@@ -975,7 +982,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
         searched(
             "answer in prose",
             "answer",
-            r"answer|\\[lc]?dots",
+            r"answer|\\[lc]?dots|\.\.\.",
             r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])",
             r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b",
         ),
@@ -1008,7 +1015,7 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
                 r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
                 r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
                 r"|answer|\\boxed|value|number|[=:]\W*$"
-                r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$",
+                r"|\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$",
             ),
         ),
     )

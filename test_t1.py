@@ -4179,7 +4179,7 @@ def test_data_cot_a_refusal_is_an_error_with_the_words_of_the_server(tmp_path, n
     with FakeModel(SUMS[:3], [400] * 9) as server:
         args = cot_args(tmp_path, server)
         code, out, err = data_main(*args)
-        assert code == 2 and "status 400" in err and "no" in err.split("400")[1]
+        assert code == 2 and "status 400" in err and "Error code: 400 - no" in err
         assert "3 of 3 problems are still open" in err and "next:" not in out
         assert not (tmp_path / "o" / "sft.jsonl").exists()
         server.faults = ()
