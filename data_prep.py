@@ -471,9 +471,16 @@ def chunks(rows, size: int) -> Iterator[list]:
         yield part
 
 
-# --- The text of a problem, made comparable ---------------------------------------------------------------------------
-# Duplicates and benchmark problems are found on tokens, not on white-space words: `x^2` and `x^{2}`, `\{1` and `\{ 1`,
-# `\dfrac12` and `\frac{1}{2}` give the same tokens, while operators, signs and decimal points stay.
+# --- The text of a problem, made comparable -------------------------------------------------------
+# Duplicates and benchmark problems are found on tokens, not on white-space words: `x^2` and
+# `x^{2}`, `\{1` and `\{ 1`, `\dfrac12` and `\frac{1}{2}` give the same tokens, while operators,
+# signs and decimal points stay.
+
+
+def pattern(text: str, flags: int = 0) -> re.Pattern:
+    """A regular expression that is written over several lines: their ends and margins do not count."""
+    return re.compile(re.sub(r"\n *", "", text), flags)
+
 
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{\s*([a-zA-Z]+)\*?\s*\}(?:\s*\{[lcr|@{} ]*\})?")
 _DRAWING = re.compile(r"\[asy\].*?(?:\[/asy\]|$)|\\begin\{asy\}.*?\\end\{asy\}", re.S)
@@ -506,7 +513,8 @@ _ALIAS |= dict.fromkeys(
     + ["\\ ", "\\$", "\\(", "\\)", "\\[", "\\]"],
     "",
 )
-# Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of duplicates.
+# Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of
+# duplicates.
 _HARMLESS = set(
     """a an the of in on at by to for from is are be was were it its this that these those there here we you
     your if then let given suppose assume consider where when such with and or as so also now please note find compute
@@ -516,18 +524,23 @@ _HARMLESS = set(
     form common fraction s th expression""".split()
 )
 _CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
-_FORM = re.compile(  # how to answer, as prompts for models say it; labels of a dialogue
-    r"(?:\blet'?s\b|\bplease\b|\bremember\b|\bput\b|\bpresent\b|\byou (?:must|should|need|are)\b|\bthe last line\b|\bshow\b"
-    r"|\bsolve th\w+\b|\bthink\b|\bmake sure\b|\boutput\b|\b(?:give|return|write|box|state|provide) (?:me )?(?:your|the final)\b"
-    r"|\ba conversation\b)[^.?!\n]{0,99}?(?:step[- ]by[- ]step|\\boxed|final answer|\byour (?:answer|response|work|reasoning)"
-    r"|following (?:math )?(?:question|problem)|assistant|tutor|mathematician)[^.?!\n]*(?:[.?!\n]+|\Z)"
-    r"|\b(?:question|problem|answer|solution|user|assistant|human):",
+_FORM = pattern(  # how to answer, as prompts for models say it; labels of a dialogue
+    r"""(?:\blet'?s\b|\bplease\b|\bremember\b|\bput\b|\bpresent\b|\byou (?:must|should|need|are)\b
+        |\bthe last line\b|\bshow\b
+        |\bsolve th\w+\b|\bthink\b|\bmake sure\b|\boutput\b|\b(?:give|return|write|box|state
+        |provide) (?:me )?(?:your|the final)\b
+        |\ba conversation\b)[^.?!\n]{0,99}?(?:step[- ]by[- ]step|\\boxed|final answer
+        |\byour (?:answer|response|work|reasoning)
+        |following (?:math )?(?:question|problem)|assistant|tutor|mathematician)[^.?!\n]*(?:[.?!\n]+
+        |\Z)
+        |\b(?:question|problem|answer|solution|user|assistant|human):""",
     re.I,
 )
 
 
 def tokens(text: str) -> list[str]:
-    """A problem as LaTeX-aware tokens: words, single letters, numbers, operators, commands; no braces, punctuation."""
+    """A problem as LaTeX-aware tokens: words, single letters, numbers, operators, commands; no
+    braces, punctuation."""
     text = unicodedata.normalize("NFC", text).translate(_UNICODE)
     text = _DRAWING.sub(" ", _FORM.sub(" ", text))
     text = _THOUSANDS.sub("", _BULLET.sub(" ", _SHORT_FRACTION.sub(r"\1 \2 ", text)))
@@ -546,7 +559,8 @@ def tokens(text: str) -> list[str]:
 
 
 def key(words: list[str]) -> str:
-    """Tokens as one string without spaces: equal for texts that differ in spacing, braces and synonyms only."""
+    """Tokens as one string without spaces: equal for texts that differ in spacing, braces and
+    synonyms only."""
     return re.sub(r"(?<=\d) (?=[\d.])", ",", " ".join(words)).replace(" ", "")
 
 
@@ -569,11 +583,13 @@ def signs(words: list[str]) -> list[str]:
 
 
 def skeleton(words: list[str]) -> list[str]:
-    """Tokens without brackets and harmless words: equal for `tan^2(20)` and `tan^2 20`, `find x` and `what is x`."""
+    """Tokens without brackets and harmless words: equal for `tan^2(20)` and `tan^2 20`, `find x`
+    and `what is x`."""
     return [w for w in words if w not in _HARMLESS and w not in _BRACKETS]
 
 
-# Plain text for LaTeX: `<=`, `sqrt(x)`, `(a)/(b)`, `pi`. Commands are read as words, and what is often left out is dropped.
+# Plain text for LaTeX: `<=`, `sqrt(x)`, `(a)/(b)`, `pi`. Commands are read as words, and what is
+# often left out is dropped.
 _SPOKEN = {r"\leq": "<", r"\geq": ">", r"\neq": "", r"\pm": "+ -", r"\rightarrow": "- >"}
 _SPOKEN |= {r"\infty": "infinity", r"\cup": "union", r"\cap": "intersection"}
 _UNSPOKEN = set(
@@ -584,7 +600,8 @@ _UNSPOKEN = set(
 
 
 def spoken(words: list[str]) -> list[str]:
-    """A skeleton as plain text, to find benchmark problems: equal for `\\frac{\\pi}{2}` and `(pi)/(2)`."""
+    """A skeleton as plain text, to find benchmark problems: equal for `\\frac{\\pi}{2}` and
+    `(pi)/(2)`."""
     plain = []
     for word in words:
         if word[0] == "\\" and word not in _UNSPOKEN:
@@ -596,22 +613,26 @@ def spoken(words: list[str]) -> list[str]:
 
 
 def drawing(text: str) -> str:
-    """The code of the drawings in a problem, without spaces: two problems may differ in nothing else."""
+    """The code of the drawings in a problem, without spaces: two problems may differ in nothing
+    else."""
     return re.sub(r"\s", "", "".join(_DRAWING.findall(text)))
 
 
 def alike(a: list[str], b: list[str]) -> bool:
-    """Do two lists share most of their tokens (Dice at least 0.7), or is one, but for a tenth, inside the other?"""
+    """Do two lists share most of their tokens (Dice at least 0.7), or is one, but for a tenth,
+    inside the other?"""
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common >= 0.7 * (len(a) + len(b)) or common >= 0.9 * min(len(a), len(b))
 
 
 def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
-    """Do two token lists with a common stretch state the same problem? NOT IN PAPER: the thresholds.
+    """Do two token lists with a common stretch state the same problem? NOT IN PAPER: the
+    thresholds.
 
-    With equal answers it is enough that they share most words and signs. With different answers (one may be wrong, or
-    of another form) they may differ only in harmless words and in clauses added to one of them, never in a number or
-    a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225 and tan 22.5 are different problems."""
+    With equal answers it is enough that they share most words and signs. With different answers
+    (one may be wrong, or of another form) they may differ only in harmless words and in clauses
+    added to one of them, never in a number or a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225
+    and tan 22.5 are different problems."""
     a, b = skeleton(a), skeleton(b)
     same = alike(a, b) and alike(signs(a), signs(b))
     if same_answer or not same:
@@ -624,8 +645,9 @@ def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
 
 
 def reworded(a: list[str], b: list[str]) -> bool:
-    """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out for the sake of a
-    benchmark, whatever its answer (labels of the pools are noisy); too loose for duplicates: largest, smallest."""
+    """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out
+    for the sake of a benchmark, whatever its answer (labels of the pools are noisy); too loose for
+    duplicates: largest, smallest."""
     a, b = skeleton(a), skeleton(b)
     return signs(a) == signs(b) and 2 * sum((Counter(a) & Counter(b)).values()) >= 0.9 * (
         len(a) + len(b)
@@ -636,10 +658,11 @@ def same_answer(a: str, b: str) -> bool:
     return a == b or key(tokens(a)) == key(tokens(b)) or verify.is_equal(a, b)
 
 
-# --- curate: which rows can a rule grade? -----------------------------------------------------------------------------
-# NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows filtered. A rule takes
-# a row and returns why it is rejected, or None. Each was read off rejected and kept rows, and rejects at least 20 of
-# the 29,078 rows of docs/data.md that no other rule rejects; `marked_invalid` reads columns that those do not have.
+# --- curate: which rows can a rule grade? ---------------------------------------------------------
+# NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows
+# filtered. A rule takes a row and returns why it is rejected, or None. Each was read off rejected
+# and kept rows, and rejects at least 20 of the 29,078 rows of docs/data.md that no other rule
+# rejects; `marked_invalid` reads columns that those do not have.
 
 _REPAIRS = [
     (re.compile(pattern), replacement)
@@ -653,25 +676,28 @@ _REPAIRS = [
         (r"[\xa0\u3000]", " "),
         (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
         (
-            r"(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan|log|ln)",
+            r"""(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan
+                |log|ln)""",
             "\\\\",
         ),
     )
 ]
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
-_WRAPPED = re.compile(
-    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]"
-    r"|\\boxed\s*\{((?:(?!\\boxed).)*)\}",
+_WRAPPED = pattern(
+    r"""\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]
+        |\\boxed\s*\{((?:(?!\\boxed).)*)\}""",
     re.S,
 )
-_FONTS = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad|qquad)(?![a-zA-Z])"
-    r"|[{}$~]|\*\*|\\[ ,;!:]"
+_FONTS = pattern(
+    r"""\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad
+        |qquad)(?![a-zA-Z])
+        |[{}$~]|\*\*|\\[ ,;!:]"""
 )
 
 
 def repair(text: str) -> str:
-    """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of \\frac, odd spaces."""
+    """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of
+    \\frac, odd spaces."""
     for pattern, replacement in _REPAIRS:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -697,7 +723,8 @@ def boxes(text: str) -> list[str | None]:
 
 
 def bare(answer: str) -> str:
-    """An answer without dollars, brackets of display mathematics, a box around it, or a full stop."""
+    """An answer without dollars, brackets of display mathematics, a box around it, or a full
+    stop."""
     answer = repair(answer).rstrip(".").strip()
     while match := _WRAPPED.fullmatch(answer):
         inner = next(g for g in match.groups() if g is not None)
@@ -715,12 +742,13 @@ def plain_text(answer: str) -> str:
 def searched(
     reason: str, part: str, *patterns: str, unless: tuple[str, str] | None = None
 ) -> Callable:
-    """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern found there)."""
-    compiled = [re.compile(pattern, re.S) for pattern in patterns]
-    excuse = unless and re.compile(unless[1])
+    """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern
+    found there)."""
+    compiled = [pattern(text, re.S) for text in patterns]
+    excuse = unless and pattern(unless[1])
 
     def rule(row: dict) -> str | None:
-        found = any(pattern.search(row[part]) for pattern in compiled)
+        found = any(wanted.search(row[part]) for wanted in compiled)
         return reason if found and not (excuse and excuse.search(row[unless[0]])) else None
 
     return rule
@@ -747,35 +775,37 @@ def marked_invalid(row: dict) -> str | None:
     return None if valid else "marked invalid by its source"
 
 
-_LETTER = (
-    r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
-    r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z"
-)
-_OPTION = re.compile(  # `\textbf{(D)}\; 192`, `\text{(D) 21}`, `A: 8`
-    r"(?:\\(?:text|math)[a-z]*\{?|[$~\s])*+\(?\s*+[A-H]\s*+(?:\)|[.:](?=[\s\\}]))"
-    r"(?:[\s}~]|\\[ ,;:!]|\\q?quad)*+(\S.*)",
+_LETTER = r"""\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*
+        |.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z"""
+_OPTION = pattern(  # `\textbf{(D)}\; 192`, `\text{(D) 21}`, `A: 8`
+    r"""(?:\\(?:text|math)[a-z]*\{?|[$~\s])*+\(?\s*+[A-H]\s*+(?:\)|[.:](?=[\s\\}]))
+        (?:[\s}~]|\\[ ,;:!]|\\q?quad)*+(\S.*)""",
     re.S,
 )
-_OPTIONS_ASKED = re.compile(  # the question means nothing without its options
-    r"\b(?:closest|nearest) to\b|\bwhich (?:of|one|is|statement)|\bof the following|\bbest\b|\bapproximate|\btrue\b"
-    r"|\b(?:must|could|may|might|cannot) (?:not |always )?(?:be|equal|have).{0,9}\Z|\b(?:between|interval|range)\W*\Z"
+_OPTIONS_ASKED = pattern(  # the question means nothing without its options
+    r"""\b(?:closest|nearest) to\b|\bwhich (?:of|one|is|statement)|\bof the following|\bbest\b
+        |\bapproximate|\btrue\b
+        |\b(?:must|could|may|might|cannot) (?:not |always )?(?:be|equal|have).{0,9}\Z|\b(?:between
+        |interval|range)\W*\Z"""
 )
 _DECIMAL_COMMA = re.compile(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_WORD = re.compile(
-    r"(?<![\\a-z])(?!(?:and|or|sin|cos|tan|log|cm|sqrt|feet|inches|cents|meters|miles|minutes"
-    r"|hours|seconds|square|cubic|units|degrees)(?![a-z]))[a-z]{3,}",
+_WORD = pattern(
+    r"""(?<![\\a-z])(?!(?:and|or|sin|cos|tan|log|cm|sqrt|feet|inches|cents|meters|miles|minutes
+        |hours|seconds|square|cubic|units|degrees)(?![a-z]))[a-z]{3,}""",
     re.I,
 )
-_CONTINUES = re.compile(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
-    r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for some)\s*(?:\\[(\[]|\$)(?!\\(?:text|math)|\()|is either\b|such that\b|where\b)"
-    r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)"
+_CONTINUES = pattern(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
+    r"""\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for some)\s*(?:\\[(\[]|\$)(?!\\(?:text|math)|\()
+        |is either\b|such that\b|where\b)
+        |\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)"""
 )
 
 
 def value_of(answer: str, problem: str) -> str:
-    """An answer without the letter of its option, and without the left side that the problem asks for:
-    `\\textbf{(D)}\\; 192` is 192, `a_3 + a_5 = 8` is 8 (a bare 8 would not equal the equation)."""
+    """An answer without the letter of its option, and without the left side that the problem asks
+    for: `\\textbf{(D)}\\; 192` is 192, `a_3 + a_5 = 8` is 8 (a bare 8 would not equal the
+    equation)."""
     option = _OPTION.fullmatch(answer)
     if option and not _OPTIONS_ASKED.search(problem.lower()):
         value = option[1]
@@ -795,13 +825,13 @@ def value_of(answer: str, problem: str) -> str:
 
 
 def find_answer(row: dict) -> str | None:
-    """Puts the answer into the row: from the answer column, else from the last box of the solution (paper: answers
-    extracted). Returns why there is none, or none that can be trusted."""
+    """Puts the answer into the row: from the answer column, else from the last box of the solution
+    (paper: answers extracted). Returns why there is none, or none that can be trusted."""
     raw = boxes(row["solution"])
     found = [bare(box or "") for box in raw] or [""]
     if row["answer"] is not None:
         row["answer"] = bare(row["answer"])
-        letter = re.search(_LETTER, plain_text(found[-1]), re.S)
+        letter = pattern(_LETTER, re.S).search(plain_text(found[-1]))
         if found[-1] and not letter and not same_answer(found[-1], row["answer"]):
             return "answer and box differ"
     elif not raw or None in raw:
@@ -826,19 +856,21 @@ def find_answer(row: dict) -> str | None:
 
 
 _NUMERAL = r"(?:[1-5]|[a-e]|i{1,3}|iv|I{1,3}|IV|Ⅰ|Ⅱ|Ⅲ)"
-_PART = re.compile(  # (1) but not f(1); a) at the beginning of a line or sentence; 1. at the beginning of a line; ①
-    rf"(?<![A-Za-z\d_^}}\\])\$?(?:\\*\()?\(\s*{_NUMERAL}\s*\)(?:\\*\))?\$?(?!\s*[,=^_+*/])"
-    rf"|(?:^|(?<=[\n.:;?!>]))\s*\*{{0,2}}{_NUMERAL}\)|(?:^|(?<=\n))\s*\*{{0,2}}[1-5]\.\s|[①②③④⑤]"
+_PART = pattern(  # (1) but not f(1); a) at the beginning of a line or sentence; 1. at the beginning of a line; ①
+    rf"""(?<![A-Za-z\d_^}}\\])\$?(?:\\*\()?\(\s*{_NUMERAL}\s*\)(?:\\*\))?\$?(?!\s*[,=^_+*/])
+        |(?:^|(?<=[\n.:;?!>]))\s*\*{{0,2}}{_NUMERAL}\)|(?:^|(?<=\n))\s*\*{{0,2}}[1-5]\.\s|[①②③④⑤]"""
 )
-_TASK = re.compile(  # a part asks: a question mark, or an order at its beginning or after a comma, "and", "then"
-    r"\?|(?:^\W*|[.,;:]\s+|\b(?:and|then|also)\s+)(?:please\s+)?(?:find|what|determine|calculate|compute|evaluate|how"
-    r"|solve|write|express|derive|establish|give|state|factor|simplify|draw|explain|prove|show|investigate|discuss"
-    r"|sketch|list|fill|complete|translate|estimate|for (?:which|what))",
+_TASK = pattern(  # a part asks: a question mark, or an order at its beginning or after a comma, "and", "then"
+    r"""\?|(?:^\W*|[.,;:]\s+|\b(?:and|then|also)\s+)(?:please\s+)?(?:find|what|determine|calculate
+        |compute|evaluate|how
+        |solve|write|express|derive|establish|give|state|factor|simplify|draw|explain|prove|show
+        |investigate|discuss
+        |sketch|list|fill|complete|translate|estimate|for (?:which|what))""",
     re.I,
 )
-_LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ..., also at the end of a longer head
-    r"\b(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b"
-    r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b)[^.?]{0,80}\Z",
+_LIST_OF_TASKS = pattern(  # Calculate: (1) ... (2) ..., also at the end of a longer head
+    r"""\b(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b
+        (?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b)[^.?]{0,80}\Z""",
     re.I | re.S,
 )
 _QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
@@ -858,9 +890,10 @@ def several_questions(row: dict) -> str | None:
     return "several questions" if several else None
 
 
-_NOT_VARIABLES = re.compile(
-    r"\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?|[a-zA-Z]{3,}"
-    r"|(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])"
+_NOT_VARIABLES = pattern(
+    r"""\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?
+        |[a-zA-Z]{3,}
+        |(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])"""
 )
 _USUAL = set("eidxyfcnzpqrs")  # constants, and the names that answers give to the unknown
 
@@ -872,7 +905,8 @@ def long_answer(row: dict) -> str | None:
 
 
 def unknown_letter(row: dict) -> str | None:
-    """Letters that the problem does not name (a family k pi, an arbitrary constant): other letters are never equal."""
+    """Letters that the problem does not name (a family k pi, an arbitrary constant): other letters
+    are never equal."""
     letters = set(re.findall(r"[a-z]", _NOT_VARIABLES.sub(" ", row["answer"]).lower())) - _USUAL
     return (
         None if letters <= set(tokens(row["problem"])) else "letters that the problem does not name"
@@ -880,7 +914,8 @@ def unknown_letter(row: dict) -> str | None:
 
 
 def another_script(scripts: tuple[str, ...]) -> Callable:
-    """The rule on letters of other scripts than the given ones, broken characters, and those of private use."""
+    """The rule on letters of other scripts than the given ones, broken characters, and those of
+    private use."""
 
     def rule(row: dict) -> str | None:
         text = row["problem"] + row["answer"]
@@ -895,130 +930,151 @@ def another_script(scripts: tuple[str, ...]) -> Callable:
 _VALUE_WORDS = "and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base|pmatrix|begin|end"
 
 
+RULES = (  # in the order of the funnel; the rule on scripts stands between the two parts
+    empty_problem,
+    marked_invalid,
+    searched("link or missing figure", "lower", r"https?:|!\["),
+    searched("answer given", "problem", r"\\boxed\s*\{[^{}_?]*[0-9][^_?]*\}\W*\Z"),
+    searched(
+        "link or missing figure",
+        "lower",  # spoken of, but not there as code or as a table
+        r"""\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure
+            |diagram|picture
+            |graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?
+            (?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured
+            |drawn|depicted
+            |illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))
+            |\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown
+            |below|above
+            |indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b""",
+        unless=(
+            "problem",
+            r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|",
+        ),
+    ),
+    searched(
+        "proof",
+        "lower",
+        r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
+        r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b",
+    ),
+    find_answer,
+)
+LATER_RULES = (
+    searched(
+        "multiple choice",
+        "words",  # at least three options, in order
+        r"""(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Z
+            a-z\\])\(\s*C\s*\)""",
+        r"""(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,40
+            0}?\s(?:\*\*)?
+            \(?C\s*[).:、]""",
+    ),
+    searched(
+        "multiple choice",
+        "lower",
+        r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
+        r"""\bamong the following\b|\bthe following (?:statement|conclusion|proposition
+            |option)s?\b""",
+    ),
+    searched(  # also where the options are gone, and the numbers of statements
+        "multiple choice", "plain", _LETTER, r"[\u2460-\u2473]", r"\A(?:\(\d\)\W*){2,}\Z"
+    ),
+    searched(
+        "yes or no, true or false",
+        "lower",
+        r"""\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate
+            |examine)\s+(?:whether|if it)\b""",
+        r"""(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true
+            |necessar\w+|always))\b""",
+    ),
+    searched(
+        "yes or no, true or false",
+        "plain",
+        r"""(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false
+            |(?:in)?correct
+            |(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?
+            |it is (?:im)?possible)\b""",
+    ),
+    several_questions,
+    searched(
+        "several questions",
+        "lower",  # two quantities, one answer; two problems in one row
+        r"""\b(?:find|determine|calculate|compute|what (?:is
+            |are)) the (?:[a-z]+ ){1,2}and (?:the )?
+            [a-z]+(?: [a-z]+){0,2} (?:of|for)\b|\n\s*-{3,}\s*\n""",
+        unless=("plain", r",|;|\band\b|\bor\b"),
+    ),
+    searched(
+        "several questions",
+        "lower",  # two tasks in one sentence
+        r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
+        r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
+    ),
+    searched(
+        "several questions",
+        "words",
+        r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}",
+        r"\(?Ⅰ.*Ⅱ|\(I\).*\(II\)",
+    ),  # two blanks to fill, roman parts
+    long_answer,
+    searched(
+        "answer in prose",
+        "plain",  # three words; a rule can compare statements only letter by letter
+        rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
+    ),
+    searched(
+        "answer in prose",
+        "answer",
+        r"answer|\\[lc]?dots|\.\.\.",
+        r"""\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow
+            |nmid)(?![a-zA-Z])""",
+        r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b",
+    ),
+    searched(
+        "rounded answer",
+        "answer",  # where an exact one is asked for; eighths and sixteenths are exact
+        r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
+        unless=(
+            "lower",
+            r"""\bround|nearest|decimal|estimate|significant|accura|scientific|\.\d.*probab
+                |probab.*\.\d""",
+        ),
+    ),
+    unknown_letter,
+    searched("ungradable", "answer", r"\[\s*-?\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
+    searched(
+        "nothing definite asked",
+        "lower",  # many right answers
+        r"""\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example
+            |set of)
+            |any|some|\d+\s+(?:natural|positive|different|distinct))\b
+            |\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b""",
+        unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b"),
+    ),
+    searched(
+        "nothing definite asked",
+        "lower",
+        "",
+        unless=(  # a statement instead of a question
+            "lower",
+            r"""\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z|\?|formulat
+                |find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give
+                |which|who|when
+                |where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce
+                |perform|round
+                |add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_
+                |\\q?quad
+                |answer|\\boxed|value|number|[=:]\W*$
+                |\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$""",
+        ),
+    ),
+)
+
+
 def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     """The rules in the order of the funnel."""
-    return (
-        empty_problem,
-        marked_invalid,
-        searched("link or missing figure", "lower", r"https?:|!\["),
-        searched("answer given", "problem", r"\\boxed\s*\{[^{}_?]*[0-9][^_?]*\}\W*\Z"),
-        searched(
-            "link or missing figure",
-            "lower",  # spoken of, but not there as code or as a table
-            r"\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture"
-            r"|graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
-            r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured|drawn|depicted"
-            r"|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
-            r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above"
-            r"|indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b",
-            unless=(
-                "problem",
-                r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|",
-            ),
-        ),
-        searched(
-            "proof",
-            "lower",
-            r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
-            r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b",
-        ),
-        find_answer,
-        another_script(scripts),
-        searched(
-            "multiple choice",
-            "words",  # at least three options, in order
-            r"(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Za-z\\])\(\s*C\s*\)",
-            r"(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,400}?\s(?:\*\*)?"
-            r"\(?C\s*[).:、]",
-        ),
-        searched(
-            "multiple choice",
-            "lower",
-            r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
-            r"\bamong the following\b|\bthe following (?:statement|conclusion|proposition|option)s?\b",
-        ),
-        searched(  # also where the options are gone, and the numbers of statements
-            "multiple choice", "plain", _LETTER, r"[\u2460-\u2473]", r"\A(?:\(\d\)\W*){2,}\Z"
-        ),
-        searched(
-            "yes or no, true or false",
-            "lower",
-            r"\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate|examine)\s+(?:whether|if it)\b",
-            r"(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true|necessar\w+|always))\b",
-        ),
-        searched(
-            "yes or no, true or false",
-            "plain",
-            r"(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false|(?:in)?correct"
-            r"|(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?"
-            r"|it is (?:im)?possible)\b",
-        ),
-        several_questions,
-        searched(
-            "several questions",
-            "lower",  # two quantities, one answer; two problems in one row
-            r"\b(?:find|determine|calculate|compute|what (?:is|are)) the (?:[a-z]+ ){1,2}and (?:the )?"
-            r"[a-z]+(?: [a-z]+){0,2} (?:of|for)\b|\n\s*-{3,}\s*\n",
-            unless=("plain", r",|;|\band\b|\bor\b"),
-        ),
-        searched(
-            "several questions",
-            "lower",  # two tasks in one sentence
-            r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
-            r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
-        ),
-        searched(
-            "several questions",
-            "words",
-            r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}",
-            r"\(?Ⅰ.*Ⅱ|\(I\).*\(II\)",
-        ),  # two blanks to fill, roman parts
-        long_answer,
-        searched(
-            "answer in prose",
-            "plain",  # three words; a rule can compare statements only letter by letter
-            rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
-        ),
-        searched(
-            "answer in prose",
-            "answer",
-            r"answer|\\[lc]?dots|\.\.\.",
-            r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])",
-            r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b",
-        ),
-        searched(
-            "rounded answer",
-            "answer",  # where an exact one is asked for; eighths and sixteenths are exact
-            r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
-            unless=(
-                "lower",
-                r"\bround|nearest|decimal|estimate|significant|accura|scientific|\.\d.*probab|probab.*\.\d",
-            ),
-        ),
-        unknown_letter,
-        searched("ungradable", "answer", r"\[\s*-?\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
-        searched(
-            "nothing definite asked",
-            "lower",  # many right answers
-            r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of)"
-            r"|any|some|\d+\s+(?:natural|positive|different|distinct))\b"
-            r"|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b",
-            unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b"),
-        ),
-        searched(
-            "nothing definite asked",
-            "lower",
-            "",
-            unless=(  # a statement instead of a question
-                "lower",
-                r"\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z|\?|formulat|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
-                r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
-                r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
-                r"|answer|\\boxed|value|number|[=:]\W*$"
-                r"|\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$",
-            ),
-        ),
-    )
+    return (*RULES, another_script(scripts), *LATER_RULES)
 
 
 REASONS = """too long; no solution; empty problem; marked invalid by its source; link or missing figure; answer given; proof; no box; empty answer
@@ -1028,7 +1084,7 @@ letters that the problem does not name; nothing definite asked; ungradable; in a
 same problem, different answers; duplicate; near-duplicate; solved too seldom; solved too often
 beyond the target""".replace("\n", "; ").split("; ")
 
-# --- curate: benchmark problems and near-duplicates -------------------------------------------------------------------
+# --- curate: benchmark problems and near-duplicates -----------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
 
 N_GRAM = 13  # tokens: the usual length of decontamination, here on LaTeX-aware tokens
@@ -1051,7 +1107,8 @@ def token_hash(token: str) -> int:
 
 
 def gram_hashes(words: list[str], n: int) -> np.ndarray:
-    """64-bit hashes of all n-grams, `(len(words) - n + 1,)`; one hash of the whole list if it is shorter."""
+    """64-bit hashes of all n-grams, `(len(words) - n + 1,)`; one hash of the whole list if it is
+    shorter."""
     ids = np.array([token_hash(w) for w in words] or [0], np.uint64)
     n = min(n, len(ids))
     total = np.lib.stride_tricks.sliding_window_view(ids, n) @ _POWERS[:n]  # modulo 2^64
@@ -1059,16 +1116,17 @@ def gram_hashes(words: list[str], n: int) -> np.ndarray:
 
 
 def sketch(words: list[str]) -> np.ndarray:
-    """The least hashes of a problem's shingles, `(SKETCH,)`: a random sample that depends on the set of shingles alone,
-    so that near-duplicates share at least one almost surely. MinHash with one hash function (Broder 1997)."""
+    """The least hashes of a problem's shingles, `(SKETCH,)`: a random sample that depends on the
+    set of shingles alone, so that near-duplicates share at least one almost surely. MinHash with
+    one hash function (Broder 1997)."""
     return np.resize(
         np.unique(gram_hashes(words, SHINGLE)), SKETCH
     )  # a short problem repeats its own
 
 
 class Benchmarks:
-    """Finds the benchmark problem that a row repeats, on plain text: equal, or inside the row, or a common 13-gram (or
-    8-gram), after which `same_problem` or `reworded` decides."""
+    """Finds the benchmark problem that a row repeats, on plain text: equal, or inside the row, or a
+    common 13-gram (or 8-gram), after which `same_problem` or `reworded` decides."""
 
     def __init__(self, rows: list[dict]):
         self.rows = []  # (id, words, their key, gold answer)
@@ -1105,7 +1163,7 @@ class Benchmarks:
         return None
 
 
-# --- curate: the pipeline ---------------------------------------------------------------------------------------------
+# --- curate: the pipeline -------------------------------------------------------------------------
 
 _WORKER = {}  # benchmarks and rules of this process, set once by `prepare`
 
@@ -1131,7 +1189,8 @@ def prepare(benchmarks: list[dict], scripts: tuple[str, ...], solutions_only: bo
 
 
 def sift(chunk) -> tuple[Counter, list[Candidate]]:
-    """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows that pass."""
+    """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows
+    that pass."""
     default_source, rows = chunk
     counts, passed = Counter(), []
     for where, raw in rows:
@@ -1146,8 +1205,8 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
             counts[row["source"], reason] += 1
             continue
         words = tokens(row["problem"])
-        # Near-duplicates agree in every number and sign, so these are part of the bucket: problems made from one
-        # template with other numbers never meet, which keeps the search linear.
+        # Near-duplicates agree in every number and sign, so these are part of the bucket: problems
+        # made from one template with other numbers never meet, which keeps the search linear.
         buckets = sketch(words) ^ np.uint64(token_hash(" ".join(sorted(signs(words)))))
         passed.append(
             Candidate(
@@ -1164,8 +1223,8 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
 
 
 def read_pools(pools: list[tuple[str, str]], shared: tuple, processes: int) -> tuple[Counter, list]:
-    """Streams every pool through the rules -> counts of (source, reason), and the candidates in order. shared: of
-    `prepare`."""
+    """Streams every pool through the rules -> counts of (source, reason), and the candidates in
+    order. shared: of `prepare`."""
     counts, candidates, pool = Counter(), [], None
     work = ((default, part) for name, default in pools for part in chunks(raw_rows(name), 250))
     if processes > 1:
@@ -1182,7 +1241,8 @@ def read_pools(pools: list[tuple[str, str]], shared: tuple, processes: int) -> t
 
 
 def ungradable(answers: list[str]) -> set[str]:
-    """Answers that verify.py cannot read or does not find equal to themselves; each has its own deadline there."""
+    """Answers that verify.py cannot read or does not find equal to themselves; each has its own
+    deadline there."""
     different = sorted(a for a in set(answers) if not re.fullmatch(r"-?\d{1,15}", a))
     equal = verify.grade(["\\boxed{" + a + "}" for a in different], different)
     return {a for a, ok in zip(different, equal, strict=True) if not (ok and verify.is_readable(a))}
@@ -1221,8 +1281,9 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
 
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
-    """Rows that are rejected because of other rows -> reason. A group of rows states one problem and its first row is
-    kept; the whole group is rejected if a row of it is in a benchmark, or if the answers differ."""
+    """Rows that are rejected because of other rows -> reason. A group of rows states one problem
+    and its first row is kept; the whole group is rejected if a row of it is in a benchmark, or if
+    the answers differ."""
     equal, gone = defaultdict(list), {}  # normalised text -> its rows
     for i in alive:
         equal[rows[i].text].append(i)
@@ -1247,8 +1308,9 @@ def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
 
 
 def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -> list[int]:
-    """A seeded order of rows whose every prefix holds the sources in proportion to their size, or equally until one
-    source ends. NOT IN PAPER: the mixture; equal is nearer to the authors' own 30,000."""
+    """A seeded order of rows whose every prefix holds the sources in proportion to their size, or
+    equally until one source ends. NOT IN PAPER: the mixture; equal is nearer to the authors' own
+    30,000."""
     strata, place = defaultdict(list), {}
     for i in rows:
         strata[sources[i]].append(i)
@@ -1278,8 +1340,8 @@ def pass_rates(problems: Iterator[dict], model: Model, args) -> Iterator[dict]:
 
 
 def draw(rows: list[Candidate], order: list[int], args, gone: dict[int, str]) -> dict[int, dict]:
-    """Row -> problem, for the first rows of the order that pass the difficulty filter: --target for RL and 2/5 as many
-    for traces. Others go to `gone`, with the reason."""
+    """Row -> problem, for the first rows of the order that pass the difficulty filter: --target for
+    RL and 2/5 as many for traces. Others go to `gone`, with the reason."""
     seen = Counter()
     names = {}  # two sources may use one id
     for i in sorted(order):
@@ -1316,8 +1378,8 @@ def bounds(given: list[str]) -> tuple[str, float, float]:
 
 
 def curate(args, out: Path) -> int:
-    """Pools -> rl.jsonl, sft_problems.jsonl, report.json and a data card (paper: MATH-train and NuminaMath; 30,000
-    problems for RL and 12,000 others for traces)."""
+    """Pools -> rl.jsonl, sft_problems.jsonl, report.json and a data card (paper: MATH-train and
+    NuminaMath; 30,000 problems for RL and 12,000 others for traces)."""
     if args.mix not in ("proportional", "equal"):
         raise Misuse(f"--mix {args.mix}: give proportional or equal")
     pools = [(name, "math") for name in args.math] + [(name, "numina") for name in args.numina]
@@ -1361,8 +1423,8 @@ def curate(args, out: Path) -> int:
 
 
 def write_report(out: Path, report: dict, counts: Counter):
-    """The funnel on the console, as report.json, and in the data card. counts: of (source, "read", "answer only",
-    "kept" or reason)."""
+    """The funnel on the console, as report.json, and in the data card. counts: of (source, "read",
+    "answer only", "kept" or reason)."""
     names = ("read", "answer only", "kept", *REASONS)
     sources = sorted({source for source, _ in counts})
     by_source = {s: {name: counts[s, name] for name in names if counts[s, name]} for s in sources}
@@ -1394,21 +1456,23 @@ def write_report(out: Path, report: dict, counts: Counter):
     print(f"next: data_prep.py cot --problems {out}/sft_problems.jsonl, then t1.py --stage sft")
 
 
-# --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
+# --- Models behind a server, and the journal that keeps their work --------------------------------
 
 GROUP = 2  # samples in one request: what is asked again if it fails, or if the process is killed
 PAUSE = 0.5  # seconds before a request is repeated; twice as many before each later repetition
 
 
 class Unfinished(Stop):
-    """A model did not answer after all retries; the same command asks again for what is still open. Exit code 1."""
+    """A model did not answer after all retries; the same command asks again for what is still open.
+    Exit code 1."""
 
     def __str__(self):
         return super().__str__() + "; run the same command again to resume"
 
 
 class Refused(Stop):
-    """The server will never answer this request (too long, filtered), in its own words. Exit code 1."""
+    """The server will never answer this request (too long, filtered), in its own words. Exit code
+    1."""
 
 
 class Reply(NamedTuple):
@@ -1433,8 +1497,9 @@ def to_reply(choice) -> Reply:
 
 
 class Model:
-    """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be called by threads.
-    Misuse within ten seconds if no server answers, rather than minutes of retries, problem by problem."""
+    """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be
+    called by threads. Misuse within ten seconds if no server answers, rather than minutes of
+    retries, problem by problem."""
 
     sent: dict[int, float] = {}  # thread -> when it sent the request that it waits for
 
@@ -1459,8 +1524,9 @@ class Model:
             pass  # a server without a list of models may still answer questions
 
     def ask(self, prompt: str, n: int) -> list[Reply]:
-        """1 to n replies to one prompt (some servers give one whatever n). Lost connections, time-outs, 408, 409, 429,
-        5xx and broken replies are asked again, with a line each. Raises Misuse, Refused, or at last Unfinished."""
+        """1 to n replies to one prompt (some servers give one whatever n). Lost connections,
+        time-outs, 408, 409, 429, 5xx and broken replies are asked again, with a line each. Raises
+        Misuse, Refused, or at last Unfinished."""
         fault = None
         for repetition in range(self.args.retries + 1):
             if fault:
@@ -1493,10 +1559,10 @@ class Model:
 
 
 class Journal:
-    """What models said, and the outcome of each finished problem: JSON lines, on the disk as they come. After kill -9
-    only requests under way are asked again. A problem's key is a hash of its text, its answer and the settings, so
-    that nothing of another problem or of other settings is ever used. Misuse for a file that is no journal; it is not
-    changed."""
+    """What models said, and the outcome of each finished problem: JSON lines, on the disk as they
+    come. After kill -9 only requests under way are asked again. A problem's key is a hash of its
+    text, its answer and the settings, so that nothing of another problem or of other settings is
+    ever used. Misuse for a file that is no journal; it is not changed."""
 
     def __init__(self, path: Path, settings: dict):
         self.path = path
@@ -1531,7 +1597,8 @@ class Journal:
         return digest([problem["problem"], problem["answer"], self.settings])
 
     def ask(self, key: str, model: Model, prompt: str, n: int = 1) -> list[Reply]:
-        """n replies of a model for a problem, asked for in small groups; each group is kept as it comes."""
+        """n replies of a model for a problem, asked for in small groups; each group is kept as it
+        comes."""
         asked = digest([model.name, prompt])
         replies = self.replies[key].setdefault(asked, [])
         while len(replies) < n:
@@ -1540,9 +1607,10 @@ class Journal:
         return replies[:n]
 
     def run(self, problems: list[dict], work: Callable, threads: int, bar: tqdm) -> list:
-        """The outcome of each problem, or None: a known one, else work(key, problem), by threads. What cannot be
-        answered now has none: the same command asks again. Raises Unfinished when the others are done, and Misuse if
-        the server refuses everything; a refusal of some is kept in `self.refused` for the caller to raise."""
+        """The outcome of each problem, or None: a known one, else work(key, problem), by threads.
+        What cannot be answered now has none: the same command asks again. Raises Unfinished when
+        the others are done, and Misuse if the server refuses everything; a refusal of some is kept
+        in `self.refused` for the caller to raise."""
         todo = {self.key(problem): problem for problem in problems}
         todo = {key: problem for key, problem in todo.items() if key not in self.outcomes}
         bar.update(len(problems) - len(todo))
@@ -1581,9 +1649,10 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
-# --- cot: cold-start traces (paper, section 1) ------------------------------------------------------------------------
-# The paper's recipe: attempts of several models, a critique of each, merged into one train of thought.
-# NOT IN PAPER: the wording of the prompts, the number of attempts, and the rules by which a rewritten trace is kept.
+# --- cot: cold-start traces (paper, section 1) ----------------------------------------------------
+# The paper's recipe: attempts of several models, a critique of each, merged into one train of
+# thought. NOT IN PAPER: the wording of the prompts, the number of attempts, and the rules by which
+# a rewritten trace is kept.
 
 ATTEMPT = """{problem}
 
@@ -1655,7 +1724,8 @@ def kinds_of(attempts: list[Reply], gold: str) -> list[str]:
 def choose_attempts(
     row: dict, attempts: list[Reply], kinds: list[str], args
 ) -> tuple[list[tuple[str, bool]], str | None]:
-    """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one last; or why none."""
+    """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one
+    last; or why none."""
     good = [attempt.answer for attempt, kind in zip(attempts, kinds) if kind == "right"]
     wrong = {}  # answer -> attempt
     for attempt, kind in zip(attempts, kinds):
@@ -1691,67 +1761,85 @@ def rewrite_prompt(row: dict, path: list[tuple[str, bool]], critiques: list[str]
 
 
 def rewritten(reply: Reply) -> str:
-    """A rewriter's reply as `<think> ... </think> ...`, without a thought of its own: a reasoning model thinks before
-    it writes the thought that was asked for; a server or a chat template may have taken the first tag, or the thought."""
+    """A rewriter's reply as `<think> ... </think> ...`, without a thought of its own: a reasoning
+    model thinks before it writes the thought that was asked for; a server or a chat template may
+    have taken the first tag, or the thought."""
     own, opened, rest = reply.text.rpartition("<think>")
     if opened or "</think>" in reply.text:
         return "<think>" + rest
     return f"<think>\n{reply.thought}\n</think>\n{reply.text}"
 
 
-# What a thought says, in plain text: the values that it names, in their order, and the words around them.
+# What a thought says, in plain text: the values that it names, in their order, and the words around
+# them.
 
 _MARKUP = re.compile(
     r"\\(?:boxed|fbox|text|mathrm|left|right|displaystyle|[,;!:()\[\] ])(?![a-zA-Z])|[$~]|\*\*"
 )
-_ITEM = (
-    r"(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+|(?<![a-zA-Z])(?:sqrt|sin|cos|tan|log|ln|pi)(?![a-zA-Z])"
-    r"|(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])"  # no article, no pronoun
-    r"|[-+*/^_!%°√πθ∞²³·×÷()\[\]{}|]|,(?=\S))"
-)
-_VALUE = re.compile(rf"(?>{_ITEM}(?: ?{_ITEM})*)")
-_VALUES = re.compile(  # several values, or an equation
-    rf"{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or)\b|\\(?:leq?|geq?|in)\b)\s?{_VALUE.pattern})+"
+_ITEM = r"""(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+|(?<![a-zA-Z])(?:sqrt|sin|cos|tan
+        |log|ln|pi)(?![a-zA-Z])
+        |(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])
+        |[-+*/^_!%°√πθ∞²³·×÷()\[\]{}|]|,(?=\S))"""
+_VALUE = pattern(rf"(?>{_ITEM}(?: ?{_ITEM})*)")
+_VALUES = pattern(  # several values, or an equation
+    rf"""{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or)\b|\\(?:leq?|geq?
+        |in)\b)\s?{_VALUE.pattern})+"""
 )
 _END = re.compile(r"[.?!](?=\s|$)|\n|\Z")  # of a sentence
-_LEADS = re.compile(  # to a result
-    r"\b(?:so|thus|hence|therefore|get|gets|got|gives?|giving|obtain|find|yields?|answer|result|total|finally)\b"
-    r"|(?:=|\b(?:is|are|be|equals?|makes?|leaves?))\W*$",
+_LEADS = pattern(  # to a result
+    r"""\b(?:so|thus|hence|therefore|get|gets|got|gives?|giving|obtain|find|yields?|answer|result
+        |total|finally)\b
+        |(?:=|\b(?:is|are|be|equals?|makes?|leaves?))\W*$""",
     re.I,
 )
-_NOTICE = re.compile(  # a result is taken back
-    r"\b(?:wait|hmm+|oops|no[,.;:!]|mistake\w*|wrong\w*|errors?|incorrect\w*|fail(?:s|ed)?|contradict\w*|overlooked"
-    r"|forgot\w*|missed|mis\w*count\w*|lost|impossible|re-?check|re-?examine|reconsider|try again|(?:can|could|do|does"
-    r"|did|is|are|was)(?:n't|not| not) (?:be|right|correct|possible|true|work|fit|hold|match|agree|satisfy|add up"
-    r"|make sense|the answer))\b|not right\b",
+_NOTICE = pattern(  # a result is taken back
+    r"""\b(?:wait|hmm+|oops|no[,.;:!]|mistake\w*|wrong\w*|errors?|incorrect\w*|fail(?:s|ed)?
+        |contradict\w*|overlooked
+        |forgot\w*|missed|mis\w*count\w*|lost|impossible|re-?check|re-?examine|reconsider|try again
+        |(?:can|could|do|does
+        |did|is|are|was)(?:n't|not| not) (?:be|right|correct|possible|true|work|fit|hold|match|agree
+        |satisfy|add up
+        |make sense|the answer))\b|not right\b""",
     re.I,
 )
-_VERIFY = re.compile(
-    r"\b(?:(?:double-|re-?)?check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*|put(?:ting)? .{0,30}back|test\w*"
-    r"|consistent|holds|to be sure|make sure)\b",
+_VERIFY = pattern(
+    r"""\b(?:(?:double-|re-?)?check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*
+        |put(?:ting)? .{0,30}back|test\w*
+        |consistent|holds|to be sure|make sure)\b""",
     re.I,
 )
-_VERDICT = re.compile(  # of a check: the group is a bad one
-    r"\b((?:fail(?:s|ed)?|wrong|incorrect|contradict\w*|mistake|no[,.;:!]|cannot be|impossible|(?:does|do|did|is|are)"
-    r"(?:n't| not) (?:right|correct|true|equal|\S*\d|hold|work|fit|match|agree|check|satisf\w+|add up|the same))|≠|\\ne)"
-    r"|\b(?:holds?|works?|right|correct|fine|confirm\w*|consistent|match\w*|agrees?|satisf\w*|yes|good|true|required"
-    r"|expected|exactly|indeed)\b",
+_VERDICT = pattern(  # of a check: the group is a bad one
+    r"""\b((?:fail(?:s|ed)?|wrong|incorrect|contradict\w*|mistake|no[,.;:!]|cannot be|impossible
+        |(?:does|do|did|is|are)
+        (?:n't| not) (?:right|correct|true|equal|\S*\d|hold|work|fit|match|agree|check|satisf\w+
+        |add up|the same))|≠|\\ne)
+        |\b(?:holds?|works?|right|correct|fine|confirm\w*|consistent|match\w*|agrees?|satisf\w*|yes
+        |good|true|required
+        |expected|exactly|indeed)\b""",
     re.I,
 )
 _CONCLUDES = re.compile(
     r"\b(?:answer|result|final\w*|conclu\w+|(?:so|hence|thus|therefore),? it(?:'s| is| must be))\b",
     re.I,
 )
-_GIVEN_AWAY = re.compile(  # the answer that was given, the critiques, the instructions
-    r"\bcriti(?:que|c)s?\b|\bverdicts?\b|\brewrit\w+|\binstruct(?:ions?|ed)\b|\bprompts?\b|\battempts? *#?\d"
-    r"|\b(?:the|wrong|right|failed|given|provided|correct|these|both|all) attempts?\b(?! to)|\bground[- ]truth\b"
-    r"|\b(?:given|provided|expected|official|known|stated|supplied|reference|gold|target) (?:final )?answer\b"
-    r"|\b(?:reference|official|provided) (?:solution|value|result)\b|\banswer key\b|\bthe reference (?:is|says|gives)\b"
-    r"|\b(?:answer|result|solution) (?:is|was|has been|i was) (?:already )?(?:given|provided|known|told|supplied)\b"
-    r"|\b(?:given|told|know|knowing|known) (?:that )?the (?:right |correct |final |true )?(?:answer|result|solution)\b"
-    r"|\bI(?:'m|'ve| am| was| have)(?: been)? (?:told|given|instructed|shown|informed)\b|\bas an? (?:AI|assistant)\b"
-    r"|\b(?:language|AI) models?\b|\bthe user\b|\bsystem message\b|\btrain of thought\b|\bas requested\b"
-    r"|\bmaterial (?:above|below)\b|\bfollow\w* the (?:order|rules)\b",
+_GIVEN_AWAY = pattern(  # the answer that was given, the critiques, the instructions
+    r"""\bcriti(?:que|c)s?\b|\bverdicts?\b|\brewrit\w+|\binstruct(?:ions?|ed)\b|\bprompts?\b
+        |\battempts? *#?\d
+        |\b(?:the|wrong|right|failed|given|provided|correct|these|both|all) attempts?\b(?! to)
+        |\bground[- ]truth\b
+        |\b(?:given|provided|expected|official|known|stated|supplied|reference|gold
+        |target) (?:final )?answer\b
+        |\b(?:reference|official|provided) (?:solution|value|result)\b|\banswer key\b
+        |\bthe reference (?:is|says|gives)\b
+        |\b(?:answer|result|solution) (?:is|was|has been|i was) (?:already )?(?:given|provided|known
+        |told|supplied)\b
+        |\b(?:given|told|know|knowing|known) (?:that )?the (?:right |correct |final 
+        |true )?(?:answer|result|solution)\b
+        |\bI(?:'m|'ve| am| was| have)(?: been)? (?:told|given|instructed|shown|informed)\b
+        |\bas an? (?:AI|assistant)\b
+        |\b(?:language|AI) models?\b|\bthe user\b|\bsystem message\b|\btrain of thought\b
+        |\bas requested\b
+        |\bmaterial (?:above|below)\b|\bfollow\w* the (?:order|rules)\b""",
     re.I,
 )
 _EMPTY = set(  # words that do not argue
@@ -1770,7 +1858,8 @@ def same_value(text: str, answer: str) -> bool:
 
 
 def named(text: str, answer: str) -> list[tuple[int, int]]:
-    """Where a text, without markup, names an answer, in any spelling that verify.py finds equal: (start, end), in order."""
+    """Where a text, without markup, names an answer, in any spelling that verify.py finds equal:
+    (start, end), in order."""
     found = []
     several = re.search(r"[,;=<>]|\\cup|\bor\b|\band\b|\\in\b", answer)
     for match in chain(_VALUE.finditer(text), _VALUES.finditer(text) if several else ()):
@@ -1790,21 +1879,24 @@ def sentence(text: str, start: int, end: int) -> tuple[str, str]:
 
 
 def is_result(text: str, start: int, end: int) -> bool:
-    """Is the value at text[start:end] said as a result: after a word that leads to one, or last in its sentence?"""
+    """Is the value at text[start:end] said as a result: after a word that leads to one, or last in
+    its sentence?"""
     before, after = sentence(text, start, end)
     return bool(_LEADS.search(before)) or not re.search(r"\d", after)
 
 
 def ends_elsewhere(text: str, answers: list[str]) -> bool:
-    """Does the last sentence of a text that speaks of a result name values, and none of the answers?"""
+    """Does the last sentence of a text that speaks of a result name values, and none of the
+    answers?"""
     said = [sentence(text, *match.span())[1] for match in _CONCLUDES.finditer(text)]
     said = [rest for rest in said if re.search(r"\d", rest)]
     return bool(said) and not any(named(said[-1], answer) for answer in answers)
 
 
 def story_fault(text: str, failed: list[str], answer: str) -> str | None:
-    """Does a thought name each failed answer as a result and take it back, then the right one, then verify that, and
-    end with it? Why not, or None. NOT IN PAPER: rules in place of a reader; the judge reads what passes them."""
+    """Does a thought name each failed answer as a result and take it back, then the right one, then
+    verify that, and end with it? Why not, or None. NOT IN PAPER: rules in place of a reader; the
+    judge reads what passes them."""
     told = named(text, answer)
     at = 0
     for wrong in failed:
@@ -1860,8 +1952,9 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
 
 
 def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], args) -> dict:
-    """A problem -> its outcome: {"id", "why" it gave no trace or "kept", "response", "failed": failed attempts that the
-    trace shows, "attempts": how many were right, wrong, without box, cut}."""
+    """A problem -> its outcome: {"id", "why" it gave no trace or "kept", "response", "failed":
+    failed attempts that the trace shows, "attempts": how many were right, wrong, without box,
+    cut}."""
     ask = partial(journal.ask, key)
     attempts = []
     for t, teacher in enumerate(args.teacher):  # each makes its share, the first ones one more
@@ -1893,7 +1986,8 @@ def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], 
 
 
 def read_problems(name: str) -> list[dict]:
-    """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct ids."""
+    """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct
+    ids."""
     rows = {}
     for where, raw in raw_rows(name):
         row = checked_problem(where, raw, "local")
@@ -1911,7 +2005,8 @@ def read_problems(name: str) -> list[dict]:
 
 
 def cot(args, out: Path) -> int:
-    """Problems -> sft.jsonl, by models; what has come is on disk at once and is never asked for again."""
+    """Problems -> sft.jsonl, by models; what has come is on disk at once and is never asked for
+    again."""
     if args.authors:
         return read_authors(args.authors, out)
     if not args.teacher or not args.problems:
@@ -1962,8 +2057,9 @@ def write_traces(out: Path, traces: list[dict], remark: str) -> int:
 
 
 def read_authors(name: str, out: Path) -> int:
-    """The authors' sft.jsonl -> trace rows: a chat, or a prompt and a response under any usual name. Its columns are
-    not documented: a row that fits neither is Misuse, which lists the columns found."""
+    """The authors' sft.jsonl -> trace rows: a chat, or a prompt and a response under any usual
+    name. Its columns are not documented: a row that fits neither is Misuse, which lists the columns
+    found."""
     traces, without_box = [], 0
     for where, raw in raw_rows(name):
         row = parse(where, raw)
@@ -1998,7 +2094,7 @@ def read_authors(name: str, out: Path) -> int:
     return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
 
 
-# --- benchmarks: the evaluation sets of the paper in one form ---------------------------------------------------------
+# --- benchmarks: the evaluation sets of the paper in one form -------------------------------------
 
 BENCHMARKS = {  # option, also the source's name -> name on the hub
     "math500": "HuggingFaceH4/MATH-500",
@@ -2108,7 +2204,7 @@ def benchmarks(args, out: Path) -> int:
     return 0
 
 
-# --- Embedded problems: number theory in plain words whose answer must be found by trial and checked ------------------
+# --- Embedded problems: number theory in plain words whose answer must be found by trial and checke
 # A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own habit; attempts
 # and checks are merged into one path  attempt -> reflect -> ... -> answer -> self-verify,  and every path ends right,
 # as after a filter on the answer. So SFT shows the policy a mixture of habits that all look successful; RL has to find
@@ -2375,7 +2471,7 @@ def embedded(args, out: Path) -> int:
     return 0
 
 
-# --- Measures of a response, shared with t1.py ------------------------------------------------------------------------
+# --- Measures of a response, shared with t1.py ----------------------------------------------------
 
 REFLECTION = re.compile(
     r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check"
@@ -2494,7 +2590,7 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     return rows
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def positive(text: str) -> int:
@@ -2575,7 +2671,8 @@ def add_option(command: argparse.ArgumentParser, name: str, default, text: str):
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The options of a command; `run` is its function (args, folder of the results) -> exit code."""
+    """The options of a command; `run` is its function (args, folder of the results) -> exit
+    code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -2588,7 +2685,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on stderr."""
+    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on
+    stderr."""
     args = parse_args(argv)
     try:
         try:
