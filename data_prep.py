@@ -478,7 +478,7 @@ def chunks(rows, size: int) -> Iterator[list]:
 
 
 def pattern(text: str, flags: int = 0) -> re.Pattern:
-    """A regular expression that is written over several lines: their ends and margins do not count."""
+    """A regular expression written over several lines, whose ends and margins do not count."""
     return re.compile(re.sub(r"\n *", "", text), flags)
 
 
@@ -501,27 +501,29 @@ _SIGNS = r"""² ^2 ³ ^3 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≦ \leq ≧ \geq �
 _UNICODE = {ord(sign): name + " " for sign, name in zip(_SIGNS[::2], _SIGNS[1::2])}
 _UNICODE |= str.maketrans("\u2014\u2032\u2019\u2018\u201c\u201d", " '''\"\"")
 # One name for a token that is written in several ways; an empty name drops the token.
-_SYNONYMS = r"""\frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to; \mod
-    \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; * \ast; > \gt; < \lt;
-    \{ \lbrace; \} \rbrace; \circ \degree; \varepsilon \epsilon; \varphi \phi; \Diamond \diamond; % \%; ' \prime"""
+_SYNONYMS = r"""\frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to;
+    \mod \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; *
+    \ast; > \gt; < \lt; \{ \lbrace; \} \rbrace; \circ \degree; \varepsilon \epsilon; \varphi \phi;
+    \Diamond \diamond; % \%; ' \prime"""
 _ALIAS = {other: name for name, *others in map(str.split, _SYNONYMS.split(";")) for other in others}
 _ALIAS |= dict.fromkeys(
-    r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \nolimits \, \;
-    \: \! \quad \qquad \text \textbf \textit \textrm \mathrm \mathbf \mathit \mathcal \mathbb \mathsf \operatorname
-    \mbox \hbox \rm \bf \it \overline \hspace \vspace \hfill \noindent \medskip \par \item \label
-    \ $ $$ . , ; : ? ! ' " ` ~ &""".split()
+    r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits
+    \nolimits \, \; \: \! \quad \qquad \text \textbf \textit \textrm \mathrm \mathbf \mathit
+    \mathcal \mathbb \mathsf \operatorname \mbox \hbox \rm \bf \it \overline \hspace \vspace \hfill
+    \noindent \medskip \par \item \label \ $ $$ . , ; : ? ! ' " ` ~ &""".split()
     + ["\\ ", "\\$", "\\(", "\\)", "\\[", "\\]"],
     "",
 )
 # Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of
 # duplicates.
 _HARMLESS = set(
-    """a an the of in on at by to for from is are be was were it its this that these those there here we you
-    your if then let given suppose assume consider where when such with and or as so also now please note find compute
-    calculate determine evaluate solve what which value values answer express write written enter give number numbers
-    real reals following problem have has had does do can one could will would must may using use figure diagram shown
-    above below centre center respectively both each all any some possible denote denotes denoted called say simplest
-    form common fraction s th expression""".split()
+    """a an the of in on at by to for from is are be was were it its this that these those there here
+    we you your if then let given suppose assume consider where when such with and or as so also now
+    please note find compute calculate determine evaluate solve what which value values answer
+    express write written enter give number numbers real reals following problem have has had does
+    do can one could will would must may using use figure diagram shown above below centre center
+    respectively both each all any some possible denote denotes denoted called say simplest form
+    common fraction s th expression""".split()
 )
 _CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
 _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dialogue
@@ -551,7 +553,7 @@ def tokens(text: str) -> list[str]:
         if token in "!'" and (len(last) == 1 and last.isalnum() or last.isdigit() or last == ")"):
             found.append(token)  # n! and f'(x) are no punctuation
         elif len(token) <= 3 and token.isalpha() and token not in _HARMLESS:
-            found += token  # `ab` and `a b` are the same product; a short word falls apart on both sides alike
+            found += token  # `ab` is `a b`; a short word falls apart on both sides alike
         elif name := _ALIAS.get(token, token):
             found.append(name)
         last = token
@@ -574,7 +576,7 @@ _QUIET = {
     "|",
 }  # written or left out by taste: a b, a \cdot b; |S|, #S
 _BRACKETS = set("()[]|") | {"\\{", "\\}"}
-CLAUSE = 6  # tokens. NOT IN PAPER: a longer insertion is a clause of its own (a hint, a credit, the form of the answer)
+CLAUSE = 6  # tokens. NOT IN PAPER: a longer insertion is a clause of its own (a hint, a credit)
 
 
 def signs(words: list[str]) -> list[str]:
@@ -593,9 +595,9 @@ def skeleton(words: list[str]) -> list[str]:
 _SPOKEN = {r"\leq": "<", r"\geq": ">", r"\neq": "", r"\pm": "+ -", r"\rightarrow": "- >"}
 _SPOKEN |= {r"\infty": "infinity", r"\cup": "union", r"\cap": "intersection"}
 _UNSPOKEN = set(
-    r"""\frac frac / \div * \cdot ^ ! \circ degree degrees \angle angle \triangle triangle \dots \in \lfloor \rfloor floor
-    \lceil \rceil ceil \langle \rangle langle rangle prime \pmod pmod bmod \mod begin end pmatrix matrix cases array align
-    aligned \perp \equiv =""".split()
+    r"""\frac frac / \div * \cdot ^ ! \circ degree degrees \angle angle \triangle triangle \dots \in
+    \lfloor \rfloor floor \lceil \rceil ceil \langle \rangle langle rangle prime \pmod pmod bmod
+    \mod begin end pmatrix matrix cases array align aligned \perp \equiv =""".split()
 )
 
 
@@ -856,11 +858,13 @@ def find_answer(row: dict) -> str | None:
 
 
 _NUMERAL = r"(?:[1-5]|[a-e]|i{1,3}|iv|I{1,3}|IV|Ⅰ|Ⅱ|Ⅲ)"
-_PART = pattern(  # (1) but not f(1); a) at the beginning of a line or sentence; 1. at the beginning of a line; ①
+# (1) but not f(1); a) at the beginning of a line or sentence; 1. at the beginning of a line; ①
+_PART = pattern(
     rf"""(?<![A-Za-z\d_^}}\\])\$?(?:\\*\()?\(\s*{_NUMERAL}\s*\)(?:\\*\))?\$?(?!\s*[,=^_+*/])
         |(?:^|(?<=[\n.:;?!>]))\s*\*{{0,2}}{_NUMERAL}\)|(?:^|(?<=\n))\s*\*{{0,2}}[1-5]\.\s|[①②③④⑤]"""
 )
-_TASK = pattern(  # a part asks: a question mark, or an order at its beginning or after a comma, "and", "then"
+# a part asks: a question mark, or an order at its beginning or after a comma, "and", "then"
+_TASK = pattern(
     r"""\?|(?:^\W*|[.,;:]\s+|\b(?:and|then|also)\s+)(?:please\s+)?(?:find|what|determine|calculate
         |compute|evaluate|how
         |solve|write|express|derive|establish|give|state|factor|simplify|draw|explain|prove|show
@@ -927,7 +931,8 @@ def another_script(scripts: tuple[str, ...]) -> Callable:
     return rule
 
 
-_VALUE_WORDS = "and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base|pmatrix|begin|end"
+_VALUE_WORDS = """and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base
+    |pmatrix|begin|end"""
 
 
 RULES = (  # in the order of the funnel; the rule on scripts stands between the two parts
@@ -1077,19 +1082,21 @@ def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     return (*RULES, another_script(scripts), *LATER_RULES)
 
 
-REASONS = """too long; no solution; empty problem; marked invalid by its source; link or missing figure; answer given; proof; no box; empty answer
-answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
-yes or no, true or false; several questions; answer longer than 80 characters; answer in prose; rounded answer
-letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
-same problem, different answers; duplicate; near-duplicate; solved too seldom; solved too often
-beyond the target""".replace("\n", "; ").split("; ")
+REASONS = """too long; no solution; empty problem; marked invalid by its source
+link or missing figure; answer given; proof; no box; empty answer
+answer continues after the box; several different boxes; answer and box differ
+another script; multiple choice; yes or no, true or false; several questions
+answer longer than 80 characters; answer in prose; rounded answer
+letters that the problem does not name; nothing definite asked; ungradable
+in a benchmark; same problem, different answers; duplicate; near-duplicate
+solved too seldom; solved too often; beyond the target""".replace("\n", "; ").split("; ")
 
 # --- curate: benchmark problems and near-duplicates -----------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
 
 N_GRAM = 13  # tokens: the usual length of decontamination, here on LaTeX-aware tokens
-SHORT = 8  # tokens of the skeleton, for short or reworded problems; finds candidates only, `same_problem` decides
-PHRASE = 12  # an n-gram in more problems of the benchmarks is a phrase ("m and n are relatively prime ...")
+SHORT = 8  # tokens, for short or reworded problems; finds candidates, `same_problem` decides
+PHRASE = 12  # an n-gram in more benchmark problems is a phrase ("relatively prime positive")
 SHINGLE, SKETCH = (
     4,
     8,
@@ -1444,8 +1451,8 @@ def write_report(out: Path, report: dict, counts: Counter):
     report |= {"read": total["read"], "kept": total["kept"], "funnel": funnel}
     write_json(out / "report.json", report | {"by_source": by_source})
     card = (
-        f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by `data_prep.py "
-        "curate`. Licences are those of the sources; answers are the sources' own and not proven: those of a source "
+        f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by "
+        "`data_prep.py curate`. Licences and answers are those of the sources; not proven: those of one "
         'with "answers only" come without a solution, and more of them are wrong.\n\n'
     )
     settings = f"\n\nSettings: `{json.dumps(report['settings'])}`\n"
@@ -1517,8 +1524,8 @@ class Model:
             self.client.with_options(timeout=10).models.list()
         except openai.APIConnectionError as e:  # refused, unknown host, no answer in time
             raise Misuse(
-                f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start one, for instance "
-                f"`vllm serve {name}`, or correct the address"
+                f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start "
+                f"one, for instance `vllm serve {name}`, or correct the address"
             )
         except (openai.APIError, ValueError, TypeError, AttributeError):
             pass  # a server without a list of models may still answer questions
@@ -1635,7 +1642,8 @@ class Journal:
                 pool.shutdown(cancel_futures=True)
         outcomes = [self.outcomes.get(self.key(problem)) for problem in problems]
         if faults:
-            said = f"{outcomes.count(None)} of {len(problems)} problems are still open ({faults[-1].args[0]})"
+            said = f"{outcomes.count(None)} of {len(problems)} problems are still open"
+            said += f" ({faults[-1].args[0]})"
             if any(isinstance(fault, Unfinished) for fault in faults):
                 raise Unfinished(said)
             self.refused = Refused(said)
@@ -1666,16 +1674,18 @@ Attempt:
 {attempt}
 
 {task}
-Write a short critique only, in the words of someone checking the work. Do not mention that you were told the \
+Write a short critique only, in the words of someone checking the work. Do not mention that you \
+were told the \
 verdict."""
 WHY_IT_FAILS = (
     "Find the first step that goes wrong, say why it is wrong, and how one could notice it."
 )
 WHY_IT_HOLDS = (
-    "Check the result by an independent route (substitute it back, try a special case, or count another "
-    "way) and say why it holds."
+    "Check the result by an independent route (substitute it back, try a special case, or count "
+    "another way) and say why it holds."
 )
-REWRITE = """Rewrite the material below as one train of thought of a single person who solves the problem alone, \
+REWRITE = """Rewrite the material below as one train of thought of a single person who solves the \
+problem alone, \
 thinking aloud.
 
 Problem:
@@ -1684,11 +1694,14 @@ Problem:
 {attempts}
 
 Rules:
-- Follow the order above. Present each wrong attempt as your own try with its wrong result, then notice the fault \
+- Follow the order above. Present each wrong attempt as your own try with its wrong result, then \
+notice the fault \
 ("Wait, ..."), say why it fails, and try again.
-- Arrive at the result of the right attempt, then verify it once more with its check before you finish.
+- Arrive at the result of the right attempt, then verify it once more with its check before you \
+finish.
 - Keep the mathematics of the attempts. Do not mention attempts, critiques, models or instructions.
-- Write the whole thought between <think> and </think>, then a short solution that ends in \\boxed{{}} with the final \
+- Write the whole thought between <think> and </think>, then a short solution that ends in \
+\\boxed{{}} with the final \
 answer."""
 ONE_ATTEMPT = """Attempt {number} ({verdict}):
 {attempt}
@@ -1703,8 +1716,10 @@ Problem:
 Solution:
 {response}
 
-Is the solution coherent from beginning to end and in the language of the problem: each calculation right, unless it \
-is taken back later, each step following from what stands before it, nothing said again and again, no sentence broken \
+Is the solution coherent from beginning to end and in the language of the problem: each \
+calculation right, unless it \
+is taken back later, each step following from what stands before it, nothing said again and \
+again, no sentence broken \
 off? Answer with one word, yes or no."""
 PROMPTS = [ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT, JUDGE]
 
@@ -1776,7 +1791,8 @@ def rewritten(reply: Reply) -> str:
 _MARKUP = re.compile(
     r"\\(?:boxed|fbox|text|mathrm|left|right|displaystyle|[,;!:()\[\] ])(?![a-zA-Z])|[$~]|\*\*"
 )
-_ITEM = r"""(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+|(?<![a-zA-Z])(?:sqrt|sin|cos|tan
+_ITEM = r"""(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+
+        |(?<![a-zA-Z])(?:sqrt|sin|cos|tan
         |log|ln|pi)(?![a-zA-Z])
         |(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])
         |[-+*/^_!%°√πθ∞²³·×÷()\[\]{}|]|,(?=\S))"""
@@ -1843,9 +1859,10 @@ _GIVEN_AWAY = pattern(  # the answer that was given, the critiques, the instruct
     re.I,
 )
 _EMPTY = set(  # words that do not argue
-    """the this that these there and but now all not wait wrong right correct wrongly sure yes fine clear done good true
-    check checks checked verify verified hold holds get got gives answer result value final solution number maybe hmm let
-    try again see know therefore thus hence indeed well okay""".split()
+    """the this that these there and but now all not wait wrong right correct wrongly sure yes fine
+    clear done good true check checks checked verify verified hold holds get got gives answer result
+    value final solution number maybe hmm let try again see know therefore thus hence indeed well
+    okay""".split()
 )
 _GARBLED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ue000-\uf8ff\ufffd]|\S{200}")
 
@@ -1993,12 +2010,13 @@ def read_problems(name: str) -> list[dict]:
         row = checked_problem(where, raw, "local")
         if find_answer(row):
             raise Misuse(
-                f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a box of "
-                "'solution'; run `curate` first"
+                f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a "
+                "box of 'solution'; run `curate` first"
             )
         if row["id"] in rows:
             raise Misuse(
-                f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each problem its own"
+                f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each "
+                "problem its own"
             )
         rows[row["id"]] = {k: row[k] for k in ("id", "problem", "answer", "source")}
     return list(rows.values())
@@ -2011,7 +2029,8 @@ def cot(args, out: Path) -> int:
         return read_authors(args.authors, out)
     if not args.teacher or not args.problems:
         raise Misuse(
-            "cot: give --problems FILE and at least one --teacher (or --authors FILE for the authors' traces)"
+            "cot: give --problems FILE and at least one --teacher (or --authors FILE for the "
+            "authors' traces)"
         )
     problems = read_problems(args.problems)
     args.critic = args.critic or args.teacher[0]
@@ -2019,8 +2038,8 @@ def cot(args, out: Path) -> int:
     args.judge = args.judge or args.critic
     names = {*args.teacher, args.critic, args.rewriter, args.judge}
     models = {name: Model(name, args) for name in sorted(names)}
-    names = """teacher critic rewriter judge attempts reflect_share max_failed temperature max_tokens max_chars
-        seed""".split()
+    names = """teacher critic rewriter judge attempts reflect_share max_failed temperature
+        max_tokens max_chars seed""".split()
     settings = {name: getattr(args, name) for name in names} | {"prompts": digest(PROMPTS)}
     journal = Journal(out / "journal.jsonl", settings)
     make = partial(make_trace, journal=journal, models=models, args=args)
