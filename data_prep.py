@@ -520,7 +520,7 @@ _HARMLESS = set(
     """a an the of in on at by to for from is are be was were it its this that these those there here
     we you your if then let given suppose assume consider where when such with and or as so also now
     please note find compute calculate determine evaluate solve what which value values answer
-    express write written enter give number numbers real reals following problem have has had does
+    express write written enter give number numbers real reals following question problem have has had does
     do can one could will would must may using use figure diagram shown above below centre center
     respectively both each all any some possible denote denotes denoted called say simplest form
     common fraction s th expression""".split()
@@ -1425,7 +1425,7 @@ def curate(args, out: Path) -> int:
     sizes = {path.name: len(members) for path, members in files.items()}
     write_report(out, {"settings": settings, "rows": sizes, "in a benchmark": removed}, counts)
     if not chosen:
-        raise Stop(f"none of {counts.total():,} rows was kept; {out}/report.json says why")
+        raise Stop(f"no row was kept; the table above and {out}/report.json say why")
     return 0
 
 

@@ -3685,6 +3685,60 @@ def test_data_decontamination(case):
     assert data_prep.Benchmarks([]).find(words, case["answer"]) is None
 
 
+PLAIN = {r"\leq": "<=", r"\le": "<=", r"\geq": ">=", r"\ge": ">=", r"\neq": "!=", r"\times": "*"}
+PLAIN |= {r"\cdot": "*", r"\ldots": "...", r"\cdots": "...", r"\pm": "+-", r"\to": "->"}
+PROMPTS = [  # of verl, Qwen, DAPO, and two others
+    "{} Let's think step by step and output the final answer within \\boxed{{}}.",
+    "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+    "Solve the following math problem step by step. The last line of your response should be of the "
+    "form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".',
+    "Question: {}\nAnswer:",
+    data_prep.ATTEMPT.replace("{problem}", "{}"),
+]
+
+
+def as_plain_text(text):
+    """A problem as somebody types it without LaTeX."""
+    for _ in range(6):  # innermost first
+        text = re.sub(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)", text)
+        text = re.sub(r"\\sqrt\s*\{([^{}]*)\}", r"sqrt(\1)", text)
+    text = re.sub(r"\\(?:text|math\w+|textbf|overline)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\^\{?\\circ\}?", " degrees", text)
+    text = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])|\\[,;!]|\\[\[\]()]|\$", "", text)
+    text = re.sub(r"\\[a-zA-Z]+", lambda m: PLAIN.get(m[0], m[0][1:] + " "), text)
+    return re.sub(r"([_^])\{([^{}]*)\}", r"\1(\2)", text).replace("\\", "")
+
+
+@needs_shared
+@pytest.mark.slow
+def test_data_benchmark_problems_in_plain_text_and_in_prompts_are_found():
+    known = [json.loads(line) for f in shared("math500", "omni_math") for line in gzip.open(f)]
+    known = [
+        {"id": str(i), "problem": r["problem"], "answer": r["answer"], "solution": ""}
+        for i, r in enumerate(known)
+    ]
+    benchmarks = data_prep.Benchmarks(known)
+    some = random.Random(0).sample(known, 300)
+
+    def missed(change, answer=None):
+        problems = [data_prep.repair(change(row["problem"])) for row in some]
+        found = [
+            benchmarks.find(data_prep.tokens(text), answer or data_prep.bare(row["answer"]))
+            for text, row in zip(problems, some)
+        ]
+        return found.count(None) / len(some)
+
+    assert missed(as_plain_text) <= 0.04
+    assert missed(lambda text: as_plain_text(text).replace("^", "**")) <= 0.04
+    for prompt in PROMPTS:
+        assert missed(prompt.format, "987654321") == 0
+    reworded = {"Find": "Determine", "Compute": "What is", "such that": "with", "How many": "What number of"}
+    assert missed(lambda text: re.sub("|".join(reworded), lambda m: reworded[m[0]], text)) <= 0.02
+    look_alike = partial(re.sub, r"(?<![\d.\w\\])\d+(?![\d.\w])", lambda m: str(int(m[0]) + 1), count=1)
+    assert missed(look_alike, "987654321") >= 0.8  # of all, some without a number
+
+
 def test_data_stratified_order():
     sources, rows = ["a"] * 700 + ["b"] * 250 + ["c"] * 50, list(range(1000))
     order = data_prep.stratified_order(rows, sources, 3, "proportional")
@@ -3805,7 +3859,7 @@ def test_data_curate_marks_a_set_without_solutions_and_leaves_it_out(tmp_path):
 def test_data_curate_keeps_nothing_is_an_error(tmp_path):
     pool = jsonl(tmp_path / "pool.jsonl", [{"problem": "Prove that 1 + 1 = 2.", "solution": "so"}])
     code, out, err = data_main("curate", "--numina", pool, "--processes", 1, "--out", tmp_path / "o")
-    assert code == 1 and "none of 1 rows was kept" in err and "| proof | 1 | 0 |" in out
+    assert code == 1 and "no row was kept" in err and "| proof | 1 | 0 |" in out
 
 
 ONE = b'{"id": "a", "problem": "What is 1+1 then?", "answer": "2"}\n'
