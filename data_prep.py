@@ -1,7 +1,7 @@
 """Problems and traces for T1: what the paper did to its data, with rules that can be read and counted.
 
     python data_prep.py curate --math PATH --numina PATH --decontaminate PATH ... --out DIR   30,000 clean RL problems
-    python data_prep.py cot --problems DIR/rl.jsonl --teacher MODEL --base-url URL --out DIR  cold-start traces
+    python data_prep.py cot --problems DIR/sft_problems.jsonl --teacher MODEL --out DIR  cold-start traces
     python data_prep.py benchmarks --out DIR                                                  the evaluation sets
     python data_prep.py embedded --out DIR                                                    the embedded problems
 
@@ -501,7 +501,8 @@ _SIGNS = r"""² ^2 ³ ^3 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≦ \leq ≧ \geq �
 _UNICODE = {ord(sign): name + " " for sign, name in zip(_SIGNS[::2], _SIGNS[1::2])}
 _UNICODE |= str.maketrans("\u2014\u2032\u2019\u2018\u201c\u201d", " '''\"\"")
 # One name for a token that is written in several ways; an empty name drops the token.
-_SYNONYMS = r"""\frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to;
+_SYNONYMS = r"""
+    \frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to;
     \mod \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; *
     \ast; > \gt; < \lt; \{ \lbrace; \} \rbrace; \circ \degree; \varepsilon \epsilon; \varphi \phi;
     \Diamond \diamond; % \%; ' \prime"""
@@ -1452,7 +1453,8 @@ def write_report(out: Path, report: dict, counts: Counter):
     write_json(out / "report.json", report | {"by_source": by_source})
     card = (
         f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by "
-        "`data_prep.py curate`. Licences and answers are those of the sources; not proven: those of one "
+        "`data_prep.py curate`. Licences and answers are those of the sources; not proven: those of "
+        "one "
         'with "answers only" come without a solution, and more of them are wrong.\n\n'
     )
     settings = f"\n\nSettings: `{json.dumps(report['settings'])}`\n"
@@ -1791,7 +1793,8 @@ def rewritten(reply: Reply) -> str:
 _MARKUP = re.compile(
     r"\\(?:boxed|fbox|text|mathrm|left|right|displaystyle|[,;!:()\[\] ])(?![a-zA-Z])|[$~]|\*\*"
 )
-_ITEM = r"""(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d*\.?\d+
+_ITEM = r"""(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d+:\d+|\d*\.?\d+
+        |(?<![a-zA-Z])(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?![a-zA-Z])
         |(?<![a-zA-Z])(?:sqrt|sin|cos|tan
         |log|ln|pi)(?![a-zA-Z])
         |(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])
@@ -1809,9 +1812,12 @@ _LEADS = pattern(  # to a result
     re.I,
 )
 _NOTICE = pattern(  # a result is taken back
-    r"""\b(?:wait|hmm+|oops|no[,.;:!]|mistake\w*|wrong\w*|errors?|incorrect\w*|fail(?:s|ed)?
-        |contradict\w*|overlooked
-        |forgot\w*|missed|mis\w*count\w*|lost|impossible|re-?check|re-?examine|reconsider|try again
+    r"""\b(?:wait|hmm+|oops|no(?=[,.;:!])|mistake\w*|wrong\w*|errors?|incorrect\w*|fail(?:s|ed)?
+        |contradict\w*|overlooked|not (?:a )?valid
+        |also counts?|(?:double|over)[- ]?count\w*
+        |forgot\w*|missed|mis\w*count\w*|lost|impossible|re-?check|re-?examine|reconsider
+        |try again|redo
+        |start (?:over|again)|too (?:small|large|big|low|high|many|few|much)
         |(?:can|could|do|does
         |did|is|are|was)(?:n't|not| not) (?:be|right|correct|possible|true|work|fit|hold|match|agree
         |satisfy|add up
@@ -1845,7 +1851,8 @@ _GIVEN_AWAY = pattern(  # the answer that was given, the critiques, the instruct
         |\bground[- ]truth\b
         |\b(?:given|provided|expected|official|known|stated|supplied|reference|gold
         |target) (?:final )?answer\b
-        |\b(?:reference|official|provided) (?:solution|value|result)\b|\banswer key\b
+        |\b(?:reference|official|provided) (?:value|result)\b|\banswer key\b
+        |\b(?:answer|solution) says\b|\b(?:given|reference|official|provided) solution\b
         |\bthe reference (?:is|says|gives)\b
         |\b(?:answer|result|solution) (?:is|was|has been|i was) (?:already )?(?:given|provided|known
         |told|supplied)\b
