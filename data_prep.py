@@ -676,6 +676,7 @@ _REPAIRS = [
         (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
         (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""),
         (r"\r\n?", "\n"),
+        (r"\s{40,}", "\n"),
         (r"[\xa0\u3000]", " "),
         (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
         (
@@ -1799,7 +1800,7 @@ _ITEM = r"""(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d+:\d+|\d*\.?\d+
         |log|ln|pi)(?![a-zA-Z])
         |(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])
         |[-+*/^_!%°√πθ∞²³·×÷()\[\]{}|]|,(?=\S))"""
-_VALUE = pattern(rf"(?>{_ITEM}(?: ?{_ITEM})*)")
+_VALUE = pattern(rf"(?>{_ITEM}(?: ?{_ITEM}){{0,99}})")
 _VALUES = pattern(  # several values, or an equation
     rf"""{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or)\b|\\(?:leq?|geq?
         |in)\b)\s?{_VALUE.pattern})+"""
