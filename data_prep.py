@@ -850,7 +850,7 @@ def find_answer(row: dict) -> str | None:
             r"(?:ind|is|of)\W*" + re.escape(name[1].strip("$")) + r"[$.?\s]*(?:\Z|if)",
             row["problem"],
         )
-        if _CONTINUES.match(after) and not asked:
+        if _CONTINUES.match(after[:200]) and not asked:
             return "answer continues after the box"
         if found[-1] and not all(same_answer(box, found[-1]) for box in set(found)):
             return "several different boxes"
