@@ -2,7 +2,7 @@
 
     python data_prep.py curate --math PATH --numina PATH --decontaminate PATH ... --out DIR
                                                         30,000 clean RL problems
-    python data_prep.py cot --problems DIR/rl.jsonl --teacher MODEL --base-url URL --out DIR
+    python data_prep.py cot --problems DIR/sft_problems.jsonl --teacher MODEL --out DIR
                                                         cold-start traces
     python data_prep.py benchmarks --out DIR            the evaluation sets
     python data_prep.py embedded --out DIR              the embedded problems
@@ -33,15 +33,17 @@ import random
 import re
 import stat
 import sys
+import threading
+import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
-from itertools import accumulate, chain, combinations, islice, product
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -695,9 +697,16 @@ def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
     return rows
 
 
-# --- The text of a problem, made comparable ---------------------------------------------------------------------------
-# Duplicates and benchmark problems are found on tokens, not on white-space words: `x^2` and `x^{2}`, `\{1` and `\{ 1`,
-# `\dfrac12` and `\frac{1}{2}` give the same tokens, while operators, signs and decimal points stay.
+# --- The text of a problem, made comparable -------------------------------------------------------
+# Duplicates and benchmark problems are found on tokens, not on white-space words: `x^2` and
+# `x^{2}`, `\{1` and `\{ 1`, `\dfrac12` and `\frac{1}{2}` give the same tokens, while operators,
+# signs and decimal points stay.
+
+
+def pattern(text: str, flags: int = 0) -> re.Pattern:
+    """A regular expression written over several lines, whose ends and margins do not count."""
+    return re.compile(re.sub(r"\n *", "", text), flags)
+
 
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{\s*([a-zA-Z]+)\*?\s*\}(?:\s*\{[lcr|@{} ]*\})?")
 _DRAWING = re.compile(r"\[asy\].*?(?:\[/asy\]|$)|\\begin\{asy\}.*?\\end\{asy\}", re.S)
@@ -711,73 +720,58 @@ _SHORT_FRACTION = re.compile(
 _BULLET = re.compile(r"(?:^|\n)\s*[-*\u2022]\s+(?=[A-Za-z$\\(])")
 _WORD_HYPHEN = re.compile(r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})")
 _BLANK = re.compile(r"(?:\\_|_){2,}|\\underline\s*\{[\s\\,;:~]*\}|\\\\(?:\[[^\]]*\])?")
-_UNICODE = str.maketrans(
-    {
-        "²": "^2",
-        "³": "^3",
-        "≤": r"\leq ",
-        "≥": r"\geq ",
-        "⩽": r"\leq ",
-        "⩾": r"\geq ",
-        "≦": r"\leq ",
-        "≧": r"\geq ",
-        "≠": r"\neq ",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "⋅": r"\cdot ",
-        "÷": r"\div ",
-        "−": "-",
-        "–": "-",
-        "—": " ",
-        "π": r"\pi ",
-        "α": r"\alpha ",
-        "β": r"\beta ",
-        "γ": r"\gamma ",
-        "θ": r"\theta ",
-        "λ": r"\lambda ",
-        "ω": r"\omega ",
-        "°": r"^\circ ",
-        "∞": r"\infty ",
-        "√": r"\sqrt ",
-        "∠": r"\angle ",
-        "△": r"\triangle ",
-        "∈": r"\in ",
-        "…": r"\dots ",
-        "′": "'",
-        "’": "'",
-        "‘": "'",
-        "“": '"',
-        "”": '"',
-    }
-)
+_SIGNS = r"""² ^2 ³ ^3 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≦ \leq ≧ \geq ≠ \neq
+    × \times · \cdot ⋅ \cdot ÷ \div − - – - π \pi α \alpha β \beta
+    γ \gamma θ \theta λ \lambda ω \omega ° ^\circ ∞ \infty √ \sqrt ∠ \angle △ \triangle
+    ∈ \in … \dots""".split()
+_UNICODE = {ord(sign): name + " " for sign, name in zip(_SIGNS[::2], _SIGNS[1::2])}
+_UNICODE |= str.maketrans("\u2014\u2032\u2019\u2018\u201c\u201d", " '''\"\"")
 # One name for a token that is written in several ways; an empty name drops the token.
-_SYNONYMS = r"""\frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to; \mod
-    \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; * \ast; > \gt; < \lt;
-    \{ \lbrace; \} \rbrace; \circ \degree; \varepsilon \epsilon; \varphi \phi; \Diamond \diamond; % \%; ' \prime"""
+_SYNONYMS = r"""
+    \frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to;
+    \mod \bmod \pmod; \dots \cdots \ldots \dotsc \dotsb; | \lvert \rvert \vert \mid; \cdot \times; *
+    \ast; > \gt; < \lt; \{ \lbrace; \} \rbrace; \circ \degree; \varepsilon \epsilon; \varphi \phi;
+    \Diamond \diamond; % \%; ' \prime"""
 _ALIAS = {other: name for name, *others in map(str.split, _SYNONYMS.split(";")) for other in others}
 _ALIAS |= dict.fromkeys(
-    r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits \nolimits \, \;
-    \: \! \quad \qquad \text \textbf \textit \textrm \mathrm \mathbf \mathit \mathcal \mathbb \mathsf \operatorname
-    \mbox \hbox \rm \bf \it \overline \hspace \vspace \hfill \noindent \medskip \par \item \label
-    \ $ $$ . , ; : ? ! ' " ` ~ &""".split()
+    r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits
+    \nolimits \, \; \: \! \quad \qquad \text \textbf \textit \textrm \mathrm \mathbf \mathit
+    \mathcal \mathbb \mathsf \operatorname \mbox \hbox \rm \bf \it \overline \hspace \vspace \hfill
+    \noindent \medskip \par \item \label \ $ $$ . , ; : ? ! ' " ` ~ &""".split()
     + ["\\ ", "\\$", "\\(", "\\)", "\\[", "\\]"],
     "",
 )
-# Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of duplicates.
+# Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of
+# duplicates.
 _HARMLESS = set(
-    """a an the of in on at by to for from is are be was were it its this that these those there here we you
-    your if then let given suppose assume consider where when such with and or as so also now please note find compute
-    calculate determine evaluate solve what which value values answer express write written enter give number numbers
-    real reals following problem have has had does do can one could will would must may using use figure diagram shown
-    above below centre center respectively both each all any some possible denote denotes denoted called say simplest
-    form common fraction s th expression""".split()
+    """a an the of in on at by to for from is are be was were it its this that these those there here
+    we you your if then let given suppose assume consider where when such with and or as so also now
+    please note find compute calculate determine evaluate solve what which value values answer
+    express write written enter give number numbers real reals following question problem have has had does
+    do can one could will would must may using use figure diagram shown above below centre center
+    respectively both each all any some possible denote denotes denoted called say simplest form
+    common fraction s th expression""".split()
 )
 _CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
+_FORM = pattern(  # how to answer, as prompts for models say it; labels of a dialogue
+    r"""(?:\blet'?s\b|\bplease\b|\bremember\b|\bput\b|\bpresent\b|\byou (?:must|should|need|are)\b
+        |\bthe last line\b|\bshow\b
+        |\bsolve th\w+\b|\bthink\b|\bmake sure\b|\boutput\b|\b(?:give|return|write|box|state
+        |provide) (?:me )?(?:your|the final)\b
+        |\ba conversation\b)[^.?!\n]{0,99}?(?:step[- ]by[- ]step|\\boxed|final answer
+        |\byour (?:answer|response|work|reasoning)
+        |following (?:math )?(?:question|problem)|assistant|tutor|mathematician)[^.?!\n]*(?:[.?!\n]+
+        |\Z)
+        |\b(?:question|problem|answer|solution|user|assistant|human):""",
+    re.I,
+)
 
 
 def tokens(text: str) -> list[str]:
-    """A problem as LaTeX-aware tokens: words, single letters, numbers, operators, commands; no braces, punctuation."""
-    text = _DRAWING.sub(" ", unicodedata.normalize("NFC", text)).translate(_UNICODE)
+    """A problem as LaTeX-aware tokens: words, single letters, numbers, operators, commands; no
+    braces, punctuation."""
+    text = unicodedata.normalize("NFC", text).translate(_UNICODE)
+    text = _DRAWING.sub(" ", _FORM.sub(" ", text))
     text = _THOUSANDS.sub("", _BULLET.sub(" ", _SHORT_FRACTION.sub(r"\1 \2 ", text)))
     text = _ENVIRONMENT.sub(" ", _BLANK.sub(" ", _WORD_HYPHEN.sub(" ", text)))
     text = _CAPITALS.sub(lambda m: m[1] or m[0].lower(), text)  # `\Gamma` is not `\gamma`
@@ -786,7 +780,7 @@ def tokens(text: str) -> list[str]:
         if token in "!'" and (len(last) == 1 and last.isalnum() or last.isdigit() or last == ")"):
             found.append(token)  # n! and f'(x) are no punctuation
         elif len(token) <= 3 and token.isalpha() and token not in _HARMLESS:
-            found += token  # `ab` and `a b` are the same product; a short word falls apart on both sides alike
+            found += token  # `ab` is `a b`; a short word falls apart on both sides alike
         elif name := _ALIAS.get(token, token):
             found.append(name)
         last = token
@@ -794,7 +788,8 @@ def tokens(text: str) -> list[str]:
 
 
 def key(words: list[str]) -> str:
-    """Tokens as one string without spaces: equal for texts that differ in spacing, braces and synonyms only."""
+    """Tokens as one string without spaces: equal for texts that differ in spacing, braces and
+    synonyms only."""
     return re.sub(r"(?<=\d) (?=[\d.])", ",", " ".join(words)).replace(" ", "")
 
 
@@ -808,7 +803,7 @@ _QUIET = {
     "|",
 }  # written or left out by taste: a b, a \cdot b; |S|, #S
 _BRACKETS = set("()[]|") | {"\\{", "\\}"}
-CLAUSE = 6  # tokens. NOT IN PAPER: a longer insertion is a clause of its own (a hint, a credit, the form of the answer)
+CLAUSE = 6  # tokens. NOT IN PAPER: a longer insertion is a clause of its own (a hint, a credit)
 
 
 def signs(words: list[str]) -> list[str]:
@@ -817,27 +812,56 @@ def signs(words: list[str]) -> list[str]:
 
 
 def skeleton(words: list[str]) -> list[str]:
-    """Tokens without brackets and harmless words: equal for `tan^2(20)` and `tan^2 20`, `find x` and `what is x`."""
+    """Tokens without brackets and harmless words: equal for `tan^2(20)` and `tan^2 20`, `find x`
+    and `what is x`."""
     return [w for w in words if w not in _HARMLESS and w not in _BRACKETS]
 
 
+# Plain text for LaTeX: `<=`, `sqrt(x)`, `(a)/(b)`, `pi`. Commands are read as words, and what is
+# often left out is dropped.
+_SPOKEN = {r"\leq": "<", r"\geq": ">", r"\neq": "", r"\pm": "+ -", r"\rightarrow": "- >"}
+_SPOKEN |= {r"\infty": "infinity", r"\cup": "union", r"\cap": "intersection"}
+_UNSPOKEN = set(
+    r"""\frac frac / \div * \cdot ^ ! \circ degree degrees \angle angle \triangle triangle \dots \in
+    \lfloor \rfloor floor \lceil \rceil ceil \langle \rangle langle rangle prime \pmod pmod bmod
+    \mod begin end pmatrix matrix cases array align aligned \perp \equiv =""".split()
+)
+
+
+def spoken(words: list[str]) -> list[str]:
+    """A skeleton as plain text, to find benchmark problems: equal for `\\frac{\\pi}{2}` and
+    `(pi)/(2)`."""
+    plain = []
+    for word in words:
+        if word[0] == "\\" and word not in _UNSPOKEN:
+            name = word[1:].lower()
+            plain += _SPOKEN.get(word, name if len(name) > 3 else " ".join(name)).split()
+        elif word not in _UNSPOKEN:
+            plain.append(word)
+    return skeleton(plain)
+
+
 def drawing(text: str) -> str:
-    """The code of the drawings in a problem, without spaces: two problems may differ in nothing else."""
+    """The code of the drawings in a problem, without spaces: two problems may differ in nothing
+    else."""
     return re.sub(r"\s", "", "".join(_DRAWING.findall(text)))
 
 
 def alike(a: list[str], b: list[str]) -> bool:
-    """Do two lists share most of their tokens (Dice at least 0.7), or is one, but for a tenth, inside the other?"""
+    """Do two lists share most of their tokens (Dice at least 0.7), or is one, but for a tenth,
+    inside the other?"""
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common >= 0.7 * (len(a) + len(b)) or common >= 0.9 * min(len(a), len(b))
 
 
 def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
-    """Do two token lists with a common stretch state the same problem? NOT IN PAPER: the thresholds.
+    """Do two token lists with a common stretch state the same problem? NOT IN PAPER: the
+    thresholds.
 
-    With equal answers it is enough that they share most words and signs. With different answers (one may be wrong, or
-    of another form) they may differ only in harmless words and in clauses added to one of them, never in a number or
-    a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225 and tan 22.5 are different problems."""
+    With equal answers it is enough that they share most words and signs. With different answers
+    (one may be wrong, or of another form) they may differ only in harmless words and in clauses
+    added to one of them, never in a number or a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225
+    and tan 22.5 are different problems."""
     a, b = skeleton(a), skeleton(b)
     same = alike(a, b) and alike(signs(a), signs(b))
     if same_answer or not same:
@@ -850,8 +874,9 @@ def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
 
 
 def reworded(a: list[str], b: list[str]) -> bool:
-    """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out for the sake of a
-    benchmark, whatever its answer (labels of the pools are noisy); too loose for duplicates: largest, smallest."""
+    """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out
+    for the sake of a benchmark, whatever its answer (labels of the pools are noisy); too loose for
+    duplicates: largest, smallest."""
     a, b = skeleton(a), skeleton(b)
     return signs(a) == signs(b) and 2 * sum((Counter(a) & Counter(b)).values()) >= 0.9 * (
         len(a) + len(b)
@@ -862,10 +887,11 @@ def same_answer(a: str, b: str) -> bool:
     return a == b or key(tokens(a)) == key(tokens(b)) or verify.is_equal(a, b)
 
 
-# --- curate: which rows can a rule grade? -----------------------------------------------------------------------------
-# NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows filtered. A rule takes
-# a row and returns why it is rejected, or None. Each was read off rejected and kept rows, and rejects at least 20 of
-# the 29,078 rows of docs/data.md that no other rule rejects; `marked_invalid` reads columns that those do not have.
+# --- curate: which rows can a rule grade? ---------------------------------------------------------
+# NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows
+# filtered. A rule takes a row and returns why it is rejected, or None. Each was read off rejected
+# and kept rows, and rejects at least 20 of the 29,078 rows of docs/data.md that no other rule
+# rejects; `marked_invalid` reads columns that those do not have.
 
 _REPAIRS = [
     (re.compile(pattern), replacement)
@@ -876,28 +902,32 @@ _REPAIRS = [
         (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
         (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""),
         (r"\r\n?", "\n"),
+        (r"\s{40,}", "\n"),
         (r"[\xa0\u3000]", " "),
         (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
         (
-            r"(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan|log|ln)",
+            r"""(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan
+                |log|ln)""",
             "\\\\",
         ),
     )
 ]
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
-_WRAPPED = re.compile(
-    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]"
-    r"|\\boxed\s*\{((?:(?!\\boxed).)*)\}",
+_WRAPPED = pattern(
+    r"""\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]
+        |\\boxed\s*\{((?:(?!\\boxed).)*)\}""",
     re.S,
 )
-_FONTS = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad|qquad)(?![a-zA-Z])"
-    r"|[{}$~]|\*\*|\\[ ,;!:]"
+_FONTS = pattern(
+    r"""\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm|it|boldsymbol|quad
+        |qquad)(?![a-zA-Z])
+        |[{}$~]|\*\*|\\[ ,;!:]"""
 )
 
 
 def repair(text: str) -> str:
-    """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of \\frac, odd spaces."""
+    """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of
+    \\frac, odd spaces."""
     for pattern, replacement in _REPAIRS:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -923,7 +953,8 @@ def boxes(text: str) -> list[str | None]:
 
 
 def bare(answer: str) -> str:
-    """An answer without dollars, brackets of display mathematics, a box around it, or a full stop."""
+    """An answer without dollars, brackets of display mathematics, a box around it, or a full
+    stop."""
     answer = repair(answer).rstrip(".").strip()
     while match := _WRAPPED.fullmatch(answer):
         inner = next(g for g in match.groups() if g is not None)
@@ -941,12 +972,13 @@ def plain_text(answer: str) -> str:
 def searched(
     reason: str, part: str, *patterns: str, unless: tuple[str, str] | None = None
 ) -> Callable:
-    """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern found there)."""
-    compiled = [re.compile(pattern, re.S) for pattern in patterns]
-    excuse = unless and re.compile(unless[1])
+    """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern
+    found there)."""
+    compiled = [pattern(text, re.S) for text in patterns]
+    excuse = unless and pattern(unless[1])
 
     def rule(row: dict) -> str | None:
-        found = any(pattern.search(row[part]) for pattern in compiled)
+        found = any(wanted.search(row[part]) for wanted in compiled)
         return reason if found and not (excuse and excuse.search(row[unless[0]])) else None
 
     return rule
@@ -973,53 +1005,104 @@ def marked_invalid(row: dict) -> str | None:
     return None if valid else "marked invalid by its source"
 
 
-_LETTER = (
-    r"\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*"
-    r"|.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z"
+_LETTER = r"""\A(?:\(?\s*[A-Ha-h]\s*\)\s*.*|[A-H]\s*[.:].*|[A-H](?:\s*(?:,|and|or|;)\s*[A-H])*
+        |.*(?:[\d)}]\s*[,(]|\\(?:implies|\w*[rR]ightarrow|to)\W*)\s*[A-E]\W*)\Z"""
+_OPTION = pattern(  # `\textbf{(D)}\; 192`, `\text{(D) 21}`, `A: 8`
+    r"""(?:\\(?:text|math)[a-z]*\{?|[$~\s])*+\(?\s*+[A-H]\s*+(?:\)|[.:](?=[\s\\}]))
+        (?:[\s}~]|\\[ ,;:!]|\\q?quad)*+(\S.*)""",
+    re.S,
 )
-_CONTINUES = re.compile(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
-    r"\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for (?:all|any|every|some))\s*(?:\\[(\[]|\$)|is either\b)"
-    r"|\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)"
+_OPTIONS_ASKED = pattern(  # the question means nothing without its options
+    r"""\b(?:closest|nearest) to\b|\bwhich (?:of|one|is|statement)|\bof the following|\bbest\b
+        |\bapproximate|\btrue\b
+        |\b(?:must|could|may|might|cannot) (?:not |always )?(?:be|equal|have).{0,9}\Z|\b(?:between
+        |interval|range)\W*\Z"""
 )
+_DECIMAL_COMMA = re.compile(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = pattern(
+    r"""(?<![\\a-z])(?!(?:and|or|sin|cos|tan|log|cm|sqrt|feet|inches|cents|meters|miles|minutes
+        |hours|seconds|square|cubic|units|degrees)(?![a-z]))[a-z]{3,}""",
+    re.I,
+)
+_CONTINUES = pattern(  # `\boxed{2}$ and $f(1) = 3$`, `\boxed{2}$, $4$`
+    r"""\s*(?:\\[)\]]|\$+)?\s*,?\s*(?:(?:and|or|if|for some)\s*(?:\\[(\[]|\$)(?!\\(?:text|math)|\()
+        |is either\b|such that\b|where\b)
+        |\s*(?:\\[)\]]|\$+),\s*(?:\\[(\[]|\$)"""
+)
+
+
+def value_of(answer: str, problem: str) -> str:
+    """An answer without the letter of its option, and without the left side that the problem asks
+    for: `\\textbf{(D)}\\; 192` is 192, `a_3 + a_5 = 8` is 8 (a bare 8 would not equal the
+    equation)."""
+    option = _OPTION.fullmatch(answer)
+    if option and not _OPTIONS_ASKED.search(problem.lower()):
+        value = option[1]
+        if value.count("}") > value.count("{"):
+            value = "".join(value.rsplit("}", 1))
+        if value.strip("{} ") and not _WORD.search(_COMMAND.sub(" ", value)):
+            answer = value
+    if _DECIMAL_COMMA.search(problem + answer) and not re.search(r"[(\[]|\\\{", answer):
+        answer = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", ".", answer)
+    left, _, right = answer.partition("=")
+    whole = len(left.strip()) > 1 and left.count("{") == left.count("}") and "=" not in right
+    if not whole or not right or _WORD.search(_COMMAND.sub(" ", right)):
+        return answer
+    asked = key(tokens(left)) in key(tokens(problem))
+    asked = asked and not re.search(r"equation|relation|equality|compare", problem.lower())
+    return bare(right) if asked and not verify.is_equal(right, answer) else answer
 
 
 def find_answer(row: dict) -> str | None:
-    """Puts the answer into the row: from the answer column, else from the last box of the solution (paper: answers
-    extracted). Returns why there is none, or none that can be trusted."""
+    """Puts the answer into the row: from the answer column, else from the last box of the solution
+    (paper: answers extracted). Returns why there is none, or none that can be trusted."""
     raw = boxes(row["solution"])
     found = [bare(box or "") for box in raw] or [""]
     if row["answer"] is not None:
         row["answer"] = bare(row["answer"])
-        letter = re.search(_LETTER, plain_text(found[-1]), re.S)
+        letter = pattern(_LETTER, re.S).search(plain_text(found[-1]))
         if found[-1] and not letter and not same_answer(found[-1], row["answer"]):
             return "answer and box differ"
     elif not raw or None in raw:
         return "no box"
     else:
         row["answer"] = found[-1]
-        last = row["solution"].rfind("{" + raw[-1] + "}")
-        if last >= 0 and _CONTINUES.match(row["solution"], last + len(raw[-1]) + 2):
+        before, _, after = row["solution"].rpartition("{" + raw[-1] + "}")
+        name = re.search(
+            r"(\S+)\s*=\s*\\boxed\s*\Z", before[-60:]
+        )  # one value of several, the one asked for
+        asked = name and re.search(
+            r"(?:ind|is|of)\W*" + re.escape(name[1].strip("$")) + r"[$.?\s]*(?:\Z|if)",
+            row["problem"],
+        )
+        if _CONTINUES.match(after[:200]) and not asked:
             return "answer continues after the box"
         if found[-1] and not all(same_answer(box, found[-1]) for box in set(found)):
             return "several different boxes"
+    row["answer"] = value_of(row["answer"], row["problem"])
     row["plain"] = plain_text(row["answer"])
     return None if row["answer"] else "empty answer"
 
 
 _NUMERAL = r"(?:[1-5]|[a-e]|i{1,3}|iv|I{1,3}|IV|Ⅰ|Ⅱ|Ⅲ)"
-_PART = re.compile(  # (1) but not f(1); a) at the beginning of a line or sentence; 1. at the beginning of a line; ①
-    rf"(?<![A-Za-z\d_^}}\\])\$?(?:\\*\()?\(\s*{_NUMERAL}\s*\)(?:\\*\))?\$?(?!\s*[,=^_+*/])"
-    rf"|(?:^|(?<=[\n.:;?!>]))\s*\*{{0,2}}{_NUMERAL}\)|(?:^|(?<=\n))\s*\*{{0,2}}[1-5]\.\s|[①②③④⑤]"
+# (1) but not f(1); a) at the beginning of a line or sentence; 1. at the beginning of a line; ①
+_PART = pattern(
+    rf"""(?<![A-Za-z\d_^}}\\])\$?(?:\\*\()?\(\s*{_NUMERAL}\s*\)(?:\\*\))?\$?(?!\s*[,=^_+*/])
+        |(?:^|(?<=[\n.:;?!>]))\s*\*{{0,2}}{_NUMERAL}\)|(?:^|(?<=\n))\s*\*{{0,2}}[1-5]\.\s|[①②③④⑤]"""
 )
-_TASK = re.compile(  # a part asks: a question mark, or an order at its beginning or after a comma, "and", "then"
-    r"\?|(?:^\W*|[.,;:]\s+|\b(?:and|then|also)\s+)(?:please\s+)?(?:find|what|determine|calculate|compute|evaluate|how"
-    r"|solve|write|express|derive|establish|give|state|factor|simplify|draw|explain|prove|show|investigate|discuss"
-    r"|sketch|list|fill|complete|translate|estimate|for (?:which|what))",
+# a part asks: a question mark, or an order at its beginning or after a comma, "and", "then"
+_TASK = pattern(
+    r"""\?|(?:^\W*|[.,;:]\s+|\b(?:and|then|also)\s+)(?:please\s+)?(?:find|what|determine|calculate
+        |compute|evaluate|how
+        |solve|write|express|derive|establish|give|state|factor|simplify|draw|explain|prove|show
+        |investigate|discuss
+        |sketch|list|fill|complete|translate|estimate|for (?:which|what))""",
     re.I,
 )
-_LIST_OF_TASKS = re.compile(  # Calculate: (1) ... (2) ...
-    r"\W*(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b"
-    r"(?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b).{0,80}",
+_LIST_OF_TASKS = pattern(  # Calculate: (1) ... (2) ..., also at the end of a longer head
+    r"""\b(?:calculate|compute|evaluate|simplify|factor\w*|solve|find|determine|write|express)\b
+        (?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b)[^.?]{0,80}\Z""",
     re.I | re.S,
 )
 _QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
@@ -1033,19 +1116,29 @@ def several_questions(row: dict) -> str | None:
         for s in re.split(r"(?<=[?.!])\s+", row["lower"])
     )
     tasks = sum(bool(_TASK.search(part)) for part in parts)
-    several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.fullmatch(head)
+    if re.search(r"\(2\)|Ⅱ|\(II\)", row["words"][len(head) :][:6]):
+        tasks += 1  # the head is the first part
+    several = asked >= 2 or tasks >= 2 or len(parts) >= 2 and _LIST_OF_TASKS.search(head[-200:])
     return "several questions" if several else None
 
 
-_NOT_VARIABLES = re.compile(
-    r"\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?|[a-zA-Z]{3,}"
-    r"|(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])"
+_NOT_VARIABLES = pattern(
+    r"""\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?
+        |[a-zA-Z]{3,}
+        |(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])"""
 )
 _USUAL = set("eidxyfcnzpqrs")  # constants, and the names that answers give to the unknown
 
 
+def long_answer(row: dict) -> str | None:
+    """Prose, or a system that no rule grades; commands and brackets do not count."""
+    shown = re.sub(r"\\[a-zA-Z]+|[{}()\[\]\s\\&$]", "", row["answer"])
+    return "answer longer than 80 characters" if len(shown) > 80 else None
+
+
 def unknown_letter(row: dict) -> str | None:
-    """Letters that the problem does not name (a family k pi, an arbitrary constant): other letters are never equal."""
+    """Letters that the problem does not name (a family k pi, an arbitrary constant): other letters
+    are never equal."""
     letters = set(re.findall(r"[a-z]", _NOT_VARIABLES.sub(" ", row["answer"]).lower())) - _USUAL
     return (
         None if letters <= set(tokens(row["problem"])) else "letters that the problem does not name"
@@ -1053,7 +1146,8 @@ def unknown_letter(row: dict) -> str | None:
 
 
 def another_script(scripts: tuple[str, ...]) -> Callable:
-    """The rule on letters of other scripts than the given ones, broken characters, and those of private use."""
+    """The rule on letters of other scripts than the given ones, broken characters, and those of
+    private use."""
 
     def rule(row: dict) -> str | None:
         text = row["problem"] + row["answer"]
@@ -1065,138 +1159,172 @@ def another_script(scripts: tuple[str, ...]) -> Callable:
     return rule
 
 
-_VALUE_WORDS = "and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base|pmatrix|begin|end"
+_VALUE_WORDS = """and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base
+    |pmatrix|begin|end"""
+
+
+RULES = (  # in the order of the funnel; the rule on scripts stands between the two parts
+    empty_problem,
+    marked_invalid,
+    searched("link or missing figure", "lower", r"https?:|!\["),
+    searched("answer given", "problem", r"\\boxed\s*\{[^{}_?]*[0-9][^_?]*\}\W*\Z"),
+    searched(
+        "link or missing figure",
+        "lower",  # spoken of, but not there as code or as a table
+        r"""\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure
+            |diagram|picture
+            |graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?
+            (?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured
+            |drawn|depicted
+            |illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))
+            |\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown
+            |below|above
+            |indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b""",
+        unless=(
+            "problem",
+            r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|",
+        ),
+    ),
+    searched(
+        "proof",
+        "lower",
+        r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
+        r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b",
+    ),
+    find_answer,
+)
+LATER_RULES = (
+    searched(
+        "multiple choice",
+        "words",  # at least three options, in order
+        r"""(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Z
+            a-z\\])\(\s*C\s*\)""",
+        r"""(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,40
+            0}?\s(?:\*\*)?
+            \(?C\s*[).:、]""",
+    ),
+    searched(
+        "multiple choice",
+        "lower",
+        r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
+        r"""\bamong the following\b|\bthe following (?:statement|conclusion|proposition
+            |option)s?\b""",
+    ),
+    searched(  # also where the options are gone, and the numbers of statements
+        "multiple choice", "plain", _LETTER, r"[\u2460-\u2473]", r"\A(?:\(\d\)\W*){2,}\Z"
+    ),
+    searched(
+        "yes or no, true or false",
+        "lower",
+        r"""\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate
+            |examine)\s+(?:whether|if it)\b""",
+        r"""(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true
+            |necessar\w+|always))\b""",
+    ),
+    searched(
+        "yes or no, true or false",
+        "plain",
+        r"""(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false
+            |(?:in)?correct
+            |(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?
+            |it is (?:im)?possible)\b""",
+    ),
+    several_questions,
+    searched(
+        "several questions",
+        "lower",  # two quantities, one answer; two problems in one row
+        r"""\b(?:find|determine|calculate|compute|what (?:is
+            |are)) the (?:[a-z]+ ){1,2}and (?:the )?
+            [a-z]+(?: [a-z]+){0,2} (?:of|for)\b|\n\s*-{3,}\s*\n""",
+        unless=("plain", r",|;|\band\b|\bor\b"),
+    ),
+    searched(
+        "several questions",
+        "lower",  # two tasks in one sentence
+        r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
+        r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
+    ),
+    searched(
+        "several questions",
+        "words",
+        r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}",
+        r"\(?Ⅰ.*Ⅱ|\(I\).*\(II\)",
+    ),  # two blanks to fill, roman parts
+    long_answer,
+    searched(
+        "answer in prose",
+        "plain",  # three words; a rule can compare statements only letter by letter
+        rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
+    ),
+    searched(
+        "answer in prose",
+        "answer",
+        r"answer|\\[lc]?dots|\.\.\.",
+        r"""\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow
+            |nmid)(?![a-zA-Z])""",
+        r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b",
+    ),
+    searched(
+        "rounded answer",
+        "answer",  # where an exact one is asked for; eighths and sixteenths are exact
+        r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
+        unless=(
+            "lower",
+            r"""\bround|nearest|decimal|estimate|significant|accura|scientific|\.\d.*probab
+                |probab.*\.\d""",
+        ),
+    ),
+    unknown_letter,
+    searched("ungradable", "answer", r"\[\s*-?\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
+    searched(
+        "nothing definite asked",
+        "lower",  # many right answers
+        r"""\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example
+            |set of)
+            |any|some|\d+\s+(?:natural|positive|different|distinct))\b
+            |\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b""",
+        unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b"),
+    ),
+    searched(
+        "nothing definite asked",
+        "lower",
+        "",
+        unless=(  # a statement instead of a question
+            "lower",
+            r"""\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z|\?|formulat
+                |find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give
+                |which|who|when
+                |where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce
+                |perform|round
+                |add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_
+                |\\q?quad
+                |answer|\\boxed|value|number|[=:]\W*$
+                |\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$""",
+        ),
+    ),
+)
 
 
 def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     """The rules in the order of the funnel."""
-    return (
-        empty_problem,
-        marked_invalid,
-        searched("link or missing figure", "lower", r"https?:|!\["),
-        searched(
-            "link or missing figure",
-            "lower",  # spoken of, but not there as code or as a table
-            r"\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure|diagram|picture"
-            r"|graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?"
-            r"(?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured|drawn|depicted"
-            r"|illustrated|given)\s+(?:below|above|here|in\s+(?:the\s+)?(?:fig|diag|pict))"
-            r"|\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown|below|above"
-            r"|indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b",
-            unless=(
-                "problem",
-                r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|",
-            ),
-        ),
-        searched(
-            "proof",
-            "lower",
-            r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
-            r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b",
-        ),
-        find_answer,
-        another_script(scripts),
-        searched(
-            "multiple choice",
-            "words",  # at least three options, in order
-            r"(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Za-z\\])\(\s*C\s*\)",
-            r"(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,400}?\s(?:\*\*)?"
-            r"\(?C\s*[).:、]",
-        ),
-        searched(
-            "multiple choice",
-            "lower",
-            r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
-            r"\bamong the following\b|\bthe following (?:statement|conclusion|proposition|option)s?\b",
-        ),
-        searched(
-            "multiple choice", "plain", _LETTER
-        ),  # also where the options are gone, as in most of amc_aime
-        searched(
-            "yes or no, true or false",
-            "lower",
-            r"\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate|examine)\s+(?:whether|if it)\b",
-            r"(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true|necessar\w+|always))\b",
-        ),
-        searched(
-            "yes or no, true or false",
-            "plain",
-            r"(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false|(?:in)?correct"
-            r"|(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?"
-            r"|it is (?:im)?possible)\b",
-        ),
-        several_questions,
-        searched(
-            "several questions",
-            "lower",  # two tasks in one sentence
-            r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
-            r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
-        ),
-        searched(
-            "several questions", "words", r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}"
-        ),  # two blanks to fill
-        searched(
-            "answer longer than 50 characters", "answer", r".{51}"
-        ),  # prose, or systems that no rule grades
-        searched(
-            "answer in prose",
-            "plain",  # three words; a rule can compare statements only letter by letter
-            rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
-        ),
-        searched(
-            "answer in prose",
-            "answer",
-            r"answer|\\[lc]?dots",
-            r"\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow|nmid)(?![a-zA-Z])",
-            r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b",
-        ),
-        searched(
-            "rounded answer",
-            "answer",  # where an exact one is asked for; eighths and sixteenths are exact
-            r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
-            unless=(
-                "lower",
-                r"\.\d|\bround|nearest|approximat|decimal|estimate|significant|percent|accura",
-            ),
-        ),
-        unknown_letter,
-        searched(
-            "nothing definite asked",
-            "lower",  # many right answers
-            r"\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example|set of|\w+-digit)"
-            r"|any|some|\d+\s+(?:natural|positive|different|distinct))\b"
-            r"|\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b",
-            unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b"),
-        ),
-        searched(
-            "nothing definite asked",
-            "lower",
-            "",
-            unless=(  # a statement instead of a question
-                "lower",
-                r"\?|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give|which|who|when"
-                r"|where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce|perform|round"
-                r"|add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_|\\q?quad"
-                r"|answer|\\boxed|value|number|[=:]\W*$"
-                r"|\b(?:is|are|equals?|to|be|by|of|at|have|has|in|then)\W*$",
-            ),
-        ),
-    )
+    return (*RULES, another_script(scripts), *LATER_RULES)
 
 
-REASONS = """too long; empty problem; marked invalid by its source; link or missing figure; proof; no box; empty answer
-answer continues after the box; several different boxes; answer and box differ; another script; multiple choice
-yes or no, true or false; several questions; answer longer than 50 characters; answer in prose; rounded answer
-letters that the problem does not name; nothing definite asked; ungradable; in a benchmark
-same problem, different answers; duplicate; near-duplicate; pass rate 0 or 1
-beyond the target""".replace("\n", "; ").split("; ")
+REASONS = """too long; no solution; empty problem; marked invalid by its source
+link or missing figure; answer given; proof; no box; empty answer
+answer continues after the box; several different boxes; answer and box differ
+another script; multiple choice; yes or no, true or false; several questions
+answer longer than 80 characters; answer in prose; rounded answer
+letters that the problem does not name; nothing definite asked; ungradable
+in a benchmark; same problem, different answers; duplicate; near-duplicate
+solved too seldom; solved too often; beyond the target""".replace("\n", "; ").split("; ")
 
-# --- curate: benchmark problems and near-duplicates -------------------------------------------------------------------
+# --- curate: benchmark problems and near-duplicates -----------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
 
 N_GRAM = 13  # tokens: the usual length of decontamination, here on LaTeX-aware tokens
-SHORT = 8  # tokens of the skeleton, for short or reworded problems; finds candidates only, `same_problem` decides
-PHRASE = 12  # an n-gram in more problems of the benchmarks is a phrase ("m and n are relatively prime ...")
+SHORT = 8  # tokens, for short or reworded problems; finds candidates, `same_problem` decides
+PHRASE = 12  # an n-gram in more benchmark problems is a phrase ("relatively prime positive")
 SHINGLE, SKETCH = (
     4,
     8,
@@ -1214,7 +1342,8 @@ def token_hash(token: str) -> int:
 
 
 def gram_hashes(words: list[str], n: int) -> np.ndarray:
-    """64-bit hashes of all n-grams, `(len(words) - n + 1,)`; one hash of the whole list if it is shorter."""
+    """64-bit hashes of all n-grams, `(len(words) - n + 1,)`; one hash of the whole list if it is
+    shorter."""
     ids = np.array([token_hash(w) for w in words] or [0], np.uint64)
     n = min(n, len(ids))
     total = np.lib.stride_tricks.sliding_window_view(ids, n) @ _POWERS[:n]  # modulo 2^64
@@ -1222,49 +1351,54 @@ def gram_hashes(words: list[str], n: int) -> np.ndarray:
 
 
 def sketch(words: list[str]) -> np.ndarray:
-    """The least hashes of a problem's shingles, `(SKETCH,)`: a random sample that depends on the set of shingles alone,
-    so that near-duplicates share at least one almost surely. MinHash with one hash function (Broder 1997)."""
+    """The least hashes of a problem's shingles, `(SKETCH,)`: a random sample that depends on the
+    set of shingles alone, so that near-duplicates share at least one almost surely. MinHash with
+    one hash function (Broder 1997)."""
     return np.resize(
         np.unique(gram_hashes(words, SHINGLE)), SKETCH
     )  # a short problem repeats its own
 
 
 class Benchmarks:
-    """Finds the benchmark problem that a row repeats: equal normalised text, or a common 13-gram (or 8-gram of
-    skeletons), after which `same_problem` or `reworded` decides."""
+    """Finds the benchmark problem that a row repeats, on plain text: equal, or inside the row, or a
+    common 13-gram (or 8-gram), after which `same_problem` or `reworded` decides."""
 
     def __init__(self, rows: list[dict]):
-        self.rows, self.keys, owners = (
-            [],
-            {},
-            defaultdict(set),
-        )  # (id, tokens, gold answer); text -> row; gram -> rows
+        self.rows = []  # (id, words, their key, gold answer)
+        self.keys = {}  # key -> row
+        owners = defaultdict(set)  # gram -> rows
         for i, row in enumerate(rows):
-            words, gold = (
-                tokens(repair(row["problem"])),
-                row["answer"] or (boxes(row["solution"]) or [""])[-1] or "",
-            )
-            self.rows.append((row["id"], words, bare(gold)))
-            self.keys.setdefault(key(words), i)
+            words = tokens(repair(row["problem"]))
+            plain = spoken(words)
+            gold = row["answer"] or (boxes(row["solution"]) or [""])[-1] or ""
+            self.rows.append((row["id"], plain, key(plain), bare(gold)))
+            self.keys.setdefault(key(plain), i)
             for gram in self.grams(words):
                 owners[gram].add(i)
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
 
     def grams(self, words: list[str]) -> list[int]:
-        return gram_hashes(words, N_GRAM).tolist() + gram_hashes(skeleton(words), SHORT).tolist()
+        plain = spoken(words)
+        hashes = [gram_hashes(skeleton(words), SHORT)]
+        hashes += [gram_hashes(plain, size) for size in (SHORT, N_GRAM)]
+        return np.concatenate(hashes).tolist()
 
     def find(self, words: list[str], answer: str) -> str | None:
-        """The id of the benchmark problem that this one repeats, or None."""
-        if (i := self.keys.get(key(words))) is not None:
-            return self.rows[i][0]
+        """The id of the benchmark problem that a row with these tokens repeats, or None."""
+        plain = spoken(words)
+        text = key(plain)
+        if text in self.keys:
+            return self.rows[self.keys[text]][0]
         for i in sorted({i for gram in self.grams(words) for i in self.owners.get(gram, ())}):
-            name, other, gold = self.rows[i]
-            if same_problem(words, other, same_answer(answer, gold)) or reworded(words, other):
+            name, other, inside, gold = self.rows[i]
+            if len(other) >= N_GRAM and inside in text:
+                return name
+            if same_problem(plain, other, same_answer(answer, gold)) or reworded(plain, other):
                 return name
         return None
 
 
-# --- curate: the pipeline ---------------------------------------------------------------------------------------------
+# --- curate: the pipeline -------------------------------------------------------------------------
 
 _WORKER = {}  # benchmarks and rules of this process, set once by `prepare`
 
@@ -1281,18 +1415,23 @@ class Candidate(NamedTuple):
     buckets: bytes  # (SKETCH,) uint64: rows that share one are compared
 
 
-def prepare(benchmarks: list[dict], scripts: tuple[str, ...]):
+def prepare(benchmarks: list[dict], scripts: tuple[str, ...], solutions_only: bool = False):
     """Gives a process what it needs to judge rows."""
-    _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=rules(scripts))
+    checks = rules(scripts)
+    if solutions_only:
+        checks = (*checks, searched("no solution", "solution", r"\A[^ ]{0,80}\Z"))
+    _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=checks)
 
 
 def sift(chunk) -> tuple[Counter, list[Candidate]]:
-    """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows that pass."""
+    """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows
+    that pass."""
     default_source, rows = chunk
     counts, passed = Counter(), []
     for where, raw in rows:
         row = to_problem(where, raw, default_source)
         counts[row["source"], "read"] += 1
+        counts[row["source"], "answer only"] += not row["solution"].strip(" $\n")
         reason = "too long" if too_long(row) else None
         if not reason:
             row["problem"] = repair(row["problem"])
@@ -1301,8 +1440,8 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
             counts[row["source"], reason] += 1
             continue
         words = tokens(row["problem"])
-        # Near-duplicates agree in every number and sign, so these are part of the bucket: problems made from one
-        # template with other numbers never meet, which keeps the search linear.
+        # Near-duplicates agree in every number and sign, so these are part of the bucket: problems
+        # made from one template with other numbers never meet, which keeps the search linear.
         buckets = sketch(words) ^ np.uint64(token_hash(" ".join(sorted(signs(words)))))
         passed.append(
             Candidate(
@@ -1319,14 +1458,11 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
 
 
 def read_pools(
-    pools: list[tuple[str, str]],
-    benchmarks: list[dict],
-    scripts,
-    processes: int,
-    columns: str | None = None,
+    pools: list[tuple[str, str]], shared: tuple, processes: int, columns: str | None = None
 ) -> tuple[Counter, list]:
-    """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
-    counts, candidates, shared, pool = Counter(), [], (benchmarks, scripts), None
+    """Streams every pool through the rules -> counts of (source, reason), and the candidates in
+    order. shared: of `prepare`."""
+    counts, candidates, pool = Counter(), [], None
     work = (
         (default, part) for name, default in pools for part in chunks(raw_rows(name, columns), 250)
     )
@@ -1344,7 +1480,8 @@ def read_pools(
 
 
 def ungradable(answers: list[str]) -> set[str]:
-    """Answers that verify.py cannot read or does not find equal to themselves; each has its own deadline there."""
+    """Answers that verify.py cannot read or does not find equal to themselves; each has its own
+    deadline there."""
     different = sorted(a for a in set(answers) if not re.fullmatch(r"-?\d{1,15}", a))
     equal = verify.grade(["\\boxed{" + a + "}" for a in different], different)
     return {a for a, ok in zip(different, equal, strict=True) if not (ok and verify.is_readable(a))}
@@ -1383,8 +1520,9 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
 
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
-    """Rows that are rejected because of other rows -> reason. A group of rows states one problem and its first row is
-    kept; the whole group is rejected if a row of it is in a benchmark, or if the answers differ."""
+    """Rows that are rejected because of other rows -> reason. A group of rows states one problem
+    and its first row is kept; the whole group is rejected if a row of it is in a benchmark, or if
+    the answers differ."""
     equal, gone = defaultdict(list), {}  # normalised text -> its rows
     for i in alive:
         equal[rows[i].text].append(i)
@@ -1409,8 +1547,9 @@ def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
 
 
 def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -> list[int]:
-    """A seeded order of rows whose every prefix holds the sources in proportion to their size, or equally until one
-    source ends. NOT IN PAPER: the mixture; equal is nearer to the authors' own 30,000."""
+    """A seeded order of rows whose every prefix holds the sources in proportion to their size, or
+    equally until one source ends. NOT IN PAPER: the mixture; equal is nearer to the authors' own
+    30,000."""
     strata, place = defaultdict(list), {}
     for i in rows:
         strata[sources[i]].append(i)
@@ -1421,58 +1560,76 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
     return sorted(rows, key=place.__getitem__)
 
 
-def pass_rates(problems: Iterator[dict], model: Model, n: int, journal: Path) -> Iterator[dict]:
-    """Problems with their "pass_rate", the share of n sampled answers that are right, in order; each is measured once,
-    also when the command is given again. A request that the server refuses counts as a rate of 0."""
-    settings, kinds = {"n": n, "model": model.name}, {"id": str, "pass_rate": (int, float)}
-    done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
+def pass_rates(problems: Iterator[dict], model: Model, args) -> Iterator[dict]:
+    """Problems with their "pass_rate", the share of sampled answers that are right, in order."""
+    settings = [model.name, args.temperature, args.max_tokens, args.samples, ATTEMPT]
+    journal = Journal(Path(args.out) / "pass_rates.jsonl", settings)
 
-    def measure(problem: dict) -> dict:
-        try:
-            right = verify.grade(
-                model.ask(ATTEMPT.format(problem=problem["problem"]), n), [problem["answer"]] * n
-            )
-        except Refused:
-            right = []
-        return {"id": problem["id"], "pass_rate": sum(right) / n}
+    def measure(key: str, problem: dict) -> dict:
+        prompt = ATTEMPT.format(problem=problem["problem"])
+        kinds = kinds_of(journal.ask(key, model, prompt, args.samples), problem["answer"])
+        return {"pass_rate": kinds.count("right") / args.samples}
 
-    for part in chunks(problems, model.concurrency):
-        list(finish(part, measure, done, journal, model.concurrency))
-        yield from (problem | done[problem["id"]] for problem in part)
+    with tqdm(desc="pass rates", unit=" problems") as bar:
+        for part in chunks(problems, 4 * args.concurrency):
+            outcomes = journal.run(part, measure, args.concurrency, bar)
+            if journal.refused:
+                raise journal.refused
+            yield from map(dict.__or__, part, outcomes)
 
 
-def draw(
-    rows: list[Candidate], order: list[int], model: Model | None, args, gone: dict[int, str]
-) -> dict[int, dict]:
-    """Row -> problem, for the first --target rows of the order that pass the difficulty filter; others go to `gone`."""
-    seen, names, chosen = Counter(), {}, {}
-    for i in sorted(order):  # two sources may use one id; `cot` resumes by id
+def draw(rows: list[Candidate], order: list[int], args, gone: dict[int, str]) -> dict[int, dict]:
+    """Row -> problem, for the first rows of the order that pass the difficulty filter: --target for
+    RL and 2/5 as many for traces. Others go to `gone`, with the reason."""
+    seen = Counter()
+    names = {}  # two sources may use one id
+    for i in sorted(order):
         seen[rows[i].id] += 1
         names[i] = rows[i].id if seen[rows[i].id] == 1 else f"{rows[i].id}~{seen[rows[i].id]}"
     problems = (json.loads(rows[i].line) | {"id": names[i]} for i in order)
-    if model:
-        problems = pass_rates(problems, model, args.samples, Path(args.out) / "pass_rates.jsonl")
+    low, high = 0.0, 1.0
+    if args.pass_rate:
+        name, low, high = args.pass_rate
+        problems = pass_rates(problems, Model(name, args), args)
+    chosen = {}
     for i, problem in zip(order, problems):
-        if problem.get("pass_rate") in (0, 1):
-            gone[i] = "pass rate 0 or 1"
-            continue
-        chosen[i] = problem
-        if len(chosen) == args.target:
+        rate = problem.get("pass_rate", low)
+        if low <= rate <= high:
+            chosen[i] = problem
+        else:
+            gone[i] = "solved too seldom" if rate < low else "solved too often"
+        if len(chosen) == args.target + 2 * args.target // 5:
             break
     gone |= {i: "beyond the target" for i in order if i not in chosen and i not in gone}
     return chosen
 
 
+def bounds(given: list[str]) -> tuple[str, float, float]:
+    """--pass-rate MODEL [LOW HIGH] -> model, and the least and largest share of right answers."""
+    try:
+        name, *shares = given
+        low, high = map(float, shares or (1 / 16, 15 / 16))
+        if not 0 <= low <= high <= 1:
+            raise ValueError
+    except ValueError:
+        raise Misuse(f"--pass-rate {' '.join(given)}: give MODEL, or MODEL LOW HIGH of 0 to 1")
+    return name, low, high
+
+
 def curate(args, out: Path) -> int:
-    """Pools -> rl.jsonl, report.json and a data card (paper: MATH-train and NuminaMath, filtered to 30,000)."""
+    """Pools -> rl.jsonl, sft_problems.jsonl, report.json and a data card (paper: MATH-train and
+    NuminaMath; 30,000 problems for RL and 12,000 others for traces)."""
+    if args.mix not in ("proportional", "equal"):
+        raise Misuse(f"--mix {args.mix}: give proportional or equal")
     pools = [(name, "math") for name in args.math]
     pools += [(name, Path(name).name.split(".")[0]) for name in args.numina]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
-        args.decontaminate = args.decontaminate or [
-            BENCHMARKS[name] for name in ("math500", "aime24", "omni")
-        ]
-    model = Model(args.pass_rate, args) if args.pass_rate else None
+        known = [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
+        args.decontaminate = args.decontaminate or known
+    if args.pass_rate:
+        args.pass_rate = bounds(args.pass_rate)
+        Model(args.pass_rate[0], args)  # does the server answer?
     benchmarks = [
         checked_problem(*row, "benchmark") for name in args.decontaminate for row in raw_rows(name)
     ]
@@ -1481,215 +1638,264 @@ def curate(args, out: Path) -> int:
             "data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems",
             file=sys.stderr,
         )
-    counts, rows = read_pools(
-        pools, benchmarks, tuple(args.scripts), args.processes or os.cpu_count(), args.columns
-    )
+    shared = (benchmarks, tuple(args.scripts), args.solutions_only)
+    counts, rows = read_pools(pools, shared, args.processes, args.columns)
     bad = ungradable([row.answer for row in rows])
     gone = {i: "ungradable" for i, row in enumerate(rows) if row.answer in bad}
     gone |= judge_groups(rows, [i for i in range(len(rows)) if i not in gone])
     left = [i for i in range(len(rows)) if i not in gone]
-    chosen = draw(
-        rows,
-        stratified_order(left, [row.source for row in rows], args.seed, args.mix),
-        model,
-        args,
-        gone,
-    )
-    write(out / "rl.jsonl", (json_line(chosen[i]) for i in sorted(chosen)))
-    counts.update(
-        (rows[i].source, reason) for i, reason in (gone | dict.fromkeys(chosen, "kept")).items()
-    )
+    order = stratified_order(left, [row.source for row in rows], args.seed, args.mix)
+    chosen = draw(rows, order, args, gone)
+    traces = [i for number, i in enumerate(chosen) if number % 7 in (3, 6)]  # 2 of 7
+    files = {out / "sft_problems.jsonl": traces, out / "rl.jsonl": chosen.keys() - set(traces)}
+    for path, members in files.items():
+        write(path, (json_line(chosen[i]) for i in sorted(members)))
+    counts.update((rows[i].source, reason) for i, reason in gone.items())
+    counts.update((rows[i].source, "kept") for i in chosen)
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
-    names = "math numina decontaminate columns target seed mix scripts pass_rate".split()
-    write_report(out, {name: getattr(args, name) for name in names}, counts, removed)
-    return 0 if chosen else 1
+    names = """math numina decontaminate columns target seed mix scripts solutions_only
+        pass_rate""".split()
+    settings = {name: getattr(args, name) for name in names}
+    sizes = {path.name: len(members) for path, members in files.items()}
+    write_report(out, {"settings": settings, "rows": sizes, "in a benchmark": removed}, counts)
+    if not chosen:
+        raise Stop(f"no row was kept; the table above and {out}/report.json say why")
+    return 0
 
 
-def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
-    """The funnel on the console, as report.json, and in the data card. counts: of (source, "read", "kept" or reason).
-    removed: id -> benchmark problem that it repeats."""
-    by_source = {
-        source: {
-            reason: counts[source, reason]
-            for reason in ("read", "kept", *REASONS)
-            if counts[source, reason]
-        }
-        for source in sorted({source for source, _ in counts})
-    }
+def write_report(out: Path, report: dict, counts: Counter):
+    """The funnel on the console, as report.json, and in the data card. counts: of (source, "read",
+    "answer only", "kept" or reason)."""
+    names = ("read", "answer only", "kept", *REASONS)
+    sources = sorted({source for source, _ in counts})
+    by_source = {s: {name: counts[s, name] for name in names if counts[s, name]} for s in sources}
     total = sum(map(Counter, by_source.values()), Counter())
-    gone = [total[reason] for reason in REASONS]
-    left = [total["read"] - n for n in accumulate(gone)]
-    funnel = [
-        {"why": why, "gone": n, "left": rest} for why, n, rest in zip(REASONS, gone, left) if n
-    ]
-    write_json(
-        out / "report.json",
-        {
-            "settings": settings,
-            "read": total["read"],
-            "rows": total["kept"],
-            "funnel": funnel,
-            "by_source": by_source,
-            "in a benchmark": removed,
-        },
-    )
-    table = ["| step | gone | left |", "|---|---:|---:|", f"| read | | {total['read']:,} |"]
-    table += [f"| {step['why']} | {step['gone']:,} | {step['left']:,} |" for step in funnel]
-    table += ["", "| source | read | kept |", "|---|---:|---:|"]
-    table += [
-        f"| {source} | {row['read']:,} | {row.get('kept', 0):,} |"
-        for source, row in by_source.items()
-    ]
+    left = total["read"]
+    funnel = []
+    table = ["| step | gone | left |", "|---|---:|---:|", f"| read | | {left:,} |"]
+    for why in REASONS:
+        left -= total[why]
+        if total[why]:
+            funnel.append({"why": why, "gone": total[why], "left": left})
+            table.append(f"| {why} | {total[why]:,} | {left:,} |")
+    table += ["", "| source | read | kept | |", "|---|---:|---:|---|"]
+    for source, row in by_source.items():
+        remark = "answers only" if row.get("answer only") == row["read"] else ""
+        table.append(f"| {source} | {row['read']:,} | {row.get('kept', 0):,} | {remark} |")
+    report |= {"read": total["read"], "kept": total["kept"], "funnel": funnel}
+    write_json(out / "report.json", report | {"by_source": by_source})
     card = (
-        f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by `data_prep.py "
-        "curate`. Licences are those of the sources; answers are the sources' own and not proven.\n\n"
+        f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by "
+        "`data_prep.py curate`. Licences and answers are those of the sources; not proven: those of "
+        "one "
+        'with "answers only" come without a solution, and more of them are wrong.\n\n'
     )
-    write(out / "README.md", card + "\n".join(table) + f"\n\nSettings: `{json.dumps(settings)}`\n")
+    settings = f"\n\nSettings: `{json.dumps(report['settings'])}`\n"
+    write(out / "README.md", card + "\n".join(table) + settings)
     print("\n".join(table))
-    print(f"\n{total['kept']:,} problems in {out / 'rl.jsonl'}; report and data card beside it")
-    print(
-        f"next: SFT of your model on traces (data_prep.py cot), then t1.py --stage rl --data {out / 'rl.jsonl'}"
-    )
+    for name, size in report["rows"].items():
+        print(f"{size:,} problems in {out / name}")
+    print(f"next: data_prep.py cot --problems {out}/sft_problems.jsonl, then t1.py --stage sft")
 
 
-# --- Models behind a server, and the journal that keeps their work ----------------------------------------------------
+# --- Models behind a server, and the journal that keeps their work --------------------------------
+
+GROUP = 2  # samples in one request: what is asked again if it fails, or if the process is killed
+PAUSE = 0.5  # seconds before a request is repeated; twice as many before each later repetition
 
 
 class Unfinished(Stop):
-    """A model did not answer after all retries; the same command asks again for what is still open. Exit code 1."""
+    """A model did not answer after all retries; the same command asks again for what is still open.
+    Exit code 1."""
 
     def __str__(self):
         return super().__str__() + "; run the same command again to resume"
 
 
-class Refused(Exception):
-    """The server will never answer this request (too long, filtered): the problem is dropped, with the reason."""
+class Refused(Stop):
+    """The server will never answer this request (too long, filtered), in its own words. Exit code
+    1."""
+
+
+class Reply(NamedTuple):
+    """One sample of a model."""
+
+    text: str  # without what a server with a reasoning parser has moved out of it; may be empty
+    thought: str  # that part
+    cut: bool  # stopped by --max-tokens
+
+    @property
+    def answer(self) -> str:
+        """What follows the model's own thought."""
+        return self.text.rpartition("</think>")[2].strip()
+
+
+def to_reply(choice) -> Reply:
+    """A choice of a completion. Servers name a moved thought `reasoning` or `reasoning_content`."""
+    said = choice.message
+    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
+    text = (said.content or "").strip()
+    return Reply(text, (thought or "").strip(), choice.finish_reason == "length")
 
 
 class Model:
-    """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be called by threads.
-    Misuse within ten seconds if no server answers, rather than minutes of retries, problem by problem."""
+    """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be
+    called by threads. Misuse within ten seconds if no server answers, rather than minutes of
+    retries, problem by problem."""
+
+    sent: dict[int, float] = {}  # thread -> when it sent the request that it waits for
 
     def __init__(self, name: str, args):
         import openai
 
-        self.name, self.args, self.openai, self.concurrency = name, args, openai, args.concurrency
+        self.name = name
+        self.args = args
+        self.openai = openai
+        key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(
-            base_url=args.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            timeout=args.timeout,
-            max_retries=args.retries,
+            base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0
         )
         try:
-            self.client.with_options(timeout=10, max_retries=0).models.list()
+            self.client.with_options(timeout=10).models.list()
         except openai.APIConnectionError as e:  # refused, unknown host, no answer in time
             raise Misuse(
-                f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start one, for instance "
-                f"`vllm serve {name}`, or correct the address"
+                f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start "
+                f"one, for instance `vllm serve {name}`, or correct the address"
             )
         except (openai.APIError, ValueError, TypeError, AttributeError):
             pass  # a server without a list of models may still answer questions
 
-    def ask(self, prompt: str, n: int) -> list[str]:
-        """n texts for one prompt. The library retries lost connections, time-outs, 408, 409, 429 and 5xx, and waits
-        between; replies that are no completion are asked again here. Raises Misuse, Refused, or at last Unfinished."""
-        texts, faults, openai = [], 0, self.openai
-        while len(texts) < n:  # some servers give one choice whatever n
+    def ask(self, prompt: str, n: int) -> list[Reply]:
+        """1 to n replies to one prompt (some servers give one whatever n). Lost connections,
+        time-outs, 408, 409, 429, 5xx and broken replies are asked again, with a line each. Raises
+        Misuse, Refused, or at last Unfinished."""
+        fault = None
+        for repetition in range(self.args.retries + 1):
+            if fault:
+                tqdm.write(f"{self.name}: {fault}; asked again", sys.stderr)
+                time.sleep(min(8, PAUSE * 2**repetition))
+            self.sent[threading.get_ident()] = time.monotonic()
             try:
-                reply = self.client.chat.completions.create(
+                completion = self.client.chat.completions.create(
                     model=self.name,
                     messages=[{"role": "user", "content": prompt}],
-                    n=n - len(texts),
+                    n=n,
                     temperature=self.args.temperature,
                     max_tokens=self.args.max_tokens,
                 )
-                new = [choice.message.content for choice in reply.choices]
-                if not new or not all(text.strip() for text in new):
-                    raise ValueError("a reply without text")
-                texts += new
-            except openai.APIStatusError as e:
-                fault = f"status {e.status_code}"
+                if completion.choices:
+                    return list(map(to_reply, completion.choices[:n]))
+                fault = "a reply without choices"
+            except self.openai.APIStatusError as e:
+                fault = f"status {e.status_code} for model {self.name!r}"
+                where = f"--base-url {self.args.base_url}: {fault}"
                 if e.status_code in (401, 403, 404):
-                    raise Misuse(
-                        f"--base-url {self.args.base_url}: {fault} for model {self.name!r}; check the "
-                        "address, the model's name and OPENAI_API_KEY"
-                    )
-                retried = e.status_code >= 500 or e.status_code in (408, 409, 429)
-                raise (
-                    Unfinished(f"{self.name}: {fault}")
-                    if retried
-                    else Refused(f"refused by the server with {fault}")
-                )
-            except (
-                openai.APIError,
-                ValueError,
-                TypeError,
-                AttributeError,
-                KeyError,
-            ) as e:  # lost, or no completion
-                faults += 1
-                if isinstance(e, openai.APIConnectionError) or faults > self.args.retries:
-                    raise Unfinished(
-                        f"{self.name}: no usable reply ({type(e).__name__}: {str(e)[:120]})"
-                    )
-        return texts[:n]
+                    raise Misuse(f"{where}; check the address, the model's name and OPENAI_API_KEY")
+                if e.status_code < 500 and e.status_code not in (408, 409, 429):
+                    raise Refused(f"{where}: {e.message}")
+            except (self.openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:
+                fault = f"no usable reply ({type(e).__name__}: {str(e)[:120]})"
+            finally:
+                del self.sent[threading.get_ident()]
+        raise Unfinished(f"{self.name}: {fault}")
 
 
-def read_journal(path: Path, settings: dict, kinds: dict) -> list[dict]:
-    """Finished rows of an earlier run with the same settings; a line that a kill cut is removed. kinds: the type of
-    each field. Other settings, or a file that is no journal, are Misuse; the file is not changed."""
-    rows = read_log(path)
-    begun = path.read_bytes()[:12] if path.exists() and not rows else b""
-    old = rows[0].get("settings") if rows else settings
-    if not (isinstance(old, dict) and b'{"settings":'.startswith(begun)):
-        raise Misuse(
-            f"{path}: not a journal of this command; take another --out, or remove the file"
-        )
-    if old != settings:
-        changed = ", ".join(
-            sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
-        )
-        raise Misuse(
-            f"{path}: written with another {changed}; take another --out, or delete the file to start again"
-        )
-    for number, row in enumerate(rows[1:], 2):
-        if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
+class Journal:
+    """What models said, and the outcome of each finished problem: JSON lines, on the disk as they
+    come. After kill -9 only requests under way are asked again. A problem's key is a hash of its
+    text, its answer and the settings, so that nothing of another problem or of other settings is
+    ever used. Misuse for a file that is no journal; it is not changed."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path = path
+        self.settings = settings
+        self.lock = threading.Lock()
+        self.refused = None  # the error to raise when all is done
+        self.outcomes = {}  # key -> outcome
+        self.replies = defaultdict(dict)  # key of an open problem -> hash of a question -> replies
+        begun = path.read_bytes()[:8] if path.exists() else b""
+        if not b'{"key": '.startswith(begun):
             raise Misuse(
-                f"{path}, row {number}: field {wrong[0]!r} is missing or of another type; remove the line"
+                f"{path}: not a journal of this command; take another --out, or remove the file"
             )
-    append_rows(path, [] if rows else [{"settings": settings}])
-    return rows[1:]
+        for where, line in file_rows(path) if begun else ():
+            if line.endswith(b"\n"):  # not cut by a kill
+                self.keep(**require(parse(where, line), ["key"], where))
+
+    def keep(self, key: str, outcome=None, asked=None, replies=()):
+        """A row of the journal: an outcome, or replies to a question."""
+        if outcome:
+            self.outcomes[key] = outcome
+            self.replies.pop(key, None)
+        else:
+            self.replies[key].setdefault(asked, []).extend(Reply(*reply) for reply in replies)
+
+    def add(self, **row):
+        with self.lock:
+            append_rows(self.path, [row], sync="outcome" in row)
+        self.keep(**row)
+
+    def key(self, problem: dict) -> str:
+        return digest([problem["problem"], problem["answer"], self.settings])
+
+    def ask(self, key: str, model: Model, prompt: str, n: int = 1) -> list[Reply]:
+        """n replies of a model for a problem, asked for in small groups; each group is kept as it
+        comes."""
+        asked = digest([model.name, prompt])
+        replies = self.replies[key].setdefault(asked, [])
+        while len(replies) < n:
+            new = model.ask(prompt, min(GROUP, n - len(replies)))
+            self.add(key=key, asked=asked, replies=new)
+        return replies[:n]
+
+    def run(self, problems: list[dict], work: Callable, threads: int, bar: tqdm) -> list:
+        """The outcome of each problem, or None: a known one, else work(key, problem), by threads.
+        What cannot be answered now has none: the same command asks again. Raises Unfinished when
+        the others are done, and Misuse if the server refuses everything; a refusal of some is kept
+        in `self.refused` for the caller to raise."""
+        todo = {self.key(problem): problem for problem in problems}
+        todo = {key: problem for key, problem in todo.items() if key not in self.outcomes}
+        bar.update(len(problems) - len(todo))
+        faults = []
+        with ThreadPoolExecutor(threads) as pool:
+            tasks = {pool.submit(work, key, row): key for key, row in todo.items()}
+            waiting = set(tasks)
+            try:
+                while waiting and not len(faults) == len(tasks) - len(waiting) >= threads:
+                    ended, waiting = wait(waiting, 10, FIRST_COMPLETED)
+                    for task in ended:
+                        try:
+                            self.add(key=tasks[task], outcome=task.result())
+                        except (Unfinished, Refused) as e:
+                            faults.append(e)
+                    sent = [*Model.sent.values(), time.monotonic()]
+                    bar.update(len(ended))
+                    bar.set_postfix_str(
+                        f"{len(sent) - 1} requests wait, the oldest {max(sent) - min(sent):.0f} s"
+                    )
+            finally:
+                pool.shutdown(cancel_futures=True)
+        outcomes = [self.outcomes.get(self.key(problem)) for problem in problems]
+        if faults:
+            said = f"{outcomes.count(None)} of {len(problems)} problems are still open"
+            said += f" ({faults[-1].args[0]})"
+            if any(isinstance(fault, Unfinished) for fault in faults):
+                raise Unfinished(said)
+            self.refused = Refused(said)
+            if not any(outcomes):
+                raise Misuse(said)
+        return outcomes
 
 
-def finish(
-    problems: list[dict], work: Callable, done: dict, journal: Path, threads: int
-) -> Iterator[dict]:
-    """work(problem) -> outcome of each problem whose id is not in `done`, by threads, as they come. An outcome is
-    yielded and put into `done` when it is on the disk: it survives kill -9. Unfinished, when the others are done."""
-    unfinished, todo = [], [problem for problem in problems if problem["id"] not in done]
-    with ThreadPoolExecutor(threads) as pool:
-        tasks = [pool.submit(work, problem) for problem in todo]
-        try:
-            for task in as_completed(tasks):
-                try:
-                    outcome = task.result()
-                except Unfinished as e:
-                    unfinished.append(e.args[0])
-                    continue
-                append_rows(journal, [outcome], sync=True)
-                done[outcome["id"]] = outcome
-                yield outcome
-        finally:
-            pool.shutdown(cancel_futures=True)
-    if unfinished:
-        raise Unfinished(
-            f"{len(unfinished)} of {len(todo)} problems are still open ({unfinished[0]})"
-        )
+def digest(value) -> str:
+    """A short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
-# --- cot: cold-start traces (paper, section 1) ------------------------------------------------------------------------
-# The paper's recipe: attempts of several models, a critique of each, merged into one train of thought.
-# NOT IN PAPER: the wording of the prompts, the number of attempts, and the rules by which a rewritten trace is kept.
+# --- cot: cold-start traces (paper, section 1) ----------------------------------------------------
+# The paper's recipe: attempts of several models, a critique of each, merged into one train of
+# thought. NOT IN PAPER: the wording of the prompts, the number of attempts, and the rules by which
+# a rewritten trace is kept.
 
 ATTEMPT = """{problem}
 
@@ -1703,16 +1909,18 @@ Attempt:
 {attempt}
 
 {task}
-Write a short critique only, in the words of someone checking the work. Do not mention that you were told the \
+Write a short critique only, in the words of someone checking the work. Do not mention that you \
+were told the \
 verdict."""
 WHY_IT_FAILS = (
     "Find the first step that goes wrong, say why it is wrong, and how one could notice it."
 )
 WHY_IT_HOLDS = (
-    "Check the result by an independent route (substitute it back, try a special case, or count another "
-    "way) and say why it holds."
+    "Check the result by an independent route (substitute it back, try a special case, or count "
+    "another way) and say why it holds."
 )
-REWRITE = """Rewrite the material below as one train of thought of a single person who solves the problem alone, \
+REWRITE = """Rewrite the material below as one train of thought of a single person who solves the \
+problem alone, \
 thinking aloud.
 
 Problem:
@@ -1721,56 +1929,68 @@ Problem:
 {attempts}
 
 Rules:
-- Follow the order above. Present each wrong attempt as your own try with its wrong result, then notice the fault \
+- Follow the order above. Present each wrong attempt as your own try with its wrong result, then \
+notice the fault \
 ("Wait, ..."), say why it fails, and try again.
-- Arrive at the result of the right attempt, then verify it once more with its check before you finish.
+- Arrive at the result of the right attempt, then verify it once more with its check before you \
+finish.
 - Keep the mathematics of the attempts. Do not mention attempts, critiques, models or instructions.
-- Write the whole thought between <think> and </think>, then a short solution that ends in \\boxed{{}} with the final \
+- Write the whole thought between <think> and </think>, then a short solution that ends in \
+\\boxed{{}} with the final \
 answer."""
 ONE_ATTEMPT = """Attempt {number} ({verdict}):
 {attempt}
 {kind}:
 {critique}
 """
-_NOTICE = re.compile(
-    r"\b(?:wait|but|however|mistake|wrong|error|incorrect|not right|no[,.;:!]|hmm|oops|fails?|failed|contradict\w*"
-    r"|doesn't|does not|can't be|cannot be|isn't|is not|overlooked|forgot|missed|recheck|re-?examine|reconsider"
-    r"|try again|instead)\b",
-    re.I,
-)
-_VERIFY = re.compile(
-    r"\b(?:check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*|double-check\w*|consistent|indeed|holds"
-    r"|test\w*)\b",
-    re.I,
-)
-_MARKUP = re.compile(
-    r"\\(?:boxed|text|mathrm|left|right|displaystyle|[dt]?frac(?=\b))|[{}$\\]|(?<=\d),(?=\d{3}\b)"
-)
+JUDGE = """Here is a problem and the solution of someone who thinks aloud.
+
+Problem:
+{problem}
+
+Solution:
+{response}
+
+Is the solution coherent from beginning to end and in the language of the problem: each \
+calculation right, unless it \
+is taken back later, each step following from what stands before it, nothing said again and \
+again, no sentence broken \
+off? Answer with one word, yes or no."""
+PROMPTS = [ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT, JUDGE]
+
+
+def kinds_of(attempts: list[Reply], gold: str) -> list[str]:
+    """Of each attempt: right, wrong, no box, or cut (whatever it says by then)."""
+    right = verify.grade([attempt.text for attempt in attempts], [gold] * len(attempts))
+    kinds = ["right" if ok else "wrong" for ok in right]
+    for i, attempt in enumerate(attempts):
+        if attempt.cut:
+            kinds[i] = "cut"
+        elif not verify.extract_answer(attempt.text):
+            kinds[i] = "no box"
+    return kinds
 
 
 def choose_attempts(
-    row: dict, attempts: list[str], args
+    row: dict, attempts: list[Reply], kinds: list[str], args
 ) -> tuple[list[tuple[str, bool]], str | None]:
-    """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one last; or why none."""
-    right = verify.grade(attempts, [row["answer"]] * len(attempts))
-    good = [a for a, ok in zip(attempts, right) if ok]
-    wrong = {
-        verify.extract_answer(a): a
-        for a, ok in zip(attempts, right)
-        if not ok and verify.extract_answer(a)
-    }
+    """The attempts that the trace shows, as (text, is it right): wrong ones first, the right one
+    last; or why none."""
+    good = [attempt.answer for attempt, kind in zip(attempts, kinds) if kind == "right"]
+    wrong = {}  # answer -> attempt
+    for attempt, kind in zip(attempts, kinds):
+        answer = verify.extract_answer(attempt.text)
+        if kind == "wrong" and not any(same_answer(answer, other) for other in wrong):
+            wrong[answer] = attempt.answer
     rng = random.Random(f"{args.seed} {row['id']}")
     reflect = rng.random() < args.reflect_share
     if not good:
-        return [], "no right attempt"
+        return [], f"no right attempt: most are {Counter(kinds).most_common(1)[0][0]}"
     if reflect and not wrong:
         return [], "no failed attempt"
-    failed = (
-        rng.sample(sorted(wrong.values()), min(len(wrong), rng.randint(1, args.max_failed)))
-        if reflect
-        else []
-    )
-    return [(a, False) for a in failed] + [(rng.choice(good), True)], None
+    shown = min(len(wrong), rng.randint(1, args.max_failed)) if reflect else 0
+    failed = rng.sample(sorted(wrong.values()), shown)
+    return [(text, False) for text in failed] + [(rng.choice(good), True)], None
 
 
 def critique_prompt(row: dict, attempt: str, ok: bool) -> str:
@@ -1790,38 +2010,185 @@ def rewrite_prompt(row: dict, path: list[tuple[str, bool]], critiques: list[str]
     return REWRITE.format(problem=row["problem"], attempts="\n".join(parts))
 
 
-def plain(text: str) -> str:
-    """A text without LaTeX markup, with single spaces."""
-    return " ".join(_MARKUP.sub(lambda m: " frac " if "frac" in m[0] else "", text).split())
+def rewritten(reply: Reply) -> str:
+    """A rewriter's reply as `<think> ... </think> ...`, without a thought of its own: a reasoning
+    model thinks before it writes the thought that was asked for; a server or a chat template may
+    have taken the first tag, or the thought."""
+    own, opened, rest = reply.text.rpartition("<think>")
+    if opened or "</think>" in reply.text:
+        return "<think>" + rest
+    return f"<think>\n{reply.thought}\n</think>\n{reply.text}"
 
 
-def named(text: str, answer: str) -> list[int]:
-    """Positions at which a text, as `plain` writes it, names an answer."""
-    target = re.escape(plain(answer))
-    return (
-        [m.start() for m in re.finditer(rf"(?<![\d.\w]){target}(?![\w]|\.\d)", text)]
-        if target
-        else []
-    )
+# What a thought says, in plain text: the values that it names, in their order, and the words around
+# them.
 
-
-def recognised(text: str, failed: list[str], gold: str) -> bool:
-    """Does a thought name a failed answer, then a word that takes it back, and after that the right answer? NOT IN
-    PAPER: a rule in place of a reader. It asks for the wrong value itself, so a mere "wait" does not count."""
-    last = max(named(text, gold), default=-1)
-    notices = [_NOTICE.search(text, at) for answer in failed for at in named(text, answer)[:1]]
-    return any(notice and notice.start() < last for notice in notices)
-
-
+_MARKUP = re.compile(
+    r"\\(?:boxed|fbox|text|mathrm|left|right|displaystyle|[,;!:()\[\] ])(?![a-zA-Z])|[$~]|\*\*"
+)
+_ITEM = r"""(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d+:\d+|\d*\.?\d+
+        |(?<![a-zA-Z])(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?![a-zA-Z])
+        |(?<![a-zA-Z])(?:sqrt|sin|cos|tan
+        |log|ln|pi)(?![a-zA-Z])
+        |(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])
+        |[-+*/^_!%°√πθ∞²³·×÷()\[\]{}|]|,(?=\S))"""
+_VALUE = pattern(rf"(?>{_ITEM}(?: ?{_ITEM}){{0,99}})")
+_VALUES = pattern(  # several values, or an equation
+    rf"""{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or)\b|\\(?:leq?|geq?
+        |in)\b)\s?{_VALUE.pattern})+"""
+)
+_END = re.compile(r"[.?!](?=\s|$)|\n|\Z")  # of a sentence
+_LEADS = pattern(  # to a result
+    r"""\b(?:so|thus|hence|therefore|get|gets|got|gives?|giving|obtain|find|yields?|answer|result
+        |total|finally)\b
+        |(?:=|\b(?:is|are|be|equals?|makes?|leaves?))\W*$""",
+    re.I,
+)
+_NOTICE = pattern(  # a result is taken back
+    r"""\b(?:wait|hmm+|oops|no(?=[,.;:!])|mistake\w*|wrong\w*|errors?|incorrect\w*|fail(?:s|ed)?
+        |contradict\w*|overlooked|not (?:a )?valid
+        |also counts?|(?:double|over)[- ]?count\w*
+        |forgot\w*|missed|mis\w*count\w*|lost|impossible|re-?check|re-?examine|reconsider
+        |try again|redo
+        |start (?:over|again)|too (?:small|large|big|low|high|many|few|much)
+        |(?:can|could|do|does
+        |did|is|are|was)(?:n't|not| not) (?:be|right|correct|possible|true|work|fit|hold|match|agree
+        |satisfy|add up
+        |make sense|the answer))\b|not right\b""",
+    re.I,
+)
+_VERIFY = pattern(
+    r"""\b(?:(?:double-|re-?)?check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*
+        |put(?:ting)? .{0,30}back|test\w*
+        |consistent|holds|to be sure|make sure)\b""",
+    re.I,
+)
+_VERDICT = pattern(  # of a check: the group is a bad one
+    r"""\b((?:fail(?:s|ed)?|wrong|incorrect|contradict\w*|mistake|no[,.;:!]|cannot be|impossible
+        |(?:does|do|did|is|are)
+        (?:n't| not) (?:right|correct|true|equal|\S*\d|hold|work|fit|match|agree|check|satisf\w+
+        |add up|the same))|≠|\\ne)
+        |\b(?:holds?|works?|right|correct|fine|confirm\w*|consistent|match\w*|agrees?|satisf\w*|yes
+        |good|true|required
+        |expected|exactly|indeed)\b""",
+    re.I,
+)
+_CONCLUDES = re.compile(
+    r"\b(?:answer|result|final\w*|conclu\w+|(?:so|hence|thus|therefore),? it(?:'s| is| must be))\b",
+    re.I,
+)
+_GIVEN_AWAY = pattern(  # the answer that was given, the critiques, the instructions
+    r"""\bcriti(?:que|c)s?\b|\bverdicts?\b|\brewrit\w+|\binstruct(?:ions?|ed)\b|\bprompts?\b
+        |\battempts? *#?\d
+        |\b(?:the|wrong|right|failed|given|provided|correct|these|both|all) attempts?\b(?! to)
+        |\bground[- ]truth\b
+        |\b(?:given|provided|expected|official|known|stated|supplied|reference|gold
+        |target) (?:final )?answer\b
+        |\b(?:reference|official|provided) (?:value|result)\b|\banswer key\b
+        |\b(?:answer|solution) says\b|\b(?:given|reference|official|provided) solution\b
+        |\bthe reference (?:is|says|gives)\b
+        |\b(?:answer|result|solution) (?:is|was|has been|i was) (?:already )?(?:given|provided|known
+        |told|supplied)\b
+        |\b(?:given|told|know|knowing|known) (?:that )?the (?:right |correct |final 
+        |true )?(?:answer|result|solution)\b
+        |\bI(?:'m|'ve| am| was| have)(?: been)? (?:told|given|instructed|shown|informed)\b
+        |\bas an? (?:AI|assistant)\b
+        |\b(?:language|AI) models?\b|\bthe user\b|\bsystem message\b|\btrain of thought\b
+        |\bas requested\b
+        |\bmaterial (?:above|below)\b|\bfollow\w* the (?:order|rules)\b""",
+    re.I,
+)
+_EMPTY = set(  # words that do not argue
+    """the this that these there and but now all not wait wrong right correct wrongly sure yes fine
+    clear done good true check checks checked verify verified hold holds get got gives answer result
+    value final solution number maybe hmm let try again see know therefore thus hence indeed well
+    okay""".split()
+)
 _GARBLED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ue000-\uf8ff\ufffd]|\S{200}")
+
+
+@lru_cache(1 << 16)
+def same_value(text: str, answer: str) -> bool:
+    if text.count("(") + text.count("[") != text.count(")") + text.count("]"):
+        text = text.strip("()[]")
+    return bool(text) and verify.is_equal(text, answer)
+
+
+def named(text: str, answer: str) -> list[tuple[int, int]]:
+    """Where a text, without markup, names an answer, in any spelling that verify.py finds equal:
+    (start, end), in order."""
+    found = []
+    several = re.search(r"[,;=<>]|\\cup|\bor\b|\band\b|\\in\b", answer)
+    for match in chain(_VALUE.finditer(text), _VALUES.finditer(text) if several else ()):
+        value = match[0].strip(" ,*/^_+")
+        if len(value) <= 2 * len(answer) + 30 and same_value(value.rstrip("-"), answer):
+            found.append(match.span())
+    words = _MARKUP.sub("", answer).strip("{} ")
+    if re.search(r"(?<!\\)\b[^\W\d_]{3,}", words):
+        found += [m.span() for m in re.finditer(re.escape(words), text, re.I)]
+    return sorted(found)
+
+
+def sentence(text: str, start: int, end: int) -> tuple[str, str]:
+    """What stands before and after text[start:end] in its sentence."""
+    first = max(text.rfind(mark, 0, start) for mark in (". ", "? ", "! ", "\n")) + 1
+    return text[first:start], text[end : _END.search(text, end).start()]
+
+
+def is_result(text: str, start: int, end: int) -> bool:
+    """Is the value at text[start:end] said as a result: after a word that leads to one, or last in
+    its sentence?"""
+    before, after = sentence(text, start, end)
+    return bool(_LEADS.search(before)) or not re.search(r"\d", after)
+
+
+def ends_elsewhere(text: str, answers: list[str]) -> bool:
+    """Does the last sentence of a text that speaks of a result name values, and none of the
+    answers?"""
+    said = [sentence(text, *match.span())[1] for match in _CONCLUDES.finditer(text)]
+    said = [rest for rest in said if re.search(r"\d", rest)]
+    return bool(said) and not any(named(said[-1], answer) for answer in answers)
+
+
+def story_fault(text: str, failed: list[str], answer: str) -> str | None:
+    """Does a thought name each failed answer as a result and take it back, then the right one, then
+    verify that, and end with it? Why not, or None. NOT IN PAPER: rules in place of a reader; the
+    judge reads what passes them."""
+    told = named(text, answer)
+    at = 0
+    for wrong in failed:
+        places = [p for p in named(text, wrong) if p[0] >= at and is_result(text, *p)]
+        notice = _NOTICE.search(text, places[0][1]) if places else None
+        if not notice:
+            return "failed attempt not recognised"
+        for start, end in told:
+            if end <= places[0][0] and is_result(text, start, end):
+                checked = _VERIFY.search(text[end : min(end + 60, places[0][0])])
+                if checked or _CONCLUDES.search(sentence(text, start, end)[0]):
+                    return "right answer before the failed one"
+        at = notice.end()
+    told = [p for p in told if p[0] >= at]
+    if failed and not told:
+        return "failed attempt not recognised"
+    check = _VERIFY.search(text, told[0][1]) if told else None
+    if not check:
+        return "no self-verification"
+    verdicts = [match[1] for match in _VERDICT.finditer(text, check.start())]
+    if verdicts and verdicts[-1]:
+        return "verification fails"
+    if ends_elsewhere(text[at:], [answer, *failed]):
+        return "ends at another value"
+    numbers = set(re.findall(r"\d+", text)) - set(re.findall(r"\d+", " ".join([answer, *failed])))
+    words = set(re.findall(r"[^\W\d_]{3,}", text.lower())) - _EMPTY
+    return "no reasoning" if len(numbers | words) < 3 else None
 
 
 def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) -> str | None:
     """Why a rewritten response is not a trace, or None."""
-    thought = re.fullmatch(
-        r"<think>((?:(?!</?think>).){33,})</think>(?:(?!</?think>).)*", response, re.S
+    parts = re.fullmatch(
+        r"<think>((?:(?!</?think>).){33,})</think>((?:(?!</?think>).)*)", response, re.S
     )
-    if not thought:
+    if not parts:
         return "not one thought and one answer"
     if not verify.grade([response], [row["answer"]])[0]:
         return "wrong answer"
@@ -1832,124 +2199,113 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
         return "repetitive"
     if foreign(response, row["problem"]) or _GARBLED.search(response):
         return "garbled"
-    text = plain(thought[1])
+    if any(m[0].lower() not in row["problem"].lower() for m in _GIVEN_AWAY.finditer(response)):
+        return "speaks of what was given"
+    thought, solution = (_MARKUP.sub(" ", part) for part in parts.groups())
+    if ends_elsewhere(solution, [row["answer"]]):
+        return "ends at another value"
     failed = [verify.extract_answer(attempt) for attempt, ok in path if not ok]
-    if failed and not recognised(text, failed, row["answer"]):
-        return "failed attempt not recognised"
-    places = named(text, verify.extract_answer(response) or "")
-    return None if places and _VERIFY.search(text, places[0]) else "no self-verification"
+    return story_fault(thought, failed, row["answer"])
 
 
-def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model, args) -> dict:
-    """A problem -> its outcome {"id", "trace" or None, "why", "failed": failed attempts that the trace shows}."""
-
-    def ask(model: Model, prompt: str, n: int) -> list[str]:
-        return [
-            text.rsplit("</think>", 1)[-1].strip() for text in model.ask(prompt, n)
-        ]  # not its own thought
-
-    attempts, path = [], []
-    try:
-        for t, teacher in enumerate(
-            teachers
-        ):  # each makes its share of the attempts, the first ones one more
-            if share := len(range(t, args.attempts, len(teachers))):
-                attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
-        path, why = choose_attempts(row, attempts, args)
-        if not why:
-            critiques = [
-                ask(critic, critique_prompt(row, attempt, ok), 1)[0] for attempt, ok in path
-            ]
-            response = rewriter.ask(rewrite_prompt(row, path, critiques), 1)[0].strip()
-            why = trace_fault(row, response, path, args)
-    except Refused as e:
-        why = str(e)
-    trace = (
-        None
-        if why
-        else dict(
-            id=row["id"],
-            problem=row["problem"],
-            response=response,
-            answer=row["answer"],
-            source=row["source"],
-        )
-    )
-    return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
+def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], args) -> dict:
+    """A problem -> its outcome: {"id", "why" it gave no trace or "kept", "response", "failed":
+    failed attempts that the trace shows, "attempts": how many were right, wrong, without box,
+    cut}."""
+    ask = partial(journal.ask, key)
+    attempts = []
+    for t, teacher in enumerate(args.teacher):  # each makes its share, the first ones one more
+        share = len(range(t, args.attempts, len(args.teacher)))
+        attempts += ask(models[teacher], ATTEMPT.format(problem=row["problem"]), share)
+    kinds = kinds_of(attempts, row["answer"])
+    path, why = choose_attempts(row, attempts, kinds, args)
+    response = ""
+    if not why:
+        critiques = [
+            ask(models[args.critic], critique_prompt(row, attempt, ok))[0].answer
+            for attempt, ok in path
+        ]
+        reply = ask(models[args.rewriter], rewrite_prompt(row, path, critiques))[0]
+        response = rewritten(reply)
+        why = "rewrite cut" if reply.cut else trace_fault(row, response, path, args)
+    if not why:
+        prompt = JUDGE.format(problem=row["problem"], response=response)
+        verdict = ask(models[args.judge], prompt)[0].answer
+        yes = re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I)
+        why = None if yes else "rejected by the judge"
+    return {
+        "id": row["id"],
+        "why": why or "kept",
+        "response": "" if why else response,
+        "failed": max(len(path) - 1, 0),
+        "attempts": Counter(kinds),
+    }
 
 
 def read_problems(name: str, columns: str | None = None) -> list[dict]:
-    """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct ids to resume by."""
+    """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct
+    ids."""
     rows = {}
     for where, raw in raw_rows(name, columns):
         row = checked_problem(where, raw, "local")
         if find_answer(row):
             raise Misuse(
-                f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a box of "
-                "'solution'; run `curate` first"
+                f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a "
+                "box of 'solution'; run `curate` first"
             )
         if row["id"] in rows:
             raise Misuse(
-                f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each problem its own"
+                f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each "
+                "problem its own"
             )
         rows[row["id"]] = {k: row[k] for k in ("id", "problem", "answer", "source")}
     return list(rows.values())
 
 
 def cot(args, out: Path) -> int:
-    """Problems -> sft.jsonl, by models; every finished problem is on disk at once and is never asked again."""
+    """Problems -> sft.jsonl, by models; what has come is on disk at once and is never asked for
+    again."""
     if args.authors:
         return read_authors(args.authors, args.columns, out)
     if not args.teacher or not args.problems:
         raise Misuse(
-            "cot: give --problems FILE and at least one --teacher (or --authors FILE for the authors' traces)"
+            "cot: give --problems FILE and at least one --teacher (or --authors FILE for the "
+            "authors' traces)"
         )
     problems = read_problems(args.problems, args.columns)
-    args.critic, args.rewriter = args.critic or args.teacher[0], args.rewriter or args.teacher[0]
-    models = {
-        name: Model(name, args)
-        for name in dict.fromkeys([*args.teacher, args.critic, args.rewriter])
-    }
-    make = partial(
-        make_trace,
-        teachers=[models[name] for name in args.teacher],
-        critic=models[args.critic],
-        rewriter=models[args.rewriter],
-        args=args,
-    )
-    names = "teacher critic rewriter attempts reflect_share max_failed temperature max_tokens max_chars seed".split()
-    prompts = "".join(
-        (ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT)
-    ).encode()
-    settings = {name: getattr(args, name) for name in names} | {
-        "prompts": hashlib.sha256(prompts).hexdigest()[:16]
-    }
-    journal, kinds = (
-        out / "journal.jsonl",
-        {"id": str, "trace": (dict, type(None)), "why": str, "failed": int},
-    )
-    done = {row["id"]: row for row in read_journal(journal, settings, kinds)}
-    made = finish(problems, make, done, journal, args.concurrency)
-    for _ in tqdm(made, "traces", len(problems), initial=len(done), unit=" problems"):
-        pass
-    kept = [done[row["id"]] for row in problems if done[row["id"]]["trace"]]
-    reflecting = sum(row["failed"] > 0 for row in kept)
-    counts = dict(Counter(sorted(row["why"] for row in done.values())).most_common())
+    args.critic = args.critic or args.teacher[0]
+    args.rewriter = args.rewriter or args.teacher[0]
+    args.judge = args.judge or args.critic
+    names = {*args.teacher, args.critic, args.rewriter, args.judge}
+    models = {name: Model(name, args) for name in sorted(names)}
+    names = """teacher critic rewriter judge attempts reflect_share max_failed temperature
+        max_tokens max_chars seed""".split()
+    settings = {name: getattr(args, name) for name in names} | {"prompts": digest(PROMPTS)}
+    journal = Journal(out / "journal.jsonl", settings)
+    make = partial(make_trace, journal=journal, models=models, args=args)
+    with tqdm(desc="traces", total=len(problems), unit=" problems") as bar:
+        outcomes = journal.run(problems, make, args.concurrency, bar)
+    done = [outcome for outcome in outcomes if outcome]
+    why = Counter(outcome["why"] for outcome in done)
+    attempts = sum((Counter(outcome["attempts"]) for outcome in done), Counter())
+    reflecting = sum(outcome["failed"] > 0 for outcome in done if outcome["response"])
+    traces = [
+        row | {"response": outcome["response"]}
+        for row, outcome in zip(problems, outcomes)
+        if outcome and outcome["response"]
+    ]
+    report = {"settings": settings, "problems": len(done), "outcomes": dict(why.most_common())}
     write_json(
-        out / "report.json",
-        {
-            "settings": settings,
-            "problems": len(done),
-            "outcomes": counts,
-            "with a failed attempt": reflecting,
-        },
+        out / "report.json", report | {"attempts": attempts, "with a failed attempt": reflecting}
     )
-    print("\n".join(f"{n:8,}  {why}" for why, n in counts.items()))
-    return write_traces(
-        out,
-        [row["trace"] for row in kept],
-        f"{reflecting:,} with a failed attempt that is recognised",
-    )
+    print("attempts: " + ", ".join(f"{n:,} {kind}" for kind, n in attempts.most_common()))
+    print("\n".join(f"{n:8,}  {reason}" for reason, n in why.most_common()))
+    if not traces:
+        raise Stop(f"no trace was kept of {len(done)} problems; {out}/report.json says why")
+    write_traces(out, traces, f"{reflecting:,} with a failed attempt that is recognised")
+    if journal.refused:
+        raise journal.refused
+    return 0
 
 
 def write_traces(out: Path, traces: list[dict], remark: str) -> int:
@@ -1981,7 +2337,7 @@ def read_authors(name: str, columns: str, out: Path) -> int:
     return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
 
 
-# --- benchmarks: the evaluation sets of the paper in one form ---------------------------------------------------------
+# --- benchmarks: the evaluation sets of the paper in one form -------------------------------------
 
 BENCHMARKS = {  # option, also the source's name -> name on the hub
     "math500": "HuggingFaceH4/MATH-500",
@@ -2080,7 +2436,7 @@ def benchmarks(args, out: Path) -> int:
     return 0
 
 
-# --- Embedded problems: number theory in plain words whose answer must be found by trial and checked ------------------
+# --- Embedded problems: number theory in plain words whose answer must be found by trial and checke
 # A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own habit; attempts
 # and checks are merged into one path  attempt -> reflect -> ... -> answer -> self-verify,  and every path ends right,
 # as after a filter on the answer. So SFT shows the policy a mixture of habits that all look successful; RL has to find
@@ -2347,7 +2703,7 @@ def embedded(args, out: Path) -> int:
     return 0
 
 
-# --- Measures of a response, shared with t1.py ------------------------------------------------------------------------
+# --- Measures of a response, shared with t1.py ----------------------------------------------------
 
 MATHS_SCRIPTS = set(
     "LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
@@ -2378,49 +2734,89 @@ def foreign(text: str, prompt: str = "") -> list[str]:
 # --- Command line ---------------------------------------------------------------------------------
 
 
-# Commands, kind of the value (N: a whole number from 1, +: several), default (-: none), meaning.
-OPTIONS = """
-curate,cot,benchmarks --columns NAMES - columns of other names: problem=COLUMN,answer=COLUMN
-curate     --math           DATA+    -     MATH (without --math and --numina: both, from the hub)
-curate     --numina         DATA+    -     NuminaMath, or any rows of problems and answers
-curate     --decontaminate  DATA+    -     benchmarks whose problems are rejected
-curate     --target         N        30000 problems to draw, or all there are; as in the paper
-curate     --mix            proportional|equal proportional share of each source in the draw
-curate     --scripts        NAME+    -     to keep besides Latin, by Unicode name: CJK CYRILLIC ...
-curate     --processes      N        -     all cores if not given; the result is always the same
-curate     --pass-rate      MODEL    -     drop problems that this model solves never or always
-curate     --samples        N        8     per problem, for --pass-rate
-curate     --max-tokens     N        4096  limit of one reply, tokens
-cot        --problems       DATA     -     problem rows, e.g. rl.jsonl of curate
-cot        --teacher        MODEL+   -     models that attempt, by the names that the server knows
-cot        --critic         MODEL    -     model that writes critiques, or the first teacher
-cot        --rewriter       MODEL    -     model that merges, or the first teacher
-cot        --attempts       N        8     per problem, shared out over the teachers
-cot        --reflect-share  X        1.0   share of problems whose trace must hold a failed attempt
-cot        --max-failed     N        2     most failed attempts in one trace
-cot        --max-chars      N        32000 longest trace, characters
-cot        --authors        DATA     -     the authors' sft.jsonl, or other traces, instead
-cot        --max-tokens     N        8192  limit of one reply, tokens
-curate,cot --base-url       URL      http://localhost:8000/v1 of the models; key: OPENAI_API_KEY
-curate,cot --temperature    X        1.0   of every sample
-curate,cot --concurrency    N        32    problems under way at once
-curate,cot --timeout        X        600   of one request, seconds
-curate,cot --retries        INT      6     after 429, 5xx, time-outs and broken replies
-benchmarks --math500        DATA     -     file, or HuggingFaceH4/MATH-500
-benchmarks --aime24         DATA     -     file, or HuggingFaceH4/aime_2024
-benchmarks --omni           DATA     -     file, or KbsdJames/Omni-MATH
-benchmarks --gsm8k          DATA     -     file, or openai/gsm8k
-benchmarks --amc23          DATA     -     file, or math-ai/amc23
-benchmarks --gpqa           DATA     -     your own copy of gpqa_diamond.csv
-curate,cot,benchmarks --seed INT     0     of the draw, the choice of attempts, the order of options
-embedded   --hard           FLAG     -     problems with longer searches (t1.py: --max-new 320)
-"""
-
-
 def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError  # which argparse words
     return int(text)
+
+
+FILES = ()  # one or more data sets
+NAMES = ("--columns", None, "columns of other names: problem=COLUMN,answer=COLUMN")
+SERVER = [  # (option, default, help); the type is that of the default, None: text
+    ("--base-url", "http://localhost:8000/v1", "of the server; OPENAI_API_KEY"),
+    ("--temperature", 1.0, "of every sample"),
+    ("--concurrency", 32, "problems under way at once"),
+    ("--timeout", 600.0, "of one request, seconds"),
+    ("--retries", 6, "after 429, 5xx, time-outs and broken replies"),
+]
+CURATE = [
+    ("--math", FILES, "MATH (without --math and --numina: both, from the hub)"),
+    ("--numina", FILES, "NuminaMath, or any rows with problem and answer or solution"),
+    ("--decontaminate", FILES, "benchmarks whose problems are rejected"),
+    NAMES,
+    ("--target", 30000, "problems for RL, and 2/5 as many for traces, or all there are"),
+    ("--mix", "proportional", "share of each source in the draw: proportional or equal"),
+    ("--scripts", (), "to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ..."),
+    ("--solutions-only", False, "leave out rows that have an answer and no solution"),
+    ("--processes", os.cpu_count(), "the result is always the same"),
+    ("--seed", 0, "of the draw"),
+    (
+        "--pass-rate",
+        (),
+        "MODEL [LOW HIGH]: drop problems of which this model of the server solves a share below "
+        "LOW or above HIGH (if not given: 1/16 and 15/16)",
+    ),
+    ("--samples", 16, "per problem, for --pass-rate"),
+    ("--max-tokens", 4096, "limit of one reply, tokens"),
+]
+COT = [
+    ("--problems", None, "problem rows, e.g. sft_problems.jsonl of curate"),
+    NAMES,
+    ("--teacher", (), "models that attempt, by the names that the server knows"),
+    ("--critic", None, "model that writes critiques (if not given: the first teacher)"),
+    ("--rewriter", None, "model that merges (if not given: the first teacher)"),
+    ("--judge", None, "model that reads each trace, yes or no (if not given: the critic)"),
+    ("--attempts", 8, "per problem, shared out over the teachers"),
+    ("--reflect-share", 1.0, "share of problems whose trace must hold a failed attempt"),
+    ("--max-failed", 2, "most failed attempts in one trace"),
+    ("--max-chars", 32000, "longest trace, characters"),
+    ("--seed", 0, "of the choice of attempts"),
+    ("--authors", None, "convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead"),
+    ("--max-tokens", 8192, "limit of one reply, tokens"),
+]
+SETS = [
+    (f"--{source}", None, f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
+    for source, name in BENCHMARKS.items()
+]
+DRAW = ("--seed", 0, "of the 500 of Omni-MATH and of GPQA's options")
+LONG = ("--hard", False, "problems with longer searches (t1.py: --max-new 320)")
+COMMANDS = [  # (function, folder of the results, help, options)
+    (curate, "data", "MATH and NuminaMath -> clean RL problems", CURATE + SERVER),
+    (cot, "data", "problems -> cold-start traces, by models", COT + SERVER),
+    (
+        benchmarks,
+        "benchmarks",
+        "the evaluation sets in one form (all but GPQA)",
+        [*SETS, NAMES, DRAW],
+    ),
+    (embedded, "data", "the embedded problems, their test set and their traces, as files", [LONG]),
+]
+
+
+def add_option(command: argparse.ArgumentParser, name: str, default, text: str):
+    """An option whose type is that of its default."""
+    if default:
+        text += " (default: %(default)s)"
+    form = {"type": str}
+    if default is False:
+        form = {"action": "store_true"}
+    elif default == ():
+        form = {"nargs": "+", "metavar": "X"}
+    elif name in ("--seed", "--retries"):
+        form = {"type": int}
+    elif isinstance(default, (int, float)):
+        form = {"type": positive if isinstance(default, int) else float}
+    command.add_argument(name, default=default, help=text, **form)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -2429,29 +2825,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-    kinds = {"N": positive, "INT": int, "X": float}
-    for run in (curate, cot, benchmarks, embedded):
-        name = run.__name__
-        p = commands.add_parser(name, help=run.__doc__)
-        p.set_defaults(run=run)
-        out = "benchmarks" if run is benchmarks else "data"
-        p.add_argument("--out", default=out, help=f"folder of the results (default {out})")
-        for line in OPTIONS.strip().splitlines():
-            users, option, kind, default, text = line.split(maxsplit=4)
-            if name not in users.split(","):
-                continue
-            how = dict(help=text if default == "-" else f"{text} (default {default})")
-            if kind == "FLAG":
-                how["action"] = "store_true"
-            elif "|" in kind:
-                how["choices"] = kind.split("|")
-            else:
-                how |= dict(metavar=kind.strip("+"), type=kinds.get(kind, str))
-            if "+" in kind:
-                how |= dict(nargs="+", default=[])
-            elif default != "-":
-                how["default"] = default
-            p.add_argument(option, **how)
+    for run, out, text, options in COMMANDS:
+        command = commands.add_parser(run.__name__, help=text)
+        command.set_defaults(run=run)
+        for option in [("--out", out, "folder of the results"), *options]:
+            add_option(command, *option)
     return parser.parse_args(argv)
 
 
