@@ -1082,10 +1082,10 @@ def test_a_word_salad_is_garbled_and_honest_text_is_not():
         "We list the states: " + ", ".join(SALAD.split()[:30]) + " and that is all of them.",
     ]
     assert [t1.garbled(text, english) for text in honest] == [False] * len(honest)
-    assert t1.garbled(SALAD, english) and data_prep.garbled("The answer is 4. " + SALAD, english)
+    assert t1.garbled(SALAD, english) and t1.garbled("The answer is 4. " + SALAD, english)
     assert not t1.garbled(SALAD, "Trouver le plus petit n.")
     japanese = "したがって カタカナ ヒラガナ テンプラ 答え \\boxed{2}"
-    assert not t1.garbled(japanese, "求めよ") and data_prep.garbled(japanese, english)
+    assert not t1.garbled(japanese, "求めよ") and t1.garbled(japanese, english)
 
 
 def test_chinese_is_expected_in_a_chinese_problem():
@@ -1825,7 +1825,7 @@ def test_warnings_say_what_to_do(guess, tmp_path, monkeypatch):
         "is low; raise --temperature or --entropy-coef",
         "of the responses reached --max-new: they are paid -1, right or wrong",
         "to the anchor is high; lower --rl-lr",
-        "no response can repeat itself: --max-new 8 is less than",
+        "repetition is never found: 3 blocks of 8 tokens are more than --max-new 8",
     ):
         assert words in out + err + out2 + err2, words
     assert "Warning" not in err + err2
@@ -3858,7 +3858,7 @@ def appending_the_end(folder):
 
 def plus_rows(answer_only=False, rendered=False):
     rows = []
-    for a, b in zip(range(3, 43), range(50, 10, -1)):
+    for a, b in zip(range(3, 45), range(50, 8, -1)):
         thought = "" if answer_only else f"<think>\n{a} + {b} = {a + b}\n</think>\n"
         problem = f"What is {a} plus {b}?"
         if rendered:
@@ -3891,7 +3891,7 @@ USERS = [  # change of the folder, rows, options -> exit code, a part of what is
     (ending_in(""), {}, ["--system", r"A\nB"], 0, r"system\nA\nB<|im_end|>"),
     (ending_in(""), {}, [*SYSTEM, "--prompt-template", "{problem} "], 2, "--system is not in"),
     (ending_in(""), {}, THINK, 0, "--chat-template-kwargs changes nothing in this prompt"),
-    (ending_in(""), RENDERED, [], 2, "the problem holds '<|im_end|>\\n<|im_start|>assi"),
+    (ending_in(""), RENDERED, [], 2, "problem holds '<|im_end|>\\n<|im_start|>assi"),
     (ending_in(""), RENDERED, ["--prompt-template", "{problem}"], 0, "the first of 40"),
     (template("{{ messages[-1].content }}"), {}, SYSTEM, 2, "--system is not in the prompt"),
     (template("{{ raise_exception('no roles') }}"), {}, [], 2, "no roles"),
@@ -3912,8 +3912,9 @@ def test_a_users_model_and_prompt(tiny, tmp_path, edit, rows, options, code, say
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
     if edit:
         edit(folder)
-    data = write_rows(tmp_path / "rows.jsonl", plus_rows(**rows))
-    test = write_rows(tmp_path / "test.jsonl", plus_rows(**rows)[:2])
+    made = plus_rows(**rows)
+    data = write_rows(tmp_path / "rows.jsonl", made[:40])
+    test = write_rows(tmp_path / "test.jsonl", made[40:])
     args = [
         "--preset",
         "tiny",
@@ -4126,8 +4127,8 @@ GAP = dict(float32=2e-5, bfloat16=0.02)
 def smol_run(tmp_path_factory):
     """The documented commands: two steps of SFT in bfloat16. -> the folder of its runs"""
     base = tmp_path_factory.mktemp("smollm2")
-    write_rows(base / "rows.jsonl", plus_rows())
-    write_rows(base / "test.jsonl", plus_rows()[:2])
+    write_rows(base / "rows.jsonl", plus_rows()[:40])
+    write_rows(base / "test.jsonl", plus_rows()[40:])
     steps = ["--sft-steps", 2, "--sft-batch", 2, "--warmup", 1]
     code, out, err = main("--stage", "sft", "--model", SMOLLM2, *steps, *smol_args(base))
     assert code == 0, err
