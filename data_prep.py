@@ -466,27 +466,6 @@ def read_rows(path: str, stage: str) -> list[dict]:
     return rows
 
 
-def check_model_folder(folder: str):
-    """Reject folders that would hang the loaders, exhaust memory, or be read as something else."""
-    path = Path(folder)
-    if not path.is_dir():
-        if folder.startswith((".", "/", "~")) or folder.count("/") > 1:
-            raise Misuse(f"{folder}: there is no such folder")
-        return  # a name on the hub
-    for file in path.iterdir():
-        if not (file.is_file() or file.is_dir()):
-            raise Misuse(f"{folder}: {file.name} is not an ordinary file")
-    if (path / "generation_config.json").exists():
-        read_json(
-            path / "generation_config.json"
-        )  # the library would ignore a damaged one, and with it the end tokens
-    for key, value in read_json(path / "config.json").items():
-        if isinstance(value, int) and value > (4096 if key.startswith(("num_", "n_")) else 1 << 27):
-            raise Misuse(
-                f"{folder}: config.json says {key} = {value}, which no model has; repair it"
-            )
-
-
 def chunks(rows, size: int) -> Iterator[list]:
     """Lists of up to `size` rows."""
     rows = iter(rows)
@@ -2167,85 +2146,11 @@ def embedded(args, out: Path) -> int:
 
 # --- Measures of a response, shared with t1.py ------------------------------------------------------------------------
 
-REFLECTION = re.compile(
-    r"\b(?:wait|hmm+|perhaps|maybe|alternatively|however|actually|reconsider|re-?check"
-    r"|double-check|let me (?:check|verify|try))\b",
-    re.I,
-)
-
-
-def behaviour(problem: str, response: str, right: bool) -> dict:
-    """What RL may teach, measured on one response: reflection words (section 3) and, in embedded problems, checks.
-
-    honoured: the final answer was checked, and every check of it said yes: it contradicts no check of its own.
-    first_right, corrected: a right answer that was the first candidate tried, or that replaced another one."""
-    found, answer = read_checks(problem, response), verify.extract_answer(response)
-    verdicts = [yes for candidate, yes, _ in found if candidate == answer]
-    first = bool(found) and found[0][0] == answer
-    return dict(
-        answer=answer,
-        reflections=len(REFLECTION.findall(response)),
-        checks=len(found),
-        honest=sum(honest for _, _, honest in found),
-        honoured=bool(verdicts) and all(verdicts),
-        first_right=right and first,
-        corrected=right and bool(found) and not first,
-    )
-
-
-def means(records: list[dict]) -> dict:
-    """Means over judged responses, as they are logged (docs/metrics.md). None: there is nothing to take a mean of."""
-    n, checked = len(records), sum(r["checks"] > 0 for r in records)
-    names = "right reward length checks honest honoured first_right corrected reflections ungraded".split()
-    total = {name: sum(float(r[name]) for r in records) for name in names}
-    row = dict(
-        accuracy=total["right"] / n,
-        honest=total["honest"] / total["checks"] if total["checks"] else None,
-    )
-    row |= {name: total[name] / n for name in ("reward", "length", "checks")}
-    row |= {
-        name: sum(r["pattern"] == name for r in records) / n
-        for name in ("overlong", "repetition", "garbled")
-    }
-    row |= {
-        name: total[name] / checked if checked else None
-        for name in ("honoured", "first_right", "corrected")
-    }
-    return row | dict(
-        reflections=total["reflections"] / (total["length"] / 100), ungraded=total["ungraded"] / n
-    )
-
-
-def repeats(ids: list[int], n: int) -> int:
-    """How often the most frequent block of n tokens occurs in ids, counted without overlap."""
-    seen, most = {}, 0  # block -> (count, end of its last occurrence)
-    for i in range(len(ids) - n + 1):
-        block = tuple(ids[i : i + n])
-        count, end = seen.get(block, (0, 0))
-        if i >= end:
-            seen[block] = count + 1, i + n
-            most = max(most, count + 1)
-    return most
-
-
 MATHS_SCRIPTS = set(
     "LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
     " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split()
 )
-BROKEN = (
-    "Cc",
-    "Cn",
-    "Co",
-    "Cs",
-)  # Unicode categories: control, unassigned, private use, half surrogate pairs
-
-
 EAST_ASIAN = set("CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA IDEOGRAPHIC FULLWIDTH HALFWIDTH".split())
-COMMON_WORDS = set(
-    "the of is and to in we so for that it be if are this by with as have then".split()
-)
-_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")  # no command of LaTeX
-_CODE = re.compile(r"\[asy\].*?(\[/asy\]|$)|```.*?(```|$)", re.S)
 
 
 def script_of(letter: str) -> str:
@@ -2263,60 +2168,8 @@ def foreign_letters(text: str, prompt: str = "") -> list[str]:
 
 
 def foreign(text: str, prompt: str = "") -> list[str]:
-    """The scripts of these letters."""
+    """Of each letter of a script that is used neither in mathematics nor in the prompt, the script."""
     return [script_of(c) for c in foreign_letters(text, prompt)]
-
-
-def word_salad(text: str, prompt: str) -> bool:
-    """To a prompt in English: 40 words in a row, 20 of them different and longer than names of
-    points and angles, none of them one of English's commonest; code aside. So is another language."""
-    if len(COMMON_WORDS.intersection(_WORD.findall(prompt.lower()))) < 2:
-        return False
-    run = []
-    for word in _WORD.findall(_CODE.sub(" ", text).lower()):
-        run = [] if word in COMMON_WORDS else [*run[-39:], word]
-        if len(run) == 40 and len({word for word in run if len(word) > 3}) >= 20:
-            return True
-    return False
-
-
-def garbled(text: str, prompt: str = "") -> bool:
-    """Mixed languages or random characters: at least 5 letters are of a script used neither in
-    mathematics nor in the prompt, and are 5 % of all or stand in 3 different groups; more than 1 %
-    of the characters are broken (replacement, control, unassigned); 60 Latin letters follow each
-    other; or a word salad."""
-    broken = [
-        c
-        for c in text
-        if (c < " " and c not in "\n\t\r") or (c > "~" and unicodedata.category(c) in BROKEN)
-    ]
-    if len(broken) + text.count("\ufffd") > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
-        return True
-    strange = foreign_letters(text, prompt)
-    if len(strange) >= 5:
-        groups = set(re.findall(f"[{''.join(set(strange))}]{{2,}}", text))
-        if len(groups) >= 3 or len(strange) > 0.05 * sum(map(str.isalpha, text)):
-            return True
-    return word_salad(text, prompt)
-
-
-def seed_for(seed: int, *what) -> int:
-    """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted one would have."""
-    return (
-        int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big")
-        >> 1
-    )
-
-
-def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
-    """The `size` row numbers of step `step` in an endless stream of shuffled epochs over n rows."""
-    rows = []
-    for i in range(step * size, (step + 1) * size):
-        epoch, at = divmod(i, n)
-        if not rows or at == 0:
-            order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(n)
-        rows.append(int(order[at]))
-    return rows
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

@@ -14,16 +14,15 @@ The objective, with P prompts per step and K samples per prompt:
   loss = -(1/N) sum_i sum_t [ A_i log pi_theta(y_it | x, y_i<t) + alpha H(pi_theta(. | x, y_i<t)) ]
 
 LOO is leave-one-out: a reward minus the mean of the other K-1. r' is 1 (right), 0 (wrong) or -1
-(over-long, repetitive or garbled). Each batch is used for one update: no ratio, no clipping, no
-value network.
+(over-long, repetitive or garbled). One update per batch: no ratio, no clipping, no value network.
 
 Letters: B = P*K responses, T positions, N generated tokens of the whole batch over all ranks, V
 vocabulary, D hidden width. Tensors of responses are (P, K), packed tensors of tokens (N,).
 
-How to read this file. Sections 1 to 4 are the paper: `rl_step` is its algorithm, one block a step.
-Skip section 5 (how it is computed) at first, and all below the banner: that is what a run needs
-around it. "(section 2)" is the paper's. `NOT IN PAPER` marks what the paper leaves open. Under
-torchrun every rank runs this file; the sums over ranks are those of one process."""
+Sections 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first
+skip section 5 (how it is computed) and all below the banner (what a run needs around it). "(section
+2)" is the paper's; `NOT IN PAPER` marks what it leaves open. Under torchrun every rank runs this
+file; the sums over ranks are those of one process."""
 
 import signal
 
@@ -83,8 +82,7 @@ from tqdm import tqdm
 
 import data_prep
 import verify
-from data_prep import Misuse, Stop, append_rows, batch_indices, read_json, read_log, read_rows
-from data_prep import seed_for, sync, write_json
+from data_prep import Misuse, Stop, append_rows, read_json, read_log, read_rows, sync, write_json
 
 
 # ----------------------------------------------------------------------------- the method's options
@@ -182,7 +180,8 @@ def policy_loss_reference(
     logits = (hidden @ lm_head.T).float() / temperature  # (n, V)
     logp = log_softmax_min_p(logits, min_p)  # (n, V)
     logprob = logp.gather(1, targets[:, None])[:, 0]  # (n,)
-    entropy = -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(-1)  # (n,) over the vocabulary
+    p_logp = logp.exp() * logp.masked_fill(logp.isinf(), 0)  # (n, V); 0 log 0 = 0
+    entropy = -p_logp.sum(-1)  # (n,) exact: over the whole vocabulary
     return -(weights * (advantages * logprob + entropy_coef * entropy)).sum()
 
 
@@ -243,10 +242,28 @@ def repeats(ids: list[int], n: int) -> int:
     return max(count.values(), default=0)
 
 
+COMMON_WORDS = set("the of is and to in we so for that it be if are this by with as have".split())
+WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")  # not a command of LaTeX
+CODE = re.compile(r"\[asy\].*?(\[/asy\]|$)|```.*?(```|$)", re.S)
+
+
+def word_salad(text: str, prompt: str) -> bool:
+    """To a prompt in English: 40 words in a row, 20 different ones of them longer than names of
+    points and angles, none of them one of English's commonest; code aside."""
+    if len(COMMON_WORDS.intersection(WORD.findall(prompt.lower()))) < 2:
+        return False
+    run = []
+    for word in WORD.findall(CODE.sub(" ", text).lower()):
+        run = [] if word in COMMON_WORDS else [*run[-39:], word]
+        if len(run) == 40 and len({word for word in run if len(word) > 3}) >= 20:
+            return True
+    return False
+
+
 def garbled(text: str, prompt: str = "") -> bool:
     """Mixed languages or random characters: more than 1 % of the characters are broken; 60 Latin
-    letters follow each other; or at least 5 letters, and 5 % of all letters, are of a script used
-    neither in mathematics nor in the prompt."""
+    letters follow each other; at least 5 letters are of a script used neither in mathematics nor in
+    the prompt, and are 5 % of all or stand in 3 different groups; or a word salad."""
     broken = text.count("\ufffd")  # the replacement character
     for c in text:
         if c < " ":
@@ -255,9 +272,13 @@ def garbled(text: str, prompt: str = "") -> bool:
             broken += unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs")
     if broken > 0.01 * len(text) or re.search(r"[A-Za-z]{60}", text):
         return True
-    strange = len(data_prep.foreign(text, prompt))
-    letters = sum(map(str.isalpha, text))
-    return strange >= 5 and strange > 0.05 * letters
+    strange = data_prep.foreign_letters(text, prompt)
+    if len(strange) >= 5:
+        groups = set(re.findall(f"[{''.join(set(strange))}]{{2,}}", text))
+        letters = sum(map(str.isalpha, text))
+        if len(groups) >= 3 or len(strange) > 0.05 * letters:
+            return True
+    return word_salad(text, prompt)
 
 
 def unexpected_pattern(
@@ -282,11 +303,6 @@ def penalised_reward(right: float, pattern: str | None, penalties: bool = True) 
     if pattern and penalties:
         return -1.0
     return float(right)
-
-
-def opens_thought(prompt: list[int], tokenizer) -> bool:
-    """Does the prompt end in <think>, so that the response begins inside a thought?"""
-    return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
 
 
 def text_of(rollout: Rollout, tokenizer) -> str:
@@ -395,23 +411,6 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
     return all_sum(kl).float()
 
 
-def rl_metrics(step: int, rollouts, rewards, kl, sums: dict, norm: float, lr: float) -> dict:
-    """A row of metrics.jsonl; docs/metrics.md defines each column."""
-    N = sums["tokens"]
-    flat = [(group == group[0]).all().item() for group in rewards]
-    row = dict(step=step, **means(rollouts))
-    row["kl"] = kl.mean().item() + sums["bias"] / len(rollouts)  # of the trainer's log-probs
-    row["entropy"] = sums["entropy"] / N
-    row["nll"] = sums["nll"] / N
-    row["logprob_gap"] = sums["gap"] / N
-    row["logprob_gap_p99"] = sums["gap_p99"]
-    row["flat_groups"] = np.mean(flat).item()
-    row["grad_norm"] = norm
-    row["lr"] = lr
-    row["tokens"] = N
-    return row
-
-
 def run_rl(cfg):
     folder = RunFolder(cfg)
     sft = str(folder.path.parent / "sft")
@@ -419,17 +418,10 @@ def run_rl(cfg):
     if source == sft:
         what = "run --stage sft first, or give --model"
         raise Misuse(f"no SFT checkpoint beside {folder.path}: {what}")
-    rows, tests = read_data(cfg)
-    whole, tokenizer = load_whole(source, cfg)
-    tests = encode_prompts(tests, tokenizer, cfg)
-    problems = encode_prompts(rows, tokenizer, cfg)
-    prompt = look_at_prompt(problems, tokenizer, cfg)
-    on_rank0(try_export, whole, tokenizer, cfg)
-    folder.create(source, problems, tests, prompt)
-    print0(f"{len(problems)} problems; the policy starts from {source}")
+    whole, tokenizer, problems, tests = prepare(folder, source, cfg)
+    print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
 
-    # Both start from the SFT model. On one rank `shard` keeps the model, on several it makes a
-    # copy.
+    # Both start from the SFT model; with several ranks `shard` makes the copy.
     whole_anchor = copy.deepcopy(whole) if world() == 1 else whole
     anchor = shard(whole_anchor, tokenizer, cfg).requires_grad_(False)
     if cfg.offload:
@@ -446,7 +438,7 @@ def run_rl(cfg):
         except Interrupted:  # by a signal before the gradient: nothing has changed
             folder.after_step(step, cfg.rl_steps, policy, optimizer, anchor)
         folder.log(row, rollouts)
-        warn(row)
+        warn(row, rollouts)
         folder.after_step(step + 1, cfg.rl_steps, policy, optimizer, anchor)
     finish_stage(folder, policy, engine, tests, "eval")
 
@@ -463,27 +455,25 @@ def sft_step(step: int, steps: int, traces: list[Rollout], policy, optimizer, cf
     lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
     N = sums["tokens"]
-    loss = sums["loss"]
-    return dict(step=step, loss=loss, entropy=sums["entropy"] / N, grad_norm=norm, lr=lr, tokens=N)
+    return dict(
+        step=step,
+        loss=sums["loss"],
+        entropy=sums["entropy"] / N,
+        grad_norm=norm,
+        lr=lr,
+        tokens=N,
+    )
 
 
 def run_sft(cfg):
     folder = RunFolder(cfg)
-    rows, tests = read_data(cfg)
     source = folder.source or latest(cfg.model)
-    whole, tokenizer = load_whole(source, cfg)
-    tests = encode_prompts(tests, tokenizer, cfg)
-    problems = encode_prompts(rows, tokenizer, cfg)
-    traces = encode_responses(problems, tokenizer, cfg)
-    prompt = look_at_prompt(problems, tokenizer, cfg)
-    on_rank0(try_export, whole, tokenizer, cfg)
-    folder.create(source, problems, tests, prompt)
+    whole, tokenizer, traces, tests = prepare(folder, source, cfg)
     policy = shard(whole, tokenizer, cfg)
     del whole
-    steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(traces) / cfg.sft_batch)
-    print0(
-        f"{len(traces)} traces, {steps} steps; the policy starts from {source or 'random weights'}"
-    )
+    steps = number_of_steps(traces, cfg)
+    start = source or "random weights"
+    print0(f"{len(traces)} traces, {steps} steps; the policy starts from {start}")
     optimizer = make_optimizer(policy, cfg)
     start = folder.resume(policy, optimizer)
 
@@ -495,24 +485,15 @@ def run_sft(cfg):
 
 
 # ---------------------------------------- 4. Inference scaling (section 3), evaluation (section 4)
-def thought_length(ids: list[int], tokenizer) -> int | None:
-    """Tokens up to and including the one that completes `</think>`; None if it never comes."""
+def thought_length(rollout: Rollout, tokenizer) -> float:
+    """Tokens up to and including the one that completes `</think>`. Without it all of a finished
+    response is thought, and the thought of an unfinished one never ends."""
+    ids = rollout.ids
     if "</think>" not in tokenizer.decode(ids):
-        return None
-
-    def closed(n):
-        return "</think>" in tokenizer.decode(ids[:n])
-
-    return bisect.bisect_left(range(len(ids)), True, key=closed)
-
-
-def thought_of(rollout: Rollout, tokenizer) -> float:
-    """`thought_length`. Without `</think>` all of a finished response is thought, and the thought
-    of an unfinished one never ends."""
-    length = thought_length(rollout.ids, tokenizer)
-    if length is not None:
-        return length
-    return len(rollout.ids) if rollout.finished else math.inf
+        return len(ids) if rollout.finished else math.inf
+    return bisect.bisect_left(
+        range(len(ids)), True, key=lambda n: "</think>" in tokenizer.decode(ids[:n])
+    )
 
 
 def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
@@ -526,11 +507,10 @@ def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
 def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> list[Rollout]:
     """The responses if their thoughts had been cut after `budget` tokens (section 3).
 
-    thoughts: `thought_of` each. A thought that ended within the budget keeps its own answer.
+    thoughts: `thought_length` of each. A thought that ended within the budget keeps its own answer.
     Another is cut and closed with `answer_prefix`, and `answerer`, an engine, writes the answer.
     NOT IN PAPER: finished thoughts keep their answer; the prefix; a short greedy answer."""
-    prefix_text = cfg.answer_prefix.replace("\\n", "\n")
-    prefix = tokenizer(prefix_text, add_special_tokens=False).input_ids
+    prefix = tokenizer(unescaped(cfg.answer_prefix), add_special_tokens=False).input_ids
     late = [i for i, thought in enumerate(thoughts) if thought > budget]
     starts = [cut_at(rollouts[i].ids, budget, tokenizer) + prefix for i in late]
     answers = []
@@ -547,7 +527,7 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
 
 def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[list]:
     """[budget, pass@1, standard error, mean length] for each thinking budget."""
-    thoughts = [thought_of(r, tokenizer) for r in rollouts]
+    thoughts = [thought_length(r, tokenizer) for r in rollouts]
     points = []
     for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
         cut = cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget, cfg)
@@ -560,64 +540,17 @@ def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[li
     return points
 
 
-def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
-    """Mean over problems of the mean over each problem's samples, and its standard error (None for
-    one problem). The error is over PROBLEMS: the samples of one problem are not independent."""
-    per_problem = np.array([np.mean(v) for v in values], dtype=float)
-    n = len(per_problem)
-    error = (per_problem.std(ddof=1) / n**0.5).item() if n > 1 else None
-    return per_problem.mean().item(), error
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, include a right one."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def grouped(values, n: int) -> list[list]:
-    """Consecutive values, n per problem -> one list per problem."""
-    return [list(values[i : i + n]) for i in range(0, len(values), n)]
-
-
 def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout]:
     """`samples` judged responses to each problem, one problem after the other."""
+    cfg = dataclasses.replace(cfg, reward="")  # right or wrong is measured
     rollouts = []
     for i, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "eval", i)
         rollouts += [Rollout(problem, seed, sample) for sample in range(samples)]
-    generate(engine, rollouts, cfg.max_new, cfg.eval_temperature)
+    with tqdm(total=len(rollouts), desc="responses", disable=rank() > 0) as bar:
+        generate(engine, rollouts, cfg.max_new, cfg.eval_temperature, ended=bar.update)
     judge(rollouts, engine.tokenizer, cfg)
     return rollouts
-
-
-def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tuple[dict, list]:
-    """A policy on a test set -> its entry of results.json (docs/metrics.md), and its responses."""
-    tokenizer = engine.tokenizer
-    rollouts = evaluate(engine, problems, samples, cfg)
-    right = grouped([r.right for r in rollouts], samples)
-    value, error = mean_and_error(right)
-    answers = [r.behaviour["answer"] for r in rollouts]
-    ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
-    ks = [2**i for i in range(samples.bit_length())]
-    chances = {k: [[pass_at_k(samples, sum(r), k)] for r in right] for k in ks}
-    result = dict(
-        problems=len(problems),
-        samples=samples,
-        temperature=cfg.eval_temperature,
-        seed=cfg.seed,
-        max_new=cfg.max_new,
-        answer_model=cfg.answer_model,
-        pass_at_1=value,
-        standard_error=error,
-        **means(rollouts),
-        ungradable=float(np.mean(ungradable)),
-        pass_at_k=[[k, *mean_and_error(chances[k])] for k in ks],
-    )
-    if not (cfg.test or cfg.data or cfg.benchmarks):
-        result["habits"] = data_prep.habit_shares([vars(r) for r in rollouts])
-    if cfg.budgets:
-        result["scaling"] = accuracy_within(answerer, tokenizer, rollouts, samples, cfg)
-    return result, rollouts
 
 
 # ------------------------------------------------------------------------- 5. How it is computed
@@ -643,8 +576,8 @@ class Policy(torch.nn.Module):
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, rows)
         ends = lm.generation_config.eos_token_id  # None, one or several
         ends = ends if isinstance(ends, list) else [ends]
-        others = [i for i in ends if i not in (None, tokenizer.eos_token_id)]
-        self.end_ids = [tokenizer.eos_token_id, *others]
+        self.end_ids = [tokenizer.eos_token_id]
+        self.end_ids += [i for i in ends if i not in (None, tokenizer.eos_token_id)]
 
     @property
     def head(self) -> torch.Tensor:
@@ -677,9 +610,7 @@ class Packed:
     position: torch.Tensor  # (1, n) place in its row
     predict: torch.Tensor  # (N,) places in 0..n-1 that predict the response tokens
     targets: torch.Tensor  # (N,) response tokens, the end token included
-    to_grid: (
-        torch.Tensor
-    )  # (B * T,) token of each cell of a (B, T) grid; short rows repeat their last
+    to_grid: torch.Tensor  # (B * T,) token of each cell of a (B, T) grid; short rows repeat a token
     to_packed: torch.Tensor  # (n,) cell of each token
     ends: torch.Tensor  # (B + 1,) int32, where each row begins, and the end
     shape: tuple[int, int]  # (B, T), T the longest row
@@ -709,12 +640,25 @@ def pack(rows: list[Row], device) -> Packed:
     return Packed(**tensors, shape=(B, T))
 
 
-def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused):
+def to_grid(x, pack: Packed):
+    """(n, H, Dh) -> (B, H, T, Dh)"""
+    return x.index_select(0, pack.to_grid).unflatten(0, pack.shape).transpose(1, 2)
+
+
+# What transformers may pass on to an attention and `attention` does not compute.
+NOT_COMPUTED = "attention_mask softcap s_aux position_bias indices block_indices".split()
+
+
+def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others):
     """The attention of every forward in this file, registered with transformers as "t1".
 
     With `pack`: q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh); each row attends to itself.
     Without: q (B, Hq, T, Dh) is a prefill from position 0, or one position against a cache.
     No mask is built and key-value heads are not repeated. -> (B, T, Hq, Dh)"""
+    others["attention_mask"] = attention_mask
+    for name in NOT_COMPUTED:
+        if others.get(name) is not None:
+            raise NotImplementedError(f"its attention has {name}")
     heads = q.shape[1]
     kv_heads = k.shape[1]
     if pack is None and q.shape[2] == 1:
@@ -723,7 +667,7 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         return out.reshape(-1, 1, heads, v.shape[3]), None
     if pack is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh) each
         if q.is_cuda and torch.is_autocast_enabled("cuda"):
             q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
             rows = (pack.ends, pack.ends, pack.shape[1], pack.shape[1])
@@ -731,8 +675,9 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **unused
             return varlen_attn(q, k, v, *rows, **causal)[None], None
         # Elsewhere rows are laid out as a padded (B, T) grid. Padding comes last, so that the
         # causal mask hides it.
-        q, k, v = (x.index_select(0, pack.to_grid) for x in (q, k, v))
-        q, k, v = (x.unflatten(0, pack.shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, Dh)
+        q = to_grid(q, pack)
+        k = to_grid(k, pack)
+        v = to_grid(v, pack)
     gqa = heads != kv_heads
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
     out = out.transpose(1, 2)  # (B, T, Hq, Dh)
@@ -762,11 +707,6 @@ def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int],
         for _ in range(max(gather([len(groups)])) - len(groups)):
             result.append((groups[0][:1], 0.0))
     return result
-
-
-def share_of_rank(rollouts: list[Rollout]) -> list[int]:
-    """Indices of the responses that this rank trains on: about the same tokens on each rank."""
-    return deal([len(r.problem.prompt) + len(r.ids) for r in rollouts], world())[rank()]
 
 
 def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dict:
@@ -811,8 +751,15 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
     noise = torch.stack([gaps.double().sum(), gaps.double().abs().sum()])
     loss, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
     p99 = np.quantile(gaps.abs().numpy(), 0.99).item() if len(gaps) else 0.0
-    sums = dict(loss=loss, nll=nll, entropy=entropy, bias=bias, gap=gap, tokens=N)
-    return sums | dict(gap_p99=max(gather([p99])))
+    return dict(
+        loss=loss,
+        nll=nll,
+        entropy=entropy,
+        bias=bias,
+        gap=gap,
+        gap_p99=max(gather([p99])),
+        tokens=N,
+    )
 
 
 @torch.no_grad()
@@ -869,15 +816,16 @@ def sample(logits, temperature: float, min_p: float, uniform):
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
-def generate(engine, rollouts, max_new: int, temperature: float, min_p: float = 0.0):
+def generate(engine, rollouts, max_new: int, temperature: float, min_p=0.0, ended=None):
     """Sample all rollouts, of all problems. Each engine draws its share of the samples of every
-    problem, so that the work is even; then every rank holds all of them."""
+    problem, so that the work is even; then every rank holds all of them. ended(n): n of this rank's
+    share have just ended."""
     engines = world() // engine.ranks
     share = rollouts[rank() // engine.ranks :: engines]
     with all_ranks_or_none():
-        engine.generate(share, max_new, temperature, min_p)
+        engine.generate(share, max_new, temperature, min_p, ended)
         if not all(math.isfinite(sum(r.logprobs)) for r in share):
-            what = "the policy's log-probs are not finite; lower the rate, or look at the model"
+            what = "the policy's log-probs are not finite; lower the rate"
             raise Stop(f"rank {rank()}: {what}; {RESUMES}")
     exchange(rollouts, share, engine.ranks)
 
@@ -897,14 +845,15 @@ class TorchEngine:
         self.policy = None
 
     def load(self, policy) -> bool:
-        if not isinstance(policy, FSDPModule):
-            self.policy = policy  # the trainer's own weights
+        if not (policy.bfloat16 or isinstance(policy, FSDPModule)):
+            self.policy = policy  # the trainer's own weights: nothing to copy
             return False
-        if (
-            self.policy is None
-        ):  # each rank holds a whole copy: for small models; large ones need vLLM
+        if self.policy is None:  # a whole copy on each rank: large models need vLLM
             lm = empty_lm(policy.lm.config, policy.lm.generation_config)
             self.policy = Policy(lm, self.tokenizer, self.cfg)
+            for module in lm.base_model.modules():
+                if isinstance(module, torch.nn.Linear) and policy.bfloat16:
+                    module.bfloat16()  # else autocast casts its weights again for every token
             self.policy.to(self.policy.device)
         weights = self.policy.lm.state_dict()
         for name, w in full_weights(policy):
@@ -914,18 +863,19 @@ class TorchEngine:
     def sleep(self):
         pass
 
-    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
+    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0, ended=None):
         """Fill in ids, logprobs and finished. The rollouts of one problem stand together."""
-        groups = [list(g) for _, g in itertools.groupby(rollouts, key=lambda r: id(r.problem))]
+        groups = by_problem(rollouts)
         groups.sort(key=lambda group: len(group[0].problem.prompt))  # similar lengths together
         samples = max(map(len, groups), default=1)
         per_batch = max(1, self.cfg.rollout_rows // samples)
         for start in range(0, len(groups), per_batch):
-            self._generate(groups[start : start + per_batch], max_new, temperature, min_p)
+            batch = groups[start : start + per_batch]
+            self._generate(batch, max_new, temperature, min_p, ended)
         return rollouts
 
     @torch.no_grad()
-    def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p):
+    def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p, ended):
         """One batch of B rows, grouped by prompt. `row`, 0..B-1, identifies a sample permanently;
         `slot`, 0..b-1, is its index among the b that still run. Position t counts from the prompt's
         start."""
@@ -943,7 +893,7 @@ class TorchEngine:
         B, longest = tokens.shape
         prefix = int(lengths.min())
         first = counts.cumsum(0) - counts  # row of each prompt's first sample
-        cache = Cache(policy.lm.config.num_hidden_layers)
+        cache = Cache(policy)
         hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache)
         hidden = hidden.repeat_interleave(counts, 0)  # (B, D)
         cache.extend(counts, longest)
@@ -964,16 +914,18 @@ class TorchEngine:
             end[row_of_slot] = torch.where(stopped, t + 1, end[row_of_slot])
             running = end[row_of_slot] > t + 1
             left = int(running.sum())
+            if ended:
+                ended(len(row_of_slot) - left)
             if left == 0:
                 break
             if left < len(row_of_slot):
-                ended = (~running[:left]).nonzero()[:, 0]
+                empty = (~running[:left]).nonzero()[:, 0]
                 moved = left + running[left:].nonzero()[:, 0]
-                row_of_slot[ended] = row_of_slot[moved]
-                token[ended] = token[moved]
+                row_of_slot[empty] = row_of_slot[moved]
+                token[empty] = token[moved]
                 row_of_slot = row_of_slot[:left]
                 token = token[:left]
-                cache.keep(left, ended, moved)
+                cache.keep(left, empty, moved)
             hidden = self._last_hidden(token[:, None], [t], cache)
 
         parts = zip(rows, tokens.tolist(), logprobs.tolist(), lengths.tolist(), end.tolist())
@@ -993,9 +945,8 @@ class TorchEngine:
             random = np.random.default_rng(group[0].seed)
             draws.append(random.random((max(numbers) + 1, max_new))[numbers])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new, dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = prompt
+        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        tokens = F.pad(tokens, (0, max_new))
         uniform = torch.from_numpy(np.concatenate(draws))
         device = self.policy.device
         return tokens.to(device), lengths.to(device), uniform.to(device)
@@ -1167,8 +1118,9 @@ class Config(Method):
         "", "folder or hub name of a causal LM; empty: in sft the preset's, later the run's own"
     )
     data: str = knob(
-        "", "traces (sft) or problems (rl): .jsonl[.gz], .parquet or a folder; empty: embedded ones"
+        "", "traces (sft) or problems (rl): .jsonl, .json, .csv, .parquet, folder; empty: embedded"
     )
+    columns: str = knob("", "other names of columns of --data: problem=COLUMN,answer=COLUMN, ...")
     test: str = knob("", "problems to evaluate on; empty: a held-out part of --data, or embedded")
     resume_from: int = knob(
         0, "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N", zero=True
@@ -1266,27 +1218,58 @@ PUSH_TOLERANCE = dict(float32=1e-3, bfloat16=0.1)  # nats: largest log-prob gap 
 # ------------------------------------------------------------------- problems, prompts and rewards
 def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in
-    fifty of --data, by a hash of its text: every stage holds out the same."""
+    fifty of --data by a hash of its text, the same in every stage. No held-out problem is trained
+    on, however it is spelled."""
+    tests = read_rows(cfg.test, "eval", cfg.columns) if cfg.test else []
+    if cfg.stage == "eval" and cfg.test:
+        return [], tests
     if not cfg.data:
-        tests = read_rows(cfg.test, "eval") if cfg.test else data_prep.embedded_problems("test")
+        tests = tests or data_prep.embedded_problems("test")
         if cfg.stage == "sft":
             return data_prep.embedded_traces(), tests
         return data_prep.embedded_problems("train"), tests
-    rows = read_rows(cfg.data, cfg.stage)
-    if cfg.test:
-        return rows, read_rows(cfg.test, "eval")
-    held = {}
-    rest = []
-    for row in rows:
-        if seed_for(0, row["problem"]) % 50:
-            rest.append(row)
-        elif row.get("answer"):
-            held[row["problem"]] = row
-    what = f"{len(held)} problems held out for evaluation (--test FILE for others)"
-    print0(f"{cfg.data}: {what}, {len(rest)} rows left")
+    rows = read_rows(cfg.data, cfg.stage, cfg.columns)
+    keys = [text_key(row) for row in rows]
+    out = {text_key(row) for row in tests}
+    if not cfg.test:
+        out = {key for key in keys if seed_for(0, key) % 50 == 0}  # traces without answers, too
+        held = {key: row for key, row in zip(keys, rows) if key in out and row.get("answer")}
+        tests = list(held.values())
+    rest = [row for key, row in zip(keys, rows) if key not in out]
     if not rest:
-        return rows, []
-    return rest, list(held.values())
+        print0(f"{cfg.data}: no row is left beside the problems of the test: nothing is held out")
+        return rows, tests if cfg.test else []
+    what = "held out for evaluation (--test for others)"
+    if cfg.test:
+        what = "are problems of --test"
+    print0(f"{cfg.data}: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
+    return rest, tests
+
+
+def text_key(row: dict) -> str:
+    """The same for a problem in all its spellings."""
+    return data_prep.key(data_prep.tokens(row["problem"]))
+
+
+def prepare(folder, source: str, cfg: Config):
+    """-> the model of `source` on one rank, its tokenizer, what to train on (rollouts of the traces
+    in sft, problems in rl) and the held-out problems. All is checked before the run's folder is
+    made."""
+    rows, tests = read_data(cfg)
+    whole, tokenizer = load_whole(source, cfg)
+    tests = encode_prompts(tests, tokenizer, cfg)
+    problems = encode_prompts(rows, tokenizer, cfg)
+    examples = encode_responses(problems, tokenizer, cfg) if cfg.stage == "sft" else problems
+    prompt = look_at_prompt(problems, tokenizer, cfg)
+    on_rank0(try_export, whole, tokenizer, cfg)
+    folder.create(source, problems, tests, prompt, number_of_steps(examples, cfg))
+    return whole, tokenizer, examples, tests
+
+
+def number_of_steps(examples: list, cfg: Config) -> int:
+    if cfg.stage == "rl":
+        return cfg.rl_steps
+    return cfg.sft_steps or math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
 
 
 def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
@@ -1296,7 +1279,10 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
             what = "on which problems? Give --test FILE, --benchmarks NAMES or the run's --data"
             raise Misuse(f"--stage eval: {what}")
         name = cfg.test or cfg.data or "embedded"
-        return [(name, read_data(cfg)[1], cfg.eval_samples or 4)]
+        _, problems = read_data(cfg)
+        if not problems:
+            raise Misuse(f"{name}: nothing of it is held out; give --test FILE")
+        return [(name, problems, cfg.eval_samples or 4)]
     sets = []
     for name in cfg.benchmarks.split(","):
         path = BENCHMARKS / f"{name}.jsonl"
@@ -1316,86 +1302,90 @@ def prompt_ids(row: dict, tokenizer, cfg: Config) -> list[int]:
     """The problem as the model sees it, with the system message of its row or of --system.
     NOT IN PAPER: the template; a model was trained on its own chat template."""
     problem = row["problem"]
-    system = row.get("system") or cfg.system.replace("\\n", "\n")
+    system = row.get("system", "")
     if not cfg.prompt_template and getattr(tokenizer, "chat_template", None):
         messages = [dict(role="user", content=problem)]
-        if system:
-            messages.insert(0, dict(role="system", content=system))
-        options = dict(add_generation_prompt=True, strftime_now=ONE_DAY.strftime)
-        options |= dict(tokenize=True, return_dict=False, padding=False, truncation=False)
-        options |= json_object(cfg.chat_template_kwargs)
+        if system or cfg.system:
+            messages.insert(0, dict(role="system", content=system or unescaped(cfg.system)))
+        options = json_object(cfg.chat_template_kwargs)
+        options |= dict(tokenize=True, return_dict=False, truncation=False)
+        options |= dict(add_generation_prompt=True, strftime_now=ONE_DAY.strftime)
         try:
             return tokenizer.apply_chat_template(messages, **options)
         except Exception as e:  # whatever the template raises
-            raise Misuse(f"the chat template does not take this prompt: {reason_of(e)}")
-    template = cfg.prompt_template.replace("\\n", "\n") or "{problem}\n"
-    text = template.replace("{problem}", problem)
+            raise Misuse(f"{place_of(row)}: refused by the chat template: {reason_of(e)}")
+    if system:
+        problem = f"{system}\n\n{problem}"
+    text = (unescaped(cfg.prompt_template) or "{problem}\n").replace("{problem}", problem)
     ids = tokenizer(text).input_ids
-    # Some tokenizers put an end token after a text, and a begin token where the text has one.
-    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    # Some tokenizers put an end token after a text, and begin tokens before one that has them.
+    if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
         ids = ids[:-1]
-    if ids[:2] == 2 * [tokenizer.bos_token_id]:
-        ids = ids[1:]
-    return ids
+    begin = ids[: len(ids) - len(plain)]
+    return plain if plain[: len(begin)] == begin else ids
+
+
+def unescaped(text: str) -> str:
+    return text.replace("\\n", "\n")
+
+
+def opens_thought(prompt: list[int], tokenizer) -> bool:
+    """Does the prompt end in <think>, so that the response begins inside a thought?"""
+    return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
 
 
 def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
-    """Print the first prompt as the model sees it; Misuse where options, template or traces cannot
-    have the wanted effect. -> its text, which a resumed run compares."""
+    """Print the first prompt as the model sees it, and what it says about options and traces;
+    Misuse where these cannot have the wanted effect. -> its text, which resuming compares."""
     first = problems[0]
     text = tokenizer.decode(first.prompt)
     about = f"the first of {len(problems)} prompts, {len(first.prompt)} tokens"
     print0(f"{about}: {shortened(repr(text))}")
     print0(f"its ids: {shortened(str(first.prompt))}")
-    chat = not cfg.prompt_template and tokenizer.chat_template
-    check_prompt_options(first, text, chat, tokenizer, cfg)
+    template = "" if cfg.prompt_template else tokenizer.chat_template
+    check_prompt_options(first, text, template, tokenizer, cfg)
 
     # A template around a prompt that has one already.
     problem = first.row["problem"]
-    before, _, after = text.rpartition(problem)
+    _, _, after = text.rpartition(problem)
     marks = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if chat:
+    if template:
         marks.append(after.strip())
-        if not cfg.system and "system" in before.lower():
-            print0("the system prompt is the chat template's own; --system TEXT for another")
     for mark in marks:
         if mark and mark in problem and text.count(mark) > problem.count(mark):
-            where = first.row.get("where") or first.row.get("id")
-            what = f"the problem holds {mark!r}, as a prompt does that a template was applied to"
-            raise Misuse(
-                f"{where}: {what}; give the bare problem, or --prompt-template '{{problem}}'"
-            )
+            what = f"the first problem holds {mark!r}, as a prompt with a template does"
+            raise Misuse(f"{what}; give bare problems, or --prompt-template '{{problem}}'")
     check_open_thought(problems, text, cfg)
     return text
 
 
-def check_prompt_options(first: Problem, text: str, chat, tokenizer, cfg: Config):
+def check_prompt_options(first: Problem, text: str, template, tokenizer, cfg: Config):
     """Say or refuse options that change nothing in the prompt."""
-    wanted = (first.row.get("system") or cfg.system).replace("\\n", "\n")
-    if "".join(wanted.split()) not in "".join(text.split()):
+    system = first.row.get("system") or unescaped(cfg.system)
+    if "".join(system.split()) not in "".join(text.split()):
         what = "--system is not in the prompt: there is no chat template, or it takes none"
         raise Misuse(f"{what}; write it into --prompt-template 'TEXT\\n{{problem}}\\n'")
     if cfg.chat_template_kwargs:
-        if not chat:
+        if not template:
             raise Misuse("--chat-template-kwargs: these prompts come from no chat template")
         plain = dataclasses.replace(cfg, chat_template_kwargs="")
         if prompt_ids(first.row, tokenizer, plain) == first.prompt:
             print0("--chat-template-kwargs changes nothing in this prompt")
-    if chat and "strftime_now" in str(tokenizer.chat_template):
+    before, _, _ = text.rpartition(first.row["problem"])
+    if template and not system and "system" in before.lower():
+        print0("the system prompt is the chat template's own; --system TEXT for another")
+    if "strftime_now" in str(template):
         print0(f"the chat template writes a date: in every run it is {ONE_DAY:%d %b %Y}")
 
 
 def check_open_thought(problems: list[Problem], text: str, cfg: Config):
-    """Say or refuse traces that do not fit a prompt which begins a thought, or has ended one."""
-    responses = [p.row["response"] for p in problems] if cfg.stage == "sft" else []
-    if text.rstrip().endswith("<think>"):
-        endless = sum("</think>" not in response for response in responses)
+    """Refuse traces that do not fit a prompt which begins a thought, or has ended one."""
+    responses = [p.row["response"] for p in problems if cfg.stage == "sft"]
+    endless = sum("</think>" not in response for response in responses)
+    if text.rstrip().endswith("<think>") and endless:
         what = f"the prompt ends in <think>, and {endless} of {len(problems)} responses have no"
-        what += " </think>"
-        if endless == len(responses) > 0:
-            raise Misuse(f"{what}: all their answers would be thoughts; see --prompt-template")
-        if endless:
-            print0(f"{what}: their answers count as thoughts")
+        raise Misuse(f"{what} </think>: their answers would be thoughts; see --prompt-template")
     if text.rstrip().endswith("</think>"):
         what = "the prompt ends in a thought that is closed"
         if any("<think>" in response for response in responses):
@@ -1424,7 +1414,7 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[Problem]:
     kept = [p for p in problems if 0 < len(p.prompt) <= cfg.max_prompt]
     if len(kept) < len(rows):
         first = next(p.row for p in problems if not 0 < len(p.prompt) <= cfg.max_prompt)
-        where = first.get("where") or first.get("id")
+        where = place_of(first)
         bad = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than"
         bad += f" --max-prompt {cfg.max_prompt}"
         if not kept:
@@ -1454,21 +1444,34 @@ def encode_responses(problems: list[Problem], tokenizer, cfg) -> list[Rollout]:
     return kept
 
 
-python_file = functools.cache(runpy.run_path)  # path -> its names
+@functools.cache
+def reward_function(spec: str):
+    """The function that --reward FILE.py:FUNCTION names; it can import the modules beside its
+    file."""
+    file, _, name = spec.rpartition(":")
+    try:
+        sys.path.insert(0, str(Path(file).resolve().parent))
+        return runpy.run_path(file)[name]
+    except (Exception, SystemExit) as e:
+        reason = f"{type(e).__name__}: {reason_of(e)}"
+        raise Misuse(f"--reward {spec}: {reason}; give FILE.py:FUNCTION")
 
 
 def own_reward(spec: str, rollout: Rollout) -> float:
-    """The value of --reward FILE.py:FUNCTION."""
-    file, _, name = spec.rpartition(":")
+    """The value of --reward FILE.py:FUNCTION; the function gets a copy of the row."""
     row = rollout.problem.row
     try:
-        value = float(python_file(file)[name](rollout.text, row))
+        value = float(reward_function(spec)(rollout.text, copy.deepcopy(row)))
         if not math.isfinite(value):
             raise ValueError(f"{value} is no reward")
         return value
-    except Exception as e:
-        where = row.get("where") or row.get("id")
-        raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {where}")
+    except (Exception, SystemExit) as e:
+        reason = f"{type(e).__name__}: {reason_of(e)}"
+        raise Stop(f"--reward {spec}: {reason}; in {place_of(row)}")
+
+
+def place_of(row: dict) -> str:
+    return row.get("where") or row.get("id")
 
 
 # ------------------------------------------------------------------------ measures of a response
@@ -1532,15 +1535,42 @@ def means(rollouts: list[Rollout]) -> dict:
     )
 
 
+def rl_metrics(step: int, rollouts, rewards, kl, sums: dict, norm: float, lr: float) -> dict:
+    """A row of metrics.jsonl; docs/metrics.md defines each column."""
+    N = sums["tokens"]
+    flat = [(group == group[0]).all().item() for group in rewards]
+    return dict(
+        step=step,
+        **means(rollouts),
+        kl=kl.mean().item() + sums["bias"] / len(rollouts),  # of the trainer's log-probs
+        entropy=sums["entropy"] / N,
+        nll=sums["nll"] / N,
+        logprob_gap=sums["gap"] / N,
+        logprob_gap_p99=sums["gap_p99"],
+        flat_groups=np.mean(flat).item(),
+        grad_norm=norm,
+        lr=lr,
+        tokens=N,
+    )
+
+
 def record_of(rollout: Rollout) -> dict:
     """A judged response as it is logged."""
     row = rollout.problem.row
-    record = dict(id=row.get("id"), problem=row["problem"], response=rollout.text)
-    record |= dict(reward=rollout.reward, right=rollout.right, pattern=rollout.pattern)
-    return record | rollout.behaviour | dict(length=len(rollout.ids), ungraded=rollout.ungraded)
+    return dict(
+        id=row.get("id"),
+        problem=row["problem"],
+        response=rollout.text,
+        reward=rollout.reward,
+        right=rollout.right,
+        pattern=rollout.pattern,
+        **rollout.behaviour,
+        length=len(rollout.ids),
+        ungraded=rollout.ungraded,
+    )
 
 
-def warn(row: dict):
+def warn(row: dict, rollouts: list[Rollout]):
     """A line for each thing of a step of RL that looks wrong."""
 
     def say(wrong, words):
@@ -1559,6 +1589,8 @@ def warn(row: dict):
     say(row["entropy"] < ENTROPY_FLOOR, f"{entropy}; raise --temperature or --entropy-coef")
     kl = f"KL {row['kl']:.3g} to the anchor is high"
     say(row["kl"] > KL_CEILING, f"{kl}; lower --rl-lr, or raise --kl-coef")
+    least = min(r.reward for r in rollouts)
+    say(least < -1, f"--reward gave {least:.3g}: less than garbage gets, -1")
 
 
 # ---------------------------------------------------------------------- evaluation of checkpoints
@@ -1569,7 +1601,7 @@ def run_eval(cfg: Config):
     paths = checkpoints_to_evaluate(folder.parent, cfg)
     sets = test_sets(cfg)
     answer_weights = on_rank0(weights_of, latest(cfg.answer_model))
-    lock = None  # held until the stage ends
+    lock = []  # held until the stage ends
     engine = None
     for path, name in paths.items():
         models = (on_rank0(weights_of, path), answer_weights)
@@ -1580,6 +1612,8 @@ def run_eval(cfg: Config):
             known = [old for old in from_rank0(on_rank0(results_of, folder)) if old["key"] == key]
             if known:
                 print0(f"{path}, {test}: evaluated before, pass@1 {known[0]['pass_at_1']:.1%}")
+                if not lock:
+                    lock.append(on_rank0(locked_folder, folder))
                 on_rank0(add_result, folder, known[0] | entry)
             else:
                 todo.append((entry, rows, samples))
@@ -1588,13 +1622,14 @@ def run_eval(cfg: Config):
         release(engine)
         whole, tokenizer = load_whole(path, cfg)
         encoded = [encode_prompts(rows, tokenizer, cfg) for _, rows, _ in todo]
-        look_at_prompt(encoded[0], tokenizer, cfg)
         policy = shard(whole, tokenizer, cfg)
         del whole
         if engine is None:
+            look_at_prompt(encoded[0], tokenizer, cfg)
             engine = make_engine(path, policy, tokenizer, cfg)
             answerer = answer_engine(engine, tokenizer, cfg) if cfg.answer_model else engine
-        lock = lock or on_rank0(locked_folder, folder)
+        if not lock:
+            lock.append(on_rank0(locked_folder, folder))
         engine.tokenizer = tokenizer
         push_weights(engine, policy, encoded[0][0], cfg)
         del policy
@@ -1619,10 +1654,11 @@ def entry_key(models: tuple, rows: list[dict], samples: int, cfg: Config) -> str
 def results_of(folder: Path) -> list[dict]:
     """The entries of results.json; none where there is no such file."""
     path = folder / "results.json"
-    entries = read_json(path).get("checkpoints") if os.path.lexists(path) else []
-    needed = {"key", "name", "checkpoint", "test"}
-    good = isinstance(entries, list) and all(isinstance(e, dict) for e in entries)
-    if not (good and all(needed <= set(e) for e in entries)):
+    try:
+        entries = read_json(path)["checkpoints"] if os.path.lexists(path) else []
+        for entry in entries:
+            [entry[name] for name in ("key", "name", "checkpoint", "test")]
+    except (KeyError, TypeError):
         raise Misuse(f"{path}: it holds what --stage eval does not write; rename or remove it")
     return entries
 
@@ -1642,12 +1678,66 @@ def log_responses(folder: Path, entry: dict, rollouts: list[Rollout]):
     """Put responses at the end of responses.jsonl, in place of those that a kill left there."""
     path = folder / "responses.jsonl"
     if path.exists():
-        cut_log(path, path, lambda row: row.get("key") != entry["key"], folder / "responses.cut")
+        cut_log(
+            path, path, lambda row: row.get("key") != entry["key"], folder / "responses.jsonl.cut"
+        )
     rows = []
     for r in rollouts:
         sampled = dict(sample=r.sample, finished=r.finished, ids=r.ids)
         rows.append(entry | record_of(r) | sampled)
     append_rows(path, rows, sync=True)
+
+
+def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
+    """Mean over problems of the mean over each problem's samples, and its standard error (None for
+    one problem). The error is over PROBLEMS: the samples of one problem are not independent."""
+    per_problem = np.array([np.mean(v) for v in values], dtype=float)
+    n = len(per_problem)
+    error = (per_problem.std(ddof=1) / n**0.5).item() if n > 1 else None
+    return per_problem.mean().item(), error
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, include a right one."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def grouped(values, n: int) -> list[list]:
+    """Consecutive values, n per problem -> one list per problem."""
+    return [list(values[i : i + n]) for i in range(0, len(values), n)]
+
+
+def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tuple[dict, list]:
+    """A policy on a test set -> its entry of results.json (docs/metrics.md), and its responses."""
+    tokenizer = engine.tokenizer
+    rollouts = evaluate(engine, problems, samples, cfg)
+    right = grouped([r.right for r in rollouts], samples)
+    value, error = mean_and_error(right)
+    answers = [r.behaviour["answer"] for r in rollouts]
+    ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
+    chances = []
+    for i in range(samples.bit_length()):
+        k = 2**i
+        chance = grouped([pass_at_k(samples, sum(group), k) for group in right], 1)
+        chances.append([k, *mean_and_error(chance)])
+    result = dict(
+        problems=len(problems),
+        samples=samples,
+        temperature=cfg.eval_temperature,
+        seed=cfg.seed,
+        max_new=cfg.max_new,
+        answer_model=cfg.answer_model,
+        pass_at_1=value,
+        standard_error=error,
+        **means(rollouts),
+        ungradable=float(np.mean(ungradable)),
+        pass_at_k=chances,
+    )
+    if not (cfg.test or cfg.data or cfg.benchmarks):
+        result["habits"] = data_prep.habit_shares([record_of(r) for r in rollouts])
+    if cfg.budgets:
+        result["scaling"] = accuracy_within(answerer, tokenizer, rollouts, samples, cfg)
+    return result, rollouts
 
 
 def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
@@ -1664,8 +1754,11 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
         check_model_folder(path)
     names = []
     for path in map(Path, paths):
-        names.append(" ".join([*path.parts[-2:-1], path.name.removeprefix("checkpoint-")]))
-    return dict(zip(paths, names if len(set(names)) == len(names) else paths))
+        step = path.name.removeprefix("checkpoint-")
+        names.append(f"{path.parent.name} {step}".strip())
+    if len(set(names)) < len(names):
+        names = paths
+    return dict(zip(paths, names))
 
 
 def release(engine):
@@ -1728,7 +1821,7 @@ def next_command(folder, stage: str) -> str:
     if nodes != "1":
         words.append(f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500")
     if world() > 1:
-        words.append(f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}")
+        words.append(f"--nproc-per-node {LOCAL_RANKS}")
     words.append(f"t1.py --stage {stage}")
     for option in dataclasses.fields(cfg):
         value = getattr(cfg, option.name)
@@ -1814,9 +1907,9 @@ class VLLMEngine:
             with self.failing("did not fall asleep"):
                 self.llm.sleep(level=2)
 
-    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0) -> list[Rollout]:
+    def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0, ended=None):
         """As TorchEngine.generate. The ranks that share the engine call it together."""
-        groups = [list(g) for _, g in itertools.groupby(rollouts, key=lambda r: id(r.problem))]
+        groups = by_problem(rollouts)
         options = dict(temperature=temperature, min_p=min_p, max_tokens=max_new, logprobs=0)
         options |= dict(stop_token_ids=self.end_ids, flat_logprobs=True, detokenize=False)
         prompts = [{"prompt_token_ids": group[0].problem.prompt} for group in groups]
@@ -1832,6 +1925,8 @@ class VLLMEngine:
                 rollout.ids = list(output.token_ids)
                 rollout.logprobs = list(output.logprobs.logprobs)
                 rollout.finished = output.finish_reason == "stop"
+        if ended:
+            ended(len(rollouts))
         return rollouts
 
 
@@ -1897,8 +1992,7 @@ def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     share = cfg.vllm_memory or min(gather([engine_share(card, card - free, gathered)]))
     engines = 2 if cfg.answer_model and cfg.stage == "eval" else 1
     memory = dict(gpu_memory_utilization=share / engines, enable_sleep_mode=sleeps(cfg))
-    of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return cfg.vllm_tp or engine_ranks(2 * parameters, card, of_machine), memory
+    return cfg.vllm_tp or engine_ranks(2 * parameters, card, LOCAL_RANKS), memory
 
 
 def make_engine(folder: str, policy, tokenizer, cfg: Config):
@@ -1933,20 +2027,25 @@ class Cache:
     preallocated tensor of keys and values, (2, b, Hkv, longest, Dh), of which the first `n`
     positions are filled."""
 
-    def __init__(self, layers: int):
+    def __init__(self, policy):
+        layers = policy.lm.config.num_hidden_layers
         self.kv = [None] * layers
         self.n = [0] * layers
+        self.dtype = torch.bfloat16 if policy.bfloat16 else torch.float32  # as attention reads it
 
     def update(self, k, v, layer: int, *args, **kwargs):
+        if k.shape != v.shape:
+            raise NotImplementedError("its keys and values have heads of different sizes")
         n = self.n[layer]
         end = n + k.shape[2]
         self.n[layer] = end
-        new = torch.stack([k, v])
+        new = torch.stack([k, v]).to(self.dtype)
         if n == 0:  # prefill
             self.kv[layer] = new
         else:
             self.kv[layer][:, :, :, n:end] = new
-        return self.kv[layer][0, :, :, :end], self.kv[layer][1, :, :, :end]
+        keys, values = self.kv[layer][:, :, :, :end]
+        return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.n[layer]
@@ -1954,16 +2053,16 @@ class Cache:
     def extend(self, counts, longest: int):
         """Repeat each prompt's prefix for its samples and make room for `longest` positions."""
         for layer, x in enumerate(self.kv):
-            room = x.new_empty(2, int(counts.sum()), x.shape[2], longest, x.shape[4])
+            _, _, heads, _, width = x.shape
+            room = x.new_empty(2, int(counts.sum()), heads, longest, width)
             room[:, :, :, : x.shape[3]] = x.repeat_interleave(counts, 1)
             self.kv[layer] = room
 
-    def keep(self, left: int, ended, moved):
-        """Keep the first `left` slots, after the slots `moved` took the places of those that
-        ended."""
+    def keep(self, left: int, empty, moved):
+        """Keep the first `left` slots, after the slots `moved` took the `empty` ones."""
         for layer, x in enumerate(self.kv):
             n = self.n[layer]
-            x[:, ended, :, :n] = x[:, moved, :, :n]
+            x[:, empty, :, :n] = x[:, moved, :, :n]
             self.kv[layer] = x[:, :left]
 
 
@@ -1979,14 +2078,22 @@ def load_policy(folder: str, cfg: Config, device=None):
     anything is amiss."""
     try:
         check_model_folder(folder)
+        adapters = sorted(Path(folder).glob("adapter_*"))
+        if adapters:
+            raise Misuse(f"{adapters[0]}: adapters are not supported; merge it into the weights")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        options = dict(dtype=torch.float32, attn_implementation="t1", trust_remote_code=False)
+        # `check_model` goes on with "t1".
+        options = dict(dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
         options["output_loading_info"] = True
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         missing = sorted(info["missing_keys"])
         if missing:
             what = f"{len(missing)} weights are missing, the first is {missing[0]}"
             raise Misuse(f"{folder}: {what}")
+        unexpected = sorted(info["unexpected_keys"])
+        if unexpected:
+            what = f"{len(unexpected)} weights that the model has no place for"
+            raise Misuse(f"{folder}: {what}, the first is {unexpected[0]}; is config.json its own?")
         return checked_policy(lm, tokenizer, folder, cfg, device), tokenizer
     except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
@@ -1994,6 +2101,8 @@ def load_policy(folder: str, cfg: Config, device=None):
         BaseException
     ) as e:  # of the libraries, on a damaged folder (a Rust panic is no Exception)
         what = "no model (config, weights, tokenizer) that can be loaded"
+        if no_more_processes(e):
+            raise Stop(failure_of(e))
         raise Misuse(f"{folder}: {what}: {reason_of(e)}")
 
 
@@ -2040,7 +2149,7 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
             f"its context of {context} tokens is shorter than --max-prompt and --max-new together"
         )
         raise Misuse(f"{folder}: {what}; lower them")
-    check_forward(policy.to(policy.device), tokenizer, folder, cfg)
+    check_model(policy.to(policy.device), tokenizer, folder, cfg)
     return policy
 
 
@@ -2051,48 +2160,117 @@ def mend_generation_config(policy, folder: str):
     try:
         lm.generation_config.validate(strict=True)
     except ValueError as e:
-        kept = "checkpoints keep only the end tokens of generation_config.json"
-        print0(f"{folder}: {kept}: {reason_of(e)}")
+        kept = "checkpoints keep the end tokens alone of generation_config.json"
+        print0(f"{folder}: {kept}: {shortened(' '.join(str(e).split()))}")
         lm.generation_config = transformers.GenerationConfig(eos_token_id=policy.end_ids)
 
 
-# Plain text for checks: what a model makes of it is what its tokenizer and its weights make of any
-# text.
-PROBE_TEXT = "Tom has 12 apples and buys 30 more, so he has 12 + 30 = 42 apples. He gives half of them to his sister."
+# Plain text for checks: what a model makes of it is what it makes of any text.
+PROBE_TEXT = (
+    "Tom has 12 apples and buys 30 more, so he has 12 + 30 = 42 apples. He gives half away."
+)
+
+
+def check_model(policy, tokenizer, folder: str, cfg: Config):
+    """Prove what training relies on, or refuse the model in a line that says what differs."""
+    family = policy.lm.config.model_type
+    try:
+        fault = what_differs(policy, tokenizer, cfg)
+    except torch.OutOfMemoryError:
+        raise
+    except NotImplementedError as e:  # of `attention` and `Cache`
+        fault = reason_of(e)
+    except Exception as e:  # the model's own code may fail in any way on packed rows or our cache
+        fault = f"{type(e).__name__} in its forward: {reason_of(e)}"
+    if fault:
+        raise Misuse(f"{folder}: a {family} model is not supported ({fault})")
 
 
 @torch.no_grad()
-def check_forward(policy, tokenizer, folder: str, cfg: Config):
-    """Reject a model that `attention` and a plain linear head do not describe (soft-caps, windows,
-    scaled logits, a biased head): its log-probs would be wrong, silently. One row of text, by this
-    file and by the library's own code in the same type; first in float32, where they agree closely,
-    then in the run's type, where rounding parts them."""
+def what_differs(policy, tokenizer, cfg: Config) -> str:
+    """Compare this file's forward with the library's own eager code -> what differs, or the empty
+    string. Three rows of text in one pack score as the library scores them one by one, in float32
+    and in the run's dtype; a longer row changes none of them; decoded tokens score as one
+    forward."""
     lm = policy.lm
-    if getattr(lm.config, "sliding_window", None) and getattr(
-        lm.config, "use_sliding_window", True
-    ):
-        raise Misuse(f"{folder}: its attention has a sliding window, which is not supported")
-    row = tokenizer(PROBE_TEXT).input_ids
-    ids = torch.tensor([row], device=policy.device)
-    for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own type last: it stays
+    longest = cfg.max_prompt + cfg.max_new
+    fault = unfit_config(lm, longest)
+    if fault:
+        return fault
+    ids = tokenizer(PROBE_TEXT).input_ids[:64]
+    rows = [(ids[:3], ids[3:9]), (ids[2:4], ids[4:16]), (ids[:6], ids[6:])]
+    cfg = dataclasses.replace(cfg, micro_tokens=10**6)  # one pack
+    for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own dtype last: it stays
         policy.bfloat16 = dtype == "bfloat16"
         lm.set_attn_implementation("eager")
-        with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bfloat16):
-            logits = lm(ids).logits[0, :-1, : policy.vocabulary].float()
+        compared = rows[-1:] if policy.bfloat16 else rows  # its packing is that of float32
+        theirs = torch.cat([library_logprobs(policy, row) for row in compared])
         lm.set_attn_implementation("t1")
-        theirs = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
-        (ours,) = response_logprobs(policy, [(row[:1], row[1:])], cfg)
+        ours = torch.cat(response_logprobs(policy, rows, cfg)[-len(compared) :])
         if not ours.isfinite().all():
-            raise Misuse(
-                f"{folder}: its weights give log-probs that are not finite; they are damaged"
-            )
+            return "its weights give log-probs that are not finite; they are damaged"
+        # SmolLM2-135M: 6e-6 and 2e-5 in float32, 0.03 and 0.1 in bfloat16.
+        mean, largest = (0.1, 2.0) if policy.bfloat16 else (1e-4, 1e-3)
         gaps = (theirs - ours).abs()
-        mean, largest = gaps.mean().item(), gaps.max().item()
-        # SmolLM2-135M: 4e-6 and 2e-5 in float32, 0.02 and 0.1 in bfloat16
-        mean_allowed, largest_allowed = (0.1, 2.0) if policy.bfloat16 else (1e-3, 1e-2)
-        if not (mean < mean_allowed and largest < largest_allowed):
-            what = f"log-probs off by {mean:.2g} nats in the mean and {largest:.2g} at most, in {dtype}"
-            raise Misuse(f"{folder}: a {lm.config.model_type} model is not supported ({what})")
+        if gaps.mean() > mean or gaps.max() > largest:
+            return f"log-probs of packed rows are {gaps.max():.2g} nats off in {dtype}"
+        if not policy.bfloat16:
+            batch = pack(rows, policy.device)
+            batch.position[0, -1] = longest - 1
+            far, _ = token_logprobs_and_entropy(policy(batch), policy.head, batch.targets)
+            if (far.cpu() - ours)[:-1].abs().max() > largest:
+                return "the longest row of a pack changes the positions of the others"
+            if not uses_vllm(cfg) and decoding_gap(policy, ids, cfg) > largest:
+                return "decoded tokens do not score as one forward"
+    return ""
+
+
+def unfit_config(lm, longest: int) -> str:
+    """What a config says that this file does not compute, or the empty string."""
+    if not isinstance(getattr(lm.base_model, "layers", None), torch.nn.ModuleList):
+        return "its layers are not in base_model.layers"
+    if lm.get_output_embeddings().bias is not None:
+        return "its output layer has a bias"
+    for name, value in vars(lm.config).items():
+        if "softcap" in name and value:  # hardly seen in the log-probs while logits are flat
+            return f"it has {name}"
+    window = shortest_window(lm.config)
+    if window < longest:
+        both = f"--max-prompt and --max-new are {longest} together"
+        return f"a token sees only {window} others, {both}"
+    return ""
+
+
+def shortest_window(config) -> float:
+    """Tokens that the attention of some layer is limited to; infinite without a limit."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"]
+    limits = [math.inf]
+    if "sliding_attention" in kinds and getattr(config, "use_sliding_window", True):
+        limits.append(getattr(config, "sliding_window", None) or math.inf)
+    if "chunked_attention" in kinds:
+        limits.append(getattr(config, "attention_chunk_size", None) or math.inf)
+    return min(limits)
+
+
+def library_logprobs(policy, row: Row) -> torch.Tensor:
+    """`response_logprobs` of one row by the library's own code, (T,)."""
+    prompt, response = row
+    ids = torch.tensor([prompt + response], device=policy.device)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bfloat16):
+        logits = policy.lm(ids).logits[0, len(prompt) - 1 : -1, : policy.vocabulary]
+    logp = logits.float().log_softmax(-1)
+    return logp.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+
+
+def decoding_gap(policy, ids: list[int], cfg: Config) -> float:
+    """Largest distance of TorchEngine's log-probs, against its cache, from those of one forward."""
+    engine = TorchEngine(policy.tokenizer, cfg)
+    engine.policy = policy
+    rollouts = [Rollout(Problem({}, ids[:7])), Rollout(Problem({}, ids[:9]))]
+    engine.generate(rollouts, 2, temperature=0.0)
+    scores = torch.cat(response_logprobs(policy, [row_of(r) for r in rollouts], cfg))
+    sampled = torch.cat([torch.tensor(r.logprobs) for r in rollouts])
+    return (scores - sampled).abs().max().item()
 
 
 def tiny_policy(cfg: Config, device=None):
@@ -2124,6 +2302,7 @@ def load_whole(source: str, cfg: Config):
     rank 0 gets the policy, in CPU memory; `shard` deals it out."""
     device = torch.device("cpu") if world() > 1 else None
     load = functools.partial(load_policy, source) if source else tiny_policy
+    refuse_damage(source)
     policy, tokenizer = on_rank0(load, cfg, device) or (None, None)
     return policy, from_rank0(tokenizer)
 
@@ -2246,29 +2425,29 @@ def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
     tokenizer.save_pretrained(folder)
 
 
-def try_export(policy, tokenizer, cfg: Config):
-    """Write and read back a folder such as checkpoints will be, before anything is trained: weights
-    up to 1 GiB, of larger models their names and shapes. Misuse with the library's reason."""
+def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
+    """Write and read back a folder as checkpoints will be, before anything is trained: with weights
+    of at most `limit` bytes; of a larger model their names and shapes. Misuse with the library's
+    reason."""
     lm = policy.lm
     dtype = getattr(torch, cfg.dtype)
-    config = copy.deepcopy(lm.config)
     size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
-    weights = exported_weights(policy, dtype) if size <= 2**30 else {}
+    weights = exported_weights(policy, dtype) if size <= limit else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_model(folder, lm, tokenizer, weights, dtype)
             again = transformers.AutoTokenizer.from_pretrained(folder)
+            with torch.device("meta"):
+                read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
             if weights:
                 options = dict(dtype=torch.float32, attn_implementation="t1")
                 read = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-            else:
-                with torch.device("meta"):
-                    read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
         found = read.state_dict()
-        for name, w in lm.state_dict().items():
-            same = w.shape == found[name].shape
-            if same and name in weights:
-                same = weights[name].float().equal(found[name].float().cpu())
+        expected = full_weights(policy, dtype) if weights else lm.state_dict().items()
+        for name, w in expected:
+            same = found[name].shape == w.shape
+            if same and weights:
+                same = w.cpu().float().equal(found[name].float())
             if not same:
                 raise ValueError(f"{name} is another one when it is read back")
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
@@ -2276,7 +2455,6 @@ def try_export(policy, tokenizer, cfg: Config):
     except Exception as e:  # of any library
         what = "a checkpoint of this model could not be saved and read back"
         raise Misuse(f"{what}: {reason_of(e)}")
-    lm.config = config
 
 
 def make_optimizer(policy, cfg: Config):
@@ -2288,9 +2466,10 @@ def make_optimizer(policy, cfg: Config):
     moments = []
     for p in policy.parameters():
         step = torch.zeros((), device=local(p).device)
-        state = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        optimizer.state[p] = state
-        moments += [state["exp_avg"], state["exp_avg_sq"]]
+        mean = torch.zeros_like(p)
+        square = torch.zeros_like(p)
+        optimizer.state[p] = dict(step=step, exp_avg=mean, exp_avg_sq=square)
+        moments += [mean, square]
     optimizer.parked = Parked(moments if cfg.offload or sleeps(cfg) else ())
     return optimizer
 
@@ -2394,8 +2573,8 @@ def manifests(stage_folder: Path) -> dict[Path, dict]:
     return found
 
 
-# Which checkpoint? Three answers: `checkpoints` of a stage, `latest` of a name, and
-# `RunFolder.source`, where a run goes on.
+# Which checkpoint? `checkpoints`: all of a stage. `latest`: what a name means. `sound_checkpoint`:
+# the one from which a run goes on.
 
 
 def checkpoints(stage_folder: Path) -> list[Path]:
@@ -2411,6 +2590,34 @@ def latest(name: str) -> str:
     return from_rank0(str(found[-1]) if found else name)
 
 
+def sound_checkpoint(stage_folder: Path, at: int = 0) -> str:
+    """The last checkpoint (`at`: that of a step) with the trainer's state and every byte as it was
+    saved; the empty string if there is no checkpoint at all. What is damaged is said; Misuse if
+    nothing else is left."""
+    found = from_rank0(on_rank0(manifests, stage_folder))
+    steps = []
+    newest_first = sorted(found, key=lambda path: -found[path].get("step", math.inf))
+    for path in newest_first:
+        manifest = found[path]
+        damaged = "" if manifest else "incomplete, or of another run"
+        if manifest and model_files(manifest) != manifest["files"]:
+            steps.append(manifest["step"])
+            if at not in (0, steps[-1]):
+                continue
+            damaged = damaged_file(path, manifest["files"])
+            if not damaged:
+                return str(path)
+        if damaged:
+            print0(f"{path}: damaged ({damaged}), ignored")
+    if found or at:
+        asked = f" of step {at}" if at else ""
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        what = f"{stage_folder}: no checkpoint{asked} is whole and has the trainer's state"
+        mend = "choose another --name (and --model CHECKPOINT: the weights of one are a start)"
+        raise Misuse(f"{what}; there are: {there}; {mend}")
+    return ""
+
+
 def step_of(checkpoint_folder: Path) -> int:
     return manifest_of(checkpoint_folder)["step"]
 
@@ -2424,6 +2631,17 @@ def remove(checkpoint_folder: Path):
         beside = checkpoint_folder.rename(checkpoint_folder.with_name(name))
         sync(beside.parent)
         shutil.rmtree(beside)
+
+
+def unfinished(source: str) -> str:
+    """A remark on a checkpoint that is not the last of its stage, or the empty string."""
+    folder = Path(source)
+    config = folder.parent / "config.json"
+    steps = read_json(config).get("steps") if config.is_file() else None
+    step = manifest_of(folder).get("step")
+    if not steps or not step or step >= steps:
+        return ""
+    return f", which is step {step} of {steps}: its stage did not end"
 
 
 def drop_trainer_state(checkpoint_folder: Path):
@@ -2464,7 +2682,7 @@ def digest(value) -> str:
 
 
 def digest_of_rows(rows: list[dict]) -> str:
-    names = ("problem", "response", "answer")
+    names = ("problem", "response", "answer", "system")
     return digest([[row.get(name) for name in names] for row in rows])
 
 
@@ -2511,6 +2729,35 @@ def wait_for_rank0(lock: Path):
     all_ranks_agree(error)
 
 
+def written_files(beside: Path) -> dict[str, list[int]]:
+    """The checksums of the files that this rank wrote, taken while the disk writes them."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    names = []
+    for path in beside.rglob("*"):
+        by = int(path.name[6:11]) - 1 if path.name.startswith("shard-") else 0
+        if path.is_file() and by == rank():
+            path.chmod(0o666 & ~umask)  # as the user's other files
+            names.append(str(path.relative_to(beside)))
+    with ThreadPoolExecutor(8) as pool:
+        on_disk = pool.map(sync, [beside / name for name in names])
+        files = checksums(beside, names)
+        list(on_disk)  # raises what `sync` raised
+    return files
+
+
+def machine() -> dict:
+    """What a run's bits depend on besides its values and inputs."""
+    return dict(
+        source_sha256=digest_of_code(),
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        threads=torch.get_num_threads(),
+        world_size=world(),
+    )
+
+
 def deciding(cfg: Config) -> dict:
     """The options that a stage's results depend on."""
     values = {}
@@ -2529,7 +2776,6 @@ class RunFolder:
     saved; the same command resumes from it. Empty for a run that begins."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
-    step = 0  # of the last checkpoint
 
     def __init__(self, cfg: Config):
         run = Path(cfg.out) / (cfg.name or cfg.preset)
@@ -2544,16 +2790,16 @@ class RunFolder:
         elif manifests(self.path):
             what = "checkpoints without config.json; bring it back, or choose another --name"
             raise Misuse(f"{self.path}: {what}")
-        self.source = self.sound_checkpoint(self.path)
+        self.source = sound_checkpoint(self.path)
         if cfg.resume_from and not self.source:
-            self.source = self.sound_checkpoint(origin, cfg.resume_from)
+            self.source = sound_checkpoint(origin, cfg.resume_from)
+        self.step = step_of(Path(self.source)) if self.source else 0  # of the last checkpoint
 
     def compare_values(self):
-        path = self.path / "config.json"
-        try:
-            before = dict(read_json(path)["config"])
-        except (ValueError, KeyError, TypeError):
-            raise Misuse(f"{path}: damaged; choose another --name, or remove that folder")
+        config = self.path / "config.json"
+        before = read_json(config).get("config")
+        if not isinstance(before, dict):
+            raise Misuse(f"{config}: damaged; choose another --name, or remove that folder")
         changed = []
         for name, value in self.values.items():
             of_content = name in ("model", "data", "test", "reward")  # see `create`
@@ -2563,33 +2809,7 @@ class RunFolder:
             mend = "choose another --name, or branch with --resume-from"
             raise Misuse(f"{self.path} holds a run of other values: {', '.join(changed)}; {mend}")
 
-    def sound_checkpoint(self, folder: Path, at: int = 0) -> str:
-        """The last checkpoint of a stage (`at`: of that step) from which it can go on, its step in
-        `step`; the empty string if there is no checkpoint at all. What is damaged is said; Misuse
-        if nothing else is left."""
-        found = from_rank0(on_rank0(manifests, folder))
-        steps = []
-        for path, manifest in sorted(found.items(), key=lambda item: -item[1].get("step", 0)):
-            damaged = "" if manifest else "incomplete, or of another run"
-            if manifest and model_files(manifest) != manifest["files"]:
-                steps.append(manifest["step"])
-                if at not in (0, steps[-1]):
-                    continue
-                damaged = damaged_file(path, manifest["files"])
-                if not damaged:
-                    self.step = steps[-1]
-                    return str(path)
-            if damaged:
-                print0(f"{path}: damaged ({damaged}), ignored")
-        if found or at:
-            asked = f"--resume-from {at}: " if at else ""
-            there = ", ".join(map(str, sorted(steps))) or "none"
-            what = f"{folder} has no such checkpoint that is whole, with the trainer's state"
-            mend = "choose another --name, and --model CHECKPOINT to start from the weights of one"
-            raise Misuse(f"{asked}{what}; there are: {there}; {mend}")
-        return ""
-
-    def create(self, source: str, problems: list[Problem], tests: list[Problem], prompt: str):
+    def create(self, source: str, problems, tests, prompt: str, steps: int):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
         the same contents of --data, --test, --reward and --model, wherever they lie, and the same
         text of the first prompt; another machine or version is said."""
@@ -2604,20 +2824,13 @@ class RunFolder:
             reward=digest((function, file and Path(file).read_bytes())),
             prompt=prompt,
         )
-        machine = dict(
-            source_sha256=digest_of_code(),
-            python=sys.version.split()[0],
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-            threads=torch.get_num_threads(),
-            world_size=world(),
-        )
         model = latest(self.cfg.model)
         config = self.path / "config.json"
         if rank() == 0 and not config.exists():
             contents["model"] = digest(weights_of(model))
-            run = dict(config=self.values, run=f"{time.time_ns():x}", started_from=source)
-            write_json(config, run | machine | dict(contents=contents))
+            run = dict(config=self.values, steps=steps, started_from=source)
+            run["run"] = f"{time.time_ns():x}"
+            write_json(config, run | machine() | dict(contents=contents))
         all_ranks_agree()
         before = read_json(config)
         self.run = before.get("run")
@@ -2630,7 +2843,7 @@ class RunFolder:
                 if name == "prompt":
                     what = f"first prompt, {shortened(repr(old))}"
                 raise Misuse(f"{self.path} was started with another {what}; choose another --name")
-        for name, value in machine.items():
+        for name, value in machine().items():
             if before.get(name) != value:
                 print0(f"{self.path} was started with {name} {before.get(name)}, now {value}")
 
@@ -2656,9 +2869,14 @@ class RunFolder:
         step = row["step"]
         self.bar.set_postfix_str(console_words(row, wall), False)
         append_rows(self.path / "metrics.jsonl", [row])
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        memory = dict(resident=resident, gpu_peak=torch.cuda.max_memory_allocated())
-        times = dict(step=step, **wall, tokens=row["tokens"], **memory)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        times = dict(
+            step=step,
+            **wall,
+            tokens=row["tokens"],
+            resident=pages * resource.getpagesize(),
+            gpu_peak=torch.cuda.max_memory_allocated(),
+        )
         append_rows(self.path / "timings.jsonl", [times])
         if rollouts and step % 10 == 0:
             by_reward = sorted(rollouts, key=lambda r: r.reward)
@@ -2717,7 +2935,7 @@ class RunFolder:
                 dcp.save(state, storage_writer=writer)
             all_ranks_agree()
             with all_ranks_or_none():
-                written = self.written(beside)
+                written = written_files(beside)
             on_rank0(self.seal, beside, step, gather([written]))
             self.step = step
             self.source = str(self.path / f"checkpoint-{step}")
@@ -2730,21 +2948,6 @@ class RunFolder:
             reason = f"cannot be written ({reason_of(e, line)}); make room: {RESUMES}"
             place = self.source or "the start"
             all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}, {place}"))
-
-    def written(self, beside: Path) -> dict:
-        """The checksums of the files that this rank wrote, taken while the disk writes them."""
-        mode = (self.path / "lock").stat().st_mode & 0o777  # as the user's other files
-        names = []
-        for path in beside.rglob("*"):
-            by = int(path.name[6:11]) - 1 if path.name.startswith("shard-") else 0
-            if path.is_file() and by == rank():
-                path.chmod(mode)
-                names.append(str(path.relative_to(beside)))
-        with ThreadPoolExecutor(8) as pool:
-            on_disk = pool.map(sync, [beside / name for name in names])
-            files = checksums(beside, names)
-            list(on_disk)  # raises what `sync` raised
-        return files
 
     def seal(self, beside: Path, step: int, parts: list[dict]):
         """Manifest, then name, each on the disk before the next; only then old checkpoints go."""
@@ -2815,7 +3018,8 @@ class RunFolder:
                 cut_log(self.path / name, path, keep, self.path / f"{name}.cut-{self.step}")
             missing = sorted(set(range(self.step)) - seen)
             if once and missing:
-                print0(f"{path}: {len(missing)} steps are missing, the first is {missing[0]}")
+                what = f"{len(missing)} of {self.step} steps are missing"
+                print0(f"{path}: {what}, the first is {missing[0]}")
 
 
 @contextlib.contextmanager
@@ -2852,6 +3056,9 @@ def console_words(row: dict, wall: dict) -> str:
 # of one rank ends all with its line (`all_ranks_agree`). A rank that ends otherwise breaks the next
 # collective of the others, which say that they lost contact (`main`). One that hangs is given up
 # after cfg.timeout.
+
+
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine; vLLM overwrites it
 
 
 def rank() -> int:
@@ -2928,6 +3135,18 @@ def all_ranks_agree(error: Stop | None = None):
             raise e
 
 
+def share_of_rank(rollouts: list[Rollout]) -> list[int]:
+    """Indices of the responses that this rank trains on: about the same tokens on each rank."""
+    lengths = [len(r.problem.prompt) + len(r.ids) for r in rollouts]
+    return deal(lengths, world())[rank()]
+
+
+def by_problem(rollouts: list[Rollout]) -> list[list[Rollout]]:
+    """Consecutive rollouts of one problem -> a list per problem."""
+    groups = itertools.groupby(rollouts, key=lambda rollout: id(rollout.problem))
+    return [list(group) for _, group in groups]
+
+
 def deal(work: list[int], shares: int) -> list[list[int]]:
     """Item indices per share, balanced greedily: the largest item first, each to the smallest
     share."""
@@ -2938,6 +3157,26 @@ def deal(work: list[int], shares: int) -> list[list[int]]:
         items[least].append(i)
         load[least] += work[i]
     return [sorted(part) for part in items]
+
+
+def seed_for(seed: int, *what) -> int:
+    """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted
+    one would have drawn."""
+    return (
+        int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big")
+        >> 1
+    )
+
+
+def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
+    """The `size` row numbers of step `step` in an endless stream of shuffled epochs over n rows."""
+    rows = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, at = divmod(i, n)
+        if not rows or at == 0:
+            order = np.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(n)
+        rows.append(int(order[at]))
+    return rows
 
 
 def reason_of(e: BaseException, line: int = 0) -> str:
@@ -2974,30 +3213,28 @@ class Console:
     """A standard stream whose reader may die or stop reading (`2>&1 | tee log`, a closed terminal).
     Lines are lost then, but nothing raises, and nothing waits longer than a second."""
 
+    patience = 1.0  # seconds
+
     def __init__(self, stream):
         self.stream = stream
-        self.patience = 1.0  # seconds
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text: str):
-        try:
-            number = self.stream.fileno()
-        except (OSError, ValueError, AttributeError):  # in memory, or closed
-            return self.stream and self.stream.write(text)
-        data = text.encode(self.stream.encoding, "replace")
-        with contextlib.suppress(OSError):
+        data = text.encode(self.encoding, "replace")
+        with contextlib.suppress(OSError, ValueError):
             for start in range(0, len(data), 4096):  # what a pipe that is ready takes at once
-                if not select.select([], [number], [], self.patience)[1]:
-                    self.patience = 0.0
-                    return
-                os.write(number, data[start : start + 4096])
-            self.patience = 1.0
+                ready = select.select([], [self], [], self.patience)[1]
+                self.patience = 1.0 if ready else 0.0
+                if ready:
+                    os.write(self.fileno(), data[start : start + 4096])
 
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.flush()
+
+def console(stream):
+    """A standard stream as a Console; a stream in memory as it is."""
+    standard = stream and stream in (sys.__stdout__, sys.__stderr__)
+    return Console(stream) if standard else stream
 
 
 class Interrupted(Exception):
@@ -3010,36 +3247,45 @@ class Interrupt:
     within 10 s is ignored (launchers send two). A later one, and one at any other time, ends the
     process."""
 
+    name = ""  # of the first signal
+    at = math.inf  # when it came
+    stepping = False
+
     def __init__(self):
-        self.name = ""  # of the first signal
-        self.at = math.inf  # when it came
-        self.stepping = False
+        self.outer = []  # handlers and mask of before: a command may call `main`
 
     def __enter__(self):
-        self.__init__()  # another `main` in this process begins anew
-        self.before = {}
+        self.name = ""
+        self.at = math.inf
+        self.stepping = False
+        before = {}
         for number in SIGNALS:
             ignored = signal.getsignal(number) == signal.SIG_IGN
             if not (number == signal.SIGHUP and ignored):  # nohup stays nohup
-                self.before[number] = signal.signal(number, self.hear)
-        self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+                before[number] = signal.signal(number, self.hear)
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self.outer.append((before, mask))
         return self
 
     def __exit__(self, *unused):
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
-        for number, handler in self.before.items():
+        before, mask = self.outer.pop()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
             signal.signal(number, handler)
 
     def hear(self, number, frame):
         name = signal.Signals(number).name
-        console = Console(sys.stderr)
-        if not self.stepping or time.monotonic() > self.at + 10:
-            console.write(f"t1.py: {name}: stopped; {RESUMES}\n")
+        ends = not self.stepping or time.monotonic() > self.at + 10
+        with contextlib.suppress(Exception):
+            if ends:
+                complain(f"{name}: stopped; {RESUMES}", 1)
+            elif not self.name:
+                print("\nstopping: a checkpoint is saved first", file=sys.stderr)
+        if ends:
             os._exit(1)
         if not self.name:
             self.name = name
             self.at = time.monotonic()
-            console.write("\nstopping: a checkpoint is saved first\n")
 
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
@@ -3127,9 +3373,16 @@ def draw_results(folder: Path, suffix: str = ".png"):
         axis = Figure(figsize=(6.2, 4.5)).subplots()
         for i, entry in enumerate(entries):
             budgets, value, error, _ = np.array(entry["scaling"], dtype=float).T
-            style = dict(marker="osD^vPX*"[i % 8], ls=("-", "--", "-.", ":")[i % 4], capsize=2)
-            style["color"] = colormaps["viridis_r"]((i + 1) / len(entries))  # darker with each
-            axis.errorbar(budgets, 100 * value, 100 * error, label=entry["name"], **style)
+            axis.errorbar(
+                budgets,
+                100 * value,
+                100 * error,
+                label=entry["name"],
+                marker="osD^vPX*"[i % 8],
+                ls=["-", "--", "-.", ":"][i % 4],
+                color=colormaps["viridis_r"]((i + 1) / len(entries)),  # darker with each checkpoint
+                capsize=2,
+            )
         axis.set(xscale="log", xlabel="thinking budget (tokens)", ylabel="pass@1 (%)")
         axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets], rotation=45)
         axis.minorticks_off()
@@ -3266,6 +3519,8 @@ def check_config(cfg: Config):
     need(not template or "{problem}" in template, "prompt_template", "must contain {problem}")
     values = json_object(cfg.chat_template_kwargs)
     need(values is not None, "chat_template_kwargs", "must be a JSON object")
+    if cfg.reward:
+        reward_function(cfg.reward)  # before a model is loaded
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
     vllm = "not installed here: pip install vllm==0.32.0"
     need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
@@ -3282,14 +3537,17 @@ def check_config(cfg: Config):
 
 
 def main(argv: list[str] | None = None) -> int:
-    out = contextlib.redirect_stdout(Console(sys.stdout))
-    err = contextlib.redirect_stderr(Console(sys.stderr))
+    out = contextlib.redirect_stdout(console(sys.stdout))
+    err = contextlib.redirect_stderr(console(sys.stderr))
     with interrupt, out, err:
         try:
             cfg = parse_args(argv)
             join_ranks(cfg)
             quiet()
             print0(f"preset {cfg.preset}{changes_of(cfg)}")
+            if cfg.stage != "sft" and cfg.repeat_ngram * cfg.repeat_count > cfg.max_new:
+                blocks = f"{cfg.repeat_count} blocks of {cfg.repeat_ngram} tokens"
+                print0(f"repetition is never found: {blocks} are more than --max-new {cfg.max_new}")
             STAGES[cfg.stage](cfg)
             return 0
         except Interrupted:
@@ -3339,24 +3597,23 @@ def no_more_processes(e: BaseException) -> bool:
 def number_of_ranks() -> int:
     """As torchrun tells every process that it starts."""
     ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks == "1":
-        return 1
-    numbers = [ranks]
-    numbers += [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")]
-    if not all(map(str.isdecimal, numbers)) or "MASTER_ADDR" not in os.environ:
-        what = f"WORLD_SIZE is {ranks!r}, without RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+    beside = ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    if ranks != "1" and not (ranks.isdecimal() and set(beside) <= set(os.environ)):
+        what = f"WORLD_SIZE is {ranks!r}, and torchrun sets {', '.join(beside)} beside it"
         raise Misuse(f"{what}: start several ranks by torchrun")
     return int(ranks)
 
 
 def join_ranks(cfg: Config):
     """Under torchrun: the process group, this rank's GPU and threads."""
-    ranks = number_of_ranks()
-    if ranks == 1:
+    # NOT IN PAPER: a model this small gains little from more threads, and loses tenfold beside a
+    # busy process.
+    if cfg.preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if number_of_ranks() == 1:
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // LOCAL_RANKS))
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -3383,7 +3640,7 @@ def leave(code: int):
     """Exit. Several ranks skip the interpreter's finalization: a thread of gloo that still has a
     tensor to release asks for the interpreter's lock there, and Python ends such a thread in a way
     that aborts the process (exit -6)."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     if several and "vllm" not in sys.modules:  # which has shared memory to remove
         atexit._run_exitfuncs()
         sys.stdout.flush()
