@@ -1507,11 +1507,11 @@ def test_cut_and_answer(talkative):
     endless = encode("<think>\n12 mod 5 = 2 not 3, wait\n")
     rest = encode("So 13, check: 13 mod 5 = 3 yes\n</think>\nThe answer is \\boxed{13}.")
     ended = endless + rest + [tokenizer.eos_token_id]
-    n = t1.thought_length(ended, tokenizer)
+    finished = t1.Rollout(t1.Problem({}, encode("Find n.\n")), ids=ended, finished=True)
+    n = t1.thought_length(finished, tokenizer)
     assert tokenizer.decode(ended[:n]).count(
         "</think>"
     ) == 1 and "</think>" not in tokenizer.decode(ended[: n - 1])
-    assert t1.thought_length(endless, tokenizer) is None
     question = encode("Find n.\n")
     prefix = encode("</think>\nThe answer is \\boxed{")
     problem = t1.Problem({}, question)
@@ -1519,7 +1519,7 @@ def test_cut_and_answer(talkative):
         t1.Rollout(problem, ids=ended, finished=True),
         t1.Rollout(problem, ids=endless, finished=False),
     ]
-    thoughts = [t1.thought_of(r, tokenizer) for r in rollouts]
+    thoughts = [t1.thought_length(r, tokenizer) for r in rollouts]
     assert thoughts == [n, math.inf]
 
     def cut(budget):
@@ -1554,7 +1554,7 @@ def test_a_cut_never_falls_inside_a_tag(talkative):
     assert tokenizer.decode(ids) == text and len(ids) == len(text)
     for response, end in ((text, text.index("</think>")), (text[: text.index("k>\n7")], None)):
         rollout = t1.Rollout(t1.Problem({}, [5, 6]), ids=ids[: len(response)])
-        thoughts = [t1.thought_of(rollout, tokenizer)]
+        thoughts = [t1.thought_length(rollout, tokenizer)]
         for budget in range(1, len("<think>\n3<4 so 5</thin")):
             options = (thoughts, budget, talkative.cfg)
             (answer,) = t1.cut_thoughts(engine, tokenizer, [rollout], *options)
@@ -2307,7 +2307,7 @@ def test_ranks_that_see_different_folders_are_told(guess, tmp_path, monkeypatch)
     monkeypatch.setattr(t1, "from_rank0", lambda value: "what another machine's rank 0 wrote")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(t1.Misuse, match="--out must lie on a file system that all nodes share"):
-        folder.create("", [], [], "")
+        folder.create("", [], [], "", 1)
 
 
 def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch, capsys):
@@ -2997,7 +2997,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tiny, tmp_path, broken):
     policy = copy.deepcopy(tiny.policy)
     optimizer = t1.make_optimizer(policy, cfg)
     folder = t1.RunFolder(cfg)
-    folder.create("", [], [], "")
+    folder.create("", [], [], "", 1)
     folder.save(1, policy, optimizer)
     last = list(policy.parameters())[0]
     x = last.data if broken == "weight" else optimizer.state[last]["exp_avg"]
@@ -3045,7 +3045,7 @@ def test_a_log_that_is_no_file_is_refused(guess, tmp_path, name, kind):
     folder.mkdir(parents=True)
     os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
     with pytest.raises(t1.Misuse, match=f"{name}: neither a file nor a folder"):
-        t1.RunFolder(sft_config(guess, tmp_path)).create("", [], [], "")
+        t1.RunFolder(sft_config(guess, tmp_path)).create("", [], [], "", 1)
 
 
 @pytest.mark.parametrize(
