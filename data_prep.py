@@ -1,11 +1,15 @@
-"""Problems and traces for T1: what the paper did to its data, with rules that can be read and counted.
+"""Problems and traces for T1: what the paper did to its data, with rules that can be read.
 
-    python data_prep.py curate --math PATH --numina PATH --decontaminate PATH ... --out DIR   30,000 clean RL problems
-    python data_prep.py cot --problems DIR/rl.jsonl --teacher MODEL --base-url URL --out DIR  cold-start traces
-    python data_prep.py benchmarks --out DIR                                                  the evaluation sets
-    python data_prep.py embedded --out DIR                                                    the embedded problems
+    python data_prep.py curate --math PATH --numina PATH --decontaminate PATH ... --out DIR
+                                                        30,000 clean RL problems
+    python data_prep.py cot --problems DIR/rl.jsonl --teacher MODEL --base-url URL --out DIR
+                                                        cold-start traces
+    python data_prep.py benchmarks --out DIR            the evaluation sets
+    python data_prep.py embedded --out DIR              the embedded problems
 
-A data set is a local file (.jsonl, .jsonl.gz, .parquet), a folder of such files, or a name of the hub listed in HUB.
+A data set is a local file (.jsonl, .json, .csv, each also .gz; .parquet), a pattern in quotes, a
+folder, or a name of the hub listed in HUB. Column names of the usual sets are known (COLUMNS);
+--columns names others.
 Models answer behind an OpenAI-compatible server (`vllm serve`, `transformers serve`).
 
 Rows are JSON lines:  problem {"id", "problem", "answer", "source", "level"?, "solution"?}
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import csv
+import glob
 import gzip
 import hashlib
 import json
@@ -35,7 +40,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
 from itertools import accumulate, chain, combinations, islice, product
 from pathlib import Path
@@ -48,12 +53,13 @@ import verify
 
 
 class Stop(Exception):
-    """The run must end. The message is one line that says what is wrong, where, and what to do. Exit code 1."""
+    """The run must end. The message is one line that says what is wrong, where, and what to do.
+    Exit code 1."""
 
     code = 1
 
     def __str__(self):
-        """One printable line of at most 2,000 characters, whatever names and texts of the user it quotes."""
+        """One printable line of at most 2,000 characters, whatever texts of the user it quotes."""
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
         return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
 
@@ -64,73 +70,100 @@ class Misuse(Stop):
     code = 2
 
 
-# --- Files and data sets: one reader for every command. Rows are a stream; an error names the file and the row. -------
+# --- Files and data sets: one reader for every command. An error names the file and the row. ------
 
-_MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
-HUB = {  # name on the hub -> [(configuration, split, file)]; columns are recognised by name, see `to_problem`
-    "EleutherAI/hendrycks_math": [
-        (subject, "train", None) for subject in _MATH.split()
-    ],  # 7,500 rows
-    "nlile/hendrycks-MATH-benchmark": [
-        (None, "train", None)
-    ],  # the 12,000 that are not in MATH-500
-    "AI-MO/NuminaMath-CoT": [(None, "train", None)],  # 859,494 rows
-    "AI-MO/NuminaMath-1.5": [(None, "train", None)],  # 896,215 rows with answers and validity
-    "zai-org/T1": [(None, "train", "rl-data.jsonl")],  # the authors' RL problems
-    "zai-org/T1:sft": [(None, "train", "sft.jsonl")],  # the authors' traces
-    "HuggingFaceH4/MATH-500": [(None, "test", None)],
-    "HuggingFaceH4/aime_2024": [(None, "train", None)],
-    "KbsdJames/Omni-MATH": [(None, "test", None)],
-    "openai/gsm8k": [("main", "test", None)],
-    "math-ai/amc23": [(None, "test", None)],
-}
-COLUMNS = set(
-    """id _id row unique_id problem question text answer label solution source level difficulty
-    problem_is_valid solution_is_valid question_type messages conversations prompt response url""".split()
-)
+# Data sets of the hub: name, configuration, split, file. -: none is named
+HUB_PARTS = """
+EleutherAI/hendrycks_math       algebra                  train  -
+EleutherAI/hendrycks_math       counting_and_probability train  -
+EleutherAI/hendrycks_math       geometry                 train  -
+EleutherAI/hendrycks_math       intermediate_algebra     train  -
+EleutherAI/hendrycks_math       number_theory            train  -
+EleutherAI/hendrycks_math       prealgebra               train  -
+EleutherAI/hendrycks_math       precalculus              train  -
+nlile/hendrycks-MATH-benchmark  -                        train  -
+AI-MO/NuminaMath-CoT            -                        train  -
+AI-MO/NuminaMath-1.5            -                        train  -
+zai-org/T1                      -                        train  rl-data.jsonl
+zai-org/T1:sft                  -                        train  sft.jsonl
+HuggingFaceH4/MATH-500          -                        test   -
+HuggingFaceH4/aime_2024         -                        train  -
+KbsdJames/Omni-MATH             -                        test   -
+openai/gsm8k                    main                     test   -
+math-ai/amc23                   -                        test   -
+"""
+HUB = defaultdict(list)  # name -> [(configuration, split, file)]
+for line in HUB_PARTS.strip().splitlines():
+    name, *part = line.split()
+    HUB[name].append([None if word == "-" else word for word in part])
 ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of it
-GZIP_BYTES, GZIP_RATIO = (
-    16 << 20,
-    200,
-)  # a gzip file that grows past both is a bomb; problems shrink to a fifth
-DATA_FILES = (".jsonl", ".jsonl.gz", ".parquet")
-LONGEST = 50_000  # characters of problem, solution or answer: beyond, comparing texts takes more than linear time
+FILE_BYTES = 1 << 30  # largest .json file, which is read whole
+GZIP_BYTES = 16 << 20  # a gzip file that grows past this and past 200 times its size is a bomb;
+GZIP_RATIO = 200  # problems shrink to a fifth
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "report.json")  # that lie beside rows
+LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long
+_SPLIT = re.compile(r"(?<![a-z\d])(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z\d])")
 
 
 def local_files(name: str) -> list[Path]:
-    """The data files of a folder, sorted by name, or the file itself. Misuse if there is none."""
+    """The data files of a path: a file, a pattern (`set/**/train-*`), or a folder with all that
+    lies in it, sorted. Misuse if there is none, or if a folder holds several splits: its test set
+    must not be trained on."""
     path = Path(name)
-    try:
-        name.encode()  # ValueError: not UTF-8
-        files = path.iterdir() if stat.S_ISDIR(path.stat().st_mode) else None
-        files = [path] if files is None else sorted(f for f in files if f.name.endswith(DATA_FILES))
-    except FileNotFoundError:
-        raise Misuse(
-            f"{name}: no such file, and not one of the data sets known on the hub ({', '.join(HUB)})"
-        )
-    except (OSError, ValueError) as e:
-        raise Misuse(f"{name}: cannot be read ({getattr(e, 'strerror', None) or e})")
+    if not os.path.isdir(name):
+        found = [name] if os.path.lexists(name) else glob.glob(name, recursive=True)
+        if not found:
+            known = ", ".join(HUB)
+            raise Misuse(f"{name}: no such file, and not one of the data sets of the hub ({known})")
+        return sorted(map(Path, found))
+    files = {}  # file -> its split
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path).as_posix().lower()
+        data = inside.removesuffix(".gz").endswith(DATA_FILES) and file.name not in NO_ROWS
+        if data and "/." not in f"/{inside}":
+            files[file] = (_SPLIT.findall(inside) or ["other"])[-1]
     if not files:
-        raise Misuse(f"{name}: no .jsonl, .jsonl.gz or .parquet file in this folder")
-    return files
-
-
-def raw_rows(name: str, columns=COLUMNS) -> Iterator[tuple]:
-    """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be read.
-
-    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a dict; `parse` takes both."""
-    if name in HUB and not os.path.exists(name):
-        parts = [hub_rows(name, columns)]
-    else:
-        parts = (
-            parquet_rows(f, columns) if f.suffix == ".parquet" else json_lines(f)
-            for f in local_files(name)
+        raise Misuse(f"{name}: no {', '.join(DATA_FILES)} file in this folder")
+    splits = sorted(set(files.values()))
+    if len(splits) > 1 and splits != ["other", "train"]:
+        raise Misuse(
+            f"{name}: holds files of several splits ({', '.join(splits)}); give one of them: a "
+            f"file, a folder, or a pattern in quotes such as '{name}/**/*{splits[-1]}*'"
         )
+    return list(files)
+
+
+def raw_rows(name: str, columns: str | None = None, strict: bool = True) -> Iterator[tuple]:
+    """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be
+    read.
+
+    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a value;
+    `parse` takes both. columns: `problem=COLUMN,answer=COLUMN`, or empty; each column must be
+    there, if `strict`."""
+    if name in HUB and not os.path.exists(name):
+        parts = [hub_rows(name)]
+    else:
+        parts = map(file_rows, local_files(name))
+    renames = dict(part.partition("=")[::2] for part in (columns or "").split(",") if part)
+    if unknown := [f"{a}={b}" for a, b in renames.items() if a not in COLUMNS or not b]:
+        raise Misuse(f"--columns {unknown[0]}: must be one of {', '.join(COLUMNS)}, =, a column")
     row = None
     for row in chain.from_iterable(parts):
-        yield row
+        yield (row[0], renamed(*row, renames, strict)) if renames else row
     if row is None:
         raise Misuse(f"{name}: no rows")
+
+
+def renamed(where, raw, renames: dict, strict: bool) -> dict:
+    """A row with some of its columns under the names of COLUMNS, too."""
+    row = parse(where, raw)
+    for name, column in renames.items():
+        if column in row or column.split(".")[0] in row:
+            row[name] = at(row, column)
+        elif strict:
+            raise Misuse(f"{row_at(where)}: --columns {name}={column}: found {', '.join(row)}")
+    return row
 
 
 def row_at(where) -> str:
@@ -139,7 +172,8 @@ def row_at(where) -> str:
 
 
 def open_file(path: Path):
-    """Opens an ordinary file as bytes. A pipe or a device, which may never end, is refused without being opened."""
+    """Opens an ordinary file as bytes. A pipe or a device, which may never end, is refused without
+    being opened."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise Misuse(
             f"{path}: not a file but a folder, a pipe or a device; copy its content into a file"
@@ -147,73 +181,82 @@ def open_file(path: Path):
     return open(path, "rb")
 
 
-def byte_lines(path: Path) -> Iterator[tuple]:
-    """(where, line) of each line, plain or gzipped whatever the name, without byte order mark; memory is bounded."""
-    try:
-        with open_file(path) as plain:
-            zipped = plain.peek(2)[:2] == b"\x1f\x8b"
-            file = gzip.GzipFile(fileobj=plain) if zipped else plain
-            room = (
-                max(GZIP_BYTES, GZIP_RATIO * os.fstat(plain.fileno()).st_size)
-                if zipped
-                else math.inf
-            )
-            for number, line in enumerate(iter(partial(file.readline, ROW_BYTES + 1), b""), 1):
-                room -= len(line)
-                if len(line) > ROW_BYTES:
-                    raise Misuse(
-                        f"{path}, row {number}: longer than {ROW_BYTES >> 20} MiB; rows end with \\n"
-                    )
-                if room < 0:
-                    raise Misuse(
-                        f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times its size"
-                    )
-                yield (
-                    (str(path), number),
-                    line.removeprefix(codecs.BOM_UTF8) if number == 1 else line,
-                )
-    except (OSError, EOFError, zlib.error, ValueError) as e:
-        damaged = (
-            ""
-            if isinstance(e, OSError) and not isinstance(e, gzip.BadGzipFile)
-            else "damaged gzip file: "
-        )
-        raise Misuse(f"{path}: cannot be read ({damaged}{getattr(e, 'strerror', None) or e})")
-
-
-def json_lines(path: Path) -> Iterator[tuple]:
-    """(where, line) of each line of a file that is not blank; lines are bytes, read as a stream."""
-    return ((where, line) for where, line in byte_lines(path) if line.strip())
-
-
-def parquet_rows(file: Path, columns) -> Iterator[tuple]:
-    """(where, row) with the wanted columns only: NuminaMath's `messages` repeat problem and solution."""
-    import pyarrow.parquet as pq
-
+def file_rows(path: Path) -> Iterator[tuple]:
+    """(where, raw) of each row of a file, read by the end of its name: parquet, csv, a JSON array,
+    else JSON lines."""
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    read = {".parquet": parquet_rows, ".csv": csv_rows, ".json": json_rows}.get(kind, byte_lines)
     number = 0
     try:
-        with open_file(file) as f:
-            table = pq.ParquetFile(f)
-            names = table.schema_arrow.names
-            wanted = [
-                c for c in names if c in columns and (c != "messages" or "problem" not in names)
-            ]
-            rows = (
-                row
-                for batch in table.iter_batches(200, columns=wanted)
-                for row in batch.to_pylist()
-            )
-            for number, row in enumerate(rows, 1):
-                yield (str(file), number), row
+        str(path).encode()  # an id may hold the name
+        for number, row in read(path):
+            if not isinstance(row, bytes) or row.strip():
+                yield (str(path), number), row
     except Misuse:
         raise
-    except Exception as e:  # a damaged file makes the library raise almost anything
-        raise Misuse(
-            f"{file}: cannot be read as parquet (after row {number}: {type(e).__name__}: {e})"
-        )
+    except Exception as e:  # a damaged file makes the libraries raise almost anything
+        reason = f"{type(e).__name__}: {getattr(e, 'strerror', None) or e}"
+        raise Misuse(f"{path}: cannot be read as {kind[1:]} (after row {number}: {reason})")
 
 
-def hub_rows(name: str, columns) -> Iterator[tuple]:
+def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
+    """(number, line) of each line, plain or gzipped whatever the name, without byte order mark;
+    memory is bounded."""
+    with open_file(path) as plain:
+        file, most = plain, math.inf
+        if plain.peek(2)[:2] == b"\x1f\x8b":
+            file = gzip.GzipFile(fileobj=plain)
+            most = max(GZIP_BYTES, GZIP_RATIO * os.fstat(plain.fileno()).st_size)
+        for number, line in enumerate(iter(partial(file.readline, longest + 1), b""), 1):
+            most -= len(line)
+            if len(line) > longest:
+                raise Misuse(
+                    f"{path}, row {number}: longer than {longest >> 20} MiB; rows end with \\n"
+                )
+            if most < 0:
+                grows = f"the gzip file grows to more than {GZIP_RATIO} times its size"
+                raise Misuse(f"{path}, row {number}: {grows}")
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def json_rows(path: Path) -> Iterator[tuple]:
+    """(number, row) of a .json file: an array of rows, one row, or JSON lines after all."""
+    text = bytearray()
+    for _, line in byte_lines(path, FILE_BYTES):
+        text += line
+        if len(text) > FILE_BYTES:
+            raise Misuse(f"{path}: larger than {FILE_BYTES >> 20} MiB; write JSON lines (.jsonl)")
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as e:
+        if e.msg != "Extra data":
+            raise
+        return byte_lines(path)
+    return enumerate(value if isinstance(value, list) else [value], 1)
+
+
+def csv_rows(path: Path) -> Iterator[tuple]:
+    """(number, row) of a csv file with a header, which is row 1; an empty cell is no value."""
+    csv.field_size_limit(ROW_BYTES)
+    table = csv.reader((line.decode() for _, line in byte_lines(path)), strict=True)
+    header = next(table, [])
+    for number, cells in enumerate(table, 2):
+        if cells and len(cells) != len(header):
+            raise ValueError(f"row {number} has {len(cells)} cells, the header {len(header)}")
+        if cells:
+            yield number, {k: v for k, v in _unique(zip(header, cells)).items() if v}
+
+
+def parquet_rows(path: Path) -> Iterator[tuple]:
+    """(number, row) of a parquet file."""
+    import pyarrow.parquet as pq
+
+    with open_file(path) as file:
+        batches = pq.ParquetFile(file).iter_batches(200)
+        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+
+
+def hub_rows(name: str) -> Iterator[tuple]:
     """(where, row) of a data set of the hub, streamed."""
     from datasets import load_dataset
 
@@ -224,18 +267,18 @@ def hub_rows(name: str, columns) -> Iterator[tuple]:
                 name.split(":")[0], config, split=split, data_files=file, streaming=True
             )
             for number, row in enumerate(rows, 1):
-                yield (place, number), {c: v for c, v in row.items() if c in columns}
+                yield (place, number), row
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
-            raise Misuse(
-                f"{name}: cannot be loaded from the hub ({' '.join(str(e).split())[:200]}); give a local copy"
-            )
+            said = " ".join(str(e).split())[:200]
+            raise Misuse(f"{name}: cannot be loaded from the hub ({said}); give a local copy")
 
 
-def _unique(pairs: list) -> dict:
-    if len(row := dict(pairs)) < len(pairs):
-        raise ValueError(
-            f"key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} is there twice"
-        )
+def _unique(pairs) -> dict:
+    row = {}
+    for name, value in pairs:
+        if name in row:
+            raise ValueError(f"key {name!r} is there twice")
+        row[name] = value
     return row
 
 
@@ -246,13 +289,12 @@ def _number(text: str) -> float:
 
 
 def parse_json(raw: bytes):
-    """The value of a JSON text. ValueError or RecursionError for what is not JSON, not UTF-8, or ambiguous."""
+    """The value of a JSON text. ValueError or RecursionError for what is not JSON, not UTF-8, or
+    ambiguous."""
     value = json.loads(
         raw.decode(), object_pairs_hook=_unique, parse_float=_number, parse_constant=_number
     )
-    if (
-        b"\\ud" in raw or b"\\uD" in raw
-    ):  # half of a surrogate pair is no text: no file and no tokenizer takes it
+    if b"\\ud" in raw or b"\\uD" in raw:  # half of a surrogate pair is no text: no file takes it
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -261,110 +303,24 @@ def read_json(path: Path) -> dict:
     """A file that is one JSON object, such as a config.json. Misuse if it is not."""
     try:
         with open_file(path) as f:
-            value = parse_json(f.read(ROW_BYTES))
-        if not isinstance(value, dict):
-            raise ValueError(f"a JSON object is wanted, not a {type(value).__name__}")
-    except (OSError, ValueError, RecursionError) as e:
-        said = getattr(e, "strerror", None) or e
-        raise Misuse(f"{path}: damaged, or no JSON file ({said}); repair it or take another folder")
-    return value
+            return parse((path, 1), f.read(ROW_BYTES))
+    except (OSError, Misuse) as e:
+        raise Misuse(f"{path}: damaged, or no JSON file ({e}); repair it or take another folder")
 
 
 def parse(where, raw) -> dict:
     """A raw row of `raw_rows` as a dict. Misuse with file, row and reason if it is none."""
     try:
-        row = raw if isinstance(raw, dict) else parse_json(raw)
+        row = parse_json(raw) if isinstance(raw, bytes) else raw
+        if isinstance(row, list) and turns_of(row):
+            row = {"0": row[0], "1": row[-1], "messages": row}  # ORZ: a row is a list of turns
         fault = None if isinstance(row, dict) else "a row must be a JSON object"
-    except UnicodeDecodeError as e:
-        fault = f"not UTF-8 text (byte {raw[e.start]:#x} in column {e.start + 1}); save the file as UTF-8"
-    except UnicodeEncodeError:
-        fault = "half of a surrogate pair (\\ud800 to \\udfff), which is no text; repair or remove the line"
+    except UnicodeError as e:
+        fault = f"not UTF-8 text ({e}); save the file as UTF-8, or repair the line"
     except (ValueError, RecursionError) as e:
-        nul = "; it holds NUL bytes: damaged, or UTF-16 instead of UTF-8" if b"\0" in raw else ""
-        fault = f"not JSON ({e}{nul}); repair or remove the line"
+        fault = f"not JSON ({e}); repair or remove the line"
     if fault:
         raise Misuse(f"{row_at(where)}: {fault}")
-    return row
-
-
-def field(row: dict, names: str, where) -> str | None:
-    """The first of several fields that is there, as text (amc23 writes 27.0 for 27); None if none is."""
-    for name in names.split():
-        value = row.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return str(int(value)) if value == int(value) else str(value)
-        if isinstance(value, str):
-            return value
-        if value is not None:
-            raise Misuse(
-                f"{row_at(where)}: field {name!r} must be text, not {type(value).__name__}"
-            )
-    return None
-
-
-def require(row: dict, names, where) -> dict:
-    """The row, if all those fields hold text."""
-    for name in names:
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            raise Misuse(f"{row_at(where)}: field {name!r} is missing, empty or not text")
-    return row
-
-
-def to_problem(where, raw, default_source: str) -> dict:
-    """Any source's row as {"id", "problem", "answer" (None: look into the solution), "solution", "source", "level"}:
-    MATH, NuminaMath-CoT and -1.5, the authors' RL rows (text, label, _id) and every benchmark, by their columns."""
-    row = parse(where, raw)
-    problem = field(row, "problem question text", where)
-    if problem is None:
-        found = ", ".join(sorted(row)) or "no field"
-        raise Misuse(
-            f"{row_at(where)}: field 'problem' (or 'question', 'text') is missing; found {found}"
-        )
-    own = next(
-        (row[k] for k in ("id", "_id", "unique_id", "row") if row.get(k) is not None), where[1]
-    )
-    source = (
-        row.get("source") if "domain" not in row else "omni_math"
-    )  # Omni-MATH's `source` is the contest
-    if "_id" in row:
-        source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
-    level = re.fullmatch(
-        r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", "")))
-    )
-    return {
-        "id": own if isinstance(own, str) else f"{os.path.basename(where[0]).split('.')[0]}-{own}",
-        "problem": problem,
-        "answer": field(row, "answer label", where),
-        "solution": field(row, "solution", where) or "",
-        "source": source if isinstance(source, str) and source else default_source,
-        "level": None if level is None else float(level[1]) if level[2] else int(level[1]),
-        "flags": {
-            k: row[k]
-            for k in ("problem_is_valid", "solution_is_valid", "question_type")
-            if k in row
-        },
-    }
-
-
-def too_long(row: dict) -> bool:
-    return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
-
-
-def problem_row(row: dict) -> dict:
-    """A row of `to_problem` as it is written: without the fields that are empty."""
-    names = ("id", "problem", "answer", "source", "level", "solution")
-    return {
-        name: row[name] for name in names if name in ("id", "answer") or row[name] not in (None, "")
-    }
-
-
-def checked_problem(where, raw, default_source: str) -> dict:
-    """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate` drops it from a pool."""
-    row = to_problem(where, raw, default_source)
-    if too_long(row):
-        raise Misuse(
-            f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; shorten it"
-        )
     return row
 
 
@@ -406,7 +362,8 @@ def write(path: Path, lines):
 
 
 def append_rows(path: Path, rows: list[dict], sync: bool = False):
-    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first. sync: wait for the disk."""
+    """Append to a JSONL log; an incomplete last line, left by a kill, is cut off first. sync: wait
+    for the disk."""
     with naming(path), open(path, "ab+") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n":
             f.seek(0)
@@ -419,7 +376,7 @@ def append_rows(path: Path, rows: list[dict], sync: bool = False):
 
 def read_log(path: Path) -> list[dict]:
     """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
-    lines = json_lines(path) if os.path.lexists(path) else []
+    lines = file_rows(path) if os.path.lexists(path) else []
     return [parse(where, line) for where, line in lines if line.endswith(b"\n")]
 
 
@@ -427,50 +384,316 @@ def write_json(path: Path, value):
     write(path, [json.dumps(value, indent=1, ensure_ascii=False)])
 
 
-CHAT = {"user": "problem", "human": "problem", "assistant": "response", "gpt": "response"}
-
-
-def chat(row: dict) -> dict:
-    """Of chat data, the last prompt and the last response, as {"problem", "response"}; {} of any other row."""
-    turns = row.get("messages") or row.get("conversations")
-    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    said = [
-        (str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value")))
-        for turn in turns
-    ]
-    return {CHAT[role]: text for role, text in said if role in CHAT}
-
-
-def read_rows(path: str, stage: str) -> list[dict]:
-    """Traces ({"problem", "response"}, stage sft) or problems ({"problem", "answer"}) of a data set. A row without
-    response or answer is completed from its "solution": as the response, or its last box as the answer."""
-    rows, needed = [], ("problem", "response" if stage == "sft" else "answer")
-    for where, raw in raw_rows(path):
-        everything = parse(where, raw)
-        row = {k: v for k, v in everything.items() if isinstance(v, (str, int))} | chat(
-            everything
-        )  # fit for a log
-        if type(row.get("answer")) is int:
-            row["answer"] = str(row["answer"])
-        solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
-        row.setdefault("answer", verify.extract_answer(solution) or "")
-        row.setdefault("response", solution)
-        rows.append(require(row, needed, where) | dict(where=row_at(where)))
-    unreadable = [
-        row["where"] for row in rows if stage != "sft" and not verify.is_readable(row["answer"])
-    ]
-    if unreadable and os.environ.get("RANK", "0") == "0":
-        print(
-            f"{len(unreadable)} answers cannot be read by verify.py, nothing will equal them: {unreadable[0]} ..."
-        )
-    return rows
-
-
 def chunks(rows, size: int) -> Iterator[list]:
     """Lists of up to `size` rows."""
     rows = iter(rows)
     while part := list(islice(rows, size)):
         yield part
+
+
+# --- What a row says: one table of column names, for t1.py and every command ----------------------
+
+# The first name that holds text counts; `a.b` is field b of column a; capitals do not matter.
+# `chat.problem` is the user's turn: OpenThoughts, ShareGPT, tulu, and in `prompt` verl and DAPO.
+# Which set uses which, where it is not plain:
+#   problem   question: GSM8K, LIMO, s1K, DeepMath; prompt: TRL, SYNTHETIC-1; query: MetaMathQA;
+#             instruction: Alpaca; text: the authors' T1; input: AceReason 1.1; 0.value: ORZ;
+#             question.problem: PRM800K
+#   answer    expected_answer: OpenMathReasoning; final_answer: DeepMath, OlympiadBench;
+#             gt_answer: SimpleRL; reward_model.ground_truth: verl, DAPO, Skywork;
+#             verification_info.ground_truth: SYNTHETIC-1; label: the authors' T1
+#   response  completion: TRL; output: Alpaca; generated_solution: OpenMathReasoning;
+#             generations: OpenR1; attempt: s1K; r1_solution_1: DeepMath
+#   thought   of the response, in a column of its own: s1K, OpenThoughts (metadata), medical-o1
+COLUMNS = {
+    "problem": "problem question chat.problem prompt query instruction text input problem_statement"
+    " question.problem 0.value",
+    "answer": "answer expected_answer final_answer ground_truth gt_answer ground_truth_answer"
+    " reference_answer gold_answer golden_answer reward_model.ground_truth 1.ground_truth.value"
+    " verification_info.ground_truth question.ground_truth_answer",
+    "label": "label target gold result",  # the answer where no text says one
+    "solution": "solution gold_standard_solution question.ground_truth_solution",
+    "response": "response completion output generated_solution llm_response generations generation"
+    " r1_solution_1 chat.response deepseek_solution deepseek_attempt attempt gemini_attempt",
+    "thought": "reasoning_content thinking thought reasoning complex_cot deepseek_reasoning"
+    " deepseek_thinking_trajectory thinking_trajectories gemini_thinking_trajectory",
+    "system": "chat.system system system_prompt",
+    "turn": "content value",  # of a chat
+    "source": "source data_source problem_source source_type source_dataset dataset",
+}
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+IDS = ("id", "_id", "unique_id", "uuid", "problem_id", "row")
+VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
+_WORKED = re.compile(r"\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101}")  # no bare value
+_FINAL = re.compile(r"\\f?box|####|The answer is:")
+LISTED = re.compile(r'\s*\[\s*"([^"\\]|\\.)*"\s*\]\s*')  # JSON in text: Skywork writes ["350"]
+
+
+def at(row: dict, path: str):
+    """The value of a column, or of a field inside one (`reward_model.ground_truth`), which may be
+    JSON in text."""
+    if "." not in path or path in row:
+        return row.get(path)
+    value = row
+    for name in path.split("."):
+        if isinstance(value, str) and value.startswith("{"):
+            with suppress(ValueError, RecursionError):
+                value = parse_json(value.encode())
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def as_text(value) -> str | None:
+    """Text as it is, a number as text (27.0 as "27"), the element of a list of one; None of
+    anything else."""
+    if isinstance(value, str) and LISTED.fullmatch(value):
+        with suppress(ValueError):
+            value = parse_json(value.encode())
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("text")  # a part of a turn
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(int(value)) if value == int(value) else str(value)
+    return value if isinstance(value, str) else None
+
+
+def field(row: dict, kind: str, where) -> str | None:
+    """The text of the first column of a kind that holds some; None if none does; Misuse where
+    another value stands."""
+    for name in COLUMNS[kind].split():
+        value = at(row, name)
+        if value is None:
+            continue
+        text = as_text(value)
+        if text and text.strip():
+            return text
+        wrong = isinstance(value, (bool, list)) and value != [] and not turns_of(value)
+        if wrong and kind in ("problem", "answer"):
+            what = type(value).__name__
+            raise Misuse(f"{row_at(where)}: field {name!r} must be text or a number, not a {what}")
+    return None
+
+
+def require(row: dict, names, where, found=None) -> dict:
+    """The row, if all those fields hold text."""
+    for name in names:
+        if not (row.get(name) or "").strip():
+            there = ", ".join(found or row)
+            raise Misuse(
+                f"{row_at(where)}: field {name!r} is missing or empty; found {there}; see --columns"
+            )
+    return row
+
+
+def turns_of(value) -> list[tuple[str, str]]:
+    """The turns of a chat as (role, text), a thought in its own field as <think> ... </think>; []
+    of all else."""
+    turns = []
+    for turn in value if isinstance(value, list) else ():
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        if not isinstance(role, str):
+            return []
+        thought = field(turn, "thought", None) or ""
+        turns.append(
+            (ROLES.get(role, role), with_thought(thought, field(turn, "turn", None) or ""))
+        )
+    return turns
+
+
+def with_thought(thought: str, text: str) -> str:
+    """A response whose thought stands in a field of its own (the answer may follow it there), or
+    between the marks of OpenThoughts, Bespoke-Stratos and Sky-T1."""
+    if "<|begin_of_thought|>" in text:
+        thought, _, text = text.partition("<|end_of_thought|>")
+        thought = thought.replace("<|begin_of_thought|>", "")
+        text = re.sub(r"<\|(?:begin|end)_of_solution\|>", "", text)
+    if thought.strip() in ("", "on", "off") or "</think>" in text:  # `reasoning: on`
+        return text
+    inside, _, after = thought.strip().removeprefix("<think>").partition("</think>")
+    return f"<think>\n{inside.strip()}\n</think>\n{after.strip() or text.strip()}"
+
+
+def chat(row: dict, where) -> dict:
+    """The conversation of a row as {"chat.system", "chat.problem", "chat.response"}, {} if there is
+    none. Misuse if it is longer: a reply in the middle is neither trained nor forgotten."""
+    turns = []
+    for name in ("messages", "conversations", "conversation"):
+        turns = turns or turns_of(row.get(name))
+    asked = turns_of(row.get("prompt")) or turns_of(row.get("input"))
+    turns = turns or asked + turns_of(row.get("completion"))
+    roles = [role for role, _ in turns]
+    if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
+        found = ", ".join(roles)
+        raise Misuse(
+            f"{row_at(where)}: a conversation must be [system,] user, assistant; found {found}"
+        )
+    parts = dict(turns)
+    names = dict(system="system", user="problem", assistant="response")
+    return {f"chat.{name}": parts[role] for role, name in names.items() if role in parts}
+
+
+def marked_right(row: dict, texts: list) -> list:
+    """Those of several responses that a list beside them marks as right (OpenR1:
+    correctness_math_verify)."""
+    marks = []
+    for name, values in row.items():
+        if "correct" in name and isinstance(values, list) and len(values) == len(texts):
+            marks += [values] if True in values or False in values else []
+    marked = zip(*marks) if marks else [[True]] * len(texts)
+    return [text for text, said in zip(texts, marked) if True in said]
+
+
+def final(text: str) -> str | None:
+    """The value that a worked text ends in: its last box, or what its last #### (GSM8K) or words
+    (MetaMathQA) say."""
+    if not _FINAL.search(text):
+        return None
+    said = re.findall(r"(?:####|The answer is:)[ \t]*([^\n]+)", text)
+    return verify.extract_answer(text) or (said[-1].rstrip(" .") if said else None)
+
+
+def reading(row: dict, where) -> dict:
+    """What a row says, whatever its layout: its problem, answer, solution, response, system message
+    and source, empty or None where it has none. An answer in the solution stays there. Misuse where
+    it cannot be understood."""
+    row = {name.lower(): value for name, value in row.items()} | row
+    row |= chat(row, where)
+    if row.get("options") or row.get("choices"):
+        raise Misuse(f"{row_at(where)}: options beside the problem; write them into its text")
+    wrong = row.get("is_correct") is False or row.get("correct") is False
+    for name in COLUMNS["response"].split():
+        if isinstance(row.get(name), list) and not turns_of(row[name]):
+            right = marked_right(row, row[name])
+            wrong = wrong or not right and row[name] != []
+            row[name] = right[:1]
+    said = {kind: field(row, kind, where) for kind in COLUMNS}
+    problem, answer, solution, response, thought = (
+        said[kind] or "" for kind in ("problem", "answer", "solution", "response", "thought")
+    )
+    for name in ("context", "input"):  # Dolly; Alpaca
+        text = as_text(row.get(name)) or ""
+        if text.strip() and (name == "context" or problem == row.get("instruction")):
+            problem += "\n\n" + text
+    if body := as_text(row.get("body")):  # SVAMP
+        problem = f"{body} {problem}"
+    if "####" in answer:
+        solution = solution or answer
+    if answer in ("", solution) and not _WORKED.search(solution):
+        answer, solution = solution, ""  # DAPO-processed: the answer itself
+    if len(set(boxes(answer))) < 2:
+        answer = final(answer) or answer
+    response = response or solution
+    if response or "</think>" in thought:
+        response = with_thought(thought, response)
+    if not answer and not _FINAL.search(solution):
+        answer = final(response) or said["label"] or ""
+    return said | dict(
+        id=next((row[name] for name in IDS if row.get(name) is not None), None),
+        problem=problem,
+        answer=answer,
+        solution=solution,
+        response=response,
+        marked_wrong=wrong,
+    )
+
+
+def to_problem(where, raw, default_source: str) -> dict:
+    """A row as {"id", "problem", "answer" (None: look into the solution), "solution", "source",
+    "level", "flags"}."""
+    row = parse(where, raw)
+    said = require(reading(row, where), ["problem"], where, row)
+    own = where[1] if said["id"] is None else said["id"]
+    source = said["source"] or default_source
+    if "_id" in row:  # the authors' rows
+        source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
+    level = re.fullmatch(
+        r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", "")))
+    )
+    folder, file = os.path.split(where[0])
+    stem = file.split(".")[0]
+    if _SPLIT.match(stem):  # train-00000-of-00001 of each folder
+        stem = f"{os.path.basename(folder)}-{stem}"
+    return {
+        "id": own if isinstance(own, str) else f"{stem}-{own}",
+        "problem": said["problem"],
+        "answer": said["answer"] or None,
+        "solution": said["solution"] or said["response"].rpartition("</think>")[2].strip(),
+        "source": source,
+        "level": None if level is None else float(level[1]) if level[2] else int(level[1]),
+        "flags": {name: row[name] for name in (*VALID, "question_type") if name in row},
+    }
+
+
+def too_long(row: dict) -> bool:
+    return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
+
+
+def problem_row(row: dict) -> dict:
+    """A row of `to_problem` as it is written: without the fields that are empty."""
+    names = ("id", "problem", "answer", "source", "level", "solution")
+    return {
+        name: row[name] for name in names if name in ("id", "answer") or row[name] not in (None, "")
+    }
+
+
+def checked_problem(where, raw, default_source: str) -> dict:
+    """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate`
+    drops it from a pool."""
+    row = to_problem(where, raw, default_source)
+    if too_long(row):
+        what = f"problem, solution or answer of more than {LONGEST:,} characters; shorten it"
+        raise Misuse(f"{row_at(where)}: {what}")
+    return row
+
+
+def left_out(row: dict, said: dict, stage: str) -> str | None:
+    """Why t1.py does not take a row that can be read, or None."""
+    if any(row.get(name) not in (None, "Yes") for name in VALID):
+        return "marked invalid"
+    if stage == "sft":
+        return "marked wrong" if said["marked_wrong"] else None
+    proof = row.get("question_type") == "proof" or said["answer"] in ("proof", "notfound")
+    return "proofs" if proof else None
+
+
+def gradable(answer: str) -> bool:
+    """Can verify.py read an answer, and is it no prose (which equals itself alone)?"""
+    words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", answer)
+    return len(words) < 12 and verify.is_readable(answer)
+
+
+def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
+    """Rows of a data set for a stage: traces (sft: "problem", "response") or problems (rl, eval:
+    "problem", "answer"), with "system", where the row has one, "where", and all columns of the file
+    as they are. Misuse, with the row, where one of these texts is missing. columns: see `raw_rows`;
+    a test set may have other columns than the data."""
+    rows, gone = [], Counter()
+    for where, raw in raw_rows(path, columns, strict=stage != "eval"):
+        row = parse(where, raw)
+        said = reading(row, where)
+        said["answer"] = said["answer"] or final(said["solution"])
+        if reason := left_out(row, said, stage):
+            gone[reason] += 1
+            continue
+        require(said, ["problem", "response" if stage == "sft" else "answer"], where, row)
+        row = {} if stage == "sft" else row  # all columns are for --reward
+        names = ("id", "problem", "answer", "solution", "response", "system", "source")
+        row |= {name: said[name] for name in names if said[name]}
+        rows.append(row | dict(where=row_at(where)))
+    bad = [] if stage == "sft" else [row for row in rows if not gradable(row["answer"])]
+    first = f"{bad[0]['where']}: {bad[0]['answer'][:60]!r}" if bad else ""
+    if not rows or len(bad) == len(rows):
+        what = (
+            f"{first}; verify.py reads none of the answers" if rows else f"left out: {dict(gone)}"
+        )
+        raise Misuse(f"{path}: {what}; nothing is left; see --columns")
+    if os.environ.get("RANK", "0") == "0":
+        if gone:
+            print(f"{path}: rows left out: {dict(gone)}")
+        if bad:
+            print(f"{path}: {len(bad)} answers that verify.py cannot read, {first} ...")
+    return rows
 
 
 # --- The text of a problem, made comparable ---------------------------------------------------------------------------
@@ -1097,11 +1320,17 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
 
 
 def read_pools(
-    pools: list[tuple[str, str]], benchmarks: list[dict], scripts, processes: int
+    pools: list[tuple[str, str]],
+    benchmarks: list[dict],
+    scripts,
+    processes: int,
+    columns: str | None = None,
 ) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in order."""
     counts, candidates, shared, pool = Counter(), [], (benchmarks, scripts), None
-    work = ((default, part) for name, default in pools for part in chunks(raw_rows(name), 250))
+    work = (
+        (default, part) for name, default in pools for part in chunks(raw_rows(name, columns), 250)
+    )
     if processes > 1:
         pool = multiprocessing.get_context("spawn").Pool(processes, prepare, shared)
     else:
@@ -1237,9 +1466,8 @@ def draw(
 
 def curate(args, out: Path) -> int:
     """Pools -> rl.jsonl, report.json and a data card (paper: MATH-train and NuminaMath, filtered to 30,000)."""
-    pools = [
-        (name, default) for default in ("math", "numina") for name in getattr(args, default) or ()
-    ]
+    pools = [(name, "math") for name in args.math]
+    pools += [(name, Path(name).name.split(".")[0]) for name in args.numina]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
         args.decontaminate = args.decontaminate or [
@@ -1254,7 +1482,9 @@ def curate(args, out: Path) -> int:
             "data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems",
             file=sys.stderr,
         )
-    counts, rows = read_pools(pools, benchmarks, tuple(args.scripts), args.processes)
+    counts, rows = read_pools(
+        pools, benchmarks, tuple(args.scripts), args.processes or os.cpu_count(), args.columns
+    )
     bad = ungradable([row.answer for row in rows])
     gone = {i: "ungradable" for i, row in enumerate(rows) if row.answer in bad}
     gone |= judge_groups(rows, [i for i in range(len(rows)) if i not in gone])
@@ -1271,9 +1501,9 @@ def curate(args, out: Path) -> int:
         (rows[i].source, reason) for i, reason in (gone | dict.fromkeys(chosen, "kept")).items()
     )
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
-    names = "math numina decontaminate target seed mix scripts pass_rate".split()
+    names = "math numina decontaminate columns target seed mix scripts pass_rate".split()
     write_report(out, {name: getattr(args, name) for name in names}, counts, removed)
-    return 0
+    return 0 if chosen else 1
 
 
 def write_report(out: Path, settings: dict, counts: Counter, removed: dict):
@@ -1649,10 +1879,10 @@ def make_trace(row: dict, teachers: list[Model], critic: Model, rewriter: Model,
     return {"id": row["id"], "trace": trace, "why": why or "kept", "failed": max(len(path) - 1, 0)}
 
 
-def read_problems(name: str) -> list[dict]:
+def read_problems(name: str, columns: str | None = None) -> list[dict]:
     """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct ids to resume by."""
     rows = {}
-    for where, raw in raw_rows(name):
+    for where, raw in raw_rows(name, columns):
         row = checked_problem(where, raw, "local")
         if find_answer(row):
             raise Misuse(
@@ -1670,12 +1900,12 @@ def read_problems(name: str) -> list[dict]:
 def cot(args, out: Path) -> int:
     """Problems -> sft.jsonl, by models; every finished problem is on disk at once and is never asked again."""
     if args.authors:
-        return read_authors(args.authors, out)
+        return read_authors(args.authors, args.columns, out)
     if not args.teacher or not args.problems:
         raise Misuse(
             "cot: give --problems FILE and at least one --teacher (or --authors FILE for the authors' traces)"
         )
-    problems = read_problems(args.problems)
+    problems = read_problems(args.problems, args.columns)
     args.critic, args.rewriter = args.critic or args.teacher[0], args.rewriter or args.teacher[0]
     models = {
         name: Model(name, args)
@@ -1730,38 +1960,23 @@ def write_traces(out: Path, traces: list[dict], remark: str) -> int:
     return 0
 
 
-def read_authors(name: str, out: Path) -> int:
-    """The authors' sft.jsonl -> trace rows: a chat, or a prompt and a response under any usual name. Its columns are
-    not documented: a row that fits neither is Misuse, which lists the columns found."""
+def read_authors(name: str, columns: str, out: Path) -> int:
+    """The authors' sft.jsonl, whose columns are not documented, or any other traces -> trace
+    rows."""
     traces, without_box = [], 0
-    for where, raw in raw_rows(name):
-        row = parse(where, raw)
-        found, row = ", ".join(sorted(row)), row | chat(row)
-        prompt = field(row, "problem prompt question instruction text", where)
-        response = field(row, "response solution output answer", where)
-        if prompt is None or response is None:
-            raise Misuse(
-                f"{row_at(where)}: neither 'messages' nor 'prompt' and 'response'; found {found}"
-            )
+    for number, row in enumerate(read_rows(name, "sft", columns), 1):
+        response = row["response"]
         if not (answer := verify.extract_answer(response)):
             without_box += 1
             continue
-        if (
-            "</think>" not in response
-        ):  # their traces think aloud without tags; the last paragraph is the answer
+        if "</think>" not in response:  # they think aloud without tags; the answer comes last
             thought, _, rest = response.rpartition("\n\n")
             if not verify.extract_answer(rest):
-                thought, rest = response, f"\\boxed{{{answer}}}"
+                thought = response
+                rest = f"\\boxed{{{answer}}}"
             response = f"<think>\n{thought.strip()}\n</think>\n{rest.strip()}"
-        traces.append(
-            dict(
-                id=f"t1-sft-{where[1]}",
-                problem=prompt,
-                response=response,
-                answer=answer,
-                source="t1-sft",
-            )
-        )
+        about = dict(id=f"t1-sft-{number}", problem=row["problem"])
+        traces.append(about | dict(response=response, answer=answer, source="t1-sft"))
     if not traces:
         raise Misuse(f"{name}: no rows with a boxed answer")
     return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
@@ -1780,51 +1995,35 @@ BENCHMARKS = {  # option, also the source's name -> name on the hub
 OMNI = 500  # problems. NOT IN PAPER: which. The paper's own 500 are not published, so a seeded draw that lists its ids
 
 
-def benchmark_rows(source: str, name: str) -> list[dict]:
+def benchmark_rows(source: str, name: str, columns: str | None = None) -> list[dict]:
     """A benchmark's rows as problem rows."""
     rows = []
-    for where, raw in raw_rows(name):
+    for where, raw in raw_rows(name, columns):
         given = parse(where, raw)
         if given.get("split", "test") != "test":  # a local file may hold both splits of GSM8K
             continue
         row = checked_problem(where, given, source)
-        answer = (
-            row["answer"]
-            if row["answer"] is not None
-            else (boxes(row["solution"]) or [None])[-1] or ""
-        )
-        if source == "gsm8k" and "####" in answer:
-            row["solution"], _, answer = answer.partition("####")
-        if source == "aime24" and re.fullmatch(r"\s*\d{1,9}\s*", answer):
+        answer = bare(row["answer"] or final(row["solution"]) or "")
+        if source == "aime24" and re.fullmatch(r"\d{1,9}", answer):
             answer = str(int(answer))  # "025"
         if not isinstance(given.get("unique_id", given.get("id")), str):
             row["id"] = f"{source}-{given.get('id', given.get('row', len(rows)))}"
-        row |= dict(problem=repair(row["problem"]), answer=bare(answer), source=source)
-        rows.append(problem_row(row | dict(solution=row["solution"].strip())))
+        row |= dict(problem=repair(row["problem"]), answer=answer, source=source)
+        rows.append(problem_row(row))
     return rows
 
 
 def gpqa_rows(path: str, seed: int) -> list[dict]:
-    """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns as JSONL or parquet), options shuffled by
-    seed. Its authors ask that no example be published: nothing of it is in this repository."""
+    """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns in another file),
+    options shuffled by seed. Its authors ask that no example be published: nothing of it is in this
+    repository."""
     columns = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)), "Question"]
-    if path.endswith(".csv"):
-        try:
-            lines = (line.decode() for file in local_files(path) for _, line in byte_lines(file))
-            given = [
-                ((path, number), row)
-                for number, row in enumerate(csv.DictReader(lines, strict=True), 2)
-            ]
-        except (UnicodeDecodeError, csv.Error) as e:
-            raise Misuse(f"--gpqa {path}: cannot be read ({e})")
-    else:
-        given = [
-            (where, parse(where, raw)) for where, raw in raw_rows(path, {*columns, "Record ID"})
-        ]
     rows = []
-    for where, row in given:
-        *options, question = (require(row, columns, where)[column].strip() for column in columns)
-        order = random.Random(f"{seed} {row['Question']}").sample(range(4), 4)
+    for where, raw in raw_rows(path):
+        row = parse(where, raw)
+        texts = {column: as_text(row.get(column)) for column in columns}
+        *options, question = (require(texts, columns, where, row)[name].strip() for name in columns)
+        order = random.Random(f"{seed} {texts['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
         problem = (
             f"{question}\n\n{listed}\n\nAnswer with the letter of the right option in \\boxed{{}}."
@@ -1841,13 +2040,18 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
 
 
 def benchmarks(args, out: Path) -> int:
-    """Writes a JSONL per benchmark, and report.json with unreadable golds and the ids drawn of Omni-MATH."""
+    """Writes a JSONL per benchmark, and report.json with unreadable golds and the ids drawn of
+    Omni-MATH."""
     report, contents = {"seed": args.seed, "benchmarks": {}}, {}
     names = {source: getattr(args, source) for source in BENCHMARKS if getattr(args, source)}
     for source, name in (
         names or {source: name for source, name in BENCHMARKS.items() if name}
     ).items():
-        rows = gpqa_rows(name, args.seed) if source == "gpqa" else benchmark_rows(source, name)
+        rows = (
+            gpqa_rows(name, args.seed)
+            if source == "gpqa"
+            else benchmark_rows(source, name, args.columns)
+        )
         bad = ungradable([r["answer"] for r in rows])
         unreadable = [r["id"] for r in rows if r["answer"] in bad]
         entry = {"from": name, "rows": len(rows), "unreadable": unreadable}
@@ -2172,7 +2376,46 @@ def foreign(text: str, prompt: str = "") -> list[str]:
     return [script_of(c) for c in foreign_letters(text, prompt)]
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
+
+
+# Commands, kind of the value (N: a whole number from 1, +: several), default (-: none), meaning.
+OPTIONS = """
+curate,cot,benchmarks --columns NAMES - columns of other names: problem=COLUMN,answer=COLUMN
+curate     --math           DATA+    -     MATH (without --math and --numina: both, from the hub)
+curate     --numina         DATA+    -     NuminaMath, or any rows of problems and answers
+curate     --decontaminate  DATA+    -     benchmarks whose problems are rejected
+curate     --target         N        30000 problems to draw, or all there are; as in the paper
+curate     --mix            proportional|equal proportional share of each source in the draw
+curate     --scripts        NAME+    -     to keep besides Latin, by Unicode name: CJK CYRILLIC ...
+curate     --processes      N        -     all cores if not given; the result is always the same
+curate     --pass-rate      MODEL    -     drop problems that this model solves never or always
+curate     --samples        N        8     per problem, for --pass-rate
+curate     --max-tokens     N        4096  limit of one reply, tokens
+cot        --problems       DATA     -     problem rows, e.g. rl.jsonl of curate
+cot        --teacher        MODEL+   -     models that attempt, by the names that the server knows
+cot        --critic         MODEL    -     model that writes critiques, or the first teacher
+cot        --rewriter       MODEL    -     model that merges, or the first teacher
+cot        --attempts       N        8     per problem, shared out over the teachers
+cot        --reflect-share  X        1.0   share of problems whose trace must hold a failed attempt
+cot        --max-failed     N        2     most failed attempts in one trace
+cot        --max-chars      N        32000 longest trace, characters
+cot        --authors        DATA     -     the authors' sft.jsonl, or other traces, instead
+cot        --max-tokens     N        8192  limit of one reply, tokens
+curate,cot --base-url       URL      http://localhost:8000/v1 of the models; key: OPENAI_API_KEY
+curate,cot --temperature    X        1.0   of every sample
+curate,cot --concurrency    N        32    problems under way at once
+curate,cot --timeout        X        600   of one request, seconds
+curate,cot --retries        INT      6     after 429, 5xx, time-outs and broken replies
+benchmarks --math500        DATA     -     file, or HuggingFaceH4/MATH-500
+benchmarks --aime24         DATA     -     file, or HuggingFaceH4/aime_2024
+benchmarks --omni           DATA     -     file, or KbsdJames/Omni-MATH
+benchmarks --gsm8k          DATA     -     file, or openai/gsm8k
+benchmarks --amc23          DATA     -     file, or math-ai/amc23
+benchmarks --gpqa           DATA     -     your own copy of gpqa_diamond.csv
+curate,cot,benchmarks --seed INT     0     of the draw, the choice of attempts, the order of options
+embedded   --hard           FLAG     -     problems with longer searches (t1.py: --max-new 320)
+"""
 
 
 def positive(text: str) -> int:
@@ -2181,176 +2424,49 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_model_options(parser, max_tokens: int):
-    add = parser.add_argument_group("the server of the models").add_argument
-    add(
-        "--base-url",
-        metavar="URL",
-        default="http://localhost:8000/v1",
-        help="default %(default)s; OPENAI_API_KEY",
-    )
-    add("--temperature", type=float, default=1.0, help="of every sample (default %(default)s)")
-    add(
-        "--max-tokens",
-        type=positive,
-        default=max_tokens,
-        help="limit of one reply, tokens (default %(default)s)",
-    )
-    add(
-        "--concurrency",
-        type=positive,
-        default=32,
-        help="problems under way at once (default %(default)s)",
-    )
-    add("--timeout", type=float, default=600, help="of one request, seconds (default %(default)s)")
-    add(
-        "--retries",
-        type=int,
-        default=6,
-        help="after 429, 5xx, time-outs and broken replies (default %(default)s)",
-    )
-
-
 def parse_args(argv=None) -> argparse.Namespace:
-    """The options of a command; `run` is its function (args, folder of the results) -> exit code."""
+    """The options of a command; `run` is its function (args, folder of the results) -> exit
+    code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(run: Callable, out: str, text: str):
-        p = commands.add_parser(run.__name__, help=text)
-        p.add_argument("--out", default=out, help="folder of the results (default %(default)s)")
+    kinds = {"N": positive, "INT": int, "X": float}
+    for run in (curate, cot, benchmarks, embedded):
+        name = run.__name__
+        p = commands.add_parser(name, help=run.__doc__)
         p.set_defaults(run=run)
-        return p, p.add_argument
-
-    p, add = command(curate, "data", "MATH and NuminaMath -> clean RL problems")
-    add(
-        "--math",
-        nargs="+",
-        metavar="DATA",
-        help="MATH (without --math and --numina: both, from the hub)",
-    )
-    add(
-        "--numina",
-        nargs="+",
-        metavar="DATA",
-        help="NuminaMath, or any rows with problem and answer or solution",
-    )
-    add(
-        "--decontaminate",
-        nargs="+",
-        default=[],
-        metavar="DATA",
-        help="benchmarks whose problems are rejected",
-    )
-    add(
-        "--target",
-        type=positive,
-        default=30000,
-        help="problems to draw, or all there are (paper and default: 30,000)",
-    )
-    add(
-        "--mix",
-        choices=("proportional", "equal"),
-        default="proportional",
-        help="share of each source in the draw",
-    )
-    add(
-        "--scripts",
-        nargs="+",
-        default=[],
-        help="to keep besides Latin, by Unicode name: CJK CYRILLIC HANGUL ...",
-    )
-    add(
-        "--processes",
-        type=positive,
-        default=os.cpu_count(),
-        help="default: all cores; the result is always the same",
-    )
-    add("--seed", type=int, default=0, help="of the draw")
-    add(
-        "--pass-rate",
-        metavar="MODEL",
-        help="drop problems that this model of the server solves never or always",
-    )
-    add(
-        "--samples",
-        type=positive,
-        default=8,
-        help="per problem, for --pass-rate (default %(default)s)",
-    )
-    add_model_options(p, 4096)
-
-    p, add = command(cot, "data", "problems -> cold-start traces, by models")
-    add("--problems", metavar="DATA", help="problem rows, e.g. rl.jsonl of curate")
-    add(
-        "--teacher",
-        nargs="+",
-        metavar="MODEL",
-        help="models that attempt, by the names that the server knows",
-    )
-    add(
-        "--critic", metavar="MODEL", help="model that writes critiques (default: the first teacher)"
-    )
-    add("--rewriter", metavar="MODEL", help="model that merges (default: the first teacher)")
-    add(
-        "--attempts",
-        type=positive,
-        default=8,
-        help="per problem, shared out over the teachers (default %(default)s)",
-    )
-    add(
-        "--reflect-share",
-        type=float,
-        default=1.0,
-        help="share of problems whose trace must hold a failed attempt",
-    )
-    add(
-        "--max-failed",
-        type=positive,
-        default=2,
-        help="most failed attempts in one trace (default %(default)s)",
-    )
-    add(
-        "--max-chars",
-        type=positive,
-        default=32000,
-        help="longest trace, characters (default %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="of the choice of attempts")
-    add(
-        "--authors",
-        metavar="DATA",
-        help="convert the authors' sft.jsonl (file, or zai-org/T1:sft) instead",
-    )
-    add_model_options(p, 8192)
-
-    p, add = command(
-        benchmarks,
-        "benchmarks",
-        "the evaluation sets in one form (default: all but GPQA, from the hub)",
-    )
-    for source, name in BENCHMARKS.items():
-        add(
-            f"--{source}",
-            metavar="DATA",
-            help=f"file, or {name or 'your own copy of gpqa_diamond.csv'}",
-        )
-    add("--seed", type=int, default=0, help="of the 500 of Omni-MATH and of GPQA's options")
-    p, add = command(
-        embedded, "data", "the embedded problems, their test set and their traces, as files"
-    )
-    add(
-        "--hard",
-        action="store_true",
-        help="problems with longer searches (t1.py: --max-new 320; default: off)",
-    )
+        out = "benchmarks" if run is benchmarks else "data"
+        p.add_argument("--out", default=out, help=f"folder of the results (default {out})")
+        for line in OPTIONS.strip().splitlines():
+            users, option, kind, default, text = line.split(maxsplit=4)
+            if name not in users.split(","):
+                continue
+            how = dict(help=text if default == "-" else f"{text} (default {default})")
+            if kind == "FLAG":
+                how["action"] = "store_true"
+            elif "|" in kind:
+                how["choices"] = kind.split("|")
+            else:
+                how |= dict(metavar=kind.strip("+"), type=kinds.get(kind, str))
+            if "+" in kind:
+                how |= dict(nargs="+", default=[])
+            elif default != "-":
+                how["default"] = default
+            p.add_argument(option, **how)
     return parser.parse_args(argv)
 
 
+def show_any_text():
+    """A console that knows only ASCII shows other characters as their numbers, and stops nothing."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does with stderr
+
+
 def main(argv=None) -> int:
-    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on stderr."""
+    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on
+    stderr."""
     args = parse_args(argv)
+    show_any_text()
     try:
         try:
             Path(args.out).mkdir(parents=True, exist_ok=True)

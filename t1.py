@@ -14,15 +14,15 @@ The objective, with P prompts per step and K samples per prompt:
   loss = -(1/N) sum_i sum_t [ A_i log pi_theta(y_it | x, y_i<t) + alpha H(pi_theta(. | x, y_i<t)) ]
 
 LOO is leave-one-out: a reward minus the mean of the other K-1. r' is 1 (right), 0 (wrong) or -1
-(over-long, repetitive or garbled). One update per batch: no ratio, no clipping, no value network.
+(over-long, repetitive or garbled). One update per batch: no PPO ratio or clip, no value network.
 
 Letters: B = P*K responses, T positions, N generated tokens of the whole batch over all ranks, V
-vocabulary, D hidden width. Tensors of responses are (P, K), packed tensors of tokens (N,).
+vocabulary, D hidden width. Tensors of responses are (P, K), of their tokens (N,).
 
-Sections 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first
-skip section 5 (how it is computed) and all below the banner (what a run needs around it). "(section
-2)" is the paper's; `NOT IN PAPER` marks what it leaves open. Under torchrun every rank runs this
-file; the sums over ranks are those of one process."""
+Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first skip
+part 5 (how it is computed) and all below the banner (what a run needs around it). "(section 2)" is
+the paper's; `NOT IN PAPER` marks what it leaves open. Under torchrun every rank runs this file; the
+result is that of one process."""
 
 import signal
 
@@ -87,8 +87,8 @@ from data_prep import Misuse, Stop, append_rows, read_json, read_log, read_rows,
 
 # ----------------------------------------------------------------------------- the method's options
 def knob(default, doc, paper="", stage="", zero=False, free=False, inherit=False):
-    """An option. paper: its value there; stage: the one that uses it, others reject it; zero: may
-    be 0; free: may change when a run resumes; inherit: the next stages of a run keep its value."""
+    """An option. paper: its value there; stage: the only one that accepts it; zero: 0 is allowed;
+    free: it may change when a run resumes; inherit: the next stages of a run keep its value."""
     words = f"{doc} (default: {default!r}{'; paper: ' if paper else ''}{paper})"
     rules = dict(help=words, stage=stage, zero=zero, free=free, inherit=inherit)
     return field(default=default, metadata=rules)
@@ -96,7 +96,7 @@ def knob(default, doc, paper="", stage="", zero=False, free=False, inherit=False
 
 @dataclass
 class Method:
-    """The paper's method. Defaults are those of the preset `tiny`, PRESETS changes them."""
+    """The paper's method. Defaults are the preset `tiny`'s; PAPER has those of large models."""
 
     max_prompt: int = knob(256, "longest prompt, tokens", "not stated", inherit=True)
     max_new: int = knob(160, "longest response, tokens", "not stated", inherit=True)
@@ -136,15 +136,15 @@ class Method:
 def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """(P, K) -> (P, K): each reward minus the mean of the other K-1 of its prompt (section 2).
 
-        rloo_advantages([[1, 0, 0]]) = [[1, -1/2, -1/2]]
+        [[1, 0, 0]] -> [[1, -1/2, -1/2]]
 
     A baseline that leaves out the sample itself keeps the policy gradient unbiased. GRPO divides by
     the standard deviation of the group and T1 does not: the division gives most weight to prompts
     that are nearly always or nearly never solved, and the estimate is no longer the gradient of the
     expected reward."""
     K = rewards.shape[1]
-    others = (rewards.sum(1, keepdim=True) - rewards) / (K - 1)  # (P, K)
-    return rewards - others
+    baseline = (rewards.sum(1, keepdim=True) - rewards) / (K - 1)  # (P, K)
+    return rewards - baseline
 
 
 def center_kl(kl: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,8 @@ def log_softmax_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
 def policy_loss_reference(
     hidden, lm_head, targets, advantages, weights, entropy_coef=0.0, temperature=1.0, min_p=0.0
 ):
-    """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], with w_t = 1/N.
+    """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N by
+    default.
 
     hidden (n, D), lm_head (V, D); targets, advantages, weights (n,) -> scalar. H is differentiated
     at the sampled prefixes; how the policy could reach other prefixes is left out, as in the paper.
@@ -213,12 +214,12 @@ class Problem:
 
 @dataclass
 class Rollout:
-    """One response to a problem: first what to sample, then what was sampled, then its judgement.
-    The update trains on `ids`, never on re-tokenised text."""
+    """One response: what to sample, what was sampled, its judgement. In SFT it is a trace. The
+    update trains on `ids`, never on re-tokenised text."""
 
     problem: Problem
-    seed: int = 0  # of the problem's samples ...
-    sample: int = 0  # ... of which this is number 0..K-1: the two decide its random numbers
+    seed: int = 0  # of the problem's samples; with `sample` it decides the random numbers
+    sample: int = 0  # 0..K-1
     ids: list[int] = field(default_factory=list)  # with the end token, if there is one
     logprobs: list[float] = field(default_factory=list)  # log pi(y_t | x, y_<t), when sampled
     finished: bool = False  # ended by an end token within max_new
@@ -297,12 +298,12 @@ def unexpected_pattern(
     return None
 
 
-def penalised_reward(right: float, pattern: str | None, penalties: bool = True) -> float:
-    """r': 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern whatever the answer
+def penalised_reward(value: float, pattern: str | None, penalties: bool = True) -> float:
+    """r': the value (1 right, 0 wrong), or -1 for an unexpected pattern whatever the answer
     (section 2). The -1 takes part in leave-one-out, as the paper's formula reads."""
     if pattern and penalties:
         return -1.0
-    return float(right)
+    return float(value)
 
 
 def text_of(rollout: Rollout, tokenizer) -> str:
@@ -329,9 +330,9 @@ def grade(rollouts: list[Rollout], tokenizer):
         r.ungraded = i in grades.failed
 
 
-def judge(rollouts: list[Rollout], tokenizer, cfg: Method) -> torch.Tensor:
-    """Fill in text, right, pattern, reward and behaviour of each rollout -> rewards r', (B,).
-    Each rank judges a share."""
+def judge(rollouts: list[Rollout], tokenizer, cfg) -> torch.Tensor:
+    """Fill in what `grade` does, and pattern, reward and behaviour -> rewards r', (B,). Each rank
+    judges a part, and all ranks get all."""
     share = rollouts[rank() :: world()]
     with clock("judge"), all_ranks_or_none():
         grade(share, tokenizer)
@@ -353,8 +354,8 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
     K = cfg.k
 
     # 1. Oversample: K responses to each of P prompts, at a temperature above 1. All are trained on.
-    batch = [problems[i] for i in batch_indices(len(problems), P, step, cfg.seed)]
-    rollouts = sample_responses(engine, policy, batch, step, cfg)  # B = P * K
+    chosen = [problems[i] for i in batch_indices(len(problems), P, step, cfg.seed)]
+    rollouts = sample_responses(engine, policy, chosen, step, cfg)  # B = P * K
 
     # 2. Reward: 1 for a right answer, 0 for a wrong one, -1 for an unexpected pattern.
     rewards = judge(rollouts, policy.tokenizer, cfg).view(P, K)
@@ -372,7 +373,7 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
     norm = update(policy, optimizer, lr, cfg)
 
     # 6. The anchor follows the policy.
-    with clock("update"), anchor.parked:
+    with clock("update"), anchor.on_device:
         ema_update_(anchor, policy, cfg.ema_decay)
     return rl_metrics(step, rollouts, rewards, kl, sums, norm, lr), rollouts
 
@@ -380,7 +381,7 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
 def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) -> list[Rollout]:
     """K responses to each problem with the policy's present weights, (P * K,), on every rank."""
     with clock("push"):
-        push_weights(engine, policy, problems[0], cfg)
+        push_weights(engine, policy, problems[0], cfg)  # and compare log-probs on this one
     rollouts = []
     for place, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "rollout", step, place)
@@ -394,18 +395,16 @@ def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) ->
 def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
     """d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x) of all responses, (B,), summed over tokens.
 
-    NOT IN PAPER: the sampler's log-probs stand for the policy's own, which are known only after the
-    gradient pass, which already needs A. In float32 the two agree to 1e-6 per token; in bfloat16
-    their distance, `logprob_gap`, is noise in A. `kl` of metrics.jsonl takes the trainer's
-    log-probs, and has the rounding of two bfloat16 forwards: 0.02 nats at the first steps of
-    SmolLM2."""
-    interrupt.check()  # on large models the phases of a step take minutes
-    share = share_of_rank(rollouts)
-    rows = [row_of(rollouts[i]) for i in share]
-    with clock("anchor"), anchor.parked:
+    NOT IN PAPER: the sampler's log-probs stand for the policy's own, which would cost one more
+    forward. In float32 the two agree to 1e-6 per token; in bfloat16 their distance, `logprob_gap`,
+    is noise in A. (`kl` of metrics.jsonl takes the trainer's log-probs.)"""
+    interrupt.check()  # a signal raises here: on large models the phases of a step take minutes
+    mine = share_of_rank(rollouts)
+    rows = [row_of(rollouts[i]) for i in mine]
+    with clock("anchor"), anchor.on_device:
         reference = response_logprobs(anchor, rows, cfg, cfg.temperature, cfg.min_p)
     kl = torch.zeros(len(rollouts), dtype=torch.float64)
-    for i, logprobs in zip(share, reference):
+    for i, logprobs in zip(mine, reference):
         kl[i] = sum(rollouts[i].logprobs) - logprobs.double().sum()
     interrupt.check()
     return all_sum(kl).float()
@@ -415,17 +414,17 @@ def run_rl(cfg):
     folder = RunFolder(cfg)
     sft = str(folder.path.parent / "sft")
     source = folder.source or latest(cfg.model or sft)
-    if source == sft:
+    if source == sft:  # `latest` found no checkpoint there
         what = "run --stage sft first, or give --model"
         raise Misuse(f"no SFT checkpoint beside {folder.path}: {what}")
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
     print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
 
-    # Both start from the SFT model; with several ranks `shard` makes the copy.
+    # Anchor and policy start from the SFT model; with several ranks `shard` makes the copy.
     whole_anchor = copy.deepcopy(whole) if world() == 1 else whole
     anchor = shard(whole_anchor, tokenizer, cfg).requires_grad_(False)
     if cfg.offload:
-        anchor.parked = Parked(anchor.parameters())
+        anchor.on_device = Parked(anchor.parameters())
     policy = shard(whole, tokenizer, cfg)
     del whole
     optimizer = make_optimizer(policy, cfg)
@@ -435,7 +434,7 @@ def run_rl(cfg):
     for step in folder.steps(start, cfg.rl_steps):
         try:
             row, rollouts = rl_step(step, problems, policy, anchor, engine, optimizer, cfg)
-        except Interrupted:  # by a signal before the gradient: nothing has changed
+        except Interrupted:  # before the gradient: save what was, and raise again
             folder.after_step(step, cfg.rl_steps, policy, optimizer, anchor)
         folder.log(row, rollouts)
         warn(row, rollouts)
@@ -472,8 +471,8 @@ def run_sft(cfg):
     policy = shard(whole, tokenizer, cfg)
     del whole
     steps = number_of_steps(traces, cfg)
-    start = source or "random weights"
-    print0(f"{len(traces)} traces, {steps} steps; the policy starts from {start}")
+    origin = source or "random weights"
+    print0(f"{len(traces)} traces, {steps} steps; the policy starts from {origin}")
     optimizer = make_optimizer(policy, cfg)
     start = folder.resume(policy, optimizer)
 
@@ -532,7 +531,8 @@ def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[li
     for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
         cut = cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget, cfg)
         share = cut[rank() :: world()]
-        grade(share, tokenizer)
+        with all_ranks_or_none():
+            grade(share, tokenizer)
         exchange(cut, share)
         right = grouped([r.right for r in cut], samples)
         length = float(np.mean([len(r.ids) for r in cut]))
@@ -547,7 +547,8 @@ def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout
     for i, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "eval", i)
         rollouts += [Rollout(problem, seed, sample) for sample in range(samples)]
-    with tqdm(total=len(rollouts), desc="responses", disable=rank() > 0) as bar:
+    total = len(rollouts) * engine.ranks // world()  # of this rank's engine
+    with tqdm(total=total, desc="responses", disable=rank() > 0) as bar:
         generate(engine, rollouts, cfg.max_new, cfg.eval_temperature, ended=bar.update)
     judge(rollouts, engine.tokenizer, cfg)
     return rollouts
@@ -571,23 +572,24 @@ class Policy(torch.nn.Module):
         self.tokenizer = tokenizer
         self.device = device or device_of(cfg)
         self.bfloat16 = cfg.dtype == "bfloat16"
-        self.parked = Parked()
+        self.on_device = Parked()
         rows = lm.get_input_embeddings().num_embeddings
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, rows)
-        ends = lm.generation_config.eos_token_id  # None, one or several
-        ends = ends if isinstance(ends, list) else [ends]
+        eos = lm.generation_config.eos_token_id  # None, one or several
+        eos = eos if isinstance(eos, list) else [eos]
         self.end_ids = [tokenizer.eos_token_id]
-        self.end_ids += [i for i in ends if i not in (None, tokenizer.eos_token_id)]
+        self.end_ids += [i for i in eos if i not in (None, tokenizer.eos_token_id)]
 
     @property
     def head(self) -> torch.Tensor:
         """(V, D) without the rows that pad the vocabulary: ids beyond the tokenizer are neither
-        sampled nor trained. On a GPU in cfg.dtype, for the tensor cores."""
+        sampled nor trained. Read it after a forward: before, FSDP holds a shard."""
         weight = self.lm.get_output_embeddings().weight[: self.vocabulary]
         return weight.bfloat16() if self.bfloat16 and weight.is_cuda else weight
 
     def forward(self, batch: "Packed") -> torch.Tensor:
-        """-> (N, D), the hidden states that predict the response tokens."""
+        """-> (N, D), the hidden states that predict the response tokens. transformers hands `pack`
+        on to `attention`."""
         inputs = dict(input_ids=batch.ids, position_ids=batch.position)
         hidden = self.backbone(**inputs, use_cache=False, pack=batch)
         return hidden[0].index_select(0, batch.predict)
@@ -612,19 +614,19 @@ class Packed:
     targets: torch.Tensor  # (N,) response tokens, the end token included
     to_grid: torch.Tensor  # (B * T,) token of each cell of a (B, T) grid; short rows repeat a token
     to_packed: torch.Tensor  # (n,) cell of each token
-    ends: torch.Tensor  # (B + 1,) int32, where each row begins, and the end
+    bounds: torch.Tensor  # (B + 1,) int32, where each row begins, and the end
     shape: tuple[int, int]  # (B, T), T the longest row
 
 
 def pack(rows: list[Row], device) -> Packed:
     lengths = np.array([len(prompt) + len(response) - 1 for prompt, response in rows])  # (B,)
-    ends = np.cumsum([0, *lengths])  # (B + 1,)
+    bounds = np.cumsum([0, *lengths])  # (B + 1,)
     B = len(rows)
     T = int(lengths.max())
     ids = [(prompt + response)[:-1] for prompt, response in rows]
     position = np.concatenate([np.arange(length) for length in lengths])
     predict = []
-    for start, (prompt, response) in zip(ends, rows):
+    for start, (prompt, response) in zip(bounds, rows):
         predict.append(start + len(prompt) - 1 + np.arange(len(response)))
     column = np.minimum(np.arange(T), lengths[:, None] - 1)  # (B, T)
     arrays = dict(
@@ -632,15 +634,15 @@ def pack(rows: list[Row], device) -> Packed:
         position=position[None],
         predict=np.concatenate(predict),
         targets=np.concatenate([response for _, response in rows]),
-        to_grid=(ends[:-1, None] + column).ravel(),
+        to_grid=(bounds[:-1, None] + column).ravel(),
         to_packed=np.repeat(np.arange(B), lengths) * T + position,
-        ends=ends.astype(np.int32),
+        bounds=bounds.astype(np.int32),
     )
     tensors = {name: torch.as_tensor(x, device=device) for name, x in arrays.items()}
     return Packed(**tensors, shape=(B, T))
 
 
-def to_grid(x, pack: Packed):
+def grid_of(x, pack: Packed):
     """(n, H, Dh) -> (B, H, T, Dh)"""
     return x.index_select(0, pack.to_grid).unflatten(0, pack.shape).transpose(1, 2)
 
@@ -652,9 +654,9 @@ NOT_COMPUTED = "attention_mask softcap s_aux position_bias indices block_indices
 def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others):
     """The attention of every forward in this file, registered with transformers as "t1".
 
-    With `pack`: q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh); each row attends to itself.
-    Without: q (B, Hq, T, Dh) is a prefill from position 0, or one position against a cache.
-    No mask is built and key-value heads are not repeated. -> (B, T, Hq, Dh)"""
+    With `pack`: q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh); each row attends to itself. Without: q
+    (B, Hq, T, Dh) is a prefill from position 0, or one position against a cache. No mask is built
+    and key-value heads are not repeated. -> (B, T, Hq, Dh), packed (1, n, Hq, Dh)"""
     others["attention_mask"] = attention_mask
     for name in NOT_COMPUTED:
         if others.get(name) is not None:
@@ -670,14 +672,14 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh) each
         if q.is_cuda and torch.is_autocast_enabled("cuda"):
             q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-            rows = (pack.ends, pack.ends, pack.shape[1], pack.shape[1])
+            rows = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
             causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
             return varlen_attn(q, k, v, *rows, **causal)[None], None
         # Elsewhere rows are laid out as a padded (B, T) grid. Padding comes last, so that the
         # causal mask hides it.
-        q = to_grid(q, pack)
-        k = to_grid(k, pack)
-        v = to_grid(v, pack)
+        q = grid_of(q, pack)
+        k = grid_of(k, pack)
+        v = grid_of(v, pack)
     gqa = heads != kv_heads
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
     out = out.transpose(1, 2)  # (B, T, Hq, Dh)
@@ -689,7 +691,7 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
 transformers.AttentionInterface.register("t1", attention)
 
 
-def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int], float]]:
+def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], float]]:
     """Row indices sorted by length and cut where the token budget is full, each group with weight
     1. Sharded layers are gathered by all ranks together, so all run the same number of
     micro-batches: a rank with fewer repeats its shortest row with weight 0."""
@@ -699,7 +701,7 @@ def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int],
     for i in sorted(range(len(rows)), key=sizes.__getitem__):
         if sizes[i] > room:
             groups.append([])
-            room = budget
+            room = most  # a longer row stands alone
         groups[-1].append(i)
         room -= sizes[i]
     result = [(group, 1.0) for group in groups]
@@ -712,33 +714,33 @@ def micro_batches(policy, rows: list[Row], budget: int) -> list[tuple[list[int],
 def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dict:
     """Add the gradient of the objective on this rank's responses to .grad (section 2).
 
-    advantages (B,), one per response of the whole batch. -> sums over the batch's tokens, over all
-    ranks. Raises Stop on all ranks if a sum is not finite."""
+    advantages (B,), one per response of the whole batch. -> sums over all tokens and ranks; bias
+    and gap are those of log pi - mu and of its magnitude, mu the sampler's log-prob; gap_p99 is the
+    largest of the ranks. Raises Stop on all ranks if a sum is not finite."""
     N = sum(len(r.ids) for r in rollouts)  # the one division, by the tokens of the whole batch
     B = len(rollouts)
-    weights = torch.tensor([1 / N for r in rollouts])  # (B,) of each token of a response
+    weights = torch.full((B,), 1 / N)  # of each token of a response
     if cfg.loss_norm == "responses":
         weights = torch.tensor([1 / (B * len(r.ids)) for r in rollouts])
-    share = share_of_rank(rollouts)
-    rows = [row_of(rollouts[i]) for i in share]
-    sampled = [torch.tensor(rollouts[i].logprobs) for i in share]
+    mine = share_of_rank(rollouts)
+    rows = [row_of(rollouts[i]) for i in mine]
+    sampled = [torch.tensor(rollouts[i].logprobs) for i in mine]
     ranks = world() if isinstance(policy, FSDPModule) else 1  # FSDP takes the mean over ranks
     sums = torch.zeros(3, dtype=torch.float64)
     gaps = [torch.zeros(0)]
     with clock("gradient"), all_ranks_or_none():
         for group, real in micro_batches(policy, rows, cfg.micro_tokens):
-            batch = pack([rows[i] for i in group], policy.device)
+            packed = pack([rows[i] for i in group], policy.device)
             sizes = torch.tensor([len(rows[i][1]) for i in group])
-            of_batch = [share[i] for i in group]
-            A = advantages[of_batch].repeat_interleave(sizes).to(policy.device)  # (N,)
-            w = (
-                (real * ranks * weights[of_batch]).repeat_interleave(sizes).to(policy.device)
-            )  # (N,)
+            which = [mine[i] for i in group]
+            A = advantages[which].repeat_interleave(sizes).to(policy.device)  # (N,)
+            w = real * ranks * weights[which]
+            w = w.repeat_interleave(sizes).to(policy.device)  # (N,)
             mu = torch.cat([sampled[i] for i in group]).to(policy.device)  # (N,), or empty in SFT
-            head = policy.head
+            hidden = policy(packed)
             options = (cfg.entropy_coef, cfg.temperature, cfg.min_p, mu, cfg.tis_cap)
-            hidden = policy(batch)
-            loss, logprob, entropy = policy_loss(hidden, head, batch.targets, A, w, *options)
+            arguments = (hidden, policy.head, packed.targets, A, w)
+            loss, logprob, entropy = policy_loss(*arguments, *options)
             loss.backward()
             if real:
                 part = torch.stack([loss.detach() / ranks, -logprob.sum(), entropy.sum()])
@@ -790,7 +792,7 @@ def update(policy, optimizer, lr: float, cfg) -> float:
             raise Stop(f"{what}: stopped before the weights changed; lower the rate")
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with optimizer.parked:
+        with optimizer.on_device:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
@@ -837,7 +839,7 @@ class TorchEngine:
     nothing but its seed and number, so it depends neither on its batch nor on the number of
     ranks."""
 
-    ranks = 1  # that share this engine
+    ranks = 1  # per engine
 
     def __init__(self, tokenizer, cfg):
         self.tokenizer = tokenizer
@@ -959,9 +961,9 @@ class TorchEngine:
 
 
 # The head. Log-probs and entropy of N tokens need N x V logits, 2.5 GB at N = 4,096 and V =
-# 151,936. They are made chunk by chunk of positions. On-policy the loss is linear in log p and H,
-# with the coefficients a = w A and b = w alpha known before the forward pass: the backward pass of
-# each chunk runs at once, while its logits exist.
+# 151,936. They are made chunk by chunk of positions. The loss is linear in log p and H, with
+# coefficients a = w A (times the importance weight) and b = w alpha: the backward pass of a chunk
+# runs at once, while its logits exist.
 
 
 def policy_loss(
@@ -2470,7 +2472,7 @@ def make_optimizer(policy, cfg: Config):
         square = torch.zeros_like(p)
         optimizer.state[p] = dict(step=step, exp_avg=mean, exp_avg_sq=square)
         moments += [mean, square]
-    optimizer.parked = Parked(moments if cfg.offload or sleeps(cfg) else ())
+    optimizer.on_device = Parked(moments if cfg.offload or sleeps(cfg) else ())
     return optimizer
 
 
@@ -2637,9 +2639,10 @@ def unfinished(source: str) -> str:
     """A remark on a checkpoint that is not the last of its stage, or the empty string."""
     folder = Path(source)
     config = folder.parent / "config.json"
-    steps = read_json(config).get("steps") if config.is_file() else None
-    step = manifest_of(folder).get("step")
-    if not steps or not step or step >= steps:
+    ours = re.fullmatch(r"checkpoint-\d+", folder.name) and config.is_file()
+    steps = read_json(config).get("steps", 0) if ours else 0
+    step = manifest_of(folder).get("step", 0)
+    if step == 0 or step >= steps:
         return ""
     return f", which is step {step} of {steps}: its stage did not end"
 
@@ -3036,7 +3039,7 @@ def trainer_state(policy, optimizer, anchor=None):
     if anchor is not None:
         for name, p in anchor.lm.named_parameters():
             state["anchor." + name] = p.detach()
-    with optimizer.parked, (anchor or policy).parked:  # a policy has nothing parked
+    with optimizer.on_device, (anchor or policy).on_device:  # a policy has nothing parked
         yield state
 
 
@@ -3143,8 +3146,9 @@ def share_of_rank(rollouts: list[Rollout]) -> list[int]:
 
 
 def by_problem(rollouts: list[Rollout]) -> list[list[Rollout]]:
-    """Consecutive rollouts of one problem -> a list per problem."""
-    groups = itertools.groupby(rollouts, key=lambda rollout: id(rollout.problem))
+    """Consecutive rollouts of one problem -> a list per problem. A batch that crosses an epoch may
+    hold a problem twice in a row, with two seeds."""
+    groups = itertools.groupby(rollouts, key=lambda r: (id(r.problem), r.seed))
     return [list(group) for _, group in groups]
 
 

@@ -6,6 +6,7 @@ python -m pytest -q -m slow    the rest: several processes, kills, vLLM, real ro
 import ast
 import contextlib
 import copy
+import csv
 import dataclasses
 import fcntl
 import gzip
@@ -17,6 +18,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pty
 import random
@@ -297,6 +299,29 @@ def test_functions_have_at_most_60_lines():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
                 long.append(f"{path.name}: {node.name}")
     assert not long
+
+
+def test_the_walkthrough_is_true():
+    page = (HERE / "docs/walkthrough.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\d\. `(.*?)`", page, re.M)
+    assert len(quoted) == 7
+    for line in quoted:
+        assert line in inspect.getsource(t1.rl_step), line
+
+    def numbers(name):
+        found = re.search(rf"- {re.escape(name)}: (.*)", page)[1]
+        return torch.tensor([float(x) for x in found.split(",")])
+
+    rewards = numbers("rewards")[None]
+    d = numbers("d")[None]
+    beta = float(re.search(r"beta = (\S+)", page)[1])
+    A = t1.rloo_advantages(rewards) - beta * (d - d.mean())
+    assert torch.allclose(A, numbers("A")[None], atol=1e-4)
+    loss = numbers("the loss by `policy_loss_reference`")
+    assert torch.allclose(loss, numbers("the loss by `policy_loss`, in chunks"), atol=2e-6)
+    change = numbers("after") - numbers("before")
+    assert torch.allclose(change, numbers("change"), atol=2e-4)
+    assert (change.sign() == A[0].sign()).all()
 
 
 # -------------------------------------------------------------------------------------- mathematics
@@ -3264,13 +3289,13 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage sft --data broken.jsonl", "broken.jsonl, row 2"),
     ("--stage sft --data list.jsonl", "list.jsonl, row 1"),
     ("--stage sft --data latin.jsonl", "not UTF-8"),
-    ("--stage sft --data cut.jsonl.gz", "gzip"),
+    ("--stage sft --data cut.jsonl.gz", "Compressed file ended"),
     ("--stage sft --data empty", "empty: no .jsonl"),
     ("--stage sft --data pipe.jsonl", "pipe.jsonl: not a file but"),
     ("--stage sft --data loop.jsonl", "loop.jsonl: "),
     ("--stage sft --data device.jsonl", "device.jsonl: not a file"),
     ("--stage sft --data folder.jsonl", "folder.jsonl: "),
-    ("--stage sft --data dangling.jsonl", "no such file"),
+    ("--stage sft --data dangling.jsonl", "No such file"),
     (
         "--stage sft --data good.jsonl --test twice.jsonl",
         "twice.jsonl, row 1: not JSON (key 'problem' is there twice)",
@@ -3384,21 +3409,33 @@ def test_parquet_and_folders_are_read_as_jsonl_is(tmp_path):
             "row 2: not JSON .key 'answer' is there twice",
         ),
         (ROW + b"\r" + ROW + b"\r", "row 1: not JSON .Extra data"),
-        (ROW.decode().encode("utf-16"), "row 1: not UTF-8 text .byte 0xff in column 1"),
-        (ROW.decode().encode("utf-16-le"), "row 1: .*NUL bytes: damaged, or UTF-16"),
-        (ROW.replace(b"What", b"\\ud800"), "row 1: half of a surrogate pair"),
-        (ROW.replace(b'"2"', b'"2", "x": ["\\udfff"]'), "row 1: half of a surrogate pair"),
+        (ROW.decode().encode("utf-16"), "row 1: not UTF-8 text .*byte 0xff in position 0"),
+        (ROW.decode().encode("utf-16-le"), "row 1: not JSON .Expecting property name"),
+        (ROW.replace(b"What", b"\\ud800"), "row 1: not UTF-8 text .*surrogates not allowed"),
+        (
+            ROW.replace(b'"2"', b'"2", "x": ["\\udfff"]'),
+            "row 1: not UTF-8 text .*surrogates not allowed",
+        ),
         (ROW.replace(b'"2"', b"NaN"), "row 1: not JSON .NaN"),
         (ROW.replace(b'"2"', b"1e999"), "row 1: not JSON .1e999"),
-        (ROW.replace(b'"2"', b"[2]"), "row 1: field 'answer' is .* not text"),
+        (ROW.replace(b'"2"', b"[2, 3]"), "row 1: field 'answer' must be text or .* not a list"),
+        (ROW.replace(b'"2"', b"true"), "row 1: field 'answer' must be text or .* not a bool"),
+        (
+            b'{"problem": "a", "answer": null}',
+            "row 1: .*'answer' is missing or empty; found problem",
+        ),
+        (
+            b'{"reply": "2", "text": "a"}',
+            "row 1: field 'answer' is missing or empty; found reply, t",
+        ),
         (ROW.replace(b'"2"', b"[" * 100_000), "row 1: not JSON .maximum recursion"),
-        (ROW.replace(b"What", b"a\0b"), "row 1: not JSON .Invalid control character.*NUL"),
+        (ROW.replace(b"What", b"a\0b"), "row 1: not JSON .Invalid control character"),
         (
             gzip.compress((b" " * 1023 + b"\n") * (17 << 10)),
             "row .*: the gzip file grows to more than 200 times",
         ),
         (gzip.compress(b"x" * (17 << 20)), "row 1: longer than 16 MiB"),
-        (gzip.compress(ROW)[:-3], "cannot be read .damaged gzip"),
+        (gzip.compress(ROW)[:-3], "cannot be read as jsonl .*Compressed file ended"),
         (b"", "no rows"),
     ],
 )
@@ -3460,6 +3497,289 @@ def test_logs_survive_any_text_and_a_cut_line(tmp_path):
     assert data_prep.read_log(path) == rows[:2]
     data_prep.append_rows(path, rows[2:])
     assert data_prep.read_log(path) == rows
+
+
+# --- rows: the columns of public sets
+
+SCHEMAS = HERE / "cases/schemas"  # files in the layouts of public sets, and what each must be
+EXPECTED = json.loads((SCHEMAS / "expected.json").read_text())
+LAYOUTS = [json.loads(line) for line in (HERE / "cases/layouts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_files_of_public_sets_are_read_or_refused(name, capsys):
+    for stage in ("rl", "sft"):
+        want = EXPECTED[name][stage]
+        if want.startswith("refuse") or name == "answers_num.jsonl":
+            with pytest.raises(t1.Misuse, match=f"{name}(, row [15]:|: holds files of several)"):
+                t1.read_rows(str(SCHEMAS / name), stage)
+            continue
+        rows = t1.read_rows(str(SCHEMAS / name), stage)
+        assert "17 crates with 24 jars" in rows[0]["problem"] and rows[0]["answer"] == "350"
+        assert all(row["problem"] and verify.is_readable(row["answer"]) for row in rows)
+        said = capsys.readouterr().out
+        assert ("rows left out: {'marked invalid': 1" in said) == (
+            name == "numina15.jsonl"
+        ) and len(rows) >= 4
+        for row in rows if stage == "sft" else ():
+            thought = re.fullmatch(
+                r"<think>\n.*[a-z].*\n</think>\n+.*boxed.*", row["response"], re.S
+            )
+            assert bool(thought) == (want == "thought"), row
+            assert re.search(r"boxed|\n####", row["response"]), row
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case["set"])
+def test_rows_of_public_sets_are_read_whole_or_refused(tmp_path, case):
+    path = jsonl(tmp_path / "rows.jsonl", [case["row"]])
+    for stage, name in (("rl", "answer"), ("sft", "response")):
+        want = {key: case[key] for key in ("problem", name, "system")}
+        if case["answer"] == "refuse" or want[name] in (None, "refuse"):
+            with pytest.raises(t1.Misuse, match="rows.jsonl") as e:
+                t1.read_rows(str(path), stage)
+            assert "row 1: " in str(e.value) or "left out: {'marked wrong': 1}" in str(e.value)
+            continue
+        (row,) = t1.read_rows(str(path), stage)
+        assert {key: row.get(key) for key in want} == want
+    if case["answer"] != "refuse":
+        (raw,) = data_prep.raw_rows(str(path))
+        assert data_prep.to_problem(*raw, "a set")["source"] == (case["source"] or "a set")
+
+
+def test_a_row_is_the_same_in_every_kind_of_file(tmp_path):
+    rows = [case["row"] for case in LAYOUTS if case["set"] in ("DeepScaleR", "Omni-MATH", "Alpaca")]
+    rows = [
+        row | dict(problem=f'Is it {i}, or\n"{i}"?', answer=f"{i}", mine={"a": i})
+        for i, row in enumerate(rows * 90)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["problem", "answer"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    files = {
+        "a.jsonl": text,
+        "a.jsonl.gz": gzip.compress(text),
+        "a.json": json.dumps(rows, indent=1).encode(),
+        "a.json.gz": gzip.compress(json.dumps(rows).encode()),
+        "lines.json": text,
+        "a.csv": table.getvalue().encode("utf-8-sig"),
+        "a.csv.gz": gzip.compress(table.getvalue().encode()),
+    }
+    read = {}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        read[name] = t1.read_rows(str(tmp_path / name), "rl")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read["a.parquet"] = t1.read_rows(str(tmp_path / "a.parquet"), "rl")
+    for name, found in read.items():
+        keys = ["problem", "answer"] if "csv" in name else list(rows[0])
+        chosen = operator.itemgetter(*keys)
+        assert list(map(chosen, found)) == list(map(chosen, rows)), name
+        assert found[7]["where"] == f"{tmp_path / name}, row {9 if 'csv' in name else 8}"
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.json", b'[{"problem": "a"}, {"problem": ]', "Expecting value: line 1 column 32"),
+        ("a.json", b'[{"problem": "a", "problem": "b"}]', "key 'problem' is there twice"),
+        ("a.json", b"[1]", "row 1: a row must be a JSON object"),
+        ("a.json", b"[]", "no rows"),
+        ("a.csv", b"problem,answer\na,1\nb,2,3\n", "row 3 has 3 cells, the header 2"),
+        ("a.csv", b"problem,problem\na,1\n", "key 'problem' is there twice"),
+        ("a.csv", b"problem,answer\na,\n", "row 2: field 'answer' is missing or empty; found prob"),
+        ("a.csv", b'problem,answer\n"a,1\n', "unexpected end of data"),
+        ("a.csv", b"problem,answer\n\xff,1\n", "invalid start byte"),
+        ("a.parquet", b"PAR1", "cannot be read as parquet"),
+    ],
+)
+def test_a_damaged_file_of_each_kind_is_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(t1.Misuse, match=says) as e:
+        t1.read_rows(str(tmp_path / name), "rl")
+    assert str(e.value).startswith(str(tmp_path / name))
+
+
+def test_folders_patterns_and_splits(tmp_path):
+    files = "data/train-0.jsonl data/train-1.jsonl data/test-0.jsonl .cache/x.jsonl report.json"
+    for i, name in enumerate(files.split()):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        jsonl(tmp_path / name, [dict(problem=f"What is {i}?", answer=str(i))])
+    with pytest.raises(t1.Misuse, match="several splits .test, train.; .*/[*][*]/[*]train[*]'"):
+        t1.read_rows(str(tmp_path), "rl")
+    for name, want in (("**/*train*", "01"), ("data/train-*", "01"), ("data/test-0.jsonl", "2")):
+        assert "".join(row["answer"] for row in t1.read_rows(f"{tmp_path}/{name}", "rl")) == want
+    (tmp_path / "data/test-0.jsonl").rename(tmp_path / "more.jsonl")  # beside train: no other split
+    rows = [data_prep.to_problem(*raw, "") for raw in data_prep.raw_rows(str(tmp_path))]
+    assert [row["id"] for row in rows] == ["data-train-0-1", "data-train-1-1", "more-1"]
+    (tmp_path / "more.jsonl").rename(tmp_path / "math_validation.jsonl")
+    with pytest.raises(t1.Misuse, match="several splits .train, val."):
+        t1.read_rows(str(tmp_path), "rl")
+
+
+def test_columns_of_other_names(tmp_path):
+    row = {"Frage": "What is 1 + 1?", "x": {"y": 2.0}, "answer": "a note", "loss": 1}
+    path = str(jsonl(tmp_path / "rows.jsonl", [row] * 3))
+    (found, *_) = t1.read_rows(path, "rl", "problem=Frage,answer=x.y")
+    assert (found["problem"], found["answer"], found["loss"]) == ("What is 1 + 1?", "2", 1)
+    with pytest.raises(t1.Misuse, match="row 1: --columns answer=z: found Frage, x, answer, loss"):
+        t1.read_rows(path, "rl", "problem=Frage,answer=z")
+    with pytest.raises(t1.Misuse, match="--columns prblem=Frage: must be one of problem, answer"):
+        t1.read_rows(path, "rl", "prblem=Frage")
+    said = succeed(
+        "curate",
+        "--numina",
+        path,
+        "--columns",
+        "problem=Frage,answer=x.y",
+        "--out",
+        tmp_path / "o",
+        "--processes",
+        1,
+    )
+    assert "| rows | 3 | 1 |" in said  # the source is the file's name
+    rows = jsonl(tmp_path / "t.jsonl", [dict(problem="What is 2 + 2?", answer="4")])
+    cfg = config("--data", path, "--test", rows, "--columns", "problem=Frage,answer=x.y")
+    rows, tests = t1.read_data(cfg)
+    assert [row["answer"] for row in rows + tests] == ["2"] * 3 + ["4"]
+
+
+def test_golds_that_cannot_be_read(tmp_path, capsys):
+    bad, good = dict(problem="a b c", answer="By symmetry it is 5."), json.loads(GOOD_ROW)
+    rows = t1.read_rows(str(jsonl(tmp_path / "some.jsonl", [good, bad])), "rl")
+    assert len(rows) == 2 and "1 answers that verify.py cannot read, " in capsys.readouterr().out
+    prose = dict(
+        bad, answer="It is one of those numbers that the good old pupil had written down twice."
+    )
+    for row in (bad, prose):
+        with pytest.raises(t1.Misuse, match="all.jsonl, row 1: .*reads none of the answers"):
+            t1.read_rows(str(jsonl(tmp_path / "all.jsonl", [row] * 3)), "rl")
+
+
+def test_held_out_problems_are_not_trained_on_in_another_spelling(tmp_path, capsys):
+    problems = [f"Find $x^2$ if $x = {i}$ and $y={i + 1}$." for i in range(400)]
+    other = [p.replace("$", "").replace("Find", " find ") + " \n" for p in problems]
+    rows = [dict(problem=p, answer="1", response="\\boxed{1}") for p in problems + other]
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    held = {}
+    for stage in ("sft", "rl"):
+        rest, tests = t1.read_data(config("--data", data, stage=stage))
+        held[stage] = [row["problem"] for row in tests]
+        texts = {text_key(row["problem"]) for row in rest}
+        assert 2 <= len(tests) <= 20 and len(rest) == 800 - 2 * len(tests)
+        assert not texts & set(map(text_key, held[stage]))
+    assert held["sft"] == held["rl"]
+    test = jsonl(tmp_path / "test.jsonl", rows[400:410])
+    capsys.readouterr()
+    rest, tests = t1.read_data(config("--data", data, "--test", test))
+    assert len(tests) == 10 and len(rest) == 780
+    assert "20 rows are problems of --test, 780 rows left" in capsys.readouterr().out
+
+
+def test_the_system_message_of_a_row_is_asked_with_its_problem(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    cfg = config("--system", "Be brief.")
+    rows = [dict(problem="2 + 2?", system="In a box."), dict(problem="1 + 1?")]
+    plain = [tokenizer.decode(ids) for ids in t1.encode_prompts(rows, tokenizer, tiny.cfg)[1]]
+    assert plain == ["In a box.\n\n2 + 2?\n", "1 + 1?\n"]
+    turn = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    tokenizer.chat_template = turn + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    said = [tokenizer.decode(ids) for ids in t1.encode_prompts(rows, tokenizer, cfg)[1]]
+    assert said[0] == "[system] In a box. [user] 2 + 2? [assistant]"
+    assert said[1] == "[system] Be brief. [user] 1 + 1? [assistant]"
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(t1.Misuse, match="r 1: refused by the chat template: no system role"):
+        t1.encode_prompts([rows[0] | dict(where="r 1")], tokenizer, cfg)
+
+
+# --- rewards of the user
+
+
+REWARDS = {
+    "quit.py:f": ("import sys\ndef f(response, row): sys.exit(0)\n", 1, "quit.py:f: SystemExit: 0"),
+    "quits.py:f": ("import sys\nsys.exit(0)\n", 2, "quits.py:f: SystemExit: 0; give FILE.py:F"),
+    "none.py:g": ("def f(response, row): return 1\n", 2, "none.py:g: KeyError: 'g'"),
+    "bad.py:f": ("def f(response, row): return {}\n", 1, "bad.py:f: TypeError"),
+    "missing.py:f": (None, 2, "missing.py:f: FileNotFoundError"),
+    "low.py:f": ("def f(response, row): return -3\n", 0, "step 0: --reward gave -3: less than"),
+    "own.py:f": (
+        "import neighbour\n"
+        "def f(response, row):\n"
+        "    assert row.pop('mine') == ['a'] and row.pop('answer')\n"
+        "    row['problem'] = ''\n"
+        "    return neighbour.value\n",
+        0,
+        "reward 2.50",
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", REWARDS)
+def test_rewards_of_the_user(guess, tmp_path, monkeypatch, spec):
+    content, code, says = REWARDS[spec]
+    file = tmp_path / spec.partition(":")[0]
+    (tmp_path / "neighbour.py").write_text("value = 2.5\n")
+    if content:
+        file.write_text(content)
+    rows = jsonl(tmp_path / "rows.jsonl", [row | dict(mine=["a"]) for row in naming_rows(10)])
+    args = rl_args(
+        guess, "--data", rows, "--out", tmp_path, "--rl-steps", 2, "--penalties", "false"
+    )
+    if code == 2:  # before a model is loaded
+        monkeypatch.setattr(t1, "load_whole", None)
+    found, out, err = main(*args, "--reward", tmp_path / spec)
+    assert found == code and says in out + err, out + err
+    assert "Traceback" not in err and err.count("t1.py") == (code > 0)
+
+
+def test_a_reward_is_not_asked_in_an_evaluation(guess, tmp_path):
+    calls = tmp_path / "calls.txt"
+    (tmp_path / "r.py").write_text(
+        f"def f(response, row):\n    open({str(calls)!r}, 'a').write('x')\n    return 0.0\n"
+    )
+    args = rl_args(guess, "--out", tmp_path, "--rl-steps", 1, "--reward", f"{tmp_path}/r.py:f")
+    code, out, err = main(*args)
+    assert code == 0 and "held-out pass@1" in out, err
+    assert calls.read_text() == "x" * 3 * 6  # P * K of one step
+
+
+def test_a_console_that_knows_only_ascii(guess, tmp_path):
+    args = ["--stage", "eval", "--checkpoint", guess / "tiny/sft/checkpoint-250", "--max-new", 24]
+    args += ["--test", guess / "ten.jsonl", "--budgets", "", "--out", tmp_path]
+    code, out, err = run(*args, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert code == 0 and "\\xb1" in out, err
+    assert (tmp_path / "tiny/eval/results.json").exists()
+
+
+def test_an_evaluation_of_nothing_is_refused(guess, tmp_path):
+    few = jsonl(tmp_path / "few.jsonl", naming_rows(2))
+    args = ["--stage", "eval", "--checkpoint", guess / "tiny/sft/checkpoint-250", "--data", few]
+    code, _, err = main(*args, "--preset", "tiny", "--out", tmp_path)
+    assert code == 2 and "few.jsonl: nothing of it is held out; give --test FILE" in err
+
+
+def test_rl_says_that_its_start_is_half_trained(guess, tmp_path):
+    shutil.copytree(guess / "tiny/sft", tmp_path / "tiny/sft")
+    change(tmp_path / "tiny/sft/config.json", steps=300)  # as a killed run of 300 leaves it
+    args = [
+        *ten_problems(guess),
+        "--out",
+        tmp_path,
+        "--rl-steps",
+        1,
+        "--prompts",
+        2,
+        "--k",
+        2,
+        *SMALL,
+    ]
+    code, out, err = main("--stage", "rl", *args, "--max-new", 24)
+    assert code == 0 and "checkpoint-250, which is step 250 of 300: its stage did not end" in out, (
+        err
+    )
+    done = json.loads((guess / "tiny/sft/config.json").read_text())
+    assert done["steps"] == 250 and t1.unfinished(str(guess / "tiny/sft/checkpoint-250")) == ""
 
 
 def replace(path, old, new):
@@ -5319,7 +5639,7 @@ ONE = b'{"id": "a", "problem": "What is 1+1 then?", "answer": "2"}\n'
         (
             "--numina",
             "p.jsonl",
-            b'{"problem": ["x"], "answer": "2"}\n',
+            b'{"problem": ["x", "y"], "answer": "2"}\n',
             "p.jsonl, row 1: field 'problem'.*list",
         ),
         ("--numina", "p.jsonl", b"[1, 2]\n", "p.jsonl, row 1: .*object"),
