@@ -3681,11 +3681,11 @@ def test_the_system_message_of_a_row_is_asked_with_its_problem(tiny):
     tokenizer = copy.deepcopy(tiny.tokenizer)
     cfg = config("--system", "Be brief.")
     rows = [dict(problem="2 + 2?", system="In a box."), dict(problem="1 + 1?")]
-    plain = [tokenizer.decode(ids) for ids in t1.encode_prompts(rows, tokenizer, tiny.cfg)[1]]
+    plain = [tokenizer.decode(p.prompt) for p in t1.encode_prompts(rows, tokenizer, tiny.cfg)]
     assert plain == ["In a box.\n\n2 + 2?\n", "1 + 1?\n"]
     turn = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
     tokenizer.chat_template = turn + "{% if add_generation_prompt %}[assistant]{% endif %}"
-    said = [tokenizer.decode(ids) for ids in t1.encode_prompts(rows, tokenizer, cfg)[1]]
+    said = [tokenizer.decode(p.prompt) for p in t1.encode_prompts(rows, tokenizer, cfg)]
     assert said[0] == "[system] In a box. [user] 2 + 2? [assistant]"
     assert said[1] == "[system] Be brief. [user] 1 + 1? [assistant]"
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
@@ -3762,18 +3762,7 @@ def test_an_evaluation_of_nothing_is_refused(guess, tmp_path):
 def test_rl_says_that_its_start_is_half_trained(guess, tmp_path):
     shutil.copytree(guess / "tiny/sft", tmp_path / "tiny/sft")
     change(tmp_path / "tiny/sft/config.json", steps=300)  # as a killed run of 300 leaves it
-    args = [
-        *ten_problems(guess),
-        "--out",
-        tmp_path,
-        "--rl-steps",
-        1,
-        "--prompts",
-        2,
-        "--k",
-        2,
-        *SMALL,
-    ]
+    args = [*ten_problems(guess), "--out", tmp_path, "--rl-steps", 1, "--prompts", 2, "--k", 2]
     code, out, err = main("--stage", "rl", *args, "--max-new", 24)
     assert code == 0 and "checkpoint-250, which is step 250 of 300: its stage did not end" in out, (
         err
