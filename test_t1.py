@@ -934,6 +934,21 @@ def test_a_sample_does_not_depend_on_its_batch(talkative):
     assert [r.ids for r in together] == [r.ids for r in apart]
 
 
+def test_a_problem_twice_in_a_row_gets_the_samples_of_both_seeds(talkative):
+    """As where an epoch ends and the next one begins with the same problem."""
+    (prompt,) = random_prompts(talkative.tokenizer, 1, seed=12)
+    problem = t1.Problem({}, prompt)
+    engine = torch_engine(talkative)
+    both = []
+    apart = []
+    for seed in (1, 2):
+        both += [t1.Rollout(problem, seed, sample) for sample in range(3)]
+        apart += engine.generate(asked([prompt], 3, [seed]), 20, 1.2)
+    engine.generate(both, 20, 1.2)
+    assert [r.ids for r in both] == [r.ids for r in apart]
+    assert both[0].ids != both[3].ids
+
+
 def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
     engine.load(talkative.policy)
     known = talkative.policy.vocabulary
