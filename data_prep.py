@@ -34,7 +34,6 @@ import re
 import stat
 import sys
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
