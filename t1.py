@@ -2860,6 +2860,7 @@ class RunFolder:
                 clock.take()
                 yield step
                 self.bar.update()
+        interrupt.stepping = False
 
     def log(self, row: dict, rollouts: list[Rollout] = ()):
         """A row of metrics.jsonl; seconds, which differ from run to run, in a file of their own;

@@ -934,6 +934,21 @@ def test_a_sample_does_not_depend_on_its_batch(talkative):
     assert [r.ids for r in together] == [r.ids for r in apart]
 
 
+def test_a_problem_twice_in_a_row_gets_the_samples_of_both_seeds(talkative):
+    """As where an epoch ends and the next one begins with the same problem."""
+    (prompt,) = random_prompts(talkative.tokenizer, 1, seed=12)
+    problem = t1.Problem({}, prompt)
+    engine = torch_engine(talkative)
+    both = []
+    apart = []
+    for seed in (1, 2):
+        both += [t1.Rollout(problem, seed, sample) for sample in range(3)]
+        apart += engine.generate(asked([prompt], 3, [seed]), 20, 1.2)
+    engine.generate(both, 20, 1.2)
+    assert [r.ids for r in both] == [r.ids for r in apart]
+    assert both[0].ids != both[3].ids
+
+
 def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
     engine.load(talkative.policy)
     known = talkative.policy.vocabulary
@@ -1107,10 +1122,10 @@ def test_a_word_salad_is_garbled_and_honest_text_is_not():
         "We list the states: " + ", ".join(SALAD.split()[:30]) + " and that is all of them.",
     ]
     assert [t1.garbled(text, english) for text in honest] == [False] * len(honest)
-    assert t1.garbled(SALAD, english) and data_prep.garbled("The answer is 4. " + SALAD, english)
+    assert t1.garbled(SALAD, english) and t1.garbled("The answer is 4. " + SALAD, english)
     assert not t1.garbled(SALAD, "Trouver le plus petit n.")
     japanese = "したがって カタカナ ヒラガナ テンプラ 答え \\boxed{2}"
-    assert not t1.garbled(japanese, "求めよ") and data_prep.garbled(japanese, english)
+    assert not t1.garbled(japanese, "求めよ") and t1.garbled(japanese, english)
 
 
 def test_chinese_is_expected_in_a_chinese_problem():
@@ -1532,11 +1547,11 @@ def test_cut_and_answer(talkative):
     endless = encode("<think>\n12 mod 5 = 2 not 3, wait\n")
     rest = encode("So 13, check: 13 mod 5 = 3 yes\n</think>\nThe answer is \\boxed{13}.")
     ended = endless + rest + [tokenizer.eos_token_id]
-    n = t1.thought_length(ended, tokenizer)
+    finished = t1.Rollout(t1.Problem({}, encode("Find n.\n")), ids=ended, finished=True)
+    n = t1.thought_length(finished, tokenizer)
     assert tokenizer.decode(ended[:n]).count(
         "</think>"
     ) == 1 and "</think>" not in tokenizer.decode(ended[: n - 1])
-    assert t1.thought_length(endless, tokenizer) is None
     question = encode("Find n.\n")
     prefix = encode("</think>\nThe answer is \\boxed{")
     problem = t1.Problem({}, question)
@@ -1544,7 +1559,7 @@ def test_cut_and_answer(talkative):
         t1.Rollout(problem, ids=ended, finished=True),
         t1.Rollout(problem, ids=endless, finished=False),
     ]
-    thoughts = [t1.thought_of(r, tokenizer) for r in rollouts]
+    thoughts = [t1.thought_length(r, tokenizer) for r in rollouts]
     assert thoughts == [n, math.inf]
 
     def cut(budget):
@@ -1579,7 +1594,7 @@ def test_a_cut_never_falls_inside_a_tag(talkative):
     assert tokenizer.decode(ids) == text and len(ids) == len(text)
     for response, end in ((text, text.index("</think>")), (text[: text.index("k>\n7")], None)):
         rollout = t1.Rollout(t1.Problem({}, [5, 6]), ids=ids[: len(response)])
-        thoughts = [t1.thought_of(rollout, tokenizer)]
+        thoughts = [t1.thought_length(rollout, tokenizer)]
         for budget in range(1, len("<think>\n3<4 so 5</thin")):
             options = (thoughts, budget, talkative.cfg)
             (answer,) = t1.cut_thoughts(engine, tokenizer, [rollout], *options)
@@ -1850,7 +1865,7 @@ def test_warnings_say_what_to_do(guess, tmp_path, monkeypatch):
         "is low; raise --temperature or --entropy-coef",
         "of the responses reached --max-new: they are paid -1, right or wrong",
         "to the anchor is high; lower --rl-lr",
-        "no response can repeat itself: --max-new 8 is less than",
+        "repetition is never found: 3 blocks of 8 tokens are more than --max-new 8",
     ):
         assert words in out + err + out2 + err2, words
     assert "Warning" not in err + err2
@@ -2332,7 +2347,7 @@ def test_ranks_that_see_different_folders_are_told(guess, tmp_path, monkeypatch)
     monkeypatch.setattr(t1, "from_rank0", lambda value: "what another machine's rank 0 wrote")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(t1.Misuse, match="--out must lie on a file system that all nodes share"):
-        folder.create("", [], [], "")
+        folder.create("", [], [], "", 1)
 
 
 def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch, capsys):
@@ -3022,7 +3037,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tiny, tmp_path, broken):
     policy = copy.deepcopy(tiny.policy)
     optimizer = t1.make_optimizer(policy, cfg)
     folder = t1.RunFolder(cfg)
-    folder.create("", [], [], "")
+    folder.create("", [], [], "", 1)
     folder.save(1, policy, optimizer)
     last = list(policy.parameters())[0]
     x = last.data if broken == "weight" else optimizer.state[last]["exp_avg"]
@@ -3070,7 +3085,7 @@ def test_a_log_that_is_no_file_is_refused(guess, tmp_path, name, kind):
     folder.mkdir(parents=True)
     os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
     with pytest.raises(t1.Misuse, match=f"{name}: neither a file nor a folder"):
-        t1.RunFolder(sft_config(guess, tmp_path)).create("", [], [], "")
+        t1.RunFolder(sft_config(guess, tmp_path)).create("", [], [], "", 1)
 
 
 @pytest.mark.parametrize(
@@ -3682,11 +3697,11 @@ def test_the_system_message_of_a_row_is_asked_with_its_problem(tiny):
     tokenizer = copy.deepcopy(tiny.tokenizer)
     cfg = config("--system", "Be brief.")
     rows = [dict(problem="2 + 2?", system="In a box."), dict(problem="1 + 1?")]
-    plain = [tokenizer.decode(ids) for ids in t1.encode_prompts(rows, tokenizer, tiny.cfg)[1]]
+    plain = [tokenizer.decode(p.prompt) for p in t1.encode_prompts(rows, tokenizer, tiny.cfg)]
     assert plain == ["In a box.\n\n2 + 2?\n", "1 + 1?\n"]
     turn = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
     tokenizer.chat_template = turn + "{% if add_generation_prompt %}[assistant]{% endif %}"
-    said = [tokenizer.decode(ids) for ids in t1.encode_prompts(rows, tokenizer, cfg)[1]]
+    said = [tokenizer.decode(p.prompt) for p in t1.encode_prompts(rows, tokenizer, cfg)]
     assert said[0] == "[system] In a box. [user] 2 + 2? [assistant]"
     assert said[1] == "[system] Be brief. [user] 1 + 1? [assistant]"
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
@@ -3763,18 +3778,7 @@ def test_an_evaluation_of_nothing_is_refused(guess, tmp_path):
 def test_rl_says_that_its_start_is_half_trained(guess, tmp_path):
     shutil.copytree(guess / "tiny/sft", tmp_path / "tiny/sft")
     change(tmp_path / "tiny/sft/config.json", steps=300)  # as a killed run of 300 leaves it
-    args = [
-        *ten_problems(guess),
-        "--out",
-        tmp_path,
-        "--rl-steps",
-        1,
-        "--prompts",
-        2,
-        "--k",
-        2,
-        *SMALL,
-    ]
+    args = [*ten_problems(guess), "--out", tmp_path, "--rl-steps", 1, "--prompts", 2, "--k", 2]
     code, out, err = main("--stage", "rl", *args, "--max-new", 24)
     assert code == 0 and "checkpoint-250, which is step 250 of 300: its stage did not end" in out, (
         err
@@ -4179,7 +4183,7 @@ def appending_the_end(folder):
 
 def plus_rows(answer_only=False, rendered=False):
     rows = []
-    for a, b in zip(range(3, 43), range(50, 10, -1)):
+    for a, b in zip(range(3, 45), range(50, 8, -1)):
         thought = "" if answer_only else f"<think>\n{a} + {b} = {a + b}\n</think>\n"
         problem = f"What is {a} plus {b}?"
         if rendered:
@@ -4212,7 +4216,7 @@ USERS = [  # change of the folder, rows, options -> exit code, a part of what is
     (ending_in(""), {}, ["--system", r"A\nB"], 0, r"system\nA\nB<|im_end|>"),
     (ending_in(""), {}, [*SYSTEM, "--prompt-template", "{problem} "], 2, "--system is not in"),
     (ending_in(""), {}, THINK, 0, "--chat-template-kwargs changes nothing in this prompt"),
-    (ending_in(""), RENDERED, [], 2, "the problem holds '<|im_end|>\\n<|im_start|>assi"),
+    (ending_in(""), RENDERED, [], 2, "problem holds '<|im_end|>\\n<|im_start|>assi"),
     (ending_in(""), RENDERED, ["--prompt-template", "{problem}"], 0, "the first of 40"),
     (template("{{ messages[-1].content }}"), {}, SYSTEM, 2, "--system is not in the prompt"),
     (template("{{ raise_exception('no roles') }}"), {}, [], 2, "no roles"),
@@ -4233,8 +4237,9 @@ def test_a_users_model_and_prompt(tiny, tmp_path, edit, rows, options, code, say
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
     if edit:
         edit(folder)
-    data = write_rows(tmp_path / "rows.jsonl", plus_rows(**rows))
-    test = write_rows(tmp_path / "test.jsonl", plus_rows(**rows)[:2])
+    made = plus_rows(**rows)
+    data = write_rows(tmp_path / "rows.jsonl", made[:40])
+    test = write_rows(tmp_path / "test.jsonl", made[40:])
     args = [
         "--preset",
         "tiny",
@@ -4447,8 +4452,8 @@ GAP = dict(float32=2e-5, bfloat16=0.02)
 def smol_run(tmp_path_factory):
     """The documented commands: two steps of SFT in bfloat16. -> the folder of its runs"""
     base = tmp_path_factory.mktemp("smollm2")
-    write_rows(base / "rows.jsonl", plus_rows())
-    write_rows(base / "test.jsonl", plus_rows()[:2])
+    write_rows(base / "rows.jsonl", plus_rows()[:40])
+    write_rows(base / "test.jsonl", plus_rows()[40:])
     steps = ["--sft-steps", 2, "--sft-batch", 2, "--warmup", 1]
     code, out, err = main("--stage", "sft", "--model", SMOLLM2, *steps, *smol_args(base))
     assert code == 0, err
