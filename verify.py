@@ -132,135 +132,126 @@ _GREEK = dict(
         "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
     )
 )
-_SPELLINGS = {
-    "-": "−–—‐‑﹣－",
-    r"\cdot ": "·⋅∙•",
-    "/": "÷∕⁄",
-    r"^\circ ": "°º˚",
-    r"\emptyset ": "∅⌀",
-    ",": "，、",
-    ".": "。．",
-    r"\le ": "≤≦⩽",
-    r"\ge ": "≥≧⩾",
-    r"\pi ": "πℼ",
-    "'": "’′",
-    "|": "∣｜",
-    r"\times ": "×",
-    r"\sqrt ": "√",
-    r"\sqrt[3]": "∛",
-    r"\infty ": "∞",
-    r"\ne ": "≠",
-    r"\approx ": "≈",
-    r"\in ": "∈",
-    r"\cup ": "∪",
-    r"\cap ": "∩",
-    r"\pm ": "±",
-    r"\mp ": "∓",
-    r"\angle ": "∠",
-    r"\R ": "ℝ",
-    r"\setminus ": "∖",
-    r"\equiv ": "≡",
-    r"\phi ": "ϕ",
-    r"\circ ": "∘",
-    ";": "；",
-    ":": "：∶",
-    r"\ldots ": "…",
-    "%": "％",
-    "$": "＄",
-    r"\langle ": "⟨",
-    r"\rangle ": "⟩",
-    # invisible letters
-    "": "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff",
-}
-_UNICODE = str.maketrans(
-    {letter: latex for latex, letters in _SPELLINGS.items() for letter in letters}
-    | {letter: f"\\{name} " for letter, name in _GREEK.items()}
-    | {
-        letter: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", letter).split("⁄"))
-        for letter in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
-    }
-)
+# LaTeX or ASCII, then the letters that mean the same.
+_SPELLINGS = r"""
+- −–—‐‑﹣－
+\cdot ·⋅∙•
+/ ÷∕⁄
+^\circ °º˚
+\emptyset ∅⌀
+, ，、
+. 。．
+\le ≤≦⩽
+\ge ≥≧⩾
+\pi πℼ
+' ’′
+| ∣｜
+\times ×
+\sqrt √
+\sqrt[3] ∛
+\infty ∞
+\ne ≠
+\approx ≈
+\in ∈
+\cup ∪
+\cap ∩
+\pm ±
+\mp ∓
+\angle ∠
+\R ℝ
+\setminus ∖
+\equiv ≡
+\phi ϕ
+\circ ∘
+; ；
+: ：∶
+\ldots …
+% ％
+$ ＄
+\langle ⟨
+\rangle ⟩"""
+_INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff"
+_UNICODE = {ord(letter): f"\\{name} " for letter, name in _GREEK.items()}
+_UNICODE |= dict.fromkeys(map(ord, _INVISIBLE), "")
+_UNICODE |= {0x2460 + i: f"({i + 1})" for i in range(20)}  # ① is a statement's number
+for _row in _SPELLINGS.split("\n")[1:]:
+    _latex, _letters = _row.split(" ")
+    _blank = " " if _latex[-1].isalpha() else ""
+    _UNICODE |= dict.fromkeys(map(ord, _letters), _latex + _blank)
+for _letter in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
+    _UNICODE[ord(_letter)] = (
+        unicodedata.normalize("NFKC", _letter).join(["\\frac{", "}"]).replace("⁄", "}{")
+    )
 _SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
 _FONTS = re.compile(
     r"\\(?:text(?:bf|it|rm|up|sf|tt|normal)?|emph|[mh]box|math(?:rm|bf|it|sf|tt|cal|scr|frak)|boldsymbol|bm|pmb"
     r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{(?:[^{}]|\^ ?\{-?\d\})*\})?"
 )
 
-# (trigger, pattern, replacement), applied in this order to a text without double blanks. A text without the trigger has
-# no match (this saves most of the time). § is the end of a command's name.
-_CLEAN_ROWS = (
-    # layout
-    ("\\\\", r"\\\\ ?\[[^\]]*\]", r"\\\\ "),  # \\[4pt]
-    (
-        "\\",
-        r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|(?:no)?limits|(?:left|right)\.)§",
-        " ",
-    ),
-    ("\\", r"\\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§", ""),
-    ("\\", r"\\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\}", " "),
-    ("\\mathbb", r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
-    ("{,}", r"(?<=\d)\{,\}(?=\d{3})", ""),
-    ("\\", r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),  # 1\,000
-    ("{", r"\{([-+:])\}", r"\1"),
-    ("{", r"^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$", r"\\{\1\\}"),  # {x | x > 2}
-    ("\\", r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$", " "),
-    # numbers
-    (
-        "^",
-        r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}",
-        " ",
-    ),  # 5^{\text{th}}
-    ("", r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),  # 21st
-    (" ", r"^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$", r"\1\2\3\4"),  # 1 000 000
-    ("10", r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),  # 3x10^5
-    ("_", r"\((\d[0-9A-F]*)\) ?(?=_)", r"\1"),  # (12)_5
-    (
-        "base",
-        r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?",
-        r"_{\1}",
-    ),  # 12\text{ base }5
-    # commands
-    ("frac", r"\\[dtc]frac§", r"\\frac "),
-    ("binom", r"\\[dt]binom§", r"\\binom "),
-    ("dots", r"\\(?:ldots|dots|cdots|dotsc)§", "..."),
-    ("\\", r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "),
-    ("°", r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
-    ("\\over", r"\{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$", r"\\frac {\1\3}{\2\4}"),
-    ("\\choose", r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"),
-    ("\\not", r"\\not ?=", r"\\ne "),
-    ("\\", r"\\([%_])", r"\1"),
-    ("\\", r"\\\$|\\euro§", " $ "),
-    ("U", r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
-    # words
-    (".", r"\b([aApP])\. ?[mM]\b\.?", r"\1m"),
-    ("per cent", r"\bper cent\b", "percent"),
-    ("\\text", r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
-    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$", r"\\text{(\2)} \1"),  # 20 \textbf{(D)}
-    ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
-    ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    (
-        "\\text",
-        r",? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ])[ .]*$",
-        r", \1",
-    ),
-    (
-        "\\text",
-        r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z])[ .]*$",
-        r", \1 \\in \\Z ",
-    ),
-    (
-        "\\text",
-        r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
-        r"(?: ?\\in ?\\[QR])? ?\}?[ .]*$",
-        "",
-    ),
-    ("\\in", r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\)[ .]*$", r", \1"),
-    ("  ", "  +", " "),
-)
-_CLEAN = [
-    (trigger, re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement)
-    for trigger, pattern, replacement in _CLEAN_ROWS
-]
+# trigger ⟶ pattern ⟶ replacement, applied in this order to a text without double blanks. A text without the trigger has
+# no match (this saves most of the time). § is the end of a command's name, ␣ a blank at an end.
+_CLEAN_ROWS = r"""
+# layout
+# \\[4pt]
+\\ ⟶ \\\\ ?\[[^\]]*\] ⟶ \\\\␣
+\ ⟶ (?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|(?:no)?limits
+    |(?:left|right)\.)§ ⟶ ␣
+\ ⟶ \\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§ ⟶
+\ ⟶ \\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\} ⟶ ␣
+\mathbb ⟶ \\mathbb ?\{?([A-Z])\}? ⟶ \\\1␣
+{,} ⟶ (?<=\d)\{,\}(?=\d{3}) ⟶
+# 1\,000
+\ ⟶ (?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d)) ⟶
+{ ⟶ \{([-+:])\} ⟶ \1
+# {x | x > 2}
+{ ⟶ ^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$ ⟶ \\{\1\\}
+\ ⟶ (?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$ ⟶ ␣
+# numbers
+# 5^{\text{th}}
+^ ⟶ \^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\} ⟶ ␣
+# 21st
+⟶ (?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§ ⟶ ␣
+# 1 000 000
+␣ ⟶ ^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$ ⟶ \1\2\3\4
+# 3x10^5
+10 ⟶ (?<=\d) ?[xX] ?(?=10 ?\^) ⟶ \\times␣
+# (12)_5
+_ ⟶ \((\d[0-9A-F]*)\) ?(?=_) ⟶ \1
+# 12\text{ base }5
+base ⟶ (?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}? ⟶ _{\1}
+# commands
+frac ⟶ \\[dtc]frac§ ⟶ \\frac␣
+binom ⟶ \\[dt]binom§ ⟶ \\binom␣
+dots ⟶ \\(?:ldots|dots|cdots|dotsc)§ ⟶ ...
+\ ⟶ \^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§ ⟶ °␣
+° ⟶ ° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§ ⟶ \\text{degree\1\2}
+\over ⟶ \{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$ ⟶ \\frac {\1\3}{\2\4}
+\choose ⟶ \{([^{}]*)\\choose§([^{}]*)\} ⟶ \\binom {\1}{\2}
+\not ⟶ \\not ?= ⟶ \\ne␣
+\ ⟶ \\([%_]) ⟶ \1
+\ ⟶ \\\$|\\euro§ ⟶ ␣$␣
+U ⟶ (?<=[)\]]) ?U ?(?=[(\[]) ⟶ \\cup␣
+# words
+. ⟶ \b([aApP])\. ?[mM]\b\.? ⟶ \1m
+per cent ⟶ \bper cent\b ⟶ percent
+\text ⟶ \( ?\\text ?\{([A-J])\} ?\) ⟶ \\text{(\1)}
+# 20 \textbf{(D)}
+\text ⟶ ^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$ ⟶ \\text{(\2)} \1
+⟶ (?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.) ⟶
+** ⟶ ^ ?\*\*([^*]+)\*\* ⟶ \1
+\text ⟶ ,? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?
+    ([a-z] ?\\in ?\\[NZ])[ .]*$ ⟶ , \1
+\text ⟶ ,? ?\\text ?\{,? ?(?:for|where)(?: all
+    | any)? integers? ?\} ?([a-z])[ .]*$ ⟶ , \1 \\in \\Z␣
+\text ⟶ ,? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant
+    |number)s?)* ?\}? ?[a-z]?(?: ?\\in ?\\[QR])? ?\}?[ .]*$ ⟶
+\in ⟶ ,? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\)[ .]*$ ⟶ , \1
+␣␣ ⟶ ␣ + ⟶ ␣"""
+_CLEAN = []
+for _row in _CLEAN_ROWS.replace("\n    ", "").split("\n")[1:]:
+    if not _row.startswith("#"):
+        _trigger, _pattern, _to = (part.strip(" ").replace("␣", " ") for part in _row.split("⟶"))
+        _CLEAN.append((_trigger, re.compile(_pattern.replace("§", "(?![a-zA-Z])")), _to))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -329,97 +320,83 @@ _LEXERS = {
     for separated in (True, False)
 }
 
-_OPERATORS = {
-    alias: op
-    for op, aliases in {
-        "<=": "le leq leqslant leqq",
-        ">=": "ge geq geqslant geqq",
-        "!=": "ne neq",
-        "<": "lt",
-        ">": "gt",
-        "in": "in",
-        "~": "approx simeq thickapprox doteq",
-        "≡": "equiv",
-        "cup": "cup bigcup",
-        "cap": "cap bigcap",
-        "*": "cdot times ast",
-        "setminus": "setminus backslash smallsetminus",
-        "/": "div",
-        "±": "pm",
-        "∓": "mp",
-        "\\{": "lbrace {",
-        "\\}": "rbrace }",
-        "(": "langle lparen lgroup",
-        ")": "rangle rparen rgroup",
-        "[": "lbrack",
-        "]": "rbrack",
-        "|": "lvert rvert vert mid |",
-        ":": "colon",
-        "and": "land",
-        "or": "lor",
-        "cr": "\\ cr newline",
-        "&": "&",
-        "mod": "mod pmod bmod",
-        "⌊": "lfloor",
-        "⌋": "rfloor",
-        "⌈": "lceil",
-        "⌉": "rceil",
-    }.items()
-    for alias in aliases.split()
-}
-_FUNCTIONS = {
-    name: canon
-    for canon, names in {
-        "sin": "sin",
-        "cos": "cos",
-        "tan": "tan tg",
-        "cot": "cot ctg cotg",
-        "sec": "sec",
-        "csc": "csc cosec",
-        "asin": "arcsin asin",
-        "acos": "arccos acos",
-        "atan": "arctan atan arctg",
-        "acot": "arccot",
-        "asec": "arcsec",
-        "acsc": "arccsc",
-        "sinh": "sinh",
-        "cosh": "cosh",
-        "tanh": "tanh",
-        "asinh": "arcsinh asinh",
-        "acosh": "arccosh acosh",
-        "atanh": "arctanh atanh",
-        "ln": "ln",
-        "log": "log",
-        "lg": "lg",
-        "exp": "exp",
-        "gcd": "gcd",
-        "lcm": "lcm",
-        "max": "max",
-        "min": "min",
-        "sgn": "sgn sign",
-    }.items()
-    for name in names.split()
-}
-_GREEK_NAMES = set(_GREEK.values()) | {
-    "pi",
-    "varphi",
-    "vartheta",
-    "varepsilon",
-    "ell",
-    "hbar",
-    "top",
-}
-_CONNECTORS = {
-    "and": "and",
-    "or": "or",
-    "或": "or",
-    "和": "and",
-    "与": "and",
-    "且": "and",
-    "或者": "or",
-    "и": "and",
-    "или": "or",
-}
+
+def aliases(table: str) -> dict[str, str]:
+    """Rows `name: alias alias ...` as {alias: name}."""
+    found = {}
+    for row in table.strip().split("\n"):
+        name, names = row.split(": ")
+        found |= dict.fromkeys(names.split(), name)
+    return found
+
+
+_OPERATORS = aliases(r"""
+<=: le leq leqslant leqq
+>=: ge geq geqslant geqq
+!=: ne neq
+<: lt
+>: gt
+in: in
+~: approx simeq thickapprox doteq
+≡: equiv
+cup: cup bigcup
+cap: cap bigcap
+*: cdot times ast
+setminus: setminus backslash smallsetminus
+/: div
+±: pm
+∓: mp
+\{: lbrace {
+\}: rbrace }
+(: langle lparen lgroup
+): rangle rparen rgroup
+[: lbrack
+]: rbrack
+|: lvert rvert vert mid |
+:: colon
+£: pounds textsterling
+and: land
+or: lor
+cr: \ cr newline
+&: &
+mod: mod pmod bmod
+⌊: lfloor
+⌋: rfloor
+⌈: lceil
+⌉: rceil""")
+_FUNCTIONS = aliases("""
+sin: sin
+cos: cos
+tan: tan tg
+cot: cot ctg cotg
+sec: sec
+csc: csc cosec
+cis: cis
+asin: arcsin asin
+acos: arccos acos
+atan: arctan atan arctg
+acot: arccot
+asec: arcsec
+acsc: arccsc
+sinh: sinh
+cosh: cosh
+tanh: tanh
+asinh: arcsinh asinh
+acosh: arccosh acosh
+atanh: arctanh atanh
+ln: ln
+log: log
+lg: lg
+exp: exp
+gcd: gcd
+lcm: lcm
+max: max
+min: min
+sgn: sgn sign""")
+_GREEK_NAMES = {*_GREEK.values(), *"pi varphi vartheta varepsilon ell hbar top".split()}
+_CONNECTORS = aliases("""
+and: and 和 与 且 и
+or: or 或 或者 или""")
 _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split())
 
 
@@ -540,15 +517,9 @@ for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
         UNITS[_name] = (_base.replace("·", " "), Fraction(_factor))
         if len(_name) > 2:
             UNITS[_name + "s"] = UNITS[_name]
-_MULTIPLIERS = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 1000,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-_POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
+_MULTIPLIERS = {"dozen": 12, "hundred": 100}
+_MULTIPLIERS |= {"thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_POWERS = dict.fromkeys(("square", "sq", "平方"), 2) | dict.fromkeys(("cubic", "cu", "立方"), 3)
 _NUMERALS = {
     word: i
     for i, word in enumerate(
@@ -600,19 +571,9 @@ _ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")  # functions of angles
 _OPAQUE = set("fghFGH")  # f(x) is never f times x
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "≡", "mod"}
 _CLOSERS = {")", "]", "\\}", "}"}
+_MATRICES = set("pmatrix bmatrix matrix array Bmatrix smallmatrix".split())
 _NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
-_MARKS = {
-    "angle",
-    "triangle",
-    "odot",
-    "overline",
-    "vec",
-    "overrightarrow",
-    "hat",
-    "bar",
-    "widehat",
-    "tilde",
-}
+_MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
 
 
 def number(value) -> Node:
@@ -1061,14 +1022,7 @@ class Parser:
     def environment(self, name: str) -> Node:
         """A matrix, or the lines of `cases` as a list."""
         lines = name in ("cases", "aligned", "align", "gathered")
-        if not lines and name not in (
-            "pmatrix",
-            "bmatrix",
-            "matrix",
-            "array",
-            "Bmatrix",
-            "smallmatrix",
-        ):
+        if not lines and name not in _MATRICES:
             raise Unreadable(f"environment {name}")
         rows = [[]]
         while self.peek().kind != "end":
@@ -2273,19 +2227,7 @@ _MATH = re.compile(
 _BREAKS = re.compile(
     r"[=<>,;&]|\\(?:le|ge|leq|geq|ne|neq|in|quad|qquad|\\)(?![a-zA-Z])|\\text\{[^{}]*\}"
 )
-_AS_THEY_ARE = {
-    "num",
-    "sym",
-    "text",
-    "list",
-    "set",
-    "tuple",
-    "unit",
-    "deg",
-    "pct",
-    "based",
-    "choice",
-}
+_AS_THEY_ARE = set("num sym text list set tuple unit deg pct based choice".split())
 
 
 @lru_cache(maxsize=4096)
