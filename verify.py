@@ -44,6 +44,8 @@ MAX_CHARS = (
     2000  # a longer answer is no answer; bounds the tokens, the tree and every regular expression
 )
 MAX_PROBLEM = 10_000  # characters of a problem in which a copied answer is looked for
+MAX_UNIONS = 40  # sets joined by union signs
+MAX_DOTS = 1000  # terms that dots may stand for
 MAX_DEPTH = 80  # nested terms, atoms and exponents: 40 brackets
 MAX_BITS = 200_000  # of an exact numerator or denominator, about 60,000 digits
 MAX_DIGITS = 4000  # of an irrational value
@@ -188,6 +190,11 @@ _FONTS = re.compile(
     r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{(?:[^{}]|\^ ?\{-?\d\})*\})?"
 )
 
+# \mathbf{i}, \hat{\imath}, \hat{\mathbf j}
+_UNIT_VECTOR = re.compile(
+    r"\\(?:mathbf|boldsymbol|bm|hat|vec|widehat|overrightarrow) ?"
+    r"(?:\{? ?\\(?:mathbf|hat|vec|rm) ?)?\{? ?(?:\\([ij])math|([ijk])(?![a-zA-Z])) ?\}{0,2}"
+)
 # trigger ⟶ pattern ⟶ replacement, applied in this order to a text without double blanks. A text without the trigger has
 # no match (this saves most of the time). § is the end of a command's name, ␣ a blank at an end.
 _CLEAN_ROWS = r"""
@@ -203,6 +210,8 @@ _CLEAN_ROWS = r"""
 # 1\,000
 \ ⟶ (?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d)) ⟶
 { ⟶ \{([-+:])\} ⟶ \1
+# TeX shows {5}6 as 56
+{ ⟶ (?<![\w^_}\]\\ ])\{ ?(\d[\d.]*) ?\}(?! ?[,}]) ⟶ \1
 # {x | x > 2}
 { ⟶ ^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$ ⟶ \\{\1\\}
 \ ⟶ (?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$ ⟶ ␣
@@ -227,10 +236,25 @@ dots ⟶ \\(?:ldots|dots|cdots|dotsc)§ ⟶ ...
 ° ⟶ ° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§ ⟶ \\text{degree\1\2}
 \over ⟶ \{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$ ⟶ \\frac {\1\3}{\2\4}
 \choose ⟶ \{([^{}]*)\\choose§([^{}]*)\} ⟶ \\binom {\1}{\2}
+# dy/dx is a name, not a quotient
+\text{d} ⟶ \\text\{d\} ?(?=[a-zA-Z]) ⟶ d
+\frac ⟶ \\frac ?\{ ?d( ?\^ ?\{?\d\}?)? ?([A-Za-z]) ?\} ?\{ ?d ?([A-Za-z])(?: ?\^ ?\{?\d\}?)? ?\}
+     ⟶ \\hat{d\2d\3\1}
+/ ⟶ (?<![a-zA-Z\\])d([a-zA-Z]) ?/ ?d([a-zA-Z])§ ⟶ \\hat{d\1d\2}
+# _5C_2, {}_5P_2, ^5C_2
+C ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?C ?_ ?\{?(\d+|[a-z])\}? ⟶ \\binom{\1}{\2}
+P ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?P ?_ ?\{?(\d+|[a-z])\}? ⟶ (\\binom{\1}{\2}(\2)!)
+mod ⟶ \\text ?\{ ?\(? ?mod ?\}? ?(\d+) ?\)? ?\}?|\( ?\\?b?mod ?(\d+) ?\) ⟶ \\mod \1\2␣
+& ⟶ & ?(?=[=<>]|\\(?:[lg]eq?|neq?|approx|equiv|in)§) ⟶
+\approx ⟶ \( ?(\\approx[^()]*)\) ?$ ⟶ \1
 \not ⟶ \\not ?= ⟶ \\ne␣
 \ ⟶ \\([%_]) ⟶ \1
 \ ⟶ \\\$|\\euro§ ⟶ ␣$␣
 U ⟶ (?<=[)\]]) ?U ?(?=[(\[]) ⟶ \\cup␣
+# units
+- ⟶ (?<=\d) ([a-zA-Z]{1,3}) ?\\cdot ?([a-zA-Z]{1,3}) ?\^ ?\{? ?-(\d) ?\}? ?$ ⟶ \\text{\1/\2^\3}
+/ ⟶ (?<=\d) (k?m|cm|k?g) ?/ ?(s|h|min|c?m)( ?\^ ?\{?\d\}?)? ?$ ⟶ \\text{\1/\2\3}
+sterling ⟶ pounds? sterling ⟶ £
 # words
 . ⟶ \b([aApP])\. ?[mM]\b\.? ⟶ \1m
 per cent ⟶ \bper cent\b ⟶ percent
@@ -238,6 +262,12 @@ per cent ⟶ \bper cent\b ⟶ percent
 # 20 \textbf{(D)}
 \text ⟶ ^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$ ⟶ \\text{(\2)} \1
 ⟶ (?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.) ⟶
+# prose around a value: words that cannot change it
+\text ⟶ (?i)^ ?\\text ?\{ ?(?:so|thus|hence|therefore)?,? ?(?:an?|there (?:are|is)|it is
+    |(?:the )?(?:value|result|solution) is)?:? ?\}(?= *[^ ,.]) ⟶
+\text ⟶ (?i)^ ?\\text ?\{ ?(?:(?:so|thus|hence|therefore),? )?the (maximum|minimum|total|area|volume
+    |perimeter|length|distance|probability)(?: value)? is ?\}(?= *[^ ,.]) ⟶ \\text{\1}=
+crease ⟶ (?i)^ ?\\text ?\{ ?(?:an? )?(in|de)creased? (?:of|by) ?\} ?(.+) ⟶ \2 \\text{\1crease}
 ** ⟶ ^ ?\*\*([^*]+)\*\* ⟶ \1
 \text ⟶ ,? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?
     ([a-z] ?\\in ?\\[NZ])[ .]*$ ⟶ , \1
@@ -265,7 +295,8 @@ def clean(text: str) -> str:
         len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
     ):  # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
-    text = _FONTS.sub(as_text, re.sub(r"[\s~]+", " ", text))
+    text = re.sub(r"[\s~]+", " ", text)
+    text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r"\\vec{\1\2}", text))
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac: escaped once too often
     for trigger, pattern, replacement in _CLEAN:
@@ -570,7 +601,7 @@ _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be funct
 _ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")  # functions of angles
 _OPAQUE = set("fghFGH")  # f(x) is never f times x
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "≡", "mod"}
-_CLOSERS = {")", "]", "\\}", "}"}
+_CLOSERS = {")", "]", "\\}", "}", "&", "cr"}
 _MATRICES = set("pmatrix bmatrix matrix array Bmatrix smallmatrix".split())
 _NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
 _MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
@@ -588,6 +619,35 @@ def negative(node: Node) -> Node:
 
 def reciprocal(node: Node) -> Node:
     return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, number(-1))
+
+
+def written_out(items: list[Node]) -> list[Node]:
+    """1, 2, ..., 5 is 1, 2, 3, 4, 5; where the last term is a formula, the first terms that show the step stay."""
+    dots = ("sym", "...")
+    head = items[:-2]
+    is_row = len(items) > 2 and items[-2] == dots and {item[0] for item in head} == {"num"}
+    if not is_row:
+        return items
+    first = head[0][1]
+    step = head[1][1] - first if len(head) > 1 else Fraction(1)
+    if any(item[1] != first + i * step for i, item in enumerate(head)) or not step:
+        return items
+    if items[-1][0] != "num":
+        return [*head[: 1 if step == 1 else 2], dots, items[-1]]
+    count = (items[-1][1] - first) / step + 1
+    if count.denominator > 1 or not len(head) < count <= MAX_DOTS:
+        return items
+    spend(5 * count)
+    return [number(first + i * step) for i in range(int(count))]
+
+
+def congruences(items: list[Node]) -> list[Node]:
+    """x = 1, 4 (mod 5), read item by item, is x = 1 (mod 5), x = 4 (mod 5)."""
+    first, last = items[0], items[-1]
+    if len(items) < 2 or first[:2] != ("rel", ("=",)) or last[:2] != ("rel", ("mod",)):
+        return items
+    values = [first[2][1], *items[1:-1], last[2][0]]
+    return [("rel", ("≡", "mod"), (first[2][0], value, last[2][1])) for value in values]
 
 
 def limited(method):
@@ -652,7 +712,7 @@ class Parser:
             separators = [self.take().text] if self.is_op(",", ";", "and", "or") else []
             while separators and self.is_op("and", "or"):  # ", and" is one
                 separators.append(self.take().text)
-            if not separators or self.peek().kind == "eof" or self.is_op(*_CLOSERS):
+            if not separators or self.peek().kind in ("eof", "end") or self.is_op(*_CLOSERS):
                 break
             joiner = separators[-1] if separators[-1] in ("and", "or") else joiner
             if ";" in separators:
@@ -664,7 +724,8 @@ class Parser:
                     for group in groups
                 ]
             ]
-        return groups[0][0] if len(groups[0]) == 1 else ("list", tuple(groups[0]), joiner)
+        items = congruences(written_out(groups[0]))
+        return items[0] if len(items) == 1 else ("list", tuple(items), joiner)
 
     def relation(self) -> Node:
         operators = []
@@ -688,13 +749,17 @@ class Parser:
         ):
             self.take()
             parts.append(self.union())
+        if len(parts) == 2 and parts[1][0] == "unit" and parts[1][2] in ("am", "pm"):
+            return ("text", squeeze(repr(parts)))  # 4:40 a.m. is no quotient
         return parts[0] if len(parts) == 1 else ("ratio", tuple(parts))
 
     def union(self) -> Node:
         node = self.quantity()
-        while self.is_op("cup", "cap", "setminus"):
-            operator, left, right = self.take().text, node, self.quantity()
-            node = (operator, self.as_set(left), self.as_set(right))
+        for _ in range(MAX_UNIONS):
+            if not self.is_op("cup", "cap", "setminus"):
+                break
+            operator = self.take().text
+            node = (operator, self.as_set(node), self.as_set(self.quantity()))
         return node
 
     @staticmethod
@@ -832,6 +897,8 @@ class Parser:
             return self.tokens[self.at - 2].text == "^" == self.peek(1).text
         if token.kind == "num":
             return before.text not in ("%", "°")
+        if token.text == "{" and before.kind == "num" and self.peek(1).kind == "num":
+            return False  # 5{6}
         return (
             token.kind in ("let", "begin", "cmd")
             or self.is_op("(", "[", "{", "\\{", "...", "⌊", "⌈")
@@ -846,6 +913,8 @@ class Parser:
         exponent = self.exponent()
         if node[0] == "matrix" and exponent in (("sym", "T"), ("sym", "\\top")):
             return ("matrix", tuple(zip(*node[1])))
+        if node[0] == "tuple" and exponent in (("sym", "T"), ("sym", "\\top")):
+            return ("matrix", tuple((item,) for item in node[3]))
         return self.postfix(("pow", node, exponent))
 
     @limited
@@ -858,12 +927,15 @@ class Parser:
         return self.postfix(self.atom())
 
     def postfix(self, node: Node) -> Node:
-        while sign := self.take("!", "%", "°"):
+        for _ in range(4):
+            sign = self.take("!", "%", "°")
+            if sign is None:
+                return node
             if sign.text == "!":
                 node = ("fn", "fac2" if self.take("!") else "factorial", (node,))
             else:
                 node = ("pct" if sign.text == "%" else "deg", node)
-        return node
+        raise Unreadable("too many signs")
 
     # atoms
 
@@ -1020,12 +1092,16 @@ class Parser:
         return ("fn", {"|": "abs", "⌊": "floor", "⌈": "ceil"}[opening], (node,))
 
     def environment(self, name: str) -> Node:
-        """A matrix, or the lines of `cases` as a list."""
+        """A matrix, the lines of `aligned` as a list, or the pairs (value, condition) of `cases` as a set."""
         lines = name in ("cases", "aligned", "align", "gathered")
         if not lines and name not in _MATRICES:
             raise Unreadable(f"environment {name}")
         rows = [[]]
         while self.peek().kind != "end":
+            if name in ("aligned", "align") and not rows[-1]:
+                self.take("&")
+            if name == "cases" and rows[-1] and self.peek().text in ("if", "for", "when"):
+                self.take()
             rows[-1].append(self.enclosed())
             if self.take("cr"):
                 rows.append([])
@@ -1035,9 +1111,12 @@ class Parser:
         rows = tuple(tuple(row) for row in rows if row)
         if len({len(row) for row in rows}) != 1:
             raise Unreadable("ragged matrix")
-        if lines:
-            return ("list", tuple(item for row in rows for item in row), ",")
-        return ("matrix", rows)
+        if not lines:
+            return ("matrix", rows)
+        if name == "cases" and len(rows[0]) == 2:
+            return ("set", tuple(("tuple", "(", ")", row) for row in rows))
+        items = tuple(item for row in rows for item in row)
+        return items[0] if len(items) == 1 else ("list", items, ",")
 
     def command(self, name: str) -> Node:
         if name == "frac":
@@ -1104,7 +1183,7 @@ class Parser:
                 factors.append(self.power())
             argument = factors[0] if len(factors) == 1 else ("mul", tuple(factors))
             arguments = (negative(argument) if negated else argument,)
-        if power == number(-1) and name in _ANGLES + ("sinh", "cosh", "tanh"):
+        if power == number(-1) and "a" + name in _FUNCTIONS.values():
             name, power = "a" + name, None
         node = ("fn", name, arguments + ((base,) if base else ()))
         return node if power is None else ("pow", node, power)
@@ -1269,22 +1348,21 @@ def apply(name: str, arguments: list, s: Scope):
     real = all(map(is_real, arguments))
     integers = all(isinstance(a, Fraction) and a.denominator == 1 for a in arguments)
     if name in ("gcd", "lcm") and integers:
-        return Fraction((math.gcd if name == "gcd" else math.lcm)(*map(int, arguments)))
+        function = math.gcd if name == "gcd" else math.lcm
+        return reduce(lambda u, v: exact(Fraction(function(int(u), int(v)))), arguments)
     if name in ("max", "min") and real:
+        spend(5 * len(arguments))
         return (max if name == "max" else min)(arguments, key=lambda a: mp.re(to_mp(a, mp)))
     if name == "binom" and len(arguments) == 2:
         if integers and 0 <= x <= MAX_FACTORIAL and arguments[1] >= 0:
-            return Fraction(math.comb(int(x), int(arguments[1])))
+            return exact(Fraction(math.comb(int(x), int(arguments[1]))))
         if real and all(abs(a) < 10**6 for a in arguments):
             spend(5000)
             return mp.binomial(*(to_mp(a, mp) for a in arguments))
     if name == "log" and len(arguments) == 2 and arguments[1] not in (0, 1):
         return apply("ln", [x], s) / apply("ln", [arguments[1]], s)
-    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom") + (
-        "sgn",
-        "floor",
-        "ceil",
-    ) * (not real):
+    is_reals_only = name in ("sgn", "floor", "ceil") and not real
+    if len(arguments) != 1 or is_reals_only or name in ("gcd", "lcm", "max", "min", "binom"):
         raise Undefined(f"{name} of these arguments")
     if name == "abs":
         return abs(x)
@@ -1299,9 +1377,8 @@ def apply(name: str, arguments: list, s: Scope):
     if name in ("factorial", "fac2") and integers and x <= MAX_FACTORIAL:
         if x < 0:
             raise Undefined("factorial of a negative number")
-        return Fraction(
-            math.factorial(int(x)) if name == "factorial" else math.prod(range(int(x), 0, -2))
-        )
+        factors = range(int(x), 0, -1 if name == "factorial" else -2)
+        return exact(Fraction(math.prod(factors)))
     spend(mp.dps**1.5 / 15)
     if name in ("ln", "log", "lg"):
         if x == 0:
@@ -1316,7 +1393,7 @@ def apply(name: str, arguments: list, s: Scope):
     if name in ("factorial", "fac2"):
         spend(mp.dps**1.5 * 5)
     try:
-        return getattr(mp, name)(to_mp(x, mp))
+        return getattr(mp, {"cis": "expj"}.get(name, name))(to_mp(x, mp))
     except (ZeroDivisionError, ValueError) as error:  # a pole
         raise Undefined(f"{name}: {error}") from None
 
@@ -1372,9 +1449,19 @@ def mapped(part, change):
 @lru_cache(maxsize=1 << 14)
 def walk(node: Node) -> tuple[Node, ...]:
     """The node and all nodes below it."""
-    children: list[Node] = []
-    mapped(node, children.append)
-    return (node, *itertools.chain.from_iterable(map(walk, children)))
+    below: list[Node] = []
+    mapped(node, below.append)
+    return (node, *itertools.chain.from_iterable(map(walk, below)))
+
+
+@lru_cache(maxsize=1 << 14)
+def children(node: Node) -> tuple[Node, ...]:
+    """The nodes right below, without factors of 1 and -1."""
+    found: list[Node] = []
+    mapped(node, found.append)
+    return tuple(
+        child for child in found if node[0] != "mul" or child not in (number(1), number(-1))
+    )
 
 
 @lru_cache(maxsize=1 << 14)
@@ -1387,6 +1474,12 @@ def canonical(node: Node) -> Node:
             :1
         ]  # 0 + x, 1 x
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
+    if node[0] in ("sum", "prod") and node[1][0] == "rel":  # the index has no name
+        index = node[1][2][0][1]
+        fresh = f"#{sum(part[0] == node[0] for part in walk(node))}"
+        names = {part[1] for part in walk(node) if part[0] == "sym"}
+        new = {name: re.sub(rf"^{index}$|(?<=_){index}$", fresh, name) for name in names}
+        return substituted(node, {name: ("sym", new[name]) for name in names})
     return ("set", tuple(sorted(node[1], key=repr))) if node[0] == "set" else node
 
 
@@ -1438,9 +1531,7 @@ def is_defined(tree: Node) -> bool:
     if tree[0] in ("num", "sym", "text") or tree == negative(infinity):
         return True
     if tree[0] not in ("add", "mul", "pow", "fn", "pm") or has(tree, "matrix", "tuple"):
-        parts: list[Node] = []
-        mapped(tree, parts.append)
-        return all(map(is_defined, parts))
+        return all(map(is_defined, children(canonical(tree) if has(tree, "sum", "prod") else tree)))
     if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or ("sym", "ℝ") in walk(tree):
         return True  # R - {0}
     if all(
@@ -1490,7 +1581,8 @@ def switches(tree: Node) -> list[Node]:
         if node[0] == "fn" and node[1] in ("abs", "sgn"):
             found.append(node[2][0])
         elif node[0] == "fn" and node[1] in ("max", "min", "gcd", "lcm"):
-            found += [("add", (x, negative(y))) for x, y in itertools.combinations(node[2], 2)]
+            pairs = itertools.islice(itertools.combinations(node[2], 2), 40)
+            found += [("add", (x, negative(y))) for x, y in pairs]
         elif node[0] == "fn" and node[1] in ("floor", "ceil"):
             found += [("add", (node[2][0], number(-k))) for k in (-3, -2, -1, 0, 1, 2, 5, 17)]
         elif node[0] == "pow" and node[2][0] == "num" and node[2][1].denominator > 1:
@@ -1519,6 +1611,21 @@ def zeros(node: Node, name: str, env: dict) -> list:
     except (Undefined, TooBig):
         pass
     return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
+
+
+def runs(a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
+    """24 numbers in a row for each unknown that may count: there (-1)^n, n mod 6 and \\gcd(n, 12) show their period."""
+    nodes = walk(a) + walk(b)
+    exponents = [node[2] for node in nodes if node[0] == "pow" and unknowns(node[2])]
+    counted = exponents + [node for node in nodes if node[0] == "fn"]
+    for name in names:
+        tested = counted if name in whole else exponents
+        if not any(name in unknowns(node) for node in tested):
+            continue
+        base = next(ordinary_points(names, whole, rng))
+        start = rng.randint(1, 12)
+        for k in range(24 if name in whole else 4):
+            yield base | {name: Fraction(start + k, 1 if name in whole else 97)}
 
 
 def points_between(
@@ -1590,6 +1697,14 @@ _CHOICE = re.compile(
 )
 
 
+# 4 July, July 4, 2020
+_MONTH = (
+    r"((?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b)\.?"
+)
+_DATE = re.compile(rf"(?:(\d\d?) *(?:of )?{_MONTH}|{_MONTH} *(\d\d?))(?:,? *(\d{{4}}))?")
+
+
 @lru_cache(maxsize=1 << 14)
 def read(text: str) -> tuple[Node, ...]:
     """The readings of a cleaned answer, () if it has none: 1,200 may be a number or two, 12,5 may be 12.5."""
@@ -1602,6 +1717,13 @@ def read(text: str) -> tuple[Node, ...]:
     )
     if note and set(read(note[1])) & set(read(note[2] or note[3])):  # 42 (forty-two)
         return read(note[1])
+    plain = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
+    if re.fullmatch(r"(?: ?\( ?\d\d? ?\)[ ,]*)+", plain):  # (1)(3): the numbers of statements
+        numbers = tuple(map(number, re.findall(r"\d+", plain)))
+        return (("list", numbers, ",") if len(numbers) > 1 else numbers[0],)
+    date = _DATE.fullmatch(plain.strip().lower())
+    if date:
+        return (("text", f"{(date[2] or date[3])[:3]} {date[1] or date[4]} {date[5]}"),)
     choice = _CHOICE.fullmatch(text)
     if choice:
         text = (
@@ -1649,7 +1771,9 @@ def same(a: Node, b: Node) -> bool:
     if is_region(a) or is_region(b):
         with contextlib.suppress(Undefined, TooBig):
             left, right = region(a), region(b)
-            same_name = None in (left.name, right.name) or left.name == right.name
+            names = {left.name, right.name}
+            is_expression = any(name and name.startswith("(") for name in names)
+            same_name = len(names) == 1 or None in names and not is_expression
             return same_name and all(
                 left.holds(x) == right.holds(x) for x in probes(left.marks + right.marks)
             )
@@ -1682,6 +1806,14 @@ def simplified(node: Node) -> Node:
         and not has(node, "pm")
     ):
         return simplified(node[1][0])
+    vector = components(node)
+    if vector:
+        return vector
+    if node[0] == "list" and node[2] != "or" and len(set(node[1])) == len(node[1]):
+        if all(item[0] == "sym" and item[1] in "ABCDEFGH" for item in node[1]):
+            return ("mul", node[1])  # the choices A, C are AC
+    if node[0] == "rel" and node[1][-1] == "mod":
+        return ("rel", node[1], tuple(residue(side, node[2][-1]) for side in node[2]))
     if node[0] == "list" and node[1][0][0] == "rel" and node[1][0][2][0][0] == "call":
         arguments = node[1][0][2][0][
             2
@@ -1702,6 +1834,8 @@ def simplified(node: Node) -> Node:
     if operators[0] == "=" and "~" in operators:  # x = 1/3 ~ 0.33: the exact part counts
         sides = sides[: operators.index("~") + 1]
     if operators == ("~",) and not any(map(unknowns, sides)):  # 3\sqrt2 ~ 4.24
+        if sides[0][0] != "unit" and sides[1][0] == "unit":  # 3\sqrt2 ~ 4.24 cm
+            sides[0] = ("unit", sides[0], *sides[1][2:])
         precise, rounded = (to_mp(evaluate(side, Scope({}))) for side in sides)
         if abs(precise - rounded) > abs(precise) / 100:
             raise Unreadable("a bad approximation")
@@ -1717,6 +1851,44 @@ def simplified(node: Node) -> Node:
         side for side in sides[1:-1] if side not in constant
     ]  # of x = 2 + 3 = 5 nothing is left
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
+
+
+def residue(side: Node, modulus: Node) -> Node:
+    """10 (mod 7) is 3 (mod 7); the modulus itself and what is no whole number stay."""
+    numbers = side[0] == modulus[0] == "num" and side[1].denominator == modulus[1].denominator == 1
+    if not numbers or modulus[1] < 2 or side is modulus:
+        return side
+    return number(side[1] % modulus[1])
+
+
+def components(node: Node) -> Node | None:
+    """3i - 4j of unit vectors is (3, -4); None for all else."""
+    names = (
+        {part[1] for part in walk(node) if part[0] == "sym"} if node[0] in ("add", "mul") else ()
+    )
+    marked = {name[-1] for name in names if name in ("vec i", "vec j", "vec k")}
+    if not marked and not ("i" in names and "j" in names and node[0] == "add"):
+        return None
+    basis = {axis: (f"vec {axis}" if marked else axis) for axis in "ijk"}
+    last = "k" if basis["k"] in names else "j"
+    found = {axis: [] for axis in "ijk"}
+    for term in canonical(node)[1] if node[0] == "add" else (node,):
+        factors = canonical(term)[1] if term[0] == "mul" else (term,)
+        axes = [axis for axis in "ijk" if ("sym", basis[axis]) in factors]
+        rest = (
+            tuple(factor for factor in factors if factor[:2] != ("sym", basis[axes[0]]))
+            if axes
+            else ()
+        )
+        if len(axes) != 1 or len(rest) != len(factors) - 1:
+            return None
+        found[axes[0]].append(("mul", (number(1), *rest)))
+    return (
+        "tuple",
+        "(",
+        ")",
+        tuple(("add", (number(0), *found[axis])) for axis in "ijk"[: "ijk".index(last) + 1]),
+    )
 
 
 def is_label(node: Node) -> bool:
@@ -1767,6 +1939,8 @@ def same_quantity(a: Node, b: Node) -> bool:
     if a[0] == b[0]:
         return a[2] == b[2] and same_value(a, b)
     bare, measured = (a, b) if b[0] == "unit" else (b, a)
+    if measured[2] in ("?increase", "?decrease"):  # 20% increase
+        return bare[0] == measured[1][0] == "pct" and same(bare, measured[1])
     return bare[0] not in ("deg", "pct") and "?" not in measured[2] and same(bare, measured[1])
 
 
@@ -1846,19 +2020,18 @@ def elements(node: Node) -> list[Node]:
     return variants(node)
 
 
+_TENS = {number(10), number(100), number(1000)}
+
+
 def label_of(node: Node) -> Node | None:
-    """The name in `name = value` and `name in set`, and what is asked for in m + n = 113 (x + y = 5 is a line)."""
+    """The name in `name = value` and `name in set`, and what is asked for in m + n = 113 and 100m + n = 305."""
     if node[0] != "rel" or node[1] not in (("=",), ("in",)):
         return None
     side, value = node[2]
-    is_sum = (
-        side[0] == "add" and kinds_in(side) <= {"add", "mul", "num", "sym"} and not unknowns(value)
-    )
-    return (
-        canonical(side)
-        if is_label(side) or is_sum and set() < unknowns(side) <= set("abcdkmnpqrst")
-        else None
-    )
+    terms = side[1] if side[0] == "add" and not unknowns(value) else ()
+    names = [term[1][1] if term[0] == "mul" and term[1][0] in _TENS else term for term in terms]
+    is_sum = names and all(name[0] == "sym" and name[1] in "abcdkmnpqrst" for name in names)
+    return canonical(side) if is_label(side) or is_sum else None
 
 
 def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
@@ -1975,6 +2148,8 @@ def same_relation(a: Node, b: Node) -> bool:
             is_label(sides[0]) or not any(map(unknowns, sides))
         )
         return (is_chain or label_of(relation) is not None) and same(sides[-1], value)
+    if len(a[1]) != len(b[1]) and {*a[1], *b[1]} != {"="}:
+        return False
     if len(a[1]) != len(b[1]):  # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
         a, b = (
             ("rel", ("=", "="), (node[2][0], *filter(is_label, node[2][1:-1]), node[2][-1]))
@@ -2093,7 +2268,7 @@ def region(node: Node) -> Region:
 def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
     """x in A, a < x <= b, x != a, and the same for |x|."""
     if operators == ("in",):
-        return region(sides[1])._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
+        return region(sides[1])._replace(name=subject(sides[0]))
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
     is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
     if not is_chain or not set(operators) <= set(_FLIP) - {"="}:
@@ -2109,9 +2284,20 @@ def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
         name = middle[1] if middle[1] != "?" else None
     elif middle[:2] == ("fn", "abs") and middle[2][0][0] == "sym":
         name, marks, value = middle[2][0][1], marks + [-mark for mark in marks], abs
-    elif middle[0] != "call":
+    elif middle[0] == "call":
+        name = subject(middle)
+    else:
         raise Undefined("bounds of an expression")
     return Region(name, marks, lambda x: all(_TESTS[op](value(x), bound) for op, bound in bounds))
+
+
+def subject(side: Node) -> str | None:
+    """What a condition is about. A set without a name may answer for x, f(x) and a + b, not for x^2 (a tree in text)."""
+    if label_of(("rel", ("=",), (side, number(0)))) and side[0] == "add":
+        return None
+    if side[0] == "call" and all(argument[0] == "sym" for argument in side[2]):
+        return side[1] + "()"
+    return side[1] if side[0] == "sym" else repr(canonical(side))
 
 
 _TESTS = {
@@ -2174,7 +2360,7 @@ def same_value(a: Node, b: Node) -> bool:
         if "fn" in kinds
         else ()
     )
-    has_angle = any(name in _ANGLES for name, _ in functions)
+    has_angle = any(name in (*_ANGLES, "cis") for name, _ in functions)
     has_log = ("log", 1) in functions
     return any(
         agree(a, b, Scope({}, degree=degree, percent=percent, log10=log10))
@@ -2199,10 +2385,9 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
     ways = [(True, whole), (True, set(names)), (False, whole)]
     for real, whole in ways[2:] if not names or ("sym", "i") in walk(a) + walk(b) else ways:
         agreed = 0
-        points = itertools.chain(
-            ordinary_points(names, whole, rng), points_between(a, b, names, whole, rng)
-        )
-        for i, env in enumerate(points):
+        near = [*ordinary_points(names, whole, rng), *runs(a, b, names, whole, rng)]
+        far = points_between(a, b, names, whole, rng)
+        for i, env in enumerate(itertools.chain(near, far)):
             try:
                 if not same_number(a, b, scope._replace(env=env, real=real)):
                     return False
@@ -2210,7 +2395,7 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
             except Undefined:
                 continue
             except TooBig:
-                if i >= len(_SIZES):  # what happens beyond a switch cannot be seen
+                if i >= len(near):  # what happens beyond a switch cannot be seen
                     return False
         if agreed >= (2 if names else 1):
             return True
@@ -2243,11 +2428,41 @@ def expressions(problem: str) -> tuple[frozenset[Node], tuple[str, ...]]:
     return frozenset(trees), tuple(squeeze(clean(text)) for text in texts)
 
 
+@lru_cache(maxsize=1 << 16)
+def contains(tree: Node, part: Node) -> bool:
+    """Is everything of `part` still there in the tree, nested as it was? Other things may stand around and between.
+
+    Signs, the order of terms and the names of unknowns do not matter: 2(x + 1 - 1) - 0y contains x + 1 and y + 1.
+    """
+    below, inner = children(tree), list(children(part))
+    if len(inner) == 1 and part[0] == "mul":
+        return contains(tree, inner[0])
+    if part[0] == "num":
+        is_here = tree[0] == "num" and abs(tree[1]) == abs(part[1])
+    elif part[0] == "sym":
+        is_here = tree[0] == "sym" and (tree == part or bool(unknowns(part) and unknowns(tree)))
+    else:
+        is_here = tree[0] == part[0] and (part[0] != "fn" or tree[1] == part[1])
+        rest = list(below)
+        for wanted in inner if is_here else ():
+            found = next((child for child in rest if contains(child, wanted)), None)
+            is_here = is_here and found is not None
+            if found is not None:
+                rest.remove(found)
+    return is_here or any(contains(child, part) for child in below)
+
+
+def is_done(node: Node) -> bool:
+    """Is nothing left to compute: a number, a name, a list of them?"""
+    return is_label(node) or kinds_in(node) <= _AS_THEY_ARE
+
+
 def is_copied(answer: str, gold: str, problem: str) -> bool:
     """Is a right answer only an expression of its problem: "evaluate sin 315°" answered by sin 315°?
 
     NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in it is left to
-    compute: a number, a name, a list of them.
+    compute: a number, a name, a list of them. A copy stays a copy whatever it wears (2 sin 315° / 2, |.|, a unit, an
+    equation): an answer that still contains a whole expression of the problem, itself equal to the gold, is one.
     """
     trees, golds = (
         [canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
@@ -2256,16 +2471,26 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     values, wanted = (
         [tree[2][-1] if label_of(tree) else tree for tree in part] for part in (trees, golds)
     )
-    if not re.search(
-        r"\\(?:overline|bar|dot) ?\{?\d|\d\.\.\.", answer
-    ):  # 0.\overline{3} as a fraction is a task
-        if set(values) & set(wanted) or any(
-            is_label(value) or kinds_in(value) <= _AS_THEY_ARE for value in values
-        ):
-            return False
+    # 0.\overline{3} as a fraction is a task
+    repeats = re.search(r"\\(?:overline|bar|dot) ?\{?\d|\d\.\.\.", answer)
+    if not repeats and (set(values) & set(wanted) or any(map(is_done, values))):
+        return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
-    return any(tree in stated for tree in trees + values) or any(map(pattern.search, texts))
+    if any(tree in stated for tree in trees + values) or any(map(pattern.search, texts)):
+        return True
+    _work.left = MAX_WORK  # `expressions` is remembered: what it took must not count
+    for value, part in itertools.product(values, sorted(stated, key=repr)):
+        sides = value[2] if value[0] == "rel" and set(value[1]) <= {"=", "~"} else ()
+        if any(is_done(side) and same_answer(side, tree) for side in sides for tree in golds):
+            return False  # sin 30° = 1/2
+        if len(walk(part)) > len(walk(value)) or is_done(part) and not repeats:
+            continue
+        spend(len(walk(part)))
+        if contains(value, part) and not any(contains(tree, part) for tree in golds):
+            if any(same_answer(part, tree) for tree in golds):
+                return True
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2317,12 +2542,9 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
 
 def same_answer(a: Node, b: Node) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
-    x, y = parameters(a), parameters(b)
-    if (
-        len(x) == len(y)
-        and not (set(x) - set(y)) & unknowns(b)
-        and not (set(y) - set(x)) & unknowns(a)
-    ):
+    x, y = (list(dict.fromkeys(parameters(node) + constants(node))) for node in (a, b))
+    is_free = not (set(x) - set(y)) & unknowns(b) and not (set(y) - set(x)) & unknowns(a)
+    if len(x) == len(y) and is_free:
         b = substituted(b, {old: ("sym", new) for old, new in zip(y, x)})
     try:
         return same(a, b)
@@ -2342,6 +2564,19 @@ def parameters(node: Node) -> list[str]:
         return [node[2][0][1]]
     arguments = node[2][0][2] if node[2][0][0] == "call" else ()
     return [argument[1] for argument in arguments if argument[0] == "sym"]
+
+
+def constants(node: Node) -> list[str]:
+    """Names that a solution may choose: the C of x^2 + C, the c_1 and c_2 or A and B of y = c_1 e^x + c_2 e^{-x}, the
+    t of the line (t, 2t), the k of x = 2k pi."""
+    names = unknowns(node)
+    if node[0] in ("tuple", "matrix") and len(names) == 1:
+        return sorted(names & set("tsrk"))
+    if node[0] == "rel" and ("sym", "π") in walk(node) and len(names) == 2:
+        return sorted(names & _WHOLE_NAMES)
+    chosen = [name for name in sorted(names) if re.fullmatch("[CcKk](_[0-9])?", name)]
+    chosen += ["A", "B"] if {"A", "B"} <= names else []
+    return chosen if len(names) > len(chosen) else []
 
 
 def is_equal(answer: str, gold: str, problem: str | None = None) -> bool:
