@@ -36,7 +36,7 @@ import zlib
 from collections import Counter, OrderedDict
 from fractions import Fraction
 from functools import lru_cache, partial, reduce
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import mpmath
 
@@ -1721,7 +1721,7 @@ def read(text: str) -> tuple[Node, ...]:
     if re.fullmatch(r"(?: ?\( ?\d\d? ?\)[ ,]*)+", plain):  # (1)(3): the numbers of statements
         numbers = tuple(map(number, re.findall(r"\d+", plain)))
         return (("list", numbers, ",") if len(numbers) > 1 else numbers[0],)
-    date = _DATE.fullmatch(plain.strip().lower())
+    date = _DATE.fullmatch(plain.strip(" {}").lower())
     if date:
         return (("text", f"{(date[2] or date[3])[:3]} {date[1] or date[4]} {date[5]}"),)
     choice = _CHOICE.fullmatch(text)
@@ -1850,6 +1850,11 @@ def simplified(node: Node) -> Node:
     middle = [
         side for side in sides[1:-1] if side not in constant
     ]  # of x = 2 + 3 = 5 nothing is left
+    if len(constant) > 1 and not middle and unknowns(sides[0]) and not is_label(sides[0]):
+        sides[0] = (
+            "sym",
+            "?",
+        )  # 2n + 1 = 17 may be a condition, but 2n + 1 = 16 + 1 = 17 is a value
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
 
 
@@ -2020,15 +2025,16 @@ def elements(node: Node) -> list[Node]:
     return variants(node)
 
 
-_TENS = {number(10), number(100), number(1000)}
+_TENS = {number(-1), number(10), number(100), number(1000)}
 
 
 def label_of(node: Node) -> Node | None:
-    """The name in `name = value` and `name in set`, and what is asked for in m + n = 113 and 100m + n = 305."""
+    """The name in `name = value` and `name in set`, and what is asked for in m - n = 6 and 100m + n = 305."""
     if node[0] != "rel" or node[1] not in (("=",), ("in",)):
         return None
     side, value = node[2]
-    terms = side[1] if side[0] == "add" and not unknowns(value) else ()
+    is_asked = side[0] == "add" and not unknowns(value) and value != number(0)
+    terms = side[1] if is_asked else ()
     names = [term[1][1] if term[0] == "mul" and term[1][0] in _TENS else term for term in terms]
     is_sum = names and all(name[0] == "sym" and name[1] in "abcdkmnpqrst" for name in names)
     return canonical(side) if is_label(side) or is_sum else None
@@ -2416,16 +2422,17 @@ _AS_THEY_ARE = set("num sym text list set tuple unit deg pct based choice".split
 
 
 @lru_cache(maxsize=4096)
-def expressions(problem: str) -> tuple[frozenset[Node], tuple[str, ...]]:
+def expressions(problem: str) -> tuple[dict[Node, None], tuple[str, ...]]:
     """What a problem states in formulas: as trees with all their parts, and as texts."""
     texts = [next(filter(None, match.groups())) for match in _MATH.finditer(problem[:MAX_PROBLEM])]
-    trees: set[Node] = set()
+    trees: dict[Node, None] = {}
     for text in texts:
         for part in dict.fromkeys([text, *_BREAKS.split(text)]):
             with contextlib.suppress(Unreadable, Undefined, TooBig, TooMuchWork):
                 _work.left = MAX_WORK
-                trees.update(canonical(node) for tree in read(clean(part)) for node in walk(tree))
-    return frozenset(trees), tuple(squeeze(clean(text)) for text in texts)
+                for tree in read(clean(part)):
+                    trees |= dict.fromkeys(map(canonical, walk(tree)))
+    return trees, tuple(squeeze(clean(text)) for text in texts)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -2434,26 +2441,26 @@ def contains(tree: Node, part: Node) -> bool:
 
     Signs, the order of terms and the names of unknowns do not matter: 2(x + 1 - 1) - 0y contains x + 1 and y + 1.
     """
-    below, inner = children(tree), list(children(part))
-    if len(inner) == 1 and part[0] == "mul":
-        return contains(tree, inner[0])
+    below, wanted = children(tree), children(part)
+    if len(wanted) == 1 and part[0] == "mul":
+        return contains(tree, wanted[0])
     if part[0] == "num":
         is_here = tree[0] == "num" and abs(tree[1]) == abs(part[1])
     elif part[0] == "sym":
-        is_here = tree[0] == "sym" and (tree == part or bool(unknowns(part) and unknowns(tree)))
+        is_here = tree == part or tree[0] == "sym" and bool(unknowns(part) and unknowns(tree))
     else:
         is_here = tree[0] == part[0] and (part[0] != "fn" or tree[1] == part[1])
-        rest = list(below)
-        for wanted in inner if is_here else ():
-            found = next((child for child in rest if contains(child, wanted)), None)
-            is_here = is_here and found is not None
-            if found is not None:
-                rest.remove(found)
-    return is_here or any(contains(child, part) for child in below)
+        is_here = is_here and all(stands_in(below, child) for child in wanted)
+    return is_here or stands_in(below, part)
+
+
+def stands_in(nodes: tuple[Node, ...], part: Node) -> bool:
+    return any(contains(node, part) for node in nodes)
 
 
 def is_done(node: Node) -> bool:
-    """Is nothing left to compute: a number, a name, a list of them?"""
+    """Is nothing left to compute: a number, a name, x = 4, a list of those?"""
+    node = node[2][-1] if label_of(node) else node
     return is_label(node) or kinds_in(node) <= _AS_THEY_ARE
 
 
@@ -2468,28 +2475,38 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
         [canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
         for text in (answer, gold)
     )
-    values, wanted = (
-        [tree[2][-1] if label_of(tree) else tree for tree in part] for part in (trees, golds)
-    )
+    values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
+    wanted = {tree[2][-1] if label_of(tree) else tree for tree in golds}
     # 0.\overline{3} as a fraction is a task
-    repeats = re.search(r"\\(?:overline|bar|dot) ?\{?\d|\d\.\.\.", answer)
-    if not repeats and (set(values) & set(wanted) or any(map(is_done, values))):
+    repeats = re.search(r"[\d.]*(?:\\(?:overline|bar|dot)\{?\d+|\d\.\.\.)", squeeze(answer))
+    if not repeats and (not wanted.isdisjoint(values) or any(map(is_done, values))):
         return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
     if any(tree in stated for tree in trees + values) or any(map(pattern.search, texts)):
         return True
+    if repeats:
+        return any(repeats.group() in text for text in texts)
     _work.left = MAX_WORK  # `expressions` is remembered: what it took must not count
-    for value, part in itertools.product(values, sorted(stated, key=repr)):
-        sides = value[2] if value[0] == "rel" and set(value[1]) <= {"=", "~"} else ()
-        if any(is_done(side) and same_answer(side, tree) for side in sides for tree in golds):
-            return False  # sin 30° = 1/2
-        if len(walk(part)) > len(walk(value)) or is_done(part) and not repeats:
+    relations = [part for part in stated if part[0] == "rel"]
+    for value in values:
+        is_chain = value[0] == "rel" and set(value[1]) <= {"=", "~"}  # sin 30° = 1/2 tells more
+        sides = [side for side in value[2] if not is_label(side)] if is_chain else [value]
+        if wears(value, relations, golds) or all(wears(side, stated, golds) for side in sides):
+            return True
+    return False
+
+
+def wears(node: Node, parts: Iterable[Node], golds: list[Node]) -> bool:
+    """Does it contain one of the parts, whole, that is equal to the gold and is not in the gold itself?"""
+    for part in parts:
+        if len(walk(part)) > len(walk(node)) or is_done(part):
             continue
         spend(len(walk(part)))
-        if contains(value, part) and not any(contains(tree, part) for tree in golds):
-            if any(same_answer(part, tree) for tree in golds):
-                return True
+        if not contains(node, part) or any(contains(tree, part) for tree in golds):
+            continue
+        if any(same_answer(part, tree) for tree in golds):
+            return True
     return False
 
 
