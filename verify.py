@@ -56,6 +56,7 @@ MAX_WORK = 60_000  # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000  # pairs that `grade` remembers
 TRIES = 10  # deaths of workers on one pair until it counts as crashed
 MAX_STARTS = 100  # signals that may kill a worker while it starts
+MAX_TIMEOUT = 86_400  # seconds for one pair
 START_SECONDS = 20  # for a worker to start
 MAX_MEMORY = 512 << 20  # bytes of address space of one worker process
 MAX_ROW = 16 << 20  # bytes of a row of --jsonl
@@ -110,7 +111,9 @@ def extract_answer(response: str) -> str | None:
     _, _, body = response.rpartition("</think>")
     if "<think>" in body:
         return None
-    found, opened = None, []  # opened: start of the content for a box, None for a plain brace
+    # opened: start of the content for a box, None for a plain brace
+    found = None
+    opened = []
     for match in _BOX.finditer(body):
         token = match.group()
         if match.group(1) or token == "{":
@@ -435,7 +438,9 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
     """Tokens of a cleaned answer. `inside`: the token before the \\text{...} whose words these are."""
     tokens: list[Token] = []
     for match in _LEXERS[separated].finditer(text):
-        kind, value, spaced = match.lastgroup, match.group().lstrip(), bool(match.group("space"))
+        kind = match.lastgroup
+        value = match.group().lstrip()
+        spaced = bool(match.group("space"))
         if match.group("body") is not None:
             before = tokens[-1] if tokens else Token("begin", "", False)
             tokens += tokenise(match.group("body").strip(), separated, before)
@@ -516,7 +521,8 @@ def repeating_decimal(text: str) -> Fraction:
         )
         if period is None:
             raise Unreadable("dots")
-        fixed, block = digits[:-period], digits[-period:]
+        fixed = digits[:-period]
+        block = digits[-period:]
     else:
         fixed = re.match(r"\d*", tail).group()
         block = "".join(re.findall(r"\d", tail[len(fixed) :]))
@@ -607,17 +613,17 @@ _NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
 _MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
 
 
-def number(value) -> Node:
+def number(value):
     return ("num", Fraction(value))
 
 
-def negative(node: Node) -> Node:
+def negative(node):
     if node[0] == "num":
         return ("num", -node[1])
     return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (number(-1), node))
 
 
-def reciprocal(node: Node) -> Node:
+def reciprocal(node):
     return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, number(-1))
 
 
@@ -643,7 +649,8 @@ def written_out(items: list[Node]) -> list[Node]:
 
 def congruences(items: list[Node]) -> list[Node]:
     """x = 1, 4 (mod 5), read item by item, is x = 1 (mod 5), x = 4 (mod 5)."""
-    first, last = items[0], items[-1]
+    first = items[0]
+    last = items[-1]
     if len(items) < 2 or first[:2] != ("rel", ("=",)) or last[:2] != ("rel", ("mod",)):
         return items
     values = [first[2][1], *items[1:-1], last[2][0]]
@@ -669,7 +676,9 @@ class Parser:
     """Recursive descent over the tokens of one answer. Raises Unreadable where the grammar of answers ends."""
 
     def __init__(self, tokens: list[Token]):
-        self.tokens, self.at, self.depth = tokens + [Token("eof", "", False)] * 8, 0, 0
+        self.tokens = tokens + [Token("eof", "", False)] * 8
+        self.at = 0
+        self.depth = 0
         self.bars = False  # inside |...| or {... | ...}: a bar ends what came before
         self.in_set = False  # inside {...}: a colon, too
         self.currency: str | None = None  # seen in the quantity that is being read
@@ -677,7 +686,7 @@ class Parser:
     def peek(self, ahead: int = 0) -> Token:
         return self.tokens[self.at + ahead]
 
-    def is_op(self, *texts: str) -> bool:
+    def is_op(self, *texts: str):
         token = self.tokens[self.at]
         return token.kind == "op" and token.text in texts
 
@@ -698,15 +707,16 @@ class Parser:
 
     # answers: lists, relations, sets
 
-    def answer(self) -> Node:
+    def answer(self):
         node = self.items()
         if self.peek().kind != "eof":
             raise Unreadable(f"{self.peek().text!r} is left over")
         return node
 
-    def items(self) -> Node:
+    def items(self):
         """Items between commas, 'and', 'or'; groups of them between semicolons. One item stands for itself."""
-        groups, joiner = [[]], ","
+        groups = [[]]
+        joiner = ","
         while True:
             groups[-1].append(self.relation())
             separators = [self.take().text] if self.is_op(",", ";", "and", "or") else []
@@ -727,7 +737,7 @@ class Parser:
         items = congruences(written_out(groups[0]))
         return items[0] if len(items) == 1 else ("list", tuple(items), joiner)
 
-    def relation(self) -> Node:
+    def relation(self):
         operators = []
         sides = [
             ("sym", "?") if self.is_op(*_RELATIONS) else self.ratio()
@@ -739,7 +749,7 @@ class Parser:
             operators = ["="]
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
 
-    def ratio(self) -> Node:
+    def ratio(self):
         parts = [self.union()]
         while (
             self.is_op(":")
@@ -753,7 +763,7 @@ class Parser:
             return ("text", squeeze(repr(parts)))  # 4:40 a.m. is no quotient
         return parts[0] if len(parts) == 1 else ("ratio", tuple(parts))
 
-    def union(self) -> Node:
+    def union(self):
         node = self.quantity()
         for _ in range(MAX_UNIONS):
             if not self.is_op("cup", "cap", "setminus"):
@@ -763,7 +773,7 @@ class Parser:
         return node
 
     @staticmethod
-    def as_set(node: Node) -> Node:
+    def as_set(node):
         """Beside a union sign {1, 2} and 3 mean sets."""
         return (
             ("set", node[1] if node[0] == "list" else (node,))
@@ -773,14 +783,16 @@ class Parser:
 
     # quantities and texts
 
-    def quantity(self) -> Node:
+    def quantity(self):
         """An expression with its unit (currency may come before or after it), or words."""
         if self.peek().kind == "word" and not (self.depth and self.peek().text.isupper()):
             return self.words()
         self.currency = None
         node = self.expression()
         currency = self.take().text if self.is_op(*"$€£¥¢") else self.currency
-        base, factor, count = "", Fraction(1), 1
+        base = ""
+        factor = Fraction(1)
+        count = 1
         if self.peek().kind == "word" and self.peek().text != "to":
             base, factor, count = self.unit()
         node = node if count == 1 else ("mul", (number(count), node))  # 5 million
@@ -801,7 +813,11 @@ class Parser:
 
         An unknown word is a unit of its own, marked by a question mark: it is never left out.
         """
-        parts, factor, count, sign, power = [], Fraction(1), 1, 1, 1
+        parts = []
+        factor = Fraction(1)
+        count = 1
+        sign = 1
+        power = 1
         while True:
             if self.peek().kind != "word":
                 next_is_unit = self.peek(1).kind == "word" or self.peek(1).text in UNITS
@@ -833,7 +849,7 @@ class Parser:
                 parts.append(base if sign * power == 1 else f"{base}^{sign * power}")
                 sign = power = 1
 
-    def words(self) -> Node:
+    def words(self):
         """A text: lower case, singular, no articles. Some texts are numbers (five) or choices (option C)."""
         words: list[str] = []
         while self.peek().kind in ("word", "let", "num") or self.is_op("-", "'", "/") and words:
@@ -861,14 +877,14 @@ class Parser:
 
     # expressions
 
-    def expression(self) -> Node:
+    def expression(self):
         terms = [self.term()]
         while self.is_op("+", "-", "±", "∓"):
             terms.append(self.term())  # term() reads the sign
         return terms[0] if len(terms) == 1 else ("add", tuple(terms))
 
     @limited
-    def term(self) -> Node:
+    def term(self):
         """Factors joined by *, / or by standing side by side. Signs bind looser: -x^2 is -(x^2)."""
         sign = self.take("+", "-", "±", "∓")
         if sign:
@@ -887,12 +903,13 @@ class Parser:
             else:
                 return factors[0] if len(factors) == 1 else ("mul", tuple(factors))
 
-    def signed_power(self) -> Node:
+    def signed_power(self):
         return negative(self.power()) if self.take("-") else self.power()
 
-    def starts_factor(self) -> bool:
+    def starts_factor(self):
         """May the next token begin a factor without a sign before it? A number after a number only in 2^6 3^5."""
-        token, before = self.peek(), self.tokens[self.at - 1]
+        token = self.peek()
+        before = self.tokens[self.at - 1]
         if token.kind == "num" and before.kind == "num":
             return self.tokens[self.at - 2].text == "^" == self.peek(1).text
         if token.kind == "num":
@@ -906,7 +923,7 @@ class Parser:
             and not self.bars
         )
 
-    def power(self) -> Node:
+    def power(self):
         node = self.postfix(self.atom())
         if not self.take("^"):
             return node
@@ -918,7 +935,7 @@ class Parser:
         return self.postfix(("pow", node, exponent))
 
     @limited
-    def exponent(self) -> Node:
+    def exponent(self):
         """A group, or a signed power: x^-1, x^10, and 2^3^2 from the right."""
         if self.is_op("{"):
             return self.atom()
@@ -926,7 +943,7 @@ class Parser:
             return self.signed_power()
         return self.postfix(self.atom())
 
-    def postfix(self, node: Node) -> Node:
+    def postfix(self, node):
         for _ in range(4):
             sign = self.take("!", "%", "°")
             if sign is None:
@@ -940,7 +957,7 @@ class Parser:
     # atoms
 
     @limited
-    def atom(self) -> Node:
+    def atom(self):
         token = self.take()
         readers = {
             "num": self.numeral,
@@ -971,7 +988,7 @@ class Parser:
             return self.signed_power()
         raise Unreadable(f"{token.text!r} in a formula")
 
-    def numeral(self, text: str) -> Node:
+    def numeral(self, text: str):
         """A number, a mixed number (3\\frac12, 3 1/2) or a number in another base (12_5)."""
         if self.take("_"):
             base = self.raw_group().strip("{()}").removeprefix("base")
@@ -979,7 +996,9 @@ class Parser:
             if not re.fullmatch(r"\d{1,2}", base) or "/" in text:
                 raise Unreadable("base of a numeral")
             return number(text) if base == "10" else ("based", text.lstrip("0") or "0", int(base))
-        start, parts, token = self.at, None, self.peek()
+        start = self.at
+        parts = None
+        token = self.peek()
         if text.isdigit() and (token.kind, token.text) == ("cmd", "frac"):
             self.take()
             parts = self.argument(), self.argument()
@@ -998,7 +1017,8 @@ class Parser:
 
     def raw_group(self) -> str:
         """The text of a subscript: one token or a braced group, unparsed."""
-        text, level = "", 0
+        text = ""
+        level = 0
         while True:
             token = self.take()
             level += (token.text == "{") - (token.text == "}")
@@ -1006,7 +1026,7 @@ class Parser:
             if level <= 0:
                 return text
 
-    def symbol(self, name: str) -> Node:
+    def symbol(self, name: str):
         """A letter with its subscript and primes; a letter before a bracket may be a function: f(x)."""
         if self.take("_"):
             name += "_" + self.raw_group().removeprefix("{").removesuffix("}")
@@ -1036,7 +1056,7 @@ class Parser:
         is_call = name[0] in _CALLS or len(arguments) > 1
         return ("call", name, arguments) if is_call else ("mul", (("sym", name), inside))
 
-    def enclosed(self, in_set: bool = False) -> Node:
+    def enclosed(self, in_set: bool = False):
         """What stands between brackets: bars and colons outside do not matter inside."""
         outer = self.bars, self.in_set
         self.bars = self.in_set = in_set
@@ -1044,7 +1064,7 @@ class Parser:
         self.bars, self.in_set = outer
         return node
 
-    def argument(self) -> Node:
+    def argument(self):
         """The argument of \\frac, \\binom or \\log_: a group, or one digit of a longer number as TeX reads it."""
         token = self.peek()
         if token.kind == "num" and len(token.text) > 1 and token.text.isdigit():
@@ -1052,7 +1072,7 @@ class Parser:
             return number(token.text[0])
         return negative(self.atom()) if self.take("-") else self.atom()
 
-    def bracket(self, opening: str) -> Node:
+    def bracket(self, opening: str):
         """After '(' or '[': a group, or a tuple, point or interval with its brackets as written.
 
         After '{' of LaTeX: one item, or a plain list ({1,2} is often meant as the set).
@@ -1063,7 +1083,7 @@ class Parser:
             ("tuple", opening, closing, node[1]) if node[0] == "list" and opening != "{" else node
         )
 
-    def braces(self, _opening: str) -> Node:
+    def braces(self, _opening: str):
         """After `\\{`: a set by its elements, or by the conditions after | or :."""
         if self.take("\\}"):
             return ("set", ())
@@ -1083,15 +1103,16 @@ class Parser:
             conditions = (node,) + conditions
         return ("where", conditions, joiner)
 
-    def fence(self, opening: str) -> Node:
+    def fence(self, opening: str):
         """|x|, floor and ceiling."""
-        outer, self.bars = self.bars, opening == "|"
+        outer = self.bars
+        self.bars = opening == "|"
         node = self.expression()
         self.need({"|": "|", "⌊": "⌋", "⌈": "⌉"}[opening])
         self.bars = outer
         return ("fn", {"|": "abs", "⌊": "floor", "⌈": "ceil"}[opening], (node,))
 
-    def environment(self, name: str) -> Node:
+    def environment(self, name: str):
         """A matrix, the lines of `aligned` as a list, or the pairs (value, condition) of `cases` as a set."""
         lines = name in ("cases", "aligned", "align", "gathered")
         if not lines and name not in _MATRICES:
@@ -1118,9 +1139,10 @@ class Parser:
         items = tuple(item for row in rows for item in row)
         return items[0] if len(items) == 1 else ("list", items, ",")
 
-    def command(self, name: str) -> Node:
+    def command(self, name: str):
         if name == "frac":
-            top, over = self.argument(), reciprocal(self.argument())
+            top = self.argument()
+            over = reciprocal(self.argument())
             return number(top[1] * over[1]) if top[0] == over[0] == "num" else ("mul", (top, over))
         if name == "sqrt":
             degree = number(2)
@@ -1155,7 +1177,7 @@ class Parser:
             return self.symbol({"infty": "∞", "pi": "π"}.get(name, f"\\{name}"))
         raise Unreadable(f"command \\{name}")
 
-    def function(self, name: str) -> Node:
+    def function(self, name: str):
         """sin x, sin^2 x, sin^{-1} x, log_2 x, max(a, b). Without brackets the argument ends at + or at a function."""
         base = power = None
         while self.is_op("_", "^"):
@@ -1184,7 +1206,8 @@ class Parser:
             argument = factors[0] if len(factors) == 1 else ("mul", tuple(factors))
             arguments = (negative(argument) if negated else argument,)
         if power == number(-1) and "a" + name in _FUNCTIONS.values():
-            name, power = "a" + name, None
+            name = "a" + name
+            power = None
         node = ("fn", name, arguments + ((base,) if base else ()))
         return node if power is None else ("pow", node, power)
 
@@ -1243,7 +1266,8 @@ def combined(operation, a, b, mp=_MP):
     return exact(operation(a, b)) if both_exact else operation(to_mp(a, mp), to_mp(b, mp))
 
 
-plus, times = partial(combined, operator.add), partial(combined, operator.mul)
+plus = partial(combined, operator.add)
+times = partial(combined, operator.mul)
 
 
 def raised(a, b, mp):
@@ -1268,7 +1292,7 @@ def raised(a, b, mp):
     return to_mp(a, mp) ** to_mp(b, mp)
 
 
-def is_real(value) -> bool:
+def is_real(value):
     return isinstance(value, Fraction) or abs(_MP.im(value)) <= abs(_MP.re(value)) * 1e-40
 
 
@@ -1282,10 +1306,11 @@ def scale(value, mp) -> int:
     return 0 if magnitude == mp.ninf else abs(magnitude)
 
 
-def evaluate(node: Node, s: Scope):
+def evaluate(node, s: Scope):
     """The value of an expression, a Fraction, mpf or mpc; Undefined if it has none."""
     spend(1)
-    kind, mp = node[0], s.mp
+    kind = node[0]
+    mp = s.mp
     if kind == "num":
         return node[1]
     if kind == "sym" and node[1] in s.env:
@@ -1326,7 +1351,7 @@ def evaluate(node: Node, s: Scope):
     return value
 
 
-def call(node: Node, s: Scope):
+def call(node, s: Scope):
     """f(x) of an unknown function gets a value that depends on its name and arguments only; a(b+c) is a product."""
     arguments = [evaluate(argument, s) for argument in node[2]]
     if is_product(node):
@@ -1335,14 +1360,15 @@ def call(node: Node, s: Scope):
     return Fraction(random.Random(key).randrange(1, 10**6), 99_991)
 
 
-def is_product(node: Node) -> bool:
+def is_product(node):
     """p(q+1) may be a product; f(x) and P(0) are not."""
     return node[1][0] not in _OPAQUE and len(node[2]) == 1 and bool(unknowns(node[2][0]))
 
 
 def apply(name: str, arguments: list, s: Scope):
     """A named function. Arguments so large that reducing them would take long are refused."""
-    mp, x = s.mp, arguments[0]
+    mp = s.mp
+    x = arguments[0]
     if any(abs(a) > _HUGE for a in arguments) and name not in ("abs", "max", "min"):
         raise TooBig("argument")
     real = all(map(is_real, arguments))
@@ -1398,7 +1424,7 @@ def apply(name: str, arguments: list, s: Scope):
         raise Undefined(f"{name}: {error}") from None
 
 
-def same_number(a: Node, b: Node, s: Scope) -> bool:
+def same_number(a, b, s: Scope):
     """Have two expressions the same value here? Undefined or TooBig if nothing can be said.
 
     Fractions are compared exactly. Other values get more digits than a coincidence can hide: it takes long numbers in
@@ -1408,12 +1434,15 @@ def same_number(a: Node, b: Node, s: Scope) -> bool:
     digits = _MP.dps
     while digits <= (MAX_DIGITS_AT_POINTS if s.env else MAX_DIGITS):
         at = s._replace(mp=arithmetic(digits), largest=[0])
-        x, y = evaluate(a, at), evaluate(b, at)
+        x = evaluate(a, at)
+        y = evaluate(b, at)
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             return x == y
         hidden = int((written(a) + written(b) + at.largest[0]) * 0.302) + 1
-        x, y = to_mp(x, at.mp), to_mp(y, at.mp)
-        gap, size = abs(x - y), max(abs(x), abs(y))
+        x = to_mp(x, at.mp)
+        y = to_mp(y, at.mp)
+        gap = abs(x - y)
+        size = max(abs(x), abs(y))
         if 60 + 4 * hidden <= digits:
             return gap <= at.mp.mpf(10) ** -(3 * hidden + 40)
         if hidden <= 40 and gap > size * 1e-5 and size > 1e-20:
@@ -1447,7 +1476,7 @@ def mapped(part, change):
 
 
 @lru_cache(maxsize=1 << 14)
-def walk(node: Node) -> tuple[Node, ...]:
+def walk(node) -> tuple[Node, ...]:
     """The node and all nodes below it."""
     below: list[Node] = []
     mapped(node, below.append)
@@ -1455,7 +1484,7 @@ def walk(node: Node) -> tuple[Node, ...]:
 
 
 @lru_cache(maxsize=1 << 14)
-def children(node: Node) -> tuple[Node, ...]:
+def children(node) -> tuple[Node, ...]:
     """The nodes right below, without factors of 1 and -1."""
     found: list[Node] = []
     mapped(node, found.append)
@@ -1465,7 +1494,7 @@ def children(node: Node) -> tuple[Node, ...]:
 
 
 @lru_cache(maxsize=1 << 14)
-def canonical(node: Node) -> Node:
+def canonical(node):
     """The tree with flat, sorted sums, products and sets: equal for two answers that differ only in such order."""
     node = mapped(node, canonical)
     if node[0] in ("add", "mul"):
@@ -1484,34 +1513,34 @@ def canonical(node: Node) -> Node:
 
 
 @lru_cache(maxsize=1 << 14)
-def unknowns(node: Node) -> frozenset[str]:
+def unknowns(node) -> frozenset[str]:
     """The names without a fixed value."""
     names = {n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)}
     return frozenset(names - {"π", "e", "i", "∞"})
 
 
 @lru_cache(maxsize=1 << 14)
-def written(node: Node) -> int:
+def written(node) -> int:
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
 
 
 @lru_cache(maxsize=1 << 14)
-def kinds_in(node: Node) -> frozenset[str]:
+def kinds_in(node) -> frozenset[str]:
     return frozenset(n[0] for n in walk(node))
 
 
-def has(node: Node, *kinds: str) -> bool:
+def has(node, *kinds: str):
     return not kinds_in(node).isdisjoint(kinds)
 
 
-def substituted(node: Node, values: dict[str, Node]) -> Node:
+def substituted(node, values: dict[str, Node]):
     if node[0] == "sym":
         return values.get(node[1], node)
     return mapped(node, lambda child: substituted(child, values))
 
 
-def variants(node: Node) -> list[Node]:
+def variants(node) -> list[Node]:
     """An expression with plus-minus signs stands for its two values; all its signs go together."""
     if not has(node, "pm"):
         return [node]
@@ -1525,7 +1554,7 @@ def variants(node: Node) -> list[Node]:
     return [pick(node, 1), pick(node, -1)]
 
 
-def is_defined(tree: Node) -> bool:
+def is_defined(tree):
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
     infinity = ("sym", "∞")
     if tree[0] in ("num", "sym", "text") or tree == negative(infinity):
@@ -1542,7 +1571,8 @@ def is_defined(tree: Node) -> bool:
         for node in walk(tree)
     ) and infinity not in walk(tree):
         return True
-    names, rng = sorted(unknowns(tree)), random.Random(1)
+    names = sorted(unknowns(tree))
+    rng = random.Random(1)
     for env in itertools.chain(
         ordinary_points(names, set(names), rng), ordinary_points(names, set(), rng)
     ):
@@ -1574,7 +1604,7 @@ def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> It
         yield env
 
 
-def switches(tree: Node) -> list[Node]:
+def switches(tree) -> list[Node]:
     """Expressions at whose zeros the formula of the tree may change: |.|, sgn, max, min, roots, floor, ceiling."""
     found = []
     for node in walk(tree):
@@ -1590,7 +1620,7 @@ def switches(tree: Node) -> list[Node]:
     return [node for node in dict.fromkeys(found) if unknowns(node)][:40]
 
 
-def zeros(node: Node, name: str, env: dict) -> list:
+def zeros(node, name: str, env: dict) -> list:
     """Real zeros of an expression in one unknown: those of its factors; up to degree 2, else a grid to look on."""
     if node[0] == "mul":
         return [zero for item in node[1] for zero in zeros(item, name, env)]
@@ -1602,7 +1632,8 @@ def zeros(node: Node, name: str, env: dict) -> list:
             for x in (0, 1, -1, 7)
         ]
         c, up, down, test = at
-        a, b = (up + down) / 2 - c, (up - down) / 2
+        a = (up + down) / 2 - c
+        b = (up - down) / 2
         if abs(49 * a + 7 * b + c - test) < 1e-40:  # it is a x^2 + b x + c
             if abs(a) < 1e-60:
                 return [-c / b] if abs(b) > 1e-60 else []
@@ -1613,24 +1644,27 @@ def zeros(node: Node, name: str, env: dict) -> list:
     return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
 
 
-def runs(a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
+def runs(a, b, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
     """24 numbers in a row for each unknown that may count: there (-1)^n, n mod 6 and \\gcd(n, 12) show their period."""
     nodes = walk(a) + walk(b)
-    exponents = [node[2] for node in nodes if node[0] == "pow" and unknowns(node[2])]
-    counted = exponents + [node for node in nodes if node[0] == "fn"]
     for name in names:
-        tested = counted if name in whole else exponents
-        if not any(name in unknowns(node) for node in tested):
+        is_whole = name in whole
+        if not any(
+            node[0] == "pow"
+            and name in unknowns(node[2])
+            or node[0] == "fn"
+            and is_whole
+            and name in unknowns(node)
+            for node in nodes
+        ):
             continue
         base = next(ordinary_points(names, whole, rng))
         start = rng.randint(1, 12)
-        for k in range(24 if name in whole else 4):
-            yield base | {name: Fraction(start + k, 1 if name in whole else 97)}
+        for k in range(start, start + 24 if is_whole else start + 4):
+            yield base | {name: Fraction(k, 1 if is_whole else 97)}
 
 
-def points_between(
-    a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random
-) -> Iterator[dict]:
+def points_between(a, b, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
     """Points at, and on both sides of, the switches of both trees, one unknown moving at a time; and far out."""
     expressions = switches(a) + switches(b)
     for name in names if expressions else ():
@@ -1678,13 +1712,15 @@ def plain_number(text: str) -> Fraction | None:
     sign, whole, decimals, exponent, sign2, top, bottom, top2, bottom2 = match.groups()
     if whole or decimals:
         return Fraction(f"{sign}{whole.replace(',', '') or 0}{decimals or ''}e{exponent or 0}")
-    top, bottom = int(top or top2 or 0), int(bottom or bottom2 or 0)
+    top = int(top or top2 or 0)
+    bottom = int(bottom or bottom2 or 0)
     return Fraction(-top if sign2 == "-" else top, bottom) if bottom else None
 
 
 def same_plain(answer: str, gold: str) -> bool | None:
     """The verdict on two plain numbers; None if it takes the parser."""
-    a, b = plain_number(answer.strip()), plain_number(gold.strip())
+    a = plain_number(answer.strip())
+    b = plain_number(gold.strip())
     return None if a is None or b is None else a == b
 
 
@@ -1755,14 +1791,15 @@ def read(text: str) -> tuple[Node, ...]:
     return tuple(tree for tree in trees if is_defined(tree))
 
 
-def same(a: Node, b: Node) -> bool:
+def same(a, b):
     """Do two trees mean the same answer? One rule for each kind; what no rule accepts is different."""
     spend(20)
     if a == b or canonical(a) == canonical(b):
         return True
     if "choice" in (a[0], b[0]):
         return same_choice(a, b)
-    a, b = simplified(a), simplified(b)
+    a = simplified(a)
+    b = simplified(b)
     kinds = {a[0], b[0]}
     if "builder" in kinds:
         return (
@@ -1770,7 +1807,8 @@ def same(a: Node, b: Node) -> bool:
         )
     if is_region(a) or is_region(b):
         with contextlib.suppress(Undefined, TooBig):
-            left, right = region(a), region(b)
+            left = region(a)
+            right = region(b)
             names = {left.name, right.name}
             is_expression = any(name and name.startswith("(") for name in names)
             same_name = len(names) == 1 or None in names and not is_expression
@@ -1797,7 +1835,7 @@ def same(a: Node, b: Node) -> bool:
     return same_value(a, b)
 
 
-def simplified(node: Node) -> Node:
+def simplified(node):
     """A list or set of one is its element (but {{1}} is not {1}); equations are checked, as `name = value`."""
     if (
         node[0] in ("list", "set")
@@ -1830,7 +1868,8 @@ def simplified(node: Node) -> Node:
         return ("rel", ("=",), (node[2][0], simplified(node[2][1])))  # x in {2}
     if node[0] != "rel" or not set(node[1]) <= {"=", "~"}:
         return node
-    operators, sides = node[1], list(node[2])
+    operators = node[1]
+    sides = list(node[2])
     if operators[0] == "=" and "~" in operators:  # x = 1/3 ~ 0.33: the exact part counts
         sides = sides[: operators.index("~") + 1]
     if operators == ("~",) and not any(map(unknowns, sides)):  # 3\sqrt2 ~ 4.24
@@ -1858,7 +1897,7 @@ def simplified(node: Node) -> Node:
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
 
 
-def residue(side: Node, modulus: Node) -> Node:
+def residue(side, modulus):
     """10 (mod 7) is 3 (mod 7); the modulus itself and what is no whole number stay."""
     numbers = side[0] == modulus[0] == "num" and side[1].denominator == modulus[1].denominator == 1
     if not numbers or modulus[1] < 2 or side is modulus:
@@ -1866,37 +1905,21 @@ def residue(side: Node, modulus: Node) -> Node:
     return number(side[1] % modulus[1])
 
 
-def components(node: Node) -> Node | None:
-    """3i - 4j of unit vectors is (3, -4); None for all else."""
-    names = (
-        {part[1] for part in walk(node) if part[0] == "sym"} if node[0] in ("add", "mul") else ()
-    )
-    marked = {name[-1] for name in names if name in ("vec i", "vec j", "vec k")}
-    if not marked and not ("i" in names and "j" in names and node[0] == "add"):
+def components(node):
+    """3i - 4j of unit vectors is (3, -4): the value at i = 1, j = 0 and that at i = 0, j = 1. None for all else."""
+    names = unknowns(node) if node[0] in ("add", "mul") else frozenset()
+    axes = ["vec i", "vec j", "vec k"]
+    if names.isdisjoint(axes) and node[0] == "add" and "j" in names and ("sym", "i") in walk(node):
+        axes = ["i", "j", "k"]
+    elif names.isdisjoint(axes):
         return None
-    basis = {axis: (f"vec {axis}" if marked else axis) for axis in "ijk"}
-    last = "k" if basis["k"] in names else "j"
-    found = {axis: [] for axis in "ijk"}
-    for term in canonical(node)[1] if node[0] == "add" else (node,):
-        factors = canonical(term)[1] if term[0] == "mul" else (term,)
-        axes = [axis for axis in "ijk" if ("sym", basis[axis]) in factors]
-        rest = (
-            tuple(factor for factor in factors if factor[:2] != ("sym", basis[axes[0]]))
-            if axes
-            else ()
-        )
-        if len(axes) != 1 or len(rest) != len(factors) - 1:
-            return None
-        found[axes[0]].append(("mul", (number(1), *rest)))
-    return (
-        "tuple",
-        "(",
-        ")",
-        tuple(("add", (number(0), *found[axis])) for axis in "ijk"[: "ijk".index(last) + 1]),
-    )
+    axes = axes if axes[2] in names else axes[:2]
+    zero = dict.fromkeys(axes, number(0))
+    values = [substituted(node, zero | {axis: number(1)}) for axis in axes]
+    return ("tuple", "(", ")", tuple(values))
 
 
-def is_label(node: Node) -> bool:
+def is_label(node):
     """Is this the name of something asked for: x, a_1, f(x), AB, \\angle ABC, \\cos A, |AB|, (p, q), AB/CD, V_1:V_2?"""
     kind = node[0]
     if kind == "sym":
@@ -1931,7 +1954,7 @@ def is_label(node: Node) -> bool:
     return kind == "text"
 
 
-def same_choice(a: Node, b: Node) -> bool:
+def same_choice(a, b):
     """(C) 8 is C, and is 8; (C) 8 is not (D) 8."""
     if a[0] == b[0]:
         return a[1] == b[1] and same(a[2], b[2])
@@ -1939,7 +1962,7 @@ def same_choice(a: Node, b: Node) -> bool:
     return other == ("sym", choice[1]) or same(choice[2], other)
 
 
-def same_quantity(a: Node, b: Node) -> bool:
+def same_quantity(a, b):
     """Units on both sides must be the same or convert; where one side has none, the question gave it."""
     if a[0] == b[0]:
         return a[2] == b[2] and same_value(a, b)
@@ -1949,12 +1972,13 @@ def same_quantity(a: Node, b: Node) -> bool:
     return bare[0] not in ("deg", "pct") and "?" not in measured[2] and same(bare, measured[1])
 
 
-def same_ratio(a: Node, b: Node) -> bool:
+def same_ratio(a, b):
     """3:4 = 6:8 = 3/4. A ratio with a zero is equal to itself only: its cross products agree with everything."""
     if a[0] == b[0]:
         if len(a[1]) != len(b[1]) or any(same(part, number(0)) for part in a[1] + b[1]):
             return False
-        (x, *xs), (y, *ys) = a[1], b[1]
+        (x, *xs) = a[1]
+        (y, *ys) = b[1]
         return all(same_value(("mul", (u, y)), ("mul", (v, x))) for u, v in zip(xs, ys))
     ratio, other = (a, b) if a[0] == "ratio" else (b, a)
     return (
@@ -1964,16 +1988,17 @@ def same_ratio(a: Node, b: Node) -> bool:
     )
 
 
-def same_matrix(a: Node, b: Node) -> bool:
+def same_matrix(a, b):
     """Matrices entry by entry; (1, 2) may stand for a column."""
-    a, b = worked_in(a), worked_in(b)
+    a = worked_in(a)
+    b = worked_in(b)
     if (a[0], b[0]) != ("matrix", "matrix"):
         return "matrix" not in (a[0], b[0]) and same_value(a, b)
     shapes = [[len(row) for row in node[1]] for node in (a, b)]
     return shapes[0] == shapes[1] and all(all(map(same, r, s)) for r, s in zip(a[1], b[1]))
 
 
-def worked_in(node: Node) -> Node:
+def worked_in(node):
     """Factors and summands moved into the entries: 2 (1, 2) is (2, 4); a matrix of one entry is its entry."""
     if node[0] == "tuple" and node[1:3] == ("(", ")"):
         return ("matrix", tuple((item,) for item in node[3]))
@@ -2004,7 +2029,7 @@ def worked_in(node: Node) -> Node:
 # Collections
 
 
-def is_collection(node: Node) -> bool:
+def is_collection(node):
     return (
         node[0] in ("list", "set")
         or node[0] not in ("tuple", "matrix", "ratio")
@@ -2012,7 +2037,7 @@ def is_collection(node: Node) -> bool:
     )
 
 
-def elements(node: Node) -> list[Node]:
+def elements(node) -> list[Node]:
     """The members of a list or set (and of x = {1, 2}, x in {1, 2}), plus-minus written out, inner lists spliced in."""
     if node[0] in ("list", "set"):
         return [
@@ -2028,7 +2053,7 @@ def elements(node: Node) -> list[Node]:
 _TENS = {number(-1), number(10), number(100), number(1000)}
 
 
-def label_of(node: Node) -> Node | None:
+def label_of(node) -> Node | None:
     """The name in `name = value` and `name in set`, and what is asked for in m - n = 6 and 100m + n = 305."""
     if node[0] != "rel" or node[1] not in (("=",), ("in",)):
         return None
@@ -2064,13 +2089,14 @@ def points(members: list[Node], joiner: str = ",") -> list[Node]:
     return [("rel", ("=",), (label, ("tuple", "(", ")", value))) for value in values]
 
 
-def same_collection(a: Node, b: Node) -> bool:
+def same_collection(a, b):
     """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
     xs, ys = (
         [node if node[0] == "set" else simplified(node) for node in elements(part)]
         for part in (a, b)
     )
-    (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
+    (names, values) = named_values(xs)
+    (other_names, other_values) = named_values(ys)
     has_or = "or" in (a[-1], b[-1])
     if (
         has_or and a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values)
@@ -2088,10 +2114,8 @@ def same_collection(a: Node, b: Node) -> bool:
             for node, side in ((a, values), (b, other_values))
         )
         return len(xs) == len(ys) and all(map(same, xs, ys))
-    (names, xs), (other_names, ys) = (
-        named_values(points(xs, a[-1])),
-        named_values(points(ys, b[-1])),
-    )
+    (names, xs) = named_values(points(xs, a[-1]))
+    (other_names, ys) = named_values(points(ys, b[-1]))
     if names != other_names and (names and other_names or len(names + other_names) > 1):
         return False
     has_signs = has(a, "pm") or has(b, "pm")
@@ -2100,7 +2124,8 @@ def same_collection(a: Node, b: Node) -> bool:
         or "set" in (a[0], b[0])
         or all(member[0] in ("tuple", "rel") for member in xs + ys)
     ):
-        xs, ys = distinct(xs), distinct(ys)
+        xs = distinct(xs)
+        ys = distinct(ys)
     return matched(xs, ys)
 
 
@@ -2116,14 +2141,16 @@ def distinct(nodes: list[Node]) -> list[Node]:
     ]
 
 
-def same_member(x: Node, y: Node) -> bool:
+def same_member(x, y):
     return (x[0] == "set") == (y[0] == "set") and same(x, y)  # {1} is not a member of {1}
 
 
-def matched(xs: list[Node], ys: list[Node]) -> bool:
+def matched(xs: list[Node], ys: list[Node]):
     """Is there a one-to-one match? Equal trees are cancelled first; many that are left mean different lists."""
-    left, right = Counter(map(canonical, xs)), Counter(map(canonical, ys))
-    xs, ys = list((left - right).elements()), list((right - left).elements())
+    left = Counter(map(canonical, xs))
+    right = Counter(map(canonical, ys))
+    xs = list((left - right).elements())
+    ys = list((right - left).elements())
     if len(xs) != len(ys) or len(xs) > 40:
         return False
     for x in xs:
@@ -2139,7 +2166,7 @@ def matched(xs: list[Node], ys: list[Node]) -> bool:
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 
 
-def same_relation(a: Node, b: Node) -> bool:
+def same_relation(a, b):
     """Two relations: the same sides, or the same up to a factor. A value agrees with `name = value` only."""
     if a[0] != b[0]:
         relation, value = (a, b) if a[0] == "rel" else (b, a)
@@ -2169,7 +2196,7 @@ def same_relation(a: Node, b: Node) -> bool:
     return len(a[1]) == 1 and a[1] in (b[1], flipped) and a[1][0] in _FLIP and proportional(a, b)
 
 
-def proportional(a: Node, b: Node) -> bool:
+def proportional(a, b):
     """Is (left - right) of one a constant multiple of the other's, with the sign that the direction asks for?"""
     f, g = (("add", (node[2][0], negative(node[2][1]))) for node in (a, b))
     names = sorted(unknowns(f))
@@ -2177,7 +2204,8 @@ def proportional(a: Node, b: Node) -> bool:
         return False
     for env in ordinary_points(names, _WHOLE_NAMES, pair_seed(f, g)):
         with contextlib.suppress(Undefined, TooBig):
-            x, y = evaluate(f, Scope(env)), evaluate(g, Scope(env))
+            x = evaluate(f, Scope(env))
+            y = evaluate(g, Scope(env))
             if abs(x) < 1e-30 or abs(y) < 1e-30:
                 continue
             same_sign = is_real(x) and is_real(y) and to_mp(x).real * to_mp(y).real > 0
@@ -2200,7 +2228,7 @@ class Region(NamedTuple):
     holds: Callable  # is this number in the set?
 
 
-def is_region(node: Node) -> bool:
+def is_region(node):
     """Is this written as a set of reals (and not as a pair that could be a point)?"""
     if node[0] == "rel":
         return bool(set(node[1]) & {"<", "<=", ">", ">=", "!=", "in"})
@@ -2209,7 +2237,7 @@ def is_region(node: Node) -> bool:
     return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
 
 
-def region(node: Node) -> Region:
+def region(node) -> Region:
     """The set of reals that a tree describes. Undefined or TooBig if it is none that these rules know."""
     kind = node[0]
     if node == ("sym", "ℝ"):
@@ -2218,13 +2246,11 @@ def region(node: Node) -> Region:
         low, high = node[3]
         if not before(endpoint(low), endpoint(high)):
             raise Undefined("an empty interval")
-        kind, node = (
+        kind = "rel"
+        node = (
             "rel",
-            (
-                "rel",
-                tuple("<=" if b in "[]" else "<" for b in node[1:3]),
-                (low, ("sym", "?"), high),
-            ),
+            tuple("<=" if b in "[]" else "<" for b in node[1:3]),
+            (low, ("sym", "?"), high),
         )
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
@@ -2237,9 +2263,11 @@ def region(node: Node) -> Region:
         and node[1][1][0] == "mul"
         and node[1][1][1][0] == number(-1)
     ):  # R - {0}
-        kind, node = "setminus", ("setminus", node[1][0], node[1][1][1][1])
+        kind = "setminus"
+        node = ("setminus", node[1][0], node[1][1][1][1])
     if kind in ("cup", "cap", "setminus"):
-        left, right = region(node[1]), region(node[2])
+        left = region(node[1])
+        right = region(node[2])
         join = {
             "cup": lambda x: left.holds(x) or right.holds(x),
             "cap": lambda x: left.holds(x) and right.holds(x),
@@ -2285,11 +2313,15 @@ def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
         (_FLIP[op] if i < free[0] else op, endpoint(side))
         for i, (op, side) in enumerate(zip(operators, others))
     ]
-    name, marks, value = None, [bound for _, bound in bounds], lambda x: x
+    name = None
+    marks = [bound for _, bound in bounds]
+    value = lambda x: x
     if middle[0] == "sym":
         name = middle[1] if middle[1] != "?" else None
     elif middle[:2] == ("fn", "abs") and middle[2][0][0] == "sym":
-        name, marks, value = middle[2][0][1], marks + [-mark for mark in marks], abs
+        name = middle[2][0][1]
+        marks = marks + [-mark for mark in marks]
+        value = abs
     elif middle[0] == "call":
         name = subject(middle)
     else:
@@ -2297,7 +2329,7 @@ def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
     return Region(name, marks, lambda x: all(_TESTS[op](value(x), bound) for op, bound in bounds))
 
 
-def subject(side: Node) -> str | None:
+def subject(side) -> str | None:
     """What a condition is about. A set without a name may answer for x, f(x) and a + b, not for x^2 (a tree in text)."""
     if label_of(("rel", ("=",), (side, number(0)))) and side[0] == "add":
         return None
@@ -2315,7 +2347,7 @@ _TESTS = {
 }
 
 
-def endpoint(node: Node):
+def endpoint(node):
     """A real number as Fraction or mpf, or an infinity. TooBig if 100 digits may not tell it from another."""
     if node in (("sym", "∞"), negative(("sym", "∞"))):
         return _MP.inf if node[0] == "sym" else _MP.ninf
@@ -2328,7 +2360,7 @@ def endpoint(node: Node):
     return _MP.re(value)
 
 
-def before(a, b) -> bool:
+def before(a, b):
     """a < b; what is equal within the precision is not before."""
     spend(3)
     if isinstance(a, Fraction) and isinstance(b, Fraction):
@@ -2352,7 +2384,7 @@ _NO_VALUE = set(
 )
 
 
-def same_value(a: Node, b: Node) -> bool:
+def same_value(a, b):
     """Have two expressions the same value wherever both are real (or, if they never are, in the complex numbers)?
 
     NOT IN PAPER: log is natural or decimal, a degree is a number or an angle, 25% is 25 or 1/4: any one reading that
@@ -2376,11 +2408,11 @@ def same_value(a: Node, b: Node) -> bool:
     )
 
 
-def pair_seed(a: Node, b: Node) -> random.Random:
+def pair_seed(a, b) -> random.Random:
     return random.Random("|".join(sorted((repr(a), repr(b)))))
 
 
-def agree(a: Node, b: Node, scope: Scope) -> bool:
+def agree(a, b, scope: Scope):
     """Equal at all points where both have a value: real ones; if there are none, at whole numbers, or complex.
 
     n, m and k are whole numbers: there \\lceil n/2\\rceil is \\lfloor (n+1)/2\\rfloor, and \\cos n\\pi is (-1)^n.
@@ -2436,12 +2468,13 @@ def expressions(problem: str) -> tuple[dict[Node, None], tuple[str, ...]]:
 
 
 @lru_cache(maxsize=1 << 16)
-def contains(tree: Node, part: Node) -> bool:
+def contains(tree, part):
     """Is everything of `part` still there in the tree, nested as it was? Other things may stand around and between.
 
     Signs, the order of terms and the names of unknowns do not matter: 2(x + 1 - 1) - 0y contains x + 1 and y + 1.
     """
-    below, wanted = children(tree), children(part)
+    below = children(tree)
+    wanted = children(part)
     if len(wanted) == 1 and part[0] == "mul":
         return contains(tree, wanted[0])
     if part[0] == "num":
@@ -2454,17 +2487,17 @@ def contains(tree: Node, part: Node) -> bool:
     return is_here or stands_in(below, part)
 
 
-def stands_in(nodes: tuple[Node, ...], part: Node) -> bool:
+def stands_in(nodes: tuple[Node, ...], part):
     return any(contains(node, part) for node in nodes)
 
 
-def is_done(node: Node) -> bool:
+def is_done(node):
     """Is nothing left to compute: a number, a name, x = 4, a list of those?"""
     node = node[2][-1] if label_of(node) else node
     return is_label(node) or kinds_in(node) <= _AS_THEY_ARE
 
 
-def is_copied(answer: str, gold: str, problem: str) -> bool:
+def is_copied(answer: str, gold: str, problem: str):
     """Is a right answer only an expression of its problem: "evaluate sin 315°" answered by sin 315°?
 
     NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in it is left to
@@ -2478,7 +2511,9 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
     wanted = {tree[2][-1] if label_of(tree) else tree for tree in golds}
     # 0.\overline{3} as a fraction is a task
-    repeats = re.search(r"[\d.]*(?:\\(?:overline|bar|dot)\{?\d+|\d\.\.\.)", squeeze(answer))
+    repeats = re.search(
+        r"[\d.]*(?:\\(?:overline|bar|dot)\{?\d+|\d\.\.\.)", squeeze(answer.rpartition("=")[2])
+    )
     if not repeats and (not wanted.isdisjoint(values) or any(map(is_done, values))):
         return False
     stated, texts = expressions(problem)
@@ -2492,12 +2527,14 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     for value in values:
         is_chain = value[0] == "rel" and set(value[1]) <= {"=", "~"}  # sin 30° = 1/2 tells more
         sides = [side for side in value[2] if not is_label(side)] if is_chain else [value]
+        if not wanted.isdisjoint(sides):
+            continue
         if wears(value, relations, golds) or all(wears(side, stated, golds) for side in sides):
             return True
     return False
 
 
-def wears(node: Node, parts: Iterable[Node], golds: list[Node]) -> bool:
+def wears(node, parts: Iterable[Node], golds: list[Node]):
     """Does it contain one of the parts, whole, that is equal to the gold and is not in the gold itself?"""
     for part in parts:
         if len(walk(part)) > len(walk(node)) or is_done(part):
@@ -2536,9 +2573,11 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
     verdict = same_plain(answer, gold)
     if verdict is not None:
         return verdict
-    answer, gold = clean(answer), clean(gold)
+    answer = clean(answer)
+    gold = clean(gold)
     try:
-        trees, golds = read(answer), read(gold)
+        trees = read(answer)
+        golds = read(gold)
         if not trees or not golds:
             return None
         if squeeze(answer) == squeeze(gold):
@@ -2620,7 +2659,8 @@ def is_readable(answer: str) -> bool:
 # A worker is `python verify.py --serve`: a pair in as a line of JSON, one letter out. It is started by exec, not by
 # fork alone, which is safe in a trainer with threads and a GPU. One that misses a deadline is killed and replaced.
 
-_DIED, _LATE = b"", b"l"
+_DIED = b""
+_LATE = b"l"
 _VERDICTS = {
     b"t": True,
     b"f": False,
@@ -2632,8 +2672,16 @@ _VERDICTS = {
 }
 
 
-def serve() -> None:
-    """The life of a worker, bounded in memory. It ends with its input; the alarm ends one whose trainer is gone."""
+def leave_with(trainer: int) -> None:
+    """End this worker with its trainer: a child of the trainer may hold the other end of its pipe open."""
+    while os.getppid() == trainer:
+        time.sleep(1)
+    os._exit(0)
+
+
+def serve(trainer: int) -> None:
+    """The life of a worker, bounded in memory. It ends with its input or its trainer."""
+    threading.Thread(target=leave_with, args=(trainer,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the trainer
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -2653,23 +2701,38 @@ class Worker:
     """The trainer's end of a worker process. `index` is that of its question in the batch, None while it has none."""
 
     def __init__(self):
-        command = [sys.executable, os.path.abspath(__file__), "--serve"]
+        command = [sys.executable, os.path.abspath(__file__), "--serve", str(os.getpid())]
+        reason = f"`{' '.join(command)}` shows why"
         for _ in range(MAX_STARTS):
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-            )
-            self.index, self.deadline = None, math.inf
+            try:
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+                )
+            except OSError as error:  # no more processes, memory or files
+                reason = str(error)
+                break
+            os.set_blocking(self.process.stdin.fileno(), False)
+            self.index = None
+            self.unsent = b""
             if active([self], START_SECONDS) and self.process.stdout.read(1):
                 return
             self.stop()
             if self.process.returncode >= 0:  # it ended by itself: no signal killed it
                 break
-        raise RuntimeError(f"verify.py: no grading worker starts; `{' '.join(command)}` shows why")
+        raise RuntimeError(f"verify.py: no grading worker starts; {reason}")
 
     def ask(self, index: int, question: tuple, timeout: float) -> None:
-        self.index, self.deadline = index, time.monotonic() + timeout
-        with contextlib.suppress(BrokenPipeError):  # it was killed while idle: its output ends
-            self.process.stdin.write(json.dumps([*question, timeout]).encode() + b"\n")
+        self.index = index
+        self.deadline = time.monotonic() + timeout
+        self.unsent = json.dumps([*question, timeout]).encode() + b"\n"
+        self.send()
+
+    def send(self) -> None:
+        """As much of the question as the pipe takes: a worker that stands still never blocks the trainer."""
+        try:
+            self.unsent = self.unsent[self.process.stdin.write(self.unsent) or 0 :]
+        except BrokenPipeError:  # it was killed while idle: its output ends
+            self.unsent = b""
 
     def stop(self) -> None:
         self.process.kill()
@@ -2679,11 +2742,19 @@ class Worker:
 
 
 def active(workers: list[Worker], seconds: float) -> list[Worker]:
-    """Those of the workers that have written or died, as soon as there is one; none when the time is over."""
+    """Those of the workers that have written or died, as soon as there is one; none when the time is over.
+
+    Before that, what the workers have not yet read of their questions is sent.
+    """
     poll = select.poll()
     for worker in workers:
         poll.register(worker.process.stdout, select.POLLIN)
+        if worker.unsent:
+            poll.register(worker.process.stdin, select.POLLOUT)
     files = dict(poll.poll(max(0.0, seconds) * 1000))
+    for worker in workers:
+        if worker.process.stdin.fileno() in files:
+            worker.send()
     return [worker for worker in workers if worker.process.stdout.fileno() in files]
 
 
@@ -2692,7 +2763,18 @@ class Pool:
 
     def __init__(self):
         self.owner = os.getpid()
-        self.workers = [Worker() for _ in range(worker_count())]
+        self.workers: list[Worker] = []
+        self.fill()
+
+    def fill(self) -> None:
+        """Start the workers that are missing. Fewer will do where the machine gives no more, but not none."""
+        while len(self.workers) < worker_count():
+            try:
+                self.workers.append(Worker())
+            except RuntimeError:
+                if not self.workers:
+                    raise
+                return
 
     def verdicts(self, questions: list[tuple], timeout: float) -> list[bool | str]:
         """What `compare` says to each question, or 'timeouts' or 'crashes'.
@@ -2701,9 +2783,11 @@ class Pool:
         """
         for worker in list(self.workers):
             if worker.index is not None:  # an interrupt ended the batch before
-                self.replace(worker)
+                self.remove(worker)
+        self.fill()
         found: dict[int, bool | str] = {}
-        waiting, deaths = list(reversed(range(len(questions)))), Counter()
+        waiting = list(reversed(range(len(questions))))
+        deaths = Counter()
         while len(found) < len(questions):
             for worker in self.workers:
                 if worker.index is None and waiting:
@@ -2717,9 +2801,11 @@ class Pool:
                 letter = (
                     worker.process.stdout.read(1) if worker in heard else _LATE
                 )  # _DIED: its output ended
-                index, worker.index = worker.index, None
+                index = worker.index
+                worker.index = None
                 if letter in (_DIED, _LATE):
-                    self.replace(worker)
+                    self.remove(worker)
+                    self.fill()
                     deaths[index] += 1
                 if letter == _DIED and deaths[index] < TRIES:
                     waiting.append(index)
@@ -2727,9 +2813,9 @@ class Pool:
                     found[index] = _VERDICTS[letter]
         return [found[index] for index in range(len(questions))]
 
-    def replace(self, worker: Worker) -> None:
+    def remove(self, worker: Worker) -> None:
+        self.workers.remove(worker)
         worker.stop()
-        self.workers[self.workers.index(worker)] = Worker()
 
     def stop(self) -> None:
         if self.owner == os.getpid():
@@ -2754,10 +2840,20 @@ _pool_lock = threading.Lock()
 _cache: OrderedDict[tuple, bool | str] = OrderedDict()
 
 
+def forget_pool() -> None:
+    """In a forked child: the pool is the parent's, and another thread may have held the lock."""
+    global _pool, _pool_lock
+    _pool = None
+    _pool_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=forget_pool)
+
+
 def pool() -> Pool:
     """The pool of this process: started at the first use, and anew after a fork."""
     global _pool
-    if _pool is None or _pool.owner != os.getpid():
+    if _pool is None:
         _pool = Pool()
         atexit.register(_pool.stop)
     return _pool
@@ -2777,8 +2873,17 @@ def grade(
     gives the number of workers (0 while none was needed).
     """
     return grade_answers(
-        [extract_answer(response) for response in responses], golds, timeout, problems
+        [extract_answer(response or "") for response in responses], golds, timeout, problems
     )
+
+
+def first_look(answer: str | None, gold: str) -> bool | str | None:
+    """The verdict that needs no worker; None if it takes one."""
+    if answer is None:
+        return "no_answer"
+    if not isinstance(gold, str) or max(len(answer), len(gold)) > MAX_CHARS:
+        return "unparsable"
+    return same_plain(answer, gold)
 
 
 def grade_answers(
@@ -2793,20 +2898,15 @@ def grade_answers(
         raise ValueError(
             f"grade: {len(answers)} answers, {len(golds)} golds and {len(problems)} problems"
         )
-    if not timeout > 0:
-        raise ValueError(f"grade: timeout must be positive, not {timeout}")
-    verdicts = [
-        "no_answer"
-        if answer is None
-        else "unparsable"
-        if max(len(answer), len(gold)) > MAX_CHARS
-        else same_plain(answer, gold)
-        for answer, gold in zip(answers, golds)
-    ]
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(
+            f"grade: timeout must be above 0 and at most {MAX_TIMEOUT} s, not {timeout}"
+        )
     questions = [
-        (answer, gold, problem[:MAX_PROBLEM])
+        (answer, gold, problem[:MAX_PROBLEM] if isinstance(problem, str) else "")
         for answer, gold, problem in zip(answers, golds, problems)
     ]
+    verdicts = [first_look(answer, gold) for answer, gold, _ in questions]
     asked = dict.fromkeys(
         question for question, verdict in zip(questions, verdicts) if verdict is None
     )
@@ -2845,7 +2945,8 @@ def load_rows(path: str) -> list[dict]:
 
     Misuse ends in one line that names file, row and fault (SystemExit).
     """
-    rows, place = [], path
+    rows = []
+    place = path
     try:
         if not os.path.isfile(path):
             raise ValueError("not a file" if os.path.exists(path) else "no such file")
@@ -2929,15 +3030,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--timeout", type=float, default=1.0, help="with --jsonl: seconds for one pair (default 1)"
     )
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     if len(arguments) == 2 and not arguments[0].startswith(
         "--"
     ):  # an answer may begin with a minus
         arguments = ["--", *arguments]
     args = parser.parse_args(arguments)
     if args.serve:
-        serve()
-    elif args.jsonl and not args.answers and args.timeout > 0:
+        serve(args.serve)
+    elif args.jsonl and not args.answers and 0 < args.timeout <= MAX_TIMEOUT:
         try:
             run_rows(args.jsonl, args.timeout)
         except SystemExit as error:
