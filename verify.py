@@ -244,7 +244,8 @@ dots ⟶ \\(?:ldots|dots|cdots|dotsc)§ ⟶ ...
 \frac ⟶ \\frac ?\{ ?d( ?\^ ?\{?\d\}?)? ?([A-Za-z]) ?\} ?\{ ?d ?([A-Za-z])(?: ?\^ ?\{?\d\}?)? ?\}
      ⟶ \\hat{d\2d\3\1}
 / ⟶ (?<![a-zA-Z\\])d([a-zA-Z]) ?/ ?d([a-zA-Z])§ ⟶ \\hat{d\1d\2}
-# _5C_2, {}_5P_2, ^5C_2
+# C_5^2, _5C_2, {}_5P_2, ^5C_2
+C ⟶ (?<![A-Za-z\\])C ?_ ?\{?(\d+|[nmkN])\}? ?\^ ?(\{[^{}]*\}|\w+) ⟶ \\binom{\1}{\2}
 C ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?C ?_ ?\{?(\d+|[a-z])\}? ⟶ \\binom{\1}{\2}
 P ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?P ?_ ?\{?(\d+|[a-z])\}? ⟶ (\\binom{\1}{\2}(\2)!)
 mod ⟶ \\text ?\{ ?\(? ?mod ?\}? ?(\d+) ?\)? ?\}?|\( ?\\?b?mod ?(\d+) ?\) ⟶ \\mod \1\2␣
@@ -431,6 +432,7 @@ _GREEK_NAMES = {*_GREEK.values(), *"pi varphi vartheta varepsilon ell hbar top".
 _CONNECTORS = aliases("""
 and: and 和 与 且 и
 or: or 或 或者 или""")
+_BEFORE_WORD = set("begin word let num and or , ; = in ) }".split())
 _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split())
 
 
@@ -472,12 +474,12 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
     """
     low = run.lower()
     kind, previous = (before.kind, before.text) if before else ("begin", "")
-    after_number = kind == "num" or previous in (")", "}", "°", "%", "pi")
+    after_number = kind == "num" or previous in ") } ° % pi".split()
     if low in _CONNECTORS:
         return [Token("op", _CONNECTORS[low], spaced)]
     if run in _FUNCTIONS and not (low in UNITS and after_number):
         return [Token("cmd", run, spaced)]
-    if run in ("pi", "theta", "alpha", "beta", "sqrt", "infty") or low in ("infinity", "inf"):
+    if run in "pi theta alpha beta sqrt infty".split() or low in ("infinity", "inf"):
         return [Token("cmd", "infty" if low[:3] == "inf" else run, spaced)]
     if low in ("nan", "zoo"):
         raise Unreadable("not a number")
@@ -493,16 +495,7 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
     )
     if in_text or is_unit or not run.isascii() or low in _SHORT_WORDS or run == "DNE":
         return [Token("word", run, spaced)]
-    apart = kind in ("begin", "word", "let", "num") or previous in (
-        "and",
-        "or",
-        ",",
-        ";",
-        "=",
-        "in",
-        ")",
-        "}",
-    )
+    apart = {kind, previous} & _BEFORE_WORD
     is_long = len(run) + after_number > 3 and (spaced or not after_number)
     if apart and is_long and any(letter in "aeiouy" for letter in run) and not run.isupper():
         return [Token("word", run, spaced)]
@@ -623,11 +616,19 @@ def negative(node):
     return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (number(-1), node))
 
 
+def equation(left, right):
+    return ("rel", ("=",), (left, right))
+
+
+def point(items):
+    return ("tuple", "(", ")", tuple(items))
+
+
 def reciprocal(node):
     return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, number(-1))
 
 
-def written_out(items: list[Node]) -> list[Node]:
+def written_out(items):
     """1, 2, ..., 5 is 1, 2, 3, 4, 5; where the last term is a formula, the first terms that show the step stay."""
     dots = ("sym", "...")
     head = items[:-2]
@@ -647,7 +648,7 @@ def written_out(items: list[Node]) -> list[Node]:
     return [number(first + i * step) for i in range(int(count))]
 
 
-def congruences(items: list[Node]) -> list[Node]:
+def congruences(items):
     """x = 1, 4 (mod 5), read item by item, is x = 1 (mod 5), x = 4 (mod 5)."""
     first = items[0]
     last = items[-1]
@@ -675,7 +676,7 @@ def limited(method):
 class Parser:
     """Recursive descent over the tokens of one answer. Raises Unreadable where the grammar of answers ends."""
 
-    def __init__(self, tokens: list[Token]):
+    def __init__(self, tokens):
         self.tokens = tokens + [Token("eof", "", False)] * 8
         self.at = 0
         self.depth = 0
@@ -683,14 +684,14 @@ class Parser:
         self.in_set = False  # inside {...}: a colon, too
         self.currency: str | None = None  # seen in the quantity that is being read
 
-    def peek(self, ahead: int = 0) -> Token:
+    def peek(self, ahead=0):
         return self.tokens[self.at + ahead]
 
     def is_op(self, *texts: str):
         token = self.tokens[self.at]
         return token.kind == "op" and token.text in texts
 
-    def take(self, *texts: str) -> Token | None:
+    def take(self, *texts: str):
         """The next token if it is one of these operators; any token if none is named."""
         if texts and not self.is_op(*texts):
             return None
@@ -699,7 +700,7 @@ class Parser:
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def need(self, *texts: str) -> Token:
+    def need(self, *texts: str):
         token = self.take(*texts)
         if token is None:
             raise Unreadable(f"{texts[0]!r} expected, not {self.peek().text!r}")
@@ -728,12 +729,7 @@ class Parser:
             if ";" in separators:
                 groups.append([])
         if len(groups) > 1:
-            groups = [
-                [
-                    group[0] if len(group) == 1 else ("tuple", "(", ")", tuple(group))
-                    for group in groups
-                ]
-            ]
+            groups = [[group[0] if len(group) == 1 else point(group) for group in groups]]
         items = congruences(written_out(groups[0]))
         return items[0] if len(items) == 1 else ("list", tuple(items), joiner)
 
@@ -808,7 +804,7 @@ class Parser:
             factor = Fraction(1)
         return ("unit", node, base, factor) if base else node
 
-    def unit(self) -> tuple[str, Fraction, int]:
+    def unit(self):
         """The words after a number: ('m^2', 1/10000, 1) for square centimetres, ('yuan', 1, 1000) for thousand yuan.
 
         An unknown word is a unit of its own, marked by a question mark: it is never left out.
@@ -988,7 +984,7 @@ class Parser:
             return self.signed_power()
         raise Unreadable(f"{token.text!r} in a formula")
 
-    def numeral(self, text: str):
+    def numeral(self, text):
         """A number, a mixed number (3\\frac12, 3 1/2) or a number in another base (12_5)."""
         if self.take("_"):
             base = self.raw_group().strip("{()}").removeprefix("base")
@@ -1015,7 +1011,7 @@ class Parser:
         self.at = start
         return number(text)
 
-    def raw_group(self) -> str:
+    def raw_group(self):
         """The text of a subscript: one token or a braced group, unparsed."""
         text = ""
         level = 0
@@ -1026,27 +1022,15 @@ class Parser:
             if level <= 0:
                 return text
 
-    def symbol(self, name: str):
+    def symbol(self, name):
         """A letter with its subscript and primes; a letter before a bracket may be a function: f(x)."""
         if self.take("_"):
             name += "_" + self.raw_group().removeprefix("{").removesuffix("}")
         while self.take("'"):
             name += "'"
-        if name in _OPAQUE and [self.peek(i).text for i in range(6)] == [
-            "^",
-            "{",
-            "-",
-            "1",
-            "}",
-            "(",
-        ]:
+        if name in _OPAQUE and "".join(self.peek(i).text for i in range(6)) == "^{-1}(":
             self.at += 5
             name += "^{-1}"
-        if name[0] == "C" and (name[2:].isdigit() or name[2:] in _WHOLE_NAMES) and self.take("^"):
-            top = (
-                number(name[2:]) if name[2:].isdigit() else ("sym", name[2:])
-            )  # C_5^2 is a binomial coefficient
-            return ("fn", "binom", (top, self.exponent()))
         if not self.is_op("(") or name[0] not in _CALLS and not name[0].isupper():
             return ("sym", name)
         inside = self.bracket(self.take().text)
@@ -1056,7 +1040,7 @@ class Parser:
         is_call = name[0] in _CALLS or len(arguments) > 1
         return ("call", name, arguments) if is_call else ("mul", (("sym", name), inside))
 
-    def enclosed(self, in_set: bool = False):
+    def enclosed(self, in_set=False):
         """What stands between brackets: bars and colons outside do not matter inside."""
         outer = self.bars, self.in_set
         self.bars = self.in_set = in_set
@@ -1072,7 +1056,7 @@ class Parser:
             return number(token.text[0])
         return negative(self.atom()) if self.take("-") else self.atom()
 
-    def bracket(self, opening: str):
+    def bracket(self, opening):
         """After '(' or '[': a group, or a tuple, point or interval with its brackets as written.
 
         After '{' of LaTeX: one item, or a plain list ({1,2} is often meant as the set).
@@ -1083,7 +1067,7 @@ class Parser:
             ("tuple", opening, closing, node[1]) if node[0] == "list" and opening != "{" else node
         )
 
-    def braces(self, _opening: str):
+    def braces(self, _opening):
         """After `\\{`: a set by its elements, or by the conditions after | or :."""
         if self.take("\\}"):
             return ("set", ())
@@ -1103,16 +1087,17 @@ class Parser:
             conditions = (node,) + conditions
         return ("where", conditions, joiner)
 
-    def fence(self, opening: str):
+    def fence(self, opening):
         """|x|, floor and ceiling."""
+        closing, name = {"|": ("|", "abs"), "⌊": ("⌋", "floor"), "⌈": ("⌉", "ceil")}[opening]
         outer = self.bars
         self.bars = opening == "|"
         node = self.expression()
-        self.need({"|": "|", "⌊": "⌋", "⌈": "⌉"}[opening])
+        self.need(closing)
         self.bars = outer
-        return ("fn", {"|": "abs", "⌊": "floor", "⌈": "ceil"}[opening], (node,))
+        return ("fn", name, (node,))
 
-    def environment(self, name: str):
+    def environment(self, name):
         """A matrix, the lines of `aligned` as a list, or the pairs (value, condition) of `cases` as a set."""
         lines = name in ("cases", "aligned", "align", "gathered")
         if not lines and name not in _MATRICES:
@@ -1135,11 +1120,11 @@ class Parser:
         if not lines:
             return ("matrix", rows)
         if name == "cases" and len(rows[0]) == 2:
-            return ("set", tuple(("tuple", "(", ")", row) for row in rows))
+            return ("set", tuple(point(row) for row in rows))
         items = tuple(item for row in rows for item in row)
         return items[0] if len(items) == 1 else ("list", items, ",")
 
-    def command(self, name: str):
+    def command(self, name):
         if name == "frac":
             top = self.argument()
             over = reciprocal(self.argument())
@@ -1177,7 +1162,7 @@ class Parser:
             return self.symbol({"infty": "∞", "pi": "π"}.get(name, f"\\{name}"))
         raise Unreadable(f"command \\{name}")
 
-    def function(self, name: str):
+    def function(self, name):
         """sin x, sin^2 x, sin^{-1} x, log_2 x, max(a, b). Without brackets the argument ends at + or at a function."""
         base = power = None
         while self.is_op("_", "^"):
@@ -1219,7 +1204,7 @@ _HUGE = 10**30  # beyond it, powers and functions are not evaluated
 
 
 @lru_cache(maxsize=64)
-def arithmetic(digits: int) -> mpmath.MPContext:
+def arithmetic(digits):
     context = mpmath.MPContext()
     context.dps = digits
     return context
@@ -1250,11 +1235,11 @@ def to_mp(value, mp=_MP):
     )
 
 
-def bits(value: Fraction) -> int:
+def bits(value):
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-def exact(value: Fraction) -> Fraction:
+def exact(value):
     if bits(value) > MAX_BITS:
         raise TooBig("digits")
     spend((bits(value) / 2000) ** 2)
@@ -1296,7 +1281,7 @@ def is_real(value):
     return isinstance(value, Fraction) or abs(_MP.im(value)) <= abs(_MP.re(value)) * 1e-40
 
 
-def scale(value, mp) -> int:
+def scale(value, mp):
     """How many bits a value is away from the point, to the left or to the right."""
     if isinstance(value, Fraction):
         return abs(value.numerator.bit_length() - value.denominator.bit_length())
@@ -1306,7 +1291,7 @@ def scale(value, mp) -> int:
     return 0 if magnitude == mp.ninf else abs(magnitude)
 
 
-def evaluate(node, s: Scope):
+def evaluate(node, s):
     """The value of an expression, a Fraction, mpf or mpc; Undefined if it has none."""
     spend(1)
     kind = node[0]
@@ -1351,7 +1336,7 @@ def evaluate(node, s: Scope):
     return value
 
 
-def call(node, s: Scope):
+def call(node, s):
     """f(x) of an unknown function gets a value that depends on its name and arguments only; a(b+c) is a product."""
     arguments = [evaluate(argument, s) for argument in node[2]]
     if is_product(node):
@@ -1365,7 +1350,7 @@ def is_product(node):
     return node[1][0] not in _OPAQUE and len(node[2]) == 1 and bool(unknowns(node[2][0]))
 
 
-def apply(name: str, arguments: list, s: Scope):
+def apply(name, arguments, s):
     """A named function. Arguments so large that reducing them would take long are refused."""
     mp = s.mp
     x = arguments[0]
@@ -1424,7 +1409,7 @@ def apply(name: str, arguments: list, s: Scope):
         raise Undefined(f"{name}: {error}") from None
 
 
-def same_number(a, b, s: Scope):
+def same_number(a, b, s):
     """Have two expressions the same value here? Undefined or TooBig if nothing can be said.
 
     Fractions are compared exactly. Other values get more digits than a coincidence can hide: it takes long numbers in
@@ -1476,7 +1461,7 @@ def mapped(part, change):
 
 
 @lru_cache(maxsize=1 << 14)
-def walk(node) -> tuple[Node, ...]:
+def walk(node):
     """The node and all nodes below it."""
     below: list[Node] = []
     mapped(node, below.append)
@@ -1484,7 +1469,7 @@ def walk(node) -> tuple[Node, ...]:
 
 
 @lru_cache(maxsize=1 << 14)
-def children(node) -> tuple[Node, ...]:
+def children(node):
     """The nodes right below, without factors of 1 and -1."""
     found: list[Node] = []
     mapped(node, found.append)
@@ -1513,20 +1498,20 @@ def canonical(node):
 
 
 @lru_cache(maxsize=1 << 14)
-def unknowns(node) -> frozenset[str]:
+def unknowns(node):
     """The names without a fixed value."""
     names = {n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)}
     return frozenset(names - {"π", "e", "i", "∞"})
 
 
 @lru_cache(maxsize=1 << 14)
-def written(node) -> int:
+def written(node):
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
 
 
 @lru_cache(maxsize=1 << 14)
-def kinds_in(node) -> frozenset[str]:
+def kinds_in(node):
     return frozenset(n[0] for n in walk(node))
 
 
@@ -1534,13 +1519,13 @@ def has(node, *kinds: str):
     return not kinds_in(node).isdisjoint(kinds)
 
 
-def substituted(node, values: dict[str, Node]):
+def substituted(node, values):
     if node[0] == "sym":
         return values.get(node[1], node)
     return mapped(node, lambda child: substituted(child, values))
 
 
-def variants(node) -> list[Node]:
+def variants(node):
     """An expression with plus-minus signs stands for its two values; all its signs go together."""
     if not has(node, "pm"):
         return [node]
@@ -1591,7 +1576,7 @@ _WHOLE_NAMES = {"n", "m", "k", "N"}
 _SIZES = (1, 5, 40, 5, 40, 1000, 10**6)
 
 
-def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
+def ordinary_points(names, whole, rng):
     """Values for the unknowns: small and large, first positive, then of both signs; fractions, or whole numbers."""
     for i, size in enumerate(_SIZES if names else (1,)):
         env = {}
@@ -1604,7 +1589,7 @@ def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> It
         yield env
 
 
-def switches(tree) -> list[Node]:
+def switches(tree):
     """Expressions at whose zeros the formula of the tree may change: |.|, sgn, max, min, roots, floor, ceiling."""
     found = []
     for node in walk(tree):
@@ -1620,7 +1605,7 @@ def switches(tree) -> list[Node]:
     return [node for node in dict.fromkeys(found) if unknowns(node)][:40]
 
 
-def zeros(node, name: str, env: dict) -> list:
+def zeros(node, name, env):
     """Real zeros of an expression in one unknown: those of its factors; up to degree 2, else a grid to look on."""
     if node[0] == "mul":
         return [zero for item in node[1] for zero in zeros(item, name, env)]
@@ -1644,7 +1629,7 @@ def zeros(node, name: str, env: dict) -> list:
     return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
 
 
-def runs(a, b, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
+def runs(a, b, names, whole, rng):
     """24 numbers in a row for each unknown that may count: there (-1)^n, n mod 6 and \\gcd(n, 12) show their period."""
     nodes = walk(a) + walk(b)
     for name in names:
@@ -1664,7 +1649,7 @@ def runs(a, b, names: list[str], whole: set[str], rng: random.Random) -> Iterato
             yield base | {name: Fraction(k, 1 if is_whole else 97)}
 
 
-def points_between(a, b, names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
+def points_between(a, b, names, whole, rng):
     """Points at, and on both sides of, the switches of both trees, one unknown moving at a time; and far out."""
     expressions = switches(a) + switches(b)
     for name in names if expressions else ():
@@ -1701,7 +1686,7 @@ _PLAIN = re.compile(
 
 
 @lru_cache(maxsize=1 << 14)
-def plain_number(text: str) -> Fraction | None:
+def plain_number(text):
     """The exact value of a written integer (1,200 too), decimal or fraction of integers; None for all else.
 
     Safe: the pattern leaves no second reading, and the arithmetic is exact. Linear in the text.
@@ -1717,7 +1702,7 @@ def plain_number(text: str) -> Fraction | None:
     return Fraction(-top if sign2 == "-" else top, bottom) if bottom else None
 
 
-def same_plain(answer: str, gold: str) -> bool | None:
+def same_plain(answer, gold):
     """The verdict on two plain numbers; None if it takes the parser."""
     a = plain_number(answer.strip())
     b = plain_number(gold.strip())
@@ -1742,7 +1727,7 @@ _DATE = re.compile(rf"(?:(\d\d?) *(?:of )?{_MONTH}|{_MONTH} *(\d\d?))(?:,? *(\d{
 
 
 @lru_cache(maxsize=1 << 14)
-def read(text: str) -> tuple[Node, ...]:
+def read(text):
     """The readings of a cleaned answer, () if it has none: 1,200 may be a number or two, 12,5 may be 12.5."""
     if not text or len(text) > MAX_CHARS:
         return ()
@@ -1798,8 +1783,8 @@ def same(a, b):
         return True
     if "choice" in (a[0], b[0]):
         return same_choice(a, b)
-    a = simplified(a)
-    b = simplified(b)
+    a = simplified(components(a))
+    b = simplified(components(b))
     kinds = {a[0], b[0]}
     if "builder" in kinds:
         return (
@@ -1837,35 +1822,26 @@ def same(a, b):
 
 def simplified(node):
     """A list or set of one is its element (but {{1}} is not {1}); equations are checked, as `name = value`."""
-    if (
-        node[0] in ("list", "set")
-        and len(node[1]) == 1
-        and node[1][0][0] != "set"
-        and not has(node, "pm")
-    ):
+    is_single = node[0] in ("list", "set") and len(node[1]) == 1
+    if is_single and node[1][0][0] != "set" and not has(node, "pm"):
         return simplified(node[1][0])
-    vector = components(node)
-    if vector:
-        return vector
     if node[0] == "list" and node[2] != "or" and len(set(node[1])) == len(node[1]):
-        if all(item[0] == "sym" and item[1] in "ABCDEFGH" for item in node[1]):
+        if all(item[0] == "sym" and item[1] in _CHOICES for item in node[1]):
             return ("mul", node[1])  # the choices A, C are AC
     if node[0] == "rel" and node[1][-1] == "mod":
         return ("rel", node[1], tuple(residue(side, node[2][-1]) for side in node[2]))
     if node[0] == "list" and node[1][0][0] == "rel" and node[1][0][2][0][0] == "call":
-        arguments = node[1][0][2][0][
-            2
-        ]  # f(n) = n + c, n in Z, c in R: the problem gives the domain
-        kept = [
-            item
-            for item in node[1]
-            if item[:2] != ("rel", ("in",))
-            or item[2][1] != ("sym", "ℝ")
-            and (item[2][0] not in arguments or item[2][1][0] != "sym")
-        ]
+        # f(n) = n + c, n in Z, c in R: the problem gives the domain
+        arguments = node[1][0][2][0][2]
+        kept = []
+        for item in node[1]:
+            is_in = item[0] == "rel" and item[1] == ("in",)
+            is_domain = is_in and item[2][0] in arguments and item[2][1][0] == "sym"
+            if not is_domain and not (is_in and item[2][1] == ("sym", "ℝ")):
+                kept.append(item)
         return simplified(("list", tuple(kept), node[2])) if len(kept) < len(node[1]) else node
     if node[0] == "rel" and node[1] == ("in",) and simplified(node[2][1]) != node[2][1]:
-        return ("rel", ("=",), (node[2][0], simplified(node[2][1])))  # x in {2}
+        return equation(node[2][0], simplified(node[2][1]))  # x in {2}
     if node[0] != "rel" or not set(node[1]) <= {"=", "~"}:
         return node
     operators = node[1]
@@ -1882,19 +1858,17 @@ def simplified(node):
     if is_label(sides[-1]) and not is_label(sides[0]) and not unknowns(sides[0]):
         sides.reverse()  # 5 = x
     constant = [side for side in sides if not is_label(side) and not unknowns(side)]
-    if (sides[-1] in constant or len(constant) == len(sides)) and not all(
-        same(side, sides[-1]) for side in constant
-    ):
+    is_claim = sides[-1] in constant or len(constant) == len(sides)
+    if is_claim and not all(same(side, sides[-1]) for side in constant):
         raise Unreadable("a false equation")  # x = 6 = 5
-    middle = [
-        side for side in sides[1:-1] if side not in constant
-    ]  # of x = 2 + 3 = 5 nothing is left
+    # Of x = 2 + 3 = 5 nothing is left in the middle. 2n + 1 = 17 may be a condition; 2n + 1 = 16 + 1 = 17 is a value.
+    middle = [side for side in sides[1:-1] if side not in constant]
     if len(constant) > 1 and not middle and unknowns(sides[0]) and not is_label(sides[0]):
-        sides[0] = (
-            "sym",
-            "?",
-        )  # 2n + 1 = 17 may be a condition, but 2n + 1 = 16 + 1 = 17 is a value
+        sides[0] = ("sym", "?")
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
+
+
+_CHOICES = set("ABCDEFGH")
 
 
 def residue(side, modulus):
@@ -1906,17 +1880,17 @@ def residue(side, modulus):
 
 
 def components(node):
-    """3i - 4j of unit vectors is (3, -4): the value at i = 1, j = 0 and that at i = 0, j = 1. None for all else."""
+    """3i - 4j of unit vectors is (3, -4): the value at i = 1, j = 0 and that at i = 0, j = 1."""
     names = unknowns(node) if node[0] in ("add", "mul") else frozenset()
     axes = ["vec i", "vec j", "vec k"]
     if names.isdisjoint(axes) and node[0] == "add" and "j" in names and ("sym", "i") in walk(node):
         axes = ["i", "j", "k"]
     elif names.isdisjoint(axes):
-        return None
+        return node
     axes = axes if axes[2] in names else axes[:2]
     zero = dict.fromkeys(axes, number(0))
     values = [substituted(node, zero | {axis: number(1)}) for axis in axes]
-    return ("tuple", "(", ")", tuple(values))
+    return point(values)
 
 
 def is_label(node):
@@ -2037,7 +2011,7 @@ def is_collection(node):
     )
 
 
-def elements(node) -> list[Node]:
+def elements(node):
     """The members of a list or set (and of x = {1, 2}, x in {1, 2}), plus-minus written out, inner lists spliced in."""
     if node[0] in ("list", "set"):
         return [
@@ -2046,14 +2020,14 @@ def elements(node) -> list[Node]:
             for member in ([item] if item[0] == "set" else elements(item))
         ]
     if node[0] == "rel" and node[1] in (("=",), ("in",)) and node[2][1][0] in ("list", "set"):
-        return [("rel", ("=",), (node[2][0], member)) for member in elements(node[2][1])]
+        return [equation(node[2][0], member) for member in elements(node[2][1])]
     return variants(node)
 
 
 _TENS = {number(-1), number(10), number(100), number(1000)}
 
 
-def label_of(node) -> Node | None:
+def label_of(node):
     """The name in `name = value` and `name in set`, and what is asked for in m - n = 6 and 100m + n = 305."""
     if node[0] != "rel" or node[1] not in (("=",), ("in",)):
         return None
@@ -2065,13 +2039,13 @@ def label_of(node) -> Node | None:
     return canonical(side) if is_label(side) or is_sum else None
 
 
-def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
+def named_values(members):
     """The names in `name = value`, and the values."""
     names = list(dict.fromkeys(filter(None, map(label_of, members))))
     return names, [member[2][1] if label_of(member) else member for member in members]
 
 
-def points(members: list[Node], joiner: str = ",") -> list[Node]:
+def points(members, joiner=","):
     """x = 1, y = 2, x = 2, y = 1 are two points (x, y) = (1, 2), (2, 1); x = 1 or y = 2 is none."""
     names = sorted(named_values(members)[0], key=repr)
     groups = [members[i : i + len(names)] for i in range(0, len(members), len(names) or 1)]
@@ -2129,7 +2103,7 @@ def same_collection(a, b):
     return matched(xs, ys)
 
 
-def distinct(nodes: list[Node]) -> list[Node]:
+def distinct(nodes):
     """Without repeats: {1, 1, 2} is {1, 2}, and a solution that is listed twice is one solution."""
     nodes = list({canonical(node): node for node in nodes}.values())
     if len(nodes) > 30:
@@ -2145,7 +2119,7 @@ def same_member(x, y):
     return (x[0] == "set") == (y[0] == "set") and same(x, y)  # {1} is not a member of {1}
 
 
-def matched(xs: list[Node], ys: list[Node]):
+def matched(xs, ys):
     """Is there a one-to-one match? Equal trees are cancelled first; many that are left mean different lists."""
     left = Counter(map(canonical, xs))
     right = Counter(map(canonical, ys))
@@ -2237,7 +2211,7 @@ def is_region(node):
     return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
 
 
-def region(node) -> Region:
+def region(node):
     """The set of reals that a tree describes. Undefined or TooBig if it is none that these rules know."""
     kind = node[0]
     if node == ("sym", "ℝ"):
@@ -2246,25 +2220,13 @@ def region(node) -> Region:
         low, high = node[3]
         if not before(endpoint(low), endpoint(high)):
             raise Undefined("an empty interval")
-        kind = "rel"
-        node = (
-            "rel",
-            tuple("<=" if b in "[]" else "<" for b in node[1:3]),
-            (low, ("sym", "?"), high),
-        )
+        operators = tuple("<=" if bracket in "[]" else "<" for bracket in node[1:3])
+        return condition(operators, (low, ("sym", "?"), high))
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
-        return Region(
-            None, values, lambda x: any(not before(v, x) and not before(x, v) for v in values)
-        )
-    if (
-        kind == "add"
-        and len(node[1]) == 2
-        and node[1][1][0] == "mul"
-        and node[1][1][1][0] == number(-1)
-    ):  # R - {0}
-        kind = "setminus"
-        node = ("setminus", node[1][0], node[1][1][1][1])
+        return Region(None, values, lambda x: any(meets("=", x, value) for value in values))
+    if kind == "add" and len(node[1]) == 2 and node[1][1][0] == "mul":  # R - {0}
+        return region(("setminus", node[1][0], node[1][1][1][1]))
     if kind in ("cup", "cap", "setminus"):
         left = region(node[1])
         right = region(node[2])
@@ -2279,27 +2241,19 @@ def region(node) -> Region:
         if len({part.name for part in parts}) != 1:
             raise Undefined("conditions on two unknowns")
         marks = [mark for part in parts for mark in part.marks]
-        both = Region(
-            None if kind == "where" else parts[0].name,
-            marks,
-            lambda x: all(part.holds(x) for part in parts),
-        )
-        if (
-            node[2] == "or"
-            or parts[0].name is None
-            or node[2] == ","
-            and not any(map(both.holds, probes(marks)))
-        ):
-            return both._replace(
-                holds=lambda x: any(part.holds(x) for part in parts)
-            )  # x < 1, x > 3
-        return both
+        name = parts[0].name if kind == "list" else None
+        both = Region(name, marks, lambda x: all(part.holds(x) for part in parts))
+        either = Region(name, marks, lambda x: any(part.holds(x) for part in parts))
+        if node[2] == "or" or parts[0].name is None:
+            return either
+        is_empty = node[2] == "," and not any(map(both.holds, probes(marks)))
+        return either if is_empty else both  # x < 1, x > 3
     if kind != "rel":
         raise Undefined("no set of reals")
     return condition(node[1], node[2])
 
 
-def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
+def condition(operators, sides):
     """x in A, a < x <= b, x != a, and the same for |x|."""
     if operators == ("in",):
         return region(sides[1])._replace(name=subject(sides[0]))
@@ -2309,42 +2263,36 @@ def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
         raise Undefined("no bounds of an unknown")
     middle = sides[free[0]]
     others = [side for i, side in enumerate(sides) if i != free[0]]
-    bounds = [
-        (_FLIP[op] if i < free[0] else op, endpoint(side))
-        for i, (op, side) in enumerate(zip(operators, others))
-    ]
-    name = None
-    marks = [bound for _, bound in bounds]
+    if free == [1]:  # 1 < x is x > 1
+        operators = (_FLIP[operators[0]], *operators[1:])
+    marks = list(map(endpoint, others))
+    bounds = list(zip(operators, marks))
     value = lambda x: x
-    if middle[0] == "sym":
-        name = middle[1] if middle[1] != "?" else None
-    elif middle[:2] == ("fn", "abs") and middle[2][0][0] == "sym":
-        name = middle[2][0][1]
-        marks = marks + [-mark for mark in marks]
+    if middle[:2] == ("fn", "abs") and middle[2][0][0] == "sym":
+        middle = middle[2][0]
+        marks += [-mark for mark in marks]
         value = abs
-    elif middle[0] == "call":
-        name = subject(middle)
-    else:
+    elif middle[0] not in ("sym", "call"):
         raise Undefined("bounds of an expression")
-    return Region(name, marks, lambda x: all(_TESTS[op](value(x), bound) for op, bound in bounds))
+    name = None if middle == ("sym", "?") else subject(middle)
+    return Region(name, marks, lambda x: all(meets(op, value(x), bound) for op, bound in bounds))
 
 
-def subject(side) -> str | None:
+def subject(side):
     """What a condition is about. A set without a name may answer for x, f(x) and a + b, not for x^2 (a tree in text)."""
-    if label_of(("rel", ("=",), (side, number(0)))) and side[0] == "add":
+    if label_of(equation(side, number(1))) and side[0] == "add":
         return None
     if side[0] == "call" and all(argument[0] == "sym" for argument in side[2]):
         return side[1] + "()"
     return side[1] if side[0] == "sym" else repr(canonical(side))
 
 
-_TESTS = {
-    "<": lambda u, v: before(u, v),
-    ">": lambda u, v: before(v, u),
-    "<=": lambda u, v: not before(v, u),
-    ">=": lambda u, v: not before(u, v),
-    "!=": lambda u, v: before(u, v) or before(v, u),
-}
+def meets(op, u, v):
+    if op in ("<", ">="):
+        return before(u, v) == (op == "<")
+    if op in (">", "<="):
+        return before(v, u) == (op == ">")
+    return (before(u, v) or before(v, u)) == (op == "!=")
 
 
 def endpoint(node):
@@ -2368,7 +2316,7 @@ def before(a, b):
     return to_mp(b) - to_mp(a) > 1e-60  # no for two equal infinities: their difference is no number
 
 
-def probes(marks: list) -> list:
+def probes(marks):
     """The marks, a number between each two neighbours and one beyond each end."""
     marks = sorted((mark for mark in marks if abs(mark) != _MP.inf), key=to_mp)
     if not marks:
@@ -2408,11 +2356,11 @@ def same_value(a, b):
     )
 
 
-def pair_seed(a, b) -> random.Random:
+def pair_seed(a, b):
     return random.Random("|".join(sorted((repr(a), repr(b)))))
 
 
-def agree(a, b, scope: Scope):
+def agree(a, b, scope):
     """Equal at all points where both have a value: real ones; if there are none, at whole numbers, or complex.
 
     n, m and k are whole numbers: there \\lceil n/2\\rceil is \\lfloor (n+1)/2\\rfloor, and \\cos n\\pi is (-1)^n.
@@ -2454,7 +2402,7 @@ _AS_THEY_ARE = set("num sym text list set tuple unit deg pct based choice".split
 
 
 @lru_cache(maxsize=4096)
-def expressions(problem: str) -> tuple[dict[Node, None], tuple[str, ...]]:
+def expressions(problem):
     """What a problem states in formulas: as trees with all their parts, and as texts."""
     texts = [next(filter(None, match.groups())) for match in _MATH.finditer(problem[:MAX_PROBLEM])]
     trees: dict[Node, None] = {}
@@ -2487,7 +2435,7 @@ def contains(tree, part):
     return is_here or stands_in(below, part)
 
 
-def stands_in(nodes: tuple[Node, ...], part):
+def stands_in(nodes, part):
     return any(contains(node, part) for node in nodes)
 
 
@@ -2497,7 +2445,7 @@ def is_done(node):
     return is_label(node) or kinds_in(node) <= _AS_THEY_ARE
 
 
-def is_copied(answer: str, gold: str, problem: str):
+def is_copied(answer, gold, problem):
     """Is a right answer only an expression of its problem: "evaluate sin 315°" answered by sin 315°?
 
     NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in it is left to
@@ -2534,7 +2482,7 @@ def is_copied(answer: str, gold: str, problem: str):
     return False
 
 
-def wears(node, parts: Iterable[Node], golds: list[Node]):
+def wears(node, parts, golds):
     """Does it contain one of the parts, whole, that is equal to the gold and is not in the gold itself?"""
     for part in parts:
         if len(walk(part)) > len(walk(node)) or is_done(part):
