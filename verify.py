@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import gzip
 import itertools
 import json
@@ -33,10 +32,11 @@ import threading
 import time
 import unicodedata
 import zlib
+from contextlib import suppress
 from collections import Counter, OrderedDict
 from fractions import Fraction
 from functools import lru_cache, partial, reduce
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 import mpmath
 
@@ -44,7 +44,6 @@ MAX_CHARS = (
     2000  # a longer answer is no answer; bounds the tokens, the tree and every regular expression
 )
 MAX_PROBLEM = 10_000  # characters of a problem in which a copied answer is looked for
-MAX_UNIONS = 40  # sets joined by union signs
 MAX_DOTS = 1000  # terms that dots may stand for
 MAX_DEPTH = 80  # nested terms, atoms and exponents: 40 brackets
 MAX_BITS = 200_000  # of an exact numerator or denominator, about 60,000 digits
@@ -115,11 +114,11 @@ def extract_answer(response: str) -> str | None:
     found = None
     opened = []
     for match in _BOX.finditer(body):
-        token = match.group()
-        if match.group(1) or token == "{":
-            opened.append(match.end() if match.group(1) else None)
-        elif match.group(2):
-            found = match.group(2)
+        token = match[0]
+        if match[1] or token == "{":
+            opened.append(match.end() if match[1] else None)
+        elif match[2]:
+            found = match[2]
         elif token == "}" and opened:
             start = opened.pop()
             if start is not None:
@@ -139,54 +138,20 @@ _GREEK = dict(
 )
 # LaTeX or ASCII, then the letters that mean the same.
 _SPELLINGS = r"""
-- −–—‐‑﹣－
-\cdot ·⋅∙•
-/ ÷∕⁄
-^\circ °º˚
-\emptyset ∅⌀
-, ，、
-. 。．
-\le ≤≦⩽
-\ge ≥≧⩾
-\pi πℼ
-' ’′
-| ∣｜
-\times ×
-\sqrt √
-\sqrt[3] ∛
-\infty ∞
-\ne ≠
-\approx ≈
-\in ∈
-\cup ∪
-\cap ∩
-\pm ±
-\mp ∓
-\angle ∠
-\R ℝ
-\setminus ∖
-\equiv ≡
-\phi ϕ
-\circ ∘
-; ；
-: ：∶
-\ldots …
-% ％
-$ ＄
-\langle ⟨
-\rangle ⟩"""
+- −–—‐‑﹣－  \cdot ·⋅∙•  / ÷∕⁄  ^\circ °º˚  \emptyset ∅⌀  , ，、  . 。．  \le ≤≦⩽  \ge ≥≧⩾  \pi πℼ  ' ’′  | ∣｜
+\times ×  \sqrt √  \sqrt[3] ∛  \infty ∞  \ne ≠  \approx ≈  \in ∈  \cup ∪  \cap ∩  \pm ±  \mp ∓  \angle ∠  \R ℝ
+\setminus ∖  \equiv ≡  \phi ϕ  \circ ∘  ; ；  : ：∶  \ldots …  % ％  $ ＄  \langle ⟨  \rangle ⟩
+(1) ①  (2) ②  (3) ③  (4) ④  (5) ⑤  (6) ⑥  (7) ⑦  (8) ⑧  (9) ⑨  (10) ⑩
+\frac{1}{4} ¼  \frac{1}{2} ½  \frac{3}{4} ¾  \frac{1}{7} ⅐  \frac{1}{9} ⅑  \frac{1}{10} ⅒  \frac{1}{3} ⅓
+\frac{2}{3} ⅔  \frac{1}{5} ⅕  \frac{2}{5} ⅖  \frac{3}{5} ⅗  \frac{4}{5} ⅘  \frac{1}{6} ⅙  \frac{5}{6} ⅚
+\frac{1}{8} ⅛  \frac{3}{8} ⅜  \frac{5}{8} ⅝  \frac{7}{8} ⅞"""
 _INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff"
 _UNICODE = {ord(letter): f"\\{name} " for letter, name in _GREEK.items()}
 _UNICODE |= dict.fromkeys(map(ord, _INVISIBLE), "")
-_UNICODE |= {0x2460 + i: f"({i + 1})" for i in range(20)}  # ① is a statement's number
-for _row in _SPELLINGS.split("\n")[1:]:
+for _row in re.split("  |\n", _SPELLINGS)[1:]:
     _latex, _letters = _row.split(" ")
     _blank = " " if _latex[-1].isalpha() else ""
     _UNICODE |= dict.fromkeys(map(ord, _letters), _latex + _blank)
-for _letter in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
-    _UNICODE[ord(_letter)] = (
-        unicodedata.normalize("NFKC", _letter).join(["\\frac{", "}"]).replace("⁄", "}{")
-    )
 _SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
 _FONTS = re.compile(
     r"\\(?:text(?:bf|it|rm|up|sf|tt|normal)?|emph|[mh]box|math(?:rm|bf|it|sf|tt|cal|scr|frak)|boldsymbol|bm|pmb"
@@ -249,6 +214,7 @@ C ⟶ (?<![A-Za-z\\])C ?_ ?\{?(\d+|[nmkN])\}? ?\^ ?(\{[^{}]*\}|\w+) ⟶ \\binom{
 C ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?C ?_ ?\{?(\d+|[a-z])\}? ⟶ \\binom{\1}{\2}
 P ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?P ?_ ?\{?(\d+|[a-z])\}? ⟶ (\\binom{\1}{\2}(\2)!)
 mod ⟶ \\text ?\{ ?\(? ?mod ?\}? ?(\d+) ?\)? ?\}?|\( ?\\?b?mod ?(\d+) ?\) ⟶ \\mod \1\2␣
+& ⟶ & ?\\text ?\{ ?(?:if|for|when)§ ⟶ & \\text{
 & ⟶ & ?(?=[=<>]|\\(?:[lg]eq?|neq?|approx|equiv|in)§) ⟶
 \approx ⟶ \( ?(\\approx[^()]*)\) ?$ ⟶ \1
 \not ⟶ \\not ?= ⟶ \\ne␣
@@ -280,6 +246,12 @@ crease ⟶ (?i)^ ?\\text ?\{ ?(?:an? )?(in|de)creased? (?:of|by) ?\} ?(.+) ⟶ \
 \text ⟶ ,? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant
     |number)s?)* ?\}? ?[a-z]?(?: ?\\in ?\\[QR])? ?\}?[ .]*$ ⟶
 \in ⟶ ,? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\)[ .]*$ ⟶ , \1
+** ⟶ \*\* ⟶ ^
+= ⟶ ==|:= ⟶ =
+\infin ⟶ \\infin§ ⟶ \\infty␣
+方 ⟶ ([平立]方)(?=\w) ⟶ \1␣
+# f^{-1}(x) is a function's value
+^ ⟶ (?<![A-Za-z\\])([fghFGH]) ?\^ ?\{ ?- ?1 ?\} ?(?=\() ⟶ \1_{-1}
 ␣␣ ⟶ ␣ + ⟶ ␣"""
 _CLEAN = []
 for _row in _CLEAN_ROWS.replace("\n    ", "").split("\n")[1:]:
@@ -312,18 +284,12 @@ def clean(text: str) -> str:
 
 def as_text(match: re.Match) -> str:
     """\\mathrm{m\\,s^{-1}} is \\text{m\\,s^-1}: inside a text no braces are left."""
-    return (
-        "\\text{" + re.sub(r"\{(-?\d)\}", r"\1 ", match.group(1)[1:-1]) + "}"
-        if match.group(1)
-        else " "
-    )
+    return "\\text{" + re.sub(r"\{(-?\d)\}", r"\1 ", match[1][1:-1]) + "}" if match[1] else " "
 
 
 def latex_script(match: re.Match) -> str:
     """Unicode superscripts and subscripts: x² is x^{2}."""
-    return (
-        ("^" if match.group(1) else "_") + "{" + unicodedata.normalize("NFKC", match.group()) + "}"
-    )
+    return ("^" if match[1] else "_") + "{" + unicodedata.normalize("NFKC", match[0]) + "}"
 
 
 def squeeze(text: str) -> str:
@@ -433,6 +399,7 @@ _CONNECTORS = aliases("""
 and: and 和 与 且 и
 or: or 或 或者 или""")
 _BEFORE_WORD = set("begin word let num and or , ; = in ) }".split())
+_BLANKS = {("cmd", value) for value in " '-/"}
 _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split())
 
 
@@ -441,29 +408,32 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
     tokens: list[Token] = []
     for match in _LEXERS[separated].finditer(text):
         kind = match.lastgroup
-        value = match.group().lstrip()
-        spaced = bool(match.group("space"))
-        if match.group("body") is not None:
-            before = tokens[-1] if tokens else Token("begin", "", False)
-            tokens += tokenise(match.group("body").strip(), separated, before)
-        elif match.group("env"):
-            tokens.append(Token(match.group("env"), match.group("name"), spaced))
-        elif match.group("rep"):
-            tokens.append(Token("num", str(repeating_decimal(value)), spaced))
+        value = match[0].lstrip()
+        spaced = bool(match["space"])
+        before = tokens[-1] if tokens else inside
+        if match["body"] is not None:
+            before = before or Token("begin", "", False)
+            tokens += tokenise(match["body"].strip(), separated, before)
+            continue
+        if kind == "word":
+            tokens += word_tokens(value, spaced, inside is not None, before)
+            continue
+        if match["env"]:
+            kind = match["env"]
+            value = match["name"]
+        elif match["rep"]:
+            kind = "num"
+            value = str(repeating_decimal(value))
         elif kind == "num":
-            tokens.append(Token("num", value.replace(",", ""), spaced))
+            value = value.replace(",", "")
         elif kind == "cmd":
-            name = match.group("cmd")
-            if name in _OPERATORS:
-                tokens.append(Token("op", _OPERATORS[name], spaced))
-            elif name not in (" ", "'", "-", "/"):
-                tokens.append(Token("cmd", "infty" if name == "infin" else name, spaced))
-        elif kind == "word":
-            tokens += word_tokens(
-                value, spaced, inside is not None, tokens[-1] if tokens else inside
-            )
-        elif value != "." or not inside:  # a full stop in a text ends an abbreviation
-            tokens.append(Token("op", {"**": "^", "==": "=", ":=": "="}.get(value, value), spaced))
+            value = match["cmd"]
+            if value in _OPERATORS:
+                kind = "op"
+                value = _OPERATORS[value]
+        is_full_stop = value == "." and inside  # it ends an abbreviation
+        if not is_full_stop and (kind, value) not in _BLANKS:
+            tokens.append(Token(kind, value, spaced))
     return tokens
 
 
@@ -482,9 +452,7 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
     if run in "pi theta alpha beta sqrt infty".split() or low in ("infinity", "inf"):
         return [Token("cmd", "infty" if low[:3] == "inf" else run, spaced)]
     if low in ("nan", "zoo"):
-        raise Unreadable("not a number")
-    if run[:2] in ("平方", "立方") and len(run) > 2:
-        return [Token("word", run[:2], spaced), Token("word", run[2:], False)]
+        raise Unreadable  # not a number
     if len(run) == 1 and run.isascii():
         is_unit = (
             in_text and run in UNITS and (after_number or kind == "word" or previous in ("/", "*"))
@@ -513,7 +481,7 @@ def repeating_decimal(text: str) -> Fraction:
             (n for n in range(1, len(digits) // 2 + 1) if digits.endswith(2 * digits[-n:])), None
         )
         if period is None:
-            raise Unreadable("dots")
+            raise Unreadable  # dots
         fixed = digits[:-period]
         block = digits[-period:]
     else:
@@ -597,10 +565,11 @@ _COUNTED = set(
 
 Node = tuple
 _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be functions
-_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")  # functions of angles
+_OPENERS = "( [ { \\{ ... ⌊ ⌈".split()
+_ANGLES = "sin cos tan cot sec csc".split()  # functions of angles
 _OPAQUE = set("fghFGH")  # f(x) is never f times x
-_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "≡", "mod"}
-_CLOSERS = {")", "]", "\\}", "}", "&", "cr"}
+_RELATIONS = "= < > <= >= != ~ in ≡ mod".split()
+_CLOSERS = ") ] \\} } & cr".split()
 _MATRICES = set("pmatrix bmatrix matrix array Bmatrix smallmatrix".split())
 _NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
 _MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
@@ -610,10 +579,21 @@ def number(value):
     return ("num", Fraction(value))
 
 
+_MINUS_ONE = number(-1)
+_INFINITY = ("sym", "∞")
+_REALS = ("sym", "ℝ")
+_UNWRITTEN = ("sym", "?")  # the unknown of "> 5"
+
+
+_PHRASES = {"no solution": ("set", ()), "no real solution": ("set", ())}
+_PHRASES |= dict.fromkeys(("all real number", "all real", "any real number"), _REALS)
+_PHRASES["doe not exist"] = ("text", "dne")
+
+
 def negative(node):
     if node[0] == "num":
         return ("num", -node[1])
-    return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (number(-1), node))
+    return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (_MINUS_ONE, node))
 
 
 def equation(left, right):
@@ -625,7 +605,7 @@ def point(items):
 
 
 def reciprocal(node):
-    return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, number(-1))
+    return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, _MINUS_ONE)
 
 
 def written_out(items):
@@ -664,7 +644,7 @@ def limited(method):
     def inside(self):
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deep")
+            raise Unreadable  # nested too deep
         spend(5)
         node = method(self)
         self.depth -= 1
@@ -684,7 +664,11 @@ class Parser:
         self.in_set = False  # inside {...}: a colon, too
         self.currency: str | None = None  # seen in the quantity that is being read
 
-    def peek(self, ahead=0):
+    @property
+    def next(self):
+        return self.tokens[self.at]
+
+    def peek(self, ahead):
         return self.tokens[self.at + ahead]
 
     def is_op(self, *texts: str):
@@ -695,23 +679,23 @@ class Parser:
         """The next token if it is one of these operators; any token if none is named."""
         if texts and not self.is_op(*texts):
             return None
-        if self.peek().kind == "eof":
-            raise Unreadable("it breaks off")
+        if self.next.kind == "eof":
+            raise Unreadable  # it breaks off
         self.at += 1
         return self.tokens[self.at - 1]
 
     def need(self, *texts: str):
         token = self.take(*texts)
         if token is None:
-            raise Unreadable(f"{texts[0]!r} expected, not {self.peek().text!r}")
+            raise Unreadable  # another token was expected
         return token
 
     # answers: lists, relations, sets
 
     def answer(self):
         node = self.items()
-        if self.peek().kind != "eof":
-            raise Unreadable(f"{self.peek().text!r} is left over")
+        if self.next.kind != "eof":
+            raise Unreadable  # something is left over
         return node
 
     def items(self):
@@ -723,7 +707,7 @@ class Parser:
             separators = [self.take().text] if self.is_op(",", ";", "and", "or") else []
             while separators and self.is_op("and", "or"):  # ", and" is one
                 separators.append(self.take().text)
-            if not separators or self.peek().kind in ("eof", "end") or self.is_op(*_CLOSERS):
+            if not separators or self.next.kind in ("eof", "end") or self.is_op(*_CLOSERS):
                 break
             joiner = separators[-1] if separators[-1] in ("and", "or") else joiner
             if ";" in separators:
@@ -736,7 +720,7 @@ class Parser:
     def relation(self):
         operators = []
         sides = [
-            ("sym", "?") if self.is_op(*_RELATIONS) else self.ratio()
+            _UNWRITTEN if self.is_op(*_RELATIONS) else self.ratio()
         ]  # "> 5": the unknown is not written
         while self.is_op(*_RELATIONS):
             operators.append(self.take().text)
@@ -750,7 +734,7 @@ class Parser:
         while (
             self.is_op(":")
             and not self.in_set
-            or self.peek().text == "to"
+            or self.next.text == "to"
             and self.peek(1).kind == "num"
         ):
             self.take()
@@ -761,9 +745,8 @@ class Parser:
 
     def union(self):
         node = self.quantity()
-        for _ in range(MAX_UNIONS):
-            if not self.is_op("cup", "cap", "setminus"):
-                break
+        while self.is_op("cup", "cap", "setminus"):
+            self.depth += 1  # the tree of a chain is deep
             operator = self.take().text
             node = (operator, self.as_set(node), self.as_set(self.quantity()))
         return node
@@ -781,7 +764,7 @@ class Parser:
 
     def quantity(self):
         """An expression with its unit (currency may come before or after it), or words."""
-        if self.peek().kind == "word" and not (self.depth and self.peek().text.isupper()):
+        if self.next.kind == "word" and not (self.depth and self.next.text.isupper()):
             return self.words()
         self.currency = None
         node = self.expression()
@@ -789,17 +772,17 @@ class Parser:
         base = ""
         factor = Fraction(1)
         count = 1
-        if self.peek().kind == "word" and self.peek().text != "to":
+        if self.next.kind == "word" and self.next.text != "to":
             base, factor, count = self.unit()
         node = node if count == 1 else ("mul", (number(count), node))  # 5 million
         if currency and base not in ("°", "%"):  # "$3 million", "$5 each"
             base, factor = UNITS.get(currency, (currency, Fraction(1)))
         if base in ("°", "%"):
             return ("deg" if base == "°" else "pct", node)
-        if base and self.peek().kind == "num":  # 2 hours 30 minutes
+        if base and self.next.kind == "num":  # 2 hours 30 minutes
             rest = self.quantity()
             if rest[0] != "unit" or rest[2] != base or rest[3] >= factor:
-                raise Unreadable("two quantities")
+                raise Unreadable  # two quantities
             node = ("add", (("mul", (number(factor), node)), ("mul", (number(rest[3]), rest[1]))))
             factor = Fraction(1)
         return ("unit", node, base, factor) if base else node
@@ -815,12 +798,12 @@ class Parser:
         sign = 1
         power = 1
         while True:
-            if self.peek().kind != "word":
+            if self.next.kind != "word":
                 next_is_unit = self.peek(1).kind == "word" or self.peek(1).text in UNITS
                 if not (parts and next_is_unit and self.is_op("/", "*", "-")):
                     return " ".join(parts), factor, count
                 sign = -1 if self.take().text == "/" else 1
-                self.tokens[self.at] = self.peek()._replace(kind="word")  # the h of km/h
+                self.tokens[self.at] = self.next._replace(kind="word")  # the h of km/h
                 continue
             token = self.take()
             word = token.text if token.text in UNITS else token.text.lower()
@@ -839,7 +822,7 @@ class Parser:
                 if self.take("^"):
                     exponent = ("-" if self.take("-") else "") + self.raw_group().strip("{}")
                     if not re.fullmatch("-?[123]", exponent):
-                        raise Unreadable("power of a unit")
+                        raise Unreadable  # power of a unit
                     power = int(exponent)
                 factor *= scale ** (sign * power)
                 parts.append(base if sign * power == 1 else f"{base}^{sign * power}")
@@ -848,13 +831,13 @@ class Parser:
     def words(self):
         """A text: lower case, singular, no articles. Some texts are numbers (five) or choices (option C)."""
         words: list[str] = []
-        while self.peek().kind in ("word", "let", "num") or self.is_op("-", "'", "/") and words:
+        while self.next.kind in ("word", "let", "num") or self.is_op("-", "'", "/") and words:
             token = self.take()
             if token.kind != "op":
                 words.append(token.text.lower() if token.kind == "word" else token.text)
-        words = [word for word in words if word not in ("a", "an", "the", "of")] or words
+        words = [word for word in words if word not in "a an the of".split()] or words
         if len(words) > MAX_WORDS:
-            raise Unreadable("prose")
+            raise Unreadable  # prose
         values = [_NUMERALS.get(word, -1) for word in words]
         if (
             len(values) == 1
@@ -867,9 +850,7 @@ class Parser:
         if re.fullmatch("(?:option|choice|answer|选项|选) [A-J]", " ".join(words)):
             return ("sym", words[1])
         text = " ".join(map(singular, words))
-        reals = dict.fromkeys(("all real number", "all real", "any real number"), ("sym", "ℝ"))
-        empty = dict.fromkeys(("no solution", "no real solution"), ("set", ()))
-        return (reals | empty | {"doe not exist": ("text", "dne")}).get(text, ("text", text))
+        return _PHRASES.get(text, ("text", text))
 
     # expressions
 
@@ -904,7 +885,7 @@ class Parser:
 
     def starts_factor(self):
         """May the next token begin a factor without a sign before it? A number after a number only in 2^6 3^5."""
-        token = self.peek()
+        token = self.next
         before = self.tokens[self.at - 1]
         if token.kind == "num" and before.kind == "num":
             return self.tokens[self.at - 2].text == "^" == self.peek(1).text
@@ -914,7 +895,7 @@ class Parser:
             return False  # 5{6}
         return (
             token.kind in ("let", "begin", "cmd")
-            or self.is_op("(", "[", "{", "\\{", "...", "⌊", "⌈")
+            or self.is_op(*_OPENERS)
             or self.is_op("|")
             and not self.bars
         )
@@ -935,7 +916,7 @@ class Parser:
         """A group, or a signed power: x^-1, x^10, and 2^3^2 from the right."""
         if self.is_op("{"):
             return self.atom()
-        if self.is_op("-") or self.peek().kind == "num":
+        if self.is_op("-") or self.next.kind == "num":
             return self.signed_power()
         return self.postfix(self.atom())
 
@@ -948,7 +929,7 @@ class Parser:
                 node = ("fn", "fac2" if self.take("!") else "factorial", (node,))
             else:
                 node = ("pct" if sign.text == "%" else "deg", node)
-        raise Unreadable("too many signs")
+        raise Unreadable  # too many signs
 
     # atoms
 
@@ -982,7 +963,7 @@ class Parser:
         if token.kind == "op" and token.text in "$€£¥":
             self.currency = token.text
             return self.signed_power()
-        raise Unreadable(f"{token.text!r} in a formula")
+        raise Unreadable  # no formula
 
     def numeral(self, text):
         """A number, a mixed number (3\\frac12, 3 1/2) or a number in another base (12_5)."""
@@ -990,11 +971,11 @@ class Parser:
             base = self.raw_group().strip("{()}").removeprefix("base")
             base = str(_NUMERALS.get(base.lower(), base))
             if not re.fullmatch(r"\d{1,2}", base) or "/" in text:
-                raise Unreadable("base of a numeral")
+                raise Unreadable  # base of a numeral
             return number(text) if base == "10" else ("based", text.lstrip("0") or "0", int(base))
         start = self.at
         parts = None
-        token = self.peek()
+        token = self.next
         if text.isdigit() and (token.kind, token.text) == ("cmd", "frac"):
             self.take()
             parts = self.argument(), self.argument()
@@ -1004,7 +985,7 @@ class Parser:
             and token.kind == self.peek(2).kind == "num"
             and self.peek(1).text == "/"
         ):
-            parts = number(self.peek().text), number(self.peek(2).text)
+            parts = number(self.next.text), number(self.peek(2).text)
             self.at += 3
         if parts and parts[0][0] == parts[1][0] == "num" and 0 < parts[0][1] < parts[1][1]:
             return number(int(text) + parts[0][1] / parts[1][1])
@@ -1028,9 +1009,6 @@ class Parser:
             name += "_" + self.raw_group().removeprefix("{").removesuffix("}")
         while self.take("'"):
             name += "'"
-        if name in _OPAQUE and "".join(self.peek(i).text for i in range(6)) == "^{-1}(":
-            self.at += 5
-            name += "^{-1}"
         if not self.is_op("(") or name[0] not in _CALLS and not name[0].isupper():
             return ("sym", name)
         inside = self.bracket(self.take().text)
@@ -1050,7 +1028,7 @@ class Parser:
 
     def argument(self):
         """The argument of \\frac, \\binom or \\log_: a group, or one digit of a longer number as TeX reads it."""
-        token = self.peek()
+        token = self.next
         if token.kind == "num" and len(token.text) > 1 and token.text.isdigit():
             self.tokens[self.at] = token._replace(text=token.text[1:])
             return number(token.text[0])
@@ -1081,9 +1059,9 @@ class Parser:
         template = node[2][0] if node[0] == "rel" and node[1] == ("in",) else node
         if template[0] != "sym" or not any(template in walk(part) for part in conditions):
             return ("builder", node, conditions, joiner)  # {x^2 : x > 3}: what is collected matters
-        if node[0] == "rel" and node[2][-1] != ("sym", "ℝ"):
+        if node[0] == "rel" and node[2][-1] != _REALS:
             if joiner == "or":
-                raise Unreadable("a condition that binds on both sides of 'or'")
+                raise Unreadable  # a condition that binds on both sides of 'or'
             conditions = (node,) + conditions
         return ("where", conditions, joiner)
 
@@ -1099,24 +1077,22 @@ class Parser:
 
     def environment(self, name):
         """A matrix, the lines of `aligned` as a list, or the pairs (value, condition) of `cases` as a set."""
-        lines = name in ("cases", "aligned", "align", "gathered")
+        lines = name in "cases aligned align gathered".split()
         if not lines and name not in _MATRICES:
-            raise Unreadable(f"environment {name}")
+            raise Unreadable  # an unknown environment
         rows = [[]]
-        while self.peek().kind != "end":
+        while self.next.kind != "end":
             if name in ("aligned", "align") and not rows[-1]:
                 self.take("&")
-            if name == "cases" and rows[-1] and self.peek().text in ("if", "for", "when"):
-                self.take()
             rows[-1].append(self.enclosed())
             if self.take("cr"):
                 rows.append([])
-            elif not self.take("&") and self.peek().kind != "end":
-                raise Unreadable(f"{self.peek().text!r} in a matrix")
+            elif not self.take("&") and self.next.kind != "end":
+                raise Unreadable  # no matrix
         self.take()
         rows = tuple(tuple(row) for row in rows if row)
         if len({len(row) for row in rows}) != 1:
-            raise Unreadable("ragged matrix")
+            raise Unreadable  # ragged matrix
         if not lines:
             return ("matrix", rows)
         if name == "cases" and len(rows[0]) == 2:
@@ -1153,14 +1129,14 @@ class Parser:
             letters = self.raw_group().strip("{}")
             while (
                 name in ("angle", "triangle", "odot")
-                and self.peek().kind == "let"
-                and self.peek().text.isupper()
+                and self.next.kind == "let"
+                and self.next.text.isupper()
             ):
                 letters += self.take().text
             return ("sym", f"{name} {letters}")
         if name == "infty" or name in _GREEK_NAMES:
             return self.symbol({"infty": "∞", "pi": "π"}.get(name, f"\\{name}"))
-        raise Unreadable(f"command \\{name}")
+        raise Unreadable  # an unknown command
 
     def function(self, name):
         """sin x, sin^2 x, sin^{-1} x, log_2 x, max(a, b). Without brackets the argument ends at + or at a function."""
@@ -1169,9 +1145,9 @@ class Parser:
             if self.take("^"):
                 power = self.exponent()
             elif name == "log" and self.take("_"):
-                base = self.atom() if self.peek().text == "10" else self.argument()
+                base = self.atom() if self.next.text == "10" else self.argument()
             else:
-                raise Unreadable(f"subscript of {name}")
+                raise Unreadable  # a subscript
         if self.is_op("(", "[", "{", "\\{"):
             inside = self.atom()
             arguments = (
@@ -1184,13 +1160,13 @@ class Parser:
             factors = [self.power()]
             while (
                 self.starts_factor()
-                and self.peek().text not in _FUNCTIONS
+                and self.next.text not in _FUNCTIONS
                 and not self.is_op("(", "[")
             ):
                 factors.append(self.power())
             argument = factors[0] if len(factors) == 1 else ("mul", tuple(factors))
             arguments = (negative(argument) if negated else argument,)
-        if power == number(-1) and "a" + name in _FUNCTIONS.values():
+        if power == _MINUS_ONE and "a" + name in _FUNCTIONS.values():
             name = "a" + name
             power = None
         node = ("fn", name, arguments + ((base,) if base else ()))
@@ -1227,12 +1203,12 @@ class Scope(NamedTuple):
     )
 
 
+def is_exact(a, b=Fraction()):
+    return isinstance(a, Fraction) and isinstance(b, Fraction)
+
+
 def to_mp(value, mp=_MP):
-    return (
-        mp.mpf(value.numerator) / value.denominator
-        if isinstance(value, Fraction)
-        else mp.convert(value)
-    )
+    return mp.mpf(value.numerator) / value.denominator if is_exact(value) else mp.convert(value)
 
 
 def bits(value):
@@ -1241,14 +1217,13 @@ def bits(value):
 
 def exact(value):
     if bits(value) > MAX_BITS:
-        raise TooBig("digits")
+        raise TooBig  # digits
     spend((bits(value) / 2000) ** 2)
     return value
 
 
 def combined(operation, a, b, mp=_MP):
-    both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return exact(operation(a, b)) if both_exact else operation(to_mp(a, mp), to_mp(b, mp))
+    return exact(operation(a, b)) if is_exact(a, b) else operation(to_mp(a, mp), to_mp(b, mp))
 
 
 plus = partial(combined, operator.add)
@@ -1260,34 +1235,34 @@ def raised(a, b, mp):
     if a == 0:
         if mp.re(to_mp(b, mp)) > 0:
             return Fraction(0)
-        raise Undefined("0 to the power 0 or below")
+        raise Undefined  # 0 to the power 0 or below
     if abs(b) > _HUGE:
-        raise TooBig("exponent")
-    if isinstance(b, Fraction) and b.denominator == 1:
-        if isinstance(a, Fraction) and (bits(a) - 1) * abs(b) <= MAX_BITS:
+        raise TooBig  # exponent
+    if is_exact(b) and b.denominator == 1:
+        if is_exact(a) and (bits(a) - 1) * abs(b) <= MAX_BITS:
             return exact(a ** int(b))
         return to_mp(a, mp) ** int(b)
-    if isinstance(b, Fraction) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
+    if is_exact(b) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
         root = raised(-a, b, mp)
         return -root if b.numerator % 2 else root
-    is_square_root = isinstance(b, Fraction) and b.denominator == 2
+    is_square_root = is_exact(b) and b.denominator == 2
     spend(mp.dps / 2 if is_square_root else mp.dps**1.5 / 10)
     if abs(b) * scale(a, mp) > _HUGE:
-        raise TooBig("power")
+        raise TooBig  # power
     return to_mp(a, mp) ** to_mp(b, mp)
 
 
 def is_real(value):
-    return isinstance(value, Fraction) or abs(_MP.im(value)) <= abs(_MP.re(value)) * 1e-40
+    return is_exact(value) or abs(_MP.im(value)) <= abs(_MP.re(value)) * 1e-40
 
 
 def scale(value, mp):
     """How many bits a value is away from the point, to the left or to the right."""
-    if isinstance(value, Fraction):
+    if is_exact(value):
         return abs(value.numerator.bit_length() - value.denominator.bit_length())
     magnitude = mp.mag(value)
     if magnitude == mp.inf or magnitude != magnitude:
-        raise Undefined("infinite")
+        raise Undefined  # infinite
     return 0 if magnitude == mp.ninf else abs(magnitude)
 
 
@@ -1322,11 +1297,11 @@ def evaluate(node, s):
         }[kind]
         value = times(evaluate(node[1], s), read_as or Fraction(1), mp)
     else:
-        raise Undefined(f"{kind} without a value")
-    if not isinstance(value, Fraction):
+        raise Undefined  # it has no value
+    if not is_exact(value):
         spend(mp.dps / 30)
     if s.real and not is_real(value):
-        raise Undefined("not real")
+        raise Undefined  # not real
     if s.largest is not None:
         size = scale(value, mp)
         is_rounded_zero = (
@@ -1355,9 +1330,9 @@ def apply(name, arguments, s):
     mp = s.mp
     x = arguments[0]
     if any(abs(a) > _HUGE for a in arguments) and name not in ("abs", "max", "min"):
-        raise TooBig("argument")
+        raise TooBig  # argument
     real = all(map(is_real, arguments))
-    integers = all(isinstance(a, Fraction) and a.denominator == 1 for a in arguments)
+    integers = all(is_exact(a) and a.denominator == 1 for a in arguments)
     if name in ("gcd", "lcm") and integers:
         function = math.gcd if name == "gcd" else math.lcm
         return reduce(lambda u, v: exact(Fraction(function(int(u), int(v)))), arguments)
@@ -1373,13 +1348,13 @@ def apply(name, arguments, s):
     if name == "log" and len(arguments) == 2 and arguments[1] not in (0, 1):
         return apply("ln", [x], s) / apply("ln", [arguments[1]], s)
     is_reals_only = name in ("sgn", "floor", "ceil") and not real
-    if len(arguments) != 1 or is_reals_only or name in ("gcd", "lcm", "max", "min", "binom"):
-        raise Undefined(f"{name} of these arguments")
+    if len(arguments) != 1 or is_reals_only or name in "gcd lcm max min binom".split():
+        raise Undefined  # no such function
     if name == "abs":
         return abs(x)
     if name == "sgn":
         return Fraction(int(mp.sign(mp.re(to_mp(x, mp)))))
-    if name in ("floor", "ceil") and isinstance(x, Fraction):
+    if name in ("floor", "ceil") and is_exact(x):
         return Fraction(getattr(math, name)(x))
     if name in ("floor", "ceil"):
         near = mp.nint(mp.re(x))  # sqrt(2)^2 is 2 but for rounding
@@ -1387,26 +1362,24 @@ def apply(name, arguments, s):
         return Fraction(int(near if is_near else getattr(mp, name)(mp.re(x))))
     if name in ("factorial", "fac2") and integers and x <= MAX_FACTORIAL:
         if x < 0:
-            raise Undefined("factorial of a negative number")
+            raise Undefined  # factorial of a negative number
         factors = range(int(x), 0, -1 if name == "factorial" else -2)
         return exact(Fraction(math.prod(factors)))
     spend(mp.dps**1.5 / 15)
     if name in ("ln", "log", "lg"):
         if x == 0:
-            raise Undefined("log 0")
+            raise Undefined  # log 0
         return mp.log(to_mp(x, mp)) / (
             mp.log(10) if name == "lg" or name == "log" and s.log10 else 1
         )
-    if (
-        name in ("exp", "sinh", "cosh", "tanh") and s.largest is not None
-    ):  # tanh is 1 but for exp(-2x)
+    if name in "exp sinh cosh tanh".split() and s.largest is not None:  # tanh is 1 but for exp(-2x)
         s.largest[0] = max(s.largest[0], int(3 * abs(x)))
     if name in ("factorial", "fac2"):
         spend(mp.dps**1.5 * 5)
     try:
         return getattr(mp, {"cis": "expj"}.get(name, name))(to_mp(x, mp))
-    except (ZeroDivisionError, ValueError) as error:  # a pole
-        raise Undefined(f"{name}: {error}") from None
+    except (ZeroDivisionError, ValueError):  # a pole
+        raise Undefined from None
 
 
 def same_number(a, b, s):
@@ -1421,7 +1394,7 @@ def same_number(a, b, s):
         at = s._replace(mp=arithmetic(digits), largest=[0])
         x = evaluate(a, at)
         y = evaluate(b, at)
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
+        if is_exact(x, y):
             return x == y
         hidden = int((written(a) + written(b) + at.largest[0]) * 0.302) + 1
         x = to_mp(x, at.mp)
@@ -1433,7 +1406,7 @@ def same_number(a, b, s):
         if hidden <= 40 and gap > size * 1e-5 and size > 1e-20:
             return False
         digits = (60 + 4 * hidden) // 50 * 50 + 50
-    raise TooBig("digits")
+    raise TooBig  # digits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1463,7 +1436,7 @@ def mapped(part, change):
 @lru_cache(maxsize=1 << 14)
 def walk(node):
     """The node and all nodes below it."""
-    below: list[Node] = []
+    below = []
     mapped(node, below.append)
     return (node, *itertools.chain.from_iterable(map(walk, below)))
 
@@ -1471,10 +1444,10 @@ def walk(node):
 @lru_cache(maxsize=1 << 14)
 def children(node):
     """The nodes right below, without factors of 1 and -1."""
-    found: list[Node] = []
+    found = []
     mapped(node, found.append)
     return tuple(
-        child for child in found if node[0] != "mul" or child not in (number(1), number(-1))
+        child for child in found if node[0] != "mul" or child not in (number(1), _MINUS_ONE)
     )
 
 
@@ -1489,11 +1462,13 @@ def canonical(node):
         ]  # 0 + x, 1 x
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
     if node[0] in ("sum", "prod") and node[1][0] == "rel":  # the index has no name
-        index = node[1][2][0][1]
+        index = re.escape(node[1][2][0][1])
         fresh = f"#{sum(part[0] == node[0] for part in walk(node))}"
         names = {part[1] for part in walk(node) if part[0] == "sym"}
-        new = {name: re.sub(rf"^{index}$|(?<=_){index}$", fresh, name) for name in names}
-        return substituted(node, {name: ("sym", new[name]) for name in names})
+        return substituted(
+            node,
+            {name: ("sym", re.sub(rf"^{index}$|(?<=_){index}$", fresh, name)) for name in names},
+        )
     return ("set", tuple(sorted(node[1], key=repr))) if node[0] == "set" else node
 
 
@@ -1541,28 +1516,27 @@ def variants(node):
 
 def is_defined(tree):
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
-    infinity = ("sym", "∞")
-    if tree[0] in ("num", "sym", "text") or tree == negative(infinity):
+    if tree[0] in ("num", "sym", "text") or tree == negative(_INFINITY):
         return True
-    if tree[0] not in ("add", "mul", "pow", "fn", "pm") or has(tree, "matrix", "tuple"):
+    if tree[0] not in "add mul pow fn pm".split() or has(tree, "matrix", "tuple"):
         return all(map(is_defined, children(canonical(tree) if has(tree, "sum", "prod") else tree)))
-    if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or ("sym", "ℝ") in walk(tree):
+    if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or _REALS in walk(tree):
         return True  # R - {0}
     if all(
-        node[0] in ("num", "sym", "add", "mul")
+        node[0] in "num sym add mul".split()
         or node[0] == "pow"
         and node[2][0] == "num"
         and node[2][1] > 0
         for node in walk(tree)
-    ) and infinity not in walk(tree):
+    ) and _INFINITY not in walk(tree):
         return True
     names = sorted(unknowns(tree))
     rng = random.Random(1)
     for env in itertools.chain(
         ordinary_points(names, set(names), rng), ordinary_points(names, set(), rng)
     ):
-        with contextlib.suppress(Undefined):
-            with contextlib.suppress(TooBig):
+        with suppress(Undefined):
+            with suppress(TooBig):
                 for variant in variants(tree):
                     evaluate(variant, Scope(env))
             return True
@@ -1572,7 +1546,7 @@ def is_defined(tree):
 # Points at which expressions are compared. They are drawn with the pair of expressions as the seed: the same for every
 # run, and not known to one who makes up an expression that agrees with another at given points.
 
-_WHOLE_NAMES = {"n", "m", "k", "N"}
+_WHOLE_NAMES = set("nmkN")
 _SIZES = (1, 5, 40, 5, 40, 1000, 10**6)
 
 
@@ -1595,7 +1569,7 @@ def switches(tree):
     for node in walk(tree):
         if node[0] == "fn" and node[1] in ("abs", "sgn"):
             found.append(node[2][0])
-        elif node[0] == "fn" and node[1] in ("max", "min", "gcd", "lcm"):
+        elif node[0] == "fn" and node[1] in "max min gcd lcm".split():
             pairs = itertools.islice(itertools.combinations(node[2], 2), 40)
             found += [("add", (x, negative(y))) for x, y in pairs]
         elif node[0] == "fn" and node[1] in ("floor", "ceil"):
@@ -1739,7 +1713,7 @@ def read(text):
     if note and set(read(note[1])) & set(read(note[2] or note[3])):  # 42 (forty-two)
         return read(note[1])
     plain = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
-    if re.fullmatch(r"(?: ?\( ?\d\d? ?\)[ ,]*)+", plain):  # (1)(3): the numbers of statements
+    if re.fullmatch(r"(?:\( ?\d\d? ?\)[ ,]*)+", plain.strip()):  # (1)(3): the numbers of statements
         numbers = tuple(map(number, re.findall(r"\d+", plain)))
         return (("list", numbers, ",") if len(numbers) > 1 else numbers[0],)
     date = _DATE.fullmatch(plain.strip(" {}").lower())
@@ -1759,7 +1733,7 @@ def read(text):
         readings = [True] if re.search(r"\d,0\d\d(?!\d)", text) else [True, False]
     trees = []
     for separated in readings:
-        with contextlib.suppress(Unreadable):
+        with suppress(Unreadable):
             trees.append(Parser(tokenise(text, separated)).answer())
     if re.fullmatch(r"[-+]?\d+,\d+", text) and readings == [False]:
         trees.append(number(text.replace(",", ".")))  # a decimal comma
@@ -1791,7 +1765,7 @@ def same(a, b):
             kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
         )
     if is_region(a) or is_region(b):
-        with contextlib.suppress(Undefined, TooBig):
+        with suppress(Undefined, TooBig):
             left = region(a)
             right = region(b)
             names = {left.name, right.name}
@@ -1837,7 +1811,7 @@ def simplified(node):
         for item in node[1]:
             is_in = item[0] == "rel" and item[1] == ("in",)
             is_domain = is_in and item[2][0] in arguments and item[2][1][0] == "sym"
-            if not is_domain and not (is_in and item[2][1] == ("sym", "ℝ")):
+            if not is_domain and not (is_in and item[2][1] == _REALS):
                 kept.append(item)
         return simplified(("list", tuple(kept), node[2])) if len(kept) < len(node[1]) else node
     if node[0] == "rel" and node[1] == ("in",) and simplified(node[2][1]) != node[2][1]:
@@ -1853,18 +1827,18 @@ def simplified(node):
             sides[0] = ("unit", sides[0], *sides[1][2:])
         precise, rounded = (to_mp(evaluate(side, Scope({}))) for side in sides)
         if abs(precise - rounded) > abs(precise) / 100:
-            raise Unreadable("a bad approximation")
+            raise Unreadable  # a bad approximation
         return sides[0]
     if is_label(sides[-1]) and not is_label(sides[0]) and not unknowns(sides[0]):
         sides.reverse()  # 5 = x
     constant = [side for side in sides if not is_label(side) and not unknowns(side)]
     is_claim = sides[-1] in constant or len(constant) == len(sides)
     if is_claim and not all(same(side, sides[-1]) for side in constant):
-        raise Unreadable("a false equation")  # x = 6 = 5
+        raise Unreadable  # a false equation; x = 6 = 5
     # Of x = 2 + 3 = 5 nothing is left in the middle. 2n + 1 = 17 may be a condition; 2n + 1 = 16 + 1 = 17 is a value.
     middle = [side for side in sides[1:-1] if side not in constant]
     if len(constant) > 1 and not middle and unknowns(sides[0]) and not is_label(sides[0]):
-        sides[0] = ("sym", "?")
+        sides[0] = _UNWRITTEN
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
 
 
@@ -1905,7 +1879,7 @@ def is_label(node):
     if kind in ("tuple", "ratio"):  # (y, x) = (1, 2) is not the point (1, 2)
         letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
         is_family = any(
-            set(letters) <= set(family) for family in ("abcdefg", "mn", "pqrst", "uvw", "xyz")
+            set(letters) <= set(family) for family in "abcdefg mn pqrst uvw xyz".split()
         )
         return all(map(is_label, node[-1])) and (letters == sorted(letters) or not is_family)
     if kind == "fn":
@@ -1915,7 +1889,7 @@ def is_label(node):
         )
         return names_angle or node[1] == "abs" and inner[0] == "mul" and is_label(inner)
     if kind == "pow":
-        return node[2] == number(-1) and is_label(node[1])
+        return node[2] == _MINUS_ONE and is_label(node[1])
     if kind == "mul":  # points are capital letters; the m of m\angle ABC is none
         is_measure = any(" " in str(item[1]) for item in node[1][1:])
         return all(
@@ -1957,7 +1931,7 @@ def same_ratio(a, b):
     ratio, other = (a, b) if a[0] == "ratio" else (b, a)
     return (
         len(ratio[1]) == 2
-        and other[0] not in ("tuple", "unit", "deg", "pct")
+        and other[0] not in "tuple unit deg pct".split()
         and same_value(("mul", (ratio[1][0], reciprocal(ratio[1][1]))), other)
     )
 
@@ -1968,8 +1942,8 @@ def same_matrix(a, b):
     b = worked_in(b)
     if (a[0], b[0]) != ("matrix", "matrix"):
         return "matrix" not in (a[0], b[0]) and same_value(a, b)
-    shapes = [[len(row) for row in node[1]] for node in (a, b)]
-    return shapes[0] == shapes[1] and all(all(map(same, r, s)) for r, s in zip(a[1], b[1]))
+    shapes = [list(map(len, node[1])) for node in (a, b)]
+    return shapes[0] == shapes[1] and all(map(same, sum(a[1], ()), sum(b[1], ())))
 
 
 def worked_in(node):
@@ -1986,17 +1960,13 @@ def worked_in(node):
     matrices = [part for part in parts if part[0] == "matrix"]
     if node[0] == "mul" and len(matrices) == 1:
         factors = tuple(part for part in parts if part[0] != "matrix")
-        return (
-            "matrix",
-            tuple(tuple(("mul", (*factors, cell)) for cell in row) for row in matrices[0][1]),
-        )
-    if (
-        node[0] == "add"
-        and matrices == parts
-        and len({tuple(map(len, part[1])) for part in parts}) == 1
-    ):
-        rows = zip(*(part[1] for part in parts))
-        return ("matrix", tuple(tuple(("add", cells) for cells in zip(*row)) for row in rows))
+        return mapped(matrices[0], lambda cell: ("mul", (*factors, cell)))
+    shapes = {tuple(map(len, part[1])) for part in matrices}
+    if node[0] == "add" and matrices == parts and len(shapes) == 1:
+        rows = []
+        for row in zip(*(part[1] for part in parts)):
+            rows.append(tuple(("add", cells) for cells in zip(*row)))
+        return ("matrix", tuple(rows))
     return node
 
 
@@ -2024,7 +1994,7 @@ def elements(node):
     return variants(node)
 
 
-_TENS = {number(-1), number(10), number(100), number(1000)}
+_TENS = set(map(number, (-1, 10, 100, 1000)))
 
 
 def label_of(node):
@@ -2049,28 +2019,25 @@ def points(members, joiner=","):
     """x = 1, y = 2, x = 2, y = 1 are two points (x, y) = (1, 2), (2, 1); x = 1 or y = 2 is none."""
     names = sorted(named_values(members)[0], key=repr)
     groups = [members[i : i + len(names)] for i in range(0, len(members), len(names) or 1)]
-    is_complete = all({label_of(member) for member in group} == set(names) for group in groups)
+    is_complete = all(set(map(label_of, group)) == set(names) for group in groups)
     if len(names) < 2 or joiner == "or" and len(groups) == 1 or not is_complete:
         joined = {member: points(member[3]) for member in members if member[0] == "tuple"}
         return [
             joined[member][0] if len(joined.get(member, ())) == 1 else member for member in members
         ]
-    label = ("tuple", "(", ")", tuple(names))
-    values = [
-        tuple(member[2][1] for member in sorted(group, key=lambda m: repr(label_of(m))))
-        for group in groups
-    ]
-    return [("rel", ("=",), (label, ("tuple", "(", ")", value))) for value in values]
+    found = []
+    for group in groups:
+        members = sorted(group, key=lambda member: repr(label_of(member)))
+        found.append(equation(point(names), point(member[2][1] for member in members)))
+    return found
 
 
 def same_collection(a, b):
     """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
-    xs, ys = (
-        [node if node[0] == "set" else simplified(node) for node in elements(part)]
-        for part in (a, b)
-    )
-    (names, values) = named_values(xs)
-    (other_names, other_values) = named_values(ys)
+    xs = [node if node[0] == "set" else simplified(node) for node in elements(a)]
+    ys = [node if node[0] == "set" else simplified(node) for node in elements(b)]
+    names, values = named_values(xs)
+    other_names, other_values = named_values(ys)
     has_or = "or" in (a[-1], b[-1])
     if (
         has_or and a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values)
@@ -2088,13 +2055,12 @@ def same_collection(a, b):
             for node, side in ((a, values), (b, other_values))
         )
         return len(xs) == len(ys) and all(map(same, xs, ys))
-    (names, xs) = named_values(points(xs, a[-1]))
-    (other_names, ys) = named_values(points(ys, b[-1]))
+    names, xs = named_values(points(xs, a[-1]))
+    other_names, ys = named_values(points(ys, b[-1]))
     if names != other_names and (names and other_names or len(names + other_names) > 1):
         return False
-    has_signs = has(a, "pm") or has(b, "pm")
     if (
-        has_signs
+        "pm" in kinds_in(a) | kinds_in(b)
         or "set" in (a[0], b[0])
         or all(member[0] in ("tuple", "rel") for member in xs + ys)
     ):
@@ -2108,11 +2074,11 @@ def distinct(nodes):
     nodes = list({canonical(node): node for node in nodes}.values())
     if len(nodes) > 30:
         return nodes
-    return [
-        node
-        for i, node in enumerate(nodes)
-        if not any(same_member(node, other) for other in nodes[:i])
-    ]
+    found = []
+    for node in nodes:
+        if not any(same_member(node, other) for other in found):
+            found.append(node)
+    return found
 
 
 def same_member(x, y):
@@ -2177,7 +2143,7 @@ def proportional(a, b):
     if not names or unknowns(f) != unknowns(g) or has(f, *_NO_VALUE) or has(g, *_NO_VALUE):
         return False
     for env in ordinary_points(names, _WHOLE_NAMES, pair_seed(f, g)):
-        with contextlib.suppress(Undefined, TooBig):
+        with suppress(Undefined, TooBig):
             x = evaluate(f, Scope(env))
             y = evaluate(g, Scope(env))
             if abs(x) < 1e-30 or abs(y) < 1e-30:
@@ -2205,23 +2171,23 @@ class Region(NamedTuple):
 def is_region(node):
     """Is this written as a set of reals (and not as a pair that could be a point)?"""
     if node[0] == "rel":
-        return bool(set(node[1]) & {"<", "<=", ">", ">=", "!=", "in"})
+        return bool(set(node[1]) & {*_FLIP, "in"} - {"="})
     if node[0] in ("list", "add"):
         return (all if node[0] == "list" else any)(map(is_region, node[1]))
-    return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
+    return node[0] in "cup cap setminus where".split() or node == _REALS
 
 
 def region(node):
     """The set of reals that a tree describes. Undefined or TooBig if it is none that these rules know."""
     kind = node[0]
-    if node == ("sym", "ℝ"):
+    if node == _REALS:
         return Region(None, [], lambda x: True)
     if kind == "tuple" and len(node[3]) == 2:  # [0, 1) is 0 <= ? < 1
         low, high = node[3]
         if not before(endpoint(low), endpoint(high)):
-            raise Undefined("an empty interval")
+            raise Undefined  # an empty interval
         operators = tuple("<=" if bracket in "[]" else "<" for bracket in node[1:3])
-        return condition(operators, (low, ("sym", "?"), high))
+        return condition(operators, (low, _UNWRITTEN, high))
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
         return Region(None, values, lambda x: any(meets("=", x, value) for value in values))
@@ -2239,7 +2205,7 @@ def region(node):
     if kind in ("where", "list"):
         parts = [region(condition) for condition in node[1]]
         if len({part.name for part in parts}) != 1:
-            raise Undefined("conditions on two unknowns")
+            raise Undefined  # conditions on two unknowns
         marks = [mark for part in parts for mark in part.marks]
         name = parts[0].name if kind == "list" else None
         both = Region(name, marks, lambda x: all(part.holds(x) for part in parts))
@@ -2249,7 +2215,7 @@ def region(node):
         is_empty = node[2] == "," and not any(map(both.holds, probes(marks)))
         return either if is_empty else both  # x < 1, x > 3
     if kind != "rel":
-        raise Undefined("no set of reals")
+        raise Undefined  # no set of reals
     return condition(node[1], node[2])
 
 
@@ -2260,7 +2226,7 @@ def condition(operators, sides):
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
     is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
     if not is_chain or not set(operators) <= set(_FLIP) - {"="}:
-        raise Undefined("no bounds of an unknown")
+        raise Undefined  # no bounds of an unknown
     middle = sides[free[0]]
     others = [side for i, side in enumerate(sides) if i != free[0]]
     if free == [1]:  # 1 < x is x > 1
@@ -2273,8 +2239,8 @@ def condition(operators, sides):
         marks += [-mark for mark in marks]
         value = abs
     elif middle[0] not in ("sym", "call"):
-        raise Undefined("bounds of an expression")
-    name = None if middle == ("sym", "?") else subject(middle)
+        raise Undefined  # bounds of an expression
+    name = None if middle == _UNWRITTEN else subject(middle)
     return Region(name, marks, lambda x: all(meets(op, value(x), bound) for op, bound in bounds))
 
 
@@ -2297,21 +2263,21 @@ def meets(op, u, v):
 
 def endpoint(node):
     """A real number as Fraction or mpf, or an infinity. TooBig if 100 digits may not tell it from another."""
-    if node in (("sym", "∞"), negative(("sym", "∞"))):
+    if node in (_INFINITY, negative(_INFINITY)):
         return _MP.inf if node[0] == "sym" else _MP.ninf
     scope = Scope({}, real=True, largest=[0])
     value = evaluate(node[1] if node[0] in ("unit", "deg") else node, scope)
-    if isinstance(value, Fraction):
+    if is_exact(value):
         return value
     if written(node) + scope.largest[0] > 60:
-        raise TooBig("digits")
+        raise TooBig  # digits
     return _MP.re(value)
 
 
 def before(a, b):
     """a < b; what is equal within the precision is not before."""
     spend(3)
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
+    if is_exact(a, b):
         return a < b
     return to_mp(b) - to_mp(a) > 1e-60  # no for two equal infinities: their difference is no number
 
@@ -2405,10 +2371,10 @@ _AS_THEY_ARE = set("num sym text list set tuple unit deg pct based choice".split
 def expressions(problem):
     """What a problem states in formulas: as trees with all their parts, and as texts."""
     texts = [next(filter(None, match.groups())) for match in _MATH.finditer(problem[:MAX_PROBLEM])]
-    trees: dict[Node, None] = {}
+    trees = {}
     for text in texts:
         for part in dict.fromkeys([text, *_BREAKS.split(text)]):
-            with contextlib.suppress(Unreadable, Undefined, TooBig, TooMuchWork):
+            with suppress(Unreadable, Undefined, TooBig, TooMuchWork):
                 _work.left = MAX_WORK
                 for tree in read(clean(part)):
                     trees |= dict.fromkeys(map(canonical, walk(tree)))
@@ -2439,9 +2405,18 @@ def stands_in(nodes, part):
     return any(contains(node, part) for node in nodes)
 
 
+def bare(tree):
+    """The canonical tree of an answer without its letter: (C) 8 is 8."""
+    return canonical(tree[-1] if tree[0] == "choice" else tree)
+
+
+def value_of(node):
+    return node[2][-1] if label_of(node) else node
+
+
 def is_done(node):
     """Is nothing left to compute: a number, a name, x = 4, a list of those?"""
-    node = node[2][-1] if label_of(node) else node
+    node = value_of(node)
     return is_label(node) or kinds_in(node) <= _AS_THEY_ARE
 
 
@@ -2452,12 +2427,9 @@ def is_copied(answer, gold, problem):
     compute: a number, a name, a list of them. A copy stays a copy whatever it wears (2 sin 315° / 2, |.|, a unit, an
     equation): an answer that still contains a whole expression of the problem, itself equal to the gold, is one.
     """
-    trees, golds = (
-        [canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
-        for text in (answer, gold)
-    )
-    values = [tree[2][-1] if label_of(tree) else tree for tree in trees]
-    wanted = {tree[2][-1] if label_of(tree) else tree for tree in golds}
+    trees, golds = (list(map(bare, read(text))) for text in (answer, gold))
+    values = list(map(value_of, trees))
+    wanted = set(map(value_of, golds))
     # 0.\overline{3} as a fraction is a task
     repeats = re.search(
         r"[\d.]*(?:\\(?:overline|bar|dot)\{?\d+|\d\.\.\.)", squeeze(answer.rpartition("=")[2])
@@ -2509,7 +2481,7 @@ def same_time(a: re.Match, b: re.Match) -> bool:
         return same_time(b, a)
     if minute != minute2 or half and half.lower() != half2.lower():
         return False
-    later = half2 and int(hour2) % 12 + 12 * (half2 in "pP")
+    later = half2 and int(hour2) % 12 + (12 if half2 in "pP" else 0)
     return int(hour) == int(hour2) or not half and int(hour) == later
 
 
@@ -2544,7 +2516,7 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
         return False
 
 
-def same_answer(a: Node, b: Node) -> bool:
+def same_answer(a, b) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
     x, y = (list(dict.fromkeys(parameters(node) + constants(node))) for node in (a, b))
     is_free = not (set(x) - set(y)) & unknowns(b) and not (set(y) - set(x)) & unknowns(a)
@@ -2556,7 +2528,7 @@ def same_answer(a: Node, b: Node) -> bool:
         return False
 
 
-def parameters(node: Node) -> list[str]:
+def parameters(node) -> list[str]:
     """Names whose choice is free: the n of `n in Z`, the x of `f(x) = `, the k of {2k | k in Z}."""
     if node[0] == "builder":
         return sorted(unknowns(node[1]))
@@ -2570,14 +2542,12 @@ def parameters(node: Node) -> list[str]:
     return [argument[1] for argument in arguments if argument[0] == "sym"]
 
 
-def constants(node: Node) -> list[str]:
+def constants(node) -> list[str]:
     """Names that a solution may choose: the C of x^2 + C, the c_1 and c_2 or A and B of y = c_1 e^x + c_2 e^{-x}, the
-    t of the line (t, 2t), the k of x = 2k pi."""
+    t of the line (t, 2t)."""
     names = unknowns(node)
     if node[0] in ("tuple", "matrix") and len(names) == 1:
         return sorted(names & set("tsrk"))
-    if node[0] == "rel" and ("sym", "π") in walk(node) and len(names) == 2:
-        return sorted(names & _WHOLE_NAMES)
     chosen = [name for name in sorted(names) if re.fullmatch("[CcKk](_[0-9])?", name)]
     chosen += ["A", "B"] if {"A", "B"} <= names else []
     return chosen if len(names) > len(chosen) else []
@@ -2650,15 +2620,13 @@ class Worker:
 
     def __init__(self):
         command = [sys.executable, os.path.abspath(__file__), "--serve", str(os.getpid())]
-        reason = f"`{' '.join(command)}` shows why"
         for _ in range(MAX_STARTS):
             try:
                 self.process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
                 )
             except OSError as error:  # no more processes, memory or files
-                reason = str(error)
-                break
+                raise RuntimeError(f"verify.py: no grading worker starts: {error}")
             os.set_blocking(self.process.stdin.fileno(), False)
             self.index = None
             self.unsent = b""
@@ -2667,7 +2635,7 @@ class Worker:
             self.stop()
             if self.process.returncode >= 0:  # it ended by itself: no signal killed it
                 break
-        raise RuntimeError(f"verify.py: no grading worker starts; {reason}")
+        raise RuntimeError(f"verify.py: no grading worker starts; `{' '.join(command)}` shows why")
 
     def ask(self, index: int, question: tuple, timeout: float) -> None:
         self.index = index
@@ -2877,7 +2845,7 @@ def grade_answers(
     grades = Grades(verdict is True for verdict in verdicts)
     grades.stats = {
         name: verdicts.count(name)
-        for name in ("no_answer", "unparsable", "copied", "timeouts", "crashes")
+        for name in "no_answer unparsable copied timeouts crashes".split()
     }
     grades.failed = {i for i, verdict in enumerate(verdicts) if verdict in ("timeouts", "crashes")}
     grades.stats["workers"] = len(_pool.workers) if _pool else 0
@@ -2949,9 +2917,10 @@ def run_rows(path: str, timeout: float) -> None:
         )
     else:
         print(f"{path}: {sum(grades)} of {len(rows)} equal")
-    total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
-    for category in sorted(total):
-        print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
+    total = Counter(row["category"] for row, _ in labelled)
+    missed = Counter(row["category"] for row, _ in wrong)
+    for category, count in sorted(total.items()):
+        print(f"  {category:<20} {count - missed[category]:>5} of {count}")
     for row, verdict in wrong:
         print(
             f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}"
