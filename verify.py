@@ -272,7 +272,7 @@ def clean(text: str) -> str:
     ):  # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"[\s~]+", " ", text)
-    text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r"\\vec{\1\2}", text))
+    text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r" \1\2 ", text))
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac: escaped once too often
     for trigger, pattern, replacement in _CLEAN:
@@ -905,10 +905,9 @@ class Parser:
         if not self.take("^"):
             return node
         exponent = self.exponent()
-        if node[0] == "matrix" and exponent in (("sym", "T"), ("sym", "\\top")):
-            return ("matrix", tuple(zip(*node[1])))
-        if node[0] == "tuple" and exponent in (("sym", "T"), ("sym", "\\top")):
-            return ("matrix", tuple((item,) for item in node[3]))
+        if node[0] in ("matrix", "tuple") and exponent in (("sym", "T"), ("sym", "\\top")):
+            rows = node[1] if node[0] == "matrix" else (node[3],)
+            return ("matrix", tuple(zip(*rows)))
         return self.postfix(("pow", node, exponent))
 
     @limited
@@ -1586,11 +1585,10 @@ def zeros(node, name, env):
     if node[0] == "pow" and node[2][0] == "num":
         return zeros(node[1], name, env)
     try:
-        at = [
+        c, up, down, test = (
             to_mp(evaluate(node, Scope(env | {name: Fraction(x)}, real=True))).real
             for x in (0, 1, -1, 7)
-        ]
-        c, up, down, test = at
+        )
         a = (up + down) / 2 - c
         b = (up - down) / 2
         if abs(49 * a + 7 * b + c - test) < 1e-40:  # it is a x^2 + b x + c
@@ -1607,20 +1605,14 @@ def runs(a, b, names, whole, rng):
     """24 numbers in a row for each unknown that may count: there (-1)^n, n mod 6 and \\gcd(n, 12) show their period."""
     nodes = walk(a) + walk(b)
     for name in names:
-        is_whole = name in whole
-        if not any(
-            node[0] == "pow"
-            and name in unknowns(node[2])
-            or node[0] == "fn"
-            and is_whole
-            and name in unknowns(node)
-            for node in nodes
-        ):
-            continue
-        base = next(ordinary_points(names, whole, rng))
-        start = rng.randint(1, 12)
-        for k in range(start, start + 24 if is_whole else start + 4):
-            yield base | {name: Fraction(k, 1 if is_whole else 97)}
+        periodic = [node[2] for node in nodes if node[0] == "pow"]
+        if name in whole:
+            periodic += [node for node in nodes if node[0] == "fn"]
+        if any(name in unknowns(node) for node in periodic):
+            base = next(ordinary_points(names, whole, rng))
+            start = rng.randint(1, 12)
+            for k in range(24 if name in whole else 4):
+                yield base | {name: Fraction(start + k, 1 if name in whole else 97)}
 
 
 def points_between(a, b, names, whole, rng):
@@ -1855,16 +1847,12 @@ def residue(side, modulus):
 
 def components(node):
     """3i - 4j of unit vectors is (3, -4): the value at i = 1, j = 0 and that at i = 0, j = 1."""
-    names = unknowns(node) if node[0] in ("add", "mul") else frozenset()
-    axes = ["vec i", "vec j", "vec k"]
-    if names.isdisjoint(axes) and node[0] == "add" and "j" in names and ("sym", "i") in walk(node):
-        axes = ["i", "j", "k"]
-    elif names.isdisjoint(axes):
+    names = unknowns(node)
+    if node[0] != "add" or names.isdisjoint("jk") or ("sym", "i") not in walk(node):
         return node
-    axes = axes if axes[2] in names else axes[:2]
-    zero = dict.fromkeys(axes, number(0))
-    values = [substituted(node, zero | {axis: number(1)}) for axis in axes]
-    return point(values)
+    zero = dict.fromkeys("ijk", number(0))
+    axes = "ijk" if "k" in names else "ij"
+    return point(substituted(node, zero | {axis: number(1)}) for axis in axes)
 
 
 def is_label(node):
@@ -1925,8 +1913,8 @@ def same_ratio(a, b):
     if a[0] == b[0]:
         if len(a[1]) != len(b[1]) or any(same(part, number(0)) for part in a[1] + b[1]):
             return False
-        (x, *xs) = a[1]
-        (y, *ys) = b[1]
+        x, *xs = a[1]
+        y, *ys = b[1]
         return all(same_value(("mul", (u, y)), ("mul", (v, x))) for u, v in zip(xs, ys))
     ratio, other = (a, b) if a[0] == "ratio" else (b, a)
     return (
@@ -2039,9 +2027,8 @@ def same_collection(a, b):
     names, values = named_values(xs)
     other_names, other_values = named_values(ys)
     has_or = "or" in (a[-1], b[-1])
-    if (
-        has_or and a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values)
-    ):  # A and B, A or B
+    is_named = any(value[0] in ("sym", "text") for value in values)
+    if has_or and a[-1] != b[-1] and is_named:  # A and B, A or B
         return False
     beside_tuple = "tuple" in (a[0], b[0]) and not names + other_names
     beside_names = (
@@ -2111,24 +2098,15 @@ def same_relation(a, b):
     if a[0] != b[0]:
         relation, value = (a, b) if a[0] == "rel" else (b, a)
         sides = relation[2]
-        if (
-            value[0] == "tuple" and len(sides) > 2 and all(map(is_label, sides[:-1]))
-        ):  # x = y = 1 is (1, 1)
-            return relation[1] == ("=",) * len(value[3]) and same(
-                value, value[:3] + (sides[-1:] * len(value[3]),)
-            )
-        is_chain = set(relation[1]) == {"="} and (
-            is_label(sides[0]) or not any(map(unknowns, sides))
-        )
-        return (is_chain or label_of(relation) is not None) and same(sides[-1], value)
-    if len(a[1]) != len(b[1]) and {*a[1], *b[1]} != {"="}:
-        return False
+        is_equation = set(relation[1]) == {"="}
+        if value[0] == "tuple" and len(sides) > 2 and all(map(is_label, sides[:-1])):
+            size = len(sides) - 1  # x = y = 1 is (1, 1)
+            return is_equation and same(value, value[:3] + (sides[-1:] * size,))
+        is_value = is_equation and (is_label(sides[0]) or not any(map(unknowns, sides)))
+        return (is_value or label_of(relation) is not None) and same(sides[-1], value)
     if len(a[1]) != len(b[1]):  # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
-        a, b = (
-            ("rel", ("=", "="), (node[2][0], *filter(is_label, node[2][1:-1]), node[2][-1]))
-            for node in (a, b)
-        )
-        return len(a[2]) == len(b[2]) == 2 and all(map(same, a[2], b[2]))
+        is_said = any(map(is_label, a[2][1:-1] + b[2][1:-1])) or {*a[1], *b[1]} != {"="}
+        return not is_said and same(a[2][0], b[2][0]) and same(a[2][-1], b[2][-1])
     flipped = tuple(map(_FLIP.get, reversed(b[1])))
     for operators, sides in ((b[1], b[2]), (flipped, b[2][::-1])):
         if a[1] == operators and all(map(same, a[2], sides)):
@@ -2714,9 +2692,8 @@ class Pool:
             for worker in busy:
                 if worker not in heard and time.monotonic() < worker.deadline:
                     continue
-                letter = (
-                    worker.process.stdout.read(1) if worker in heard else _LATE
-                )  # _DIED: its output ended
+                # _DIED: its output ended
+                letter = worker.process.stdout.read(1) if worker in heard else _LATE
                 index = worker.index
                 worker.index = None
                 if letter in (_DIED, _LATE):
