@@ -61,6 +61,9 @@ MAX_MEMORY = 512 << 20  # bytes of address space of one worker process
 MAX_ROW = 16 << 20  # bytes of a row of --jsonl
 
 
+# What ends a reading or a comparison. All four are caught below; none reaches the caller.
+
+
 class Unreadable(ValueError):
     """The text is no answer that this parser knows."""
 
@@ -132,22 +135,23 @@ def extract_answer(response: str) -> str | None:
 _GREEK = dict(
     zip(
         "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-        "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
+        "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
     )
 )
 # LaTeX or ASCII, then the letters that mean the same.
 _SPELLINGS = r"""
-- −–—‐‑﹣－  \cdot ·⋅∙•  / ÷∕⁄  ^\circ °º˚  \emptyset ∅⌀  , ，、  . 。．  \le ≤≦⩽  \ge ≥≧⩾  \pi πℼ  ' ’′  | ∣｜
-\times ×  \sqrt √  \sqrt[3] ∛  \infty ∞  \ne ≠  \approx ≈  \in ∈  \cup ∪  \cap ∩  \pm ±  \mp ∓  \angle ∠  \R ℝ
-\setminus ∖  \equiv ≡  \phi ϕ  \circ ∘  ; ；  : ：∶  \ldots …  % ％  $ ＄  \langle ⟨  \rangle ⟩
+- −–—‐‑﹣－  \cdot ·⋅∙•  / ÷∕⁄  ^\circ °º˚  \emptyset ∅⌀  , ，、  . 。．  \le ≤≦⩽  \ge ≥≧⩾
+\pi πℼ  ' ’′  | ∣｜  \times ×  \sqrt √  \sqrt[3] ∛  \infty ∞  \ne ≠  \approx ≈  \in ∈  \cup ∪
+\cap ∩  \pm ±  \mp ∓  \angle ∠  \R ℝ  \setminus ∖  \equiv ≡  \phi ϕ  \circ ∘  ; ；  : ：∶
+\ldots …  % ％  $ ＄  \langle ⟨  \rangle ⟩
 (1) ①  (2) ②  (3) ③  (4) ④  (5) ⑤  (6) ⑥  (7) ⑦  (8) ⑧  (9) ⑨  (10) ⑩
-\frac{1}{4} ¼  \frac{1}{2} ½  \frac{3}{4} ¾  \frac{1}{7} ⅐  \frac{1}{9} ⅑  \frac{1}{10} ⅒  \frac{1}{3} ⅓
-\frac{2}{3} ⅔  \frac{1}{5} ⅕  \frac{2}{5} ⅖  \frac{3}{5} ⅗  \frac{4}{5} ⅘  \frac{1}{6} ⅙  \frac{5}{6} ⅚
-\frac{1}{8} ⅛  \frac{3}{8} ⅜  \frac{5}{8} ⅝  \frac{7}{8} ⅞"""
-_INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff"
+\frac{1}{4} ¼  \frac{1}{2} ½  \frac{3}{4} ¾  \frac{1}{7} ⅐  \frac{1}{9} ⅑  \frac{1}{10} ⅒
+\frac{1}{3} ⅓  \frac{2}{3} ⅔  \frac{1}{5} ⅕  \frac{2}{5} ⅖  \frac{3}{5} ⅗  \frac{4}{5} ⅘
+\frac{1}{6} ⅙  \frac{5}{6} ⅚  \frac{1}{8} ⅛  \frac{3}{8} ⅜  \frac{5}{8} ⅝  \frac{7}{8} ⅞"""
+_INVISIBLE = "00ad 200b 200c 200d 200e 200f 202a 202b 202c 202d 202e 2060 2061 2062 2063 2064 feff"
 _UNICODE = {ord(letter): f"\\{name} " for letter, name in _GREEK.items()}
-_UNICODE |= dict.fromkeys(map(ord, _INVISIBLE), "")
+_UNICODE |= {int(code, 16): "" for code in _INVISIBLE.split()}
 for _row in re.split("  |\n", _SPELLINGS)[1:]:
     _latex, _letters = _row.split(" ")
     _blank = " " if _latex[-1].isalpha() else ""
@@ -163,8 +167,9 @@ _UNIT_VECTOR = re.compile(
     r"\\(?:mathbf|boldsymbol|bm|hat|vec|widehat|overrightarrow) ?"
     r"(?:\{? ?\\(?:mathbf|hat|vec|rm) ?)?\{? ?(?:\\([ij])math|([ijk])(?![a-zA-Z])) ?\}{0,2}"
 )
-# trigger ⟶ pattern ⟶ replacement, applied in this order to a text without double blanks. A text without the trigger has
-# no match (this saves most of the time). § is the end of a command's name, ␣ a blank at an end.
+# trigger ⟶ pattern ⟶ replacement, applied in this order to a text without double blanks. A text
+# without the trigger has no match (this saves most of the time). § is the end of a command's name,
+# ␣ a blank at an end; a line that is indented goes on with the one above.
 _CLEAN_ROWS = r"""
 # layout
 # \\[4pt]
@@ -331,6 +336,7 @@ def aliases(table: str) -> dict[str, str]:
     return found
 
 
+# Operators and functions by the commands of LaTeX that mean them.
 _OPERATORS = aliases(r"""
 <=: le leq leqslant leqq
 >=: ge geq geqslant geqq
@@ -394,6 +400,7 @@ lcm: lcm
 max: max
 min: min
 sgn: sgn sign""")
+# Words and letters with a meaning of their own.
 _GREEK_NAMES = {*_GREEK.values(), *"pi varphi vartheta varepsilon ell hbar top".split()}
 _CONNECTORS = aliases("""
 and: and 和 与 且 и
@@ -515,14 +522,15 @@ for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
         UNITS[_name] = (_base.replace("·", " "), Fraction(_factor))
         if len(_name) > 2:
             UNITS[_name + "s"] = UNITS[_name]
+# Words that multiply, raise or are a number.
 _MULTIPLIERS = {"dozen": 12, "hundred": 100}
 _MULTIPLIERS |= {"thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _POWERS = dict.fromkeys(("square", "sq", "平方"), 2) | dict.fromkeys(("cubic", "cu", "立方"), 3)
 _NUMERALS = {
     word: i
     for i, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen".split()
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen".split()
     )
 }
 _NUMERALS |= {
@@ -579,12 +587,14 @@ def number(value):
     return ("num", Fraction(value))
 
 
+# Nodes that are asked for by name.
 _MINUS_ONE = number(-1)
 _INFINITY = ("sym", "∞")
 _REALS = ("sym", "ℝ")
 _UNWRITTEN = ("sym", "?")  # the unknown of "> 5"
 
 
+# Texts that mean a set, or that nothing exists; singular, without articles.
 _PHRASES = {"no solution": ("set", ()), "no real solution": ("set", ())}
 _PHRASES |= dict.fromkeys(("all real number", "all real", "any real number"), _REALS)
 _PHRASES["doe not exist"] = ("text", "dne")
@@ -609,7 +619,7 @@ def reciprocal(node):
 
 
 def written_out(items):
-    """1, 2, ..., 5 is 1, 2, 3, 4, 5; where the last term is a formula, the first terms that show the step stay."""
+    """1, 2, ..., 5 is 1, 2, 3, 4, 5. Of 1, 2, ..., n the first terms that show the step stay."""
     dots = ("sym", "...")
     head = items[:-2]
     is_row = len(items) > 2 and items[-2] == dots and {item[0] for item in head} == {"num"}
@@ -1075,7 +1085,7 @@ class Parser:
         return ("fn", name, (node,))
 
     def environment(self, name):
-        """A matrix, the lines of `aligned` as a list, or the pairs (value, condition) of `cases` as a set."""
+        """A matrix, a list (the lines of `aligned`) or a set (value and condition of `cases`)."""
         lines = name in "cases aligned align gathered".split()
         if not lines and name not in _MATRICES:
             raise Unreadable  # an unknown environment
@@ -1412,8 +1422,8 @@ def same_number(a, b, s):
 # Trees
 
 _KINDS = set(
-    "num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based cup cap "
-    "setminus where builder text choice".split()
+    "num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based "
+    "cup cap setminus where builder text choice".split()
 )
 
 
@@ -1602,7 +1612,7 @@ def zeros(node, name, env):
 
 
 def runs(a, b, names, whole, rng):
-    """24 numbers in a row for each unknown that may count: there (-1)^n, n mod 6 and \\gcd(n, 12) show their period."""
+    """24 numbers in a row for each unknown: there (-1)^n and \\gcd(n, 12) show their period."""
     nodes = walk(a) + walk(b)
     for name in names:
         periodic = [node[2] for node in nodes if node[0] == "pow"]
@@ -1827,13 +1837,15 @@ def simplified(node):
     is_claim = sides[-1] in constant or len(constant) == len(sides)
     if is_claim and not all(same(side, sides[-1]) for side in constant):
         raise Unreadable  # a false equation; x = 6 = 5
-    # Of x = 2 + 3 = 5 nothing is left in the middle. 2n + 1 = 17 may be a condition; 2n + 1 = 16 + 1 = 17 is a value.
+    # Of x = 2 + 3 = 5 nothing is left in the middle. 2n + 1 = 17 may be a condition, but
+    # 2n + 1 = 16 + 1 = 17 is a value.
     middle = [side for side in sides[1:-1] if side not in constant]
     if len(constant) > 1 and not middle and unknowns(sides[0]) and not is_label(sides[0]):
         sides[0] = _UNWRITTEN
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
 
 
+# Letters of multiple choice.
 _CHOICES = set("ABCDEFGH")
 
 
@@ -1982,11 +1994,12 @@ def elements(node):
     return variants(node)
 
 
+# Factors in a sum that an answer may give: 100m + n, m - n.
 _TENS = set(map(number, (-1, 10, 100, 1000)))
 
 
 def label_of(node):
-    """The name in `name = value` and `name in set`, and what is asked for in m - n = 6 and 100m + n = 305."""
+    """The name in `name = value` and `name in set`; the sum in m - n = 6 and 100m + n = 305."""
     if node[0] != "rel" or node[1] not in (("=",), ("in",)):
         return None
     side, value = node[2]
@@ -2223,7 +2236,7 @@ def condition(operators, sides):
 
 
 def subject(side):
-    """What a condition is about. A set without a name may answer for x, f(x) and a + b, not for x^2 (a tree in text)."""
+    """What a condition is about: a set without a name may stand for x, f(x), a + b, not for x^2."""
     if label_of(equation(side, number(1))) and side[0] == "add":
         return None
     if side[0] == "call" and all(argument[0] == "sym" for argument in side[2]):
@@ -2361,9 +2374,10 @@ def expressions(problem):
 
 @lru_cache(maxsize=1 << 16)
 def contains(tree, part):
-    """Is everything of `part` still there in the tree, nested as it was? Other things may stand around and between.
+    """Is everything of `part` still there in the tree, nested as it was?
 
-    Signs, the order of terms and the names of unknowns do not matter: 2(x + 1 - 1) - 0y contains x + 1 and y + 1.
+    Other things may stand around and between. Signs, the order of terms and the names of unknowns
+    do not matter: 2(x + 1 - 1) - 0y contains x + 1 and y + 1.
     """
     below = children(tree)
     wanted = children(part)
@@ -2401,9 +2415,10 @@ def is_done(node):
 def is_copied(answer, gold, problem):
     """Is a right answer only an expression of its problem: "evaluate sin 315°" answered by sin 315°?
 
-    NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in it is left to
-    compute: a number, a name, a list of them. A copy stays a copy whatever it wears (2 sin 315° / 2, |.|, a unit, an
-    equation): an answer that still contains a whole expression of the problem, itself equal to the gold, is one.
+    NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in
+    it is left to compute: a number, a name, a list of them. A copy stays a copy whatever it wears
+    (2 sin 315° / 2, |sin 315°|, a unit, an equation): it still contains a whole expression of the
+    problem that is itself equal to the gold.
     """
     trees, golds = (list(map(bare, read(text))) for text in (answer, gold))
     values = list(map(value_of, trees))
@@ -2433,7 +2448,7 @@ def is_copied(answer, gold, problem):
 
 
 def wears(node, parts, golds):
-    """Does it contain one of the parts, whole, that is equal to the gold and is not in the gold itself?"""
+    """Does it contain one of the parts that is equal to the gold, and not in the gold itself?"""
     for part in parts:
         if len(walk(part)) > len(walk(node)) or is_done(part):
             continue
@@ -2521,8 +2536,8 @@ def parameters(node) -> list[str]:
 
 
 def constants(node) -> list[str]:
-    """Names that a solution may choose: the C of x^2 + C, the c_1 and c_2 or A and B of y = c_1 e^x + c_2 e^{-x}, the
-    t of the line (t, 2t)."""
+    """Names that a solution may choose: the C of x^2 + C, the t of the line (t, 2t), the c_1 and c_2
+    or A and B of y = c_1 e^x + c_2 e^{-x}."""
     names = unknowns(node)
     if node[0] in ("tuple", "matrix") and len(names) == 1:
         return sorted(names & set("tsrk"))
@@ -2569,7 +2584,7 @@ _VERDICTS = {
 
 
 def leave_with(trainer: int) -> None:
-    """End this worker with its trainer: a child of the trainer may hold the other end of its pipe open."""
+    """End this worker with its trainer: a child of the trainer may hold its pipe open."""
     while os.getppid() == trainer:
         time.sleep(1)
     os._exit(0)
@@ -2622,7 +2637,7 @@ class Worker:
         self.send()
 
     def send(self) -> None:
-        """As much of the question as the pipe takes: a worker that stands still never blocks the trainer."""
+        """As much of the question as the pipe takes: a worker that stands still blocks nobody."""
         try:
             self.unsent = self.unsent[self.process.stdin.write(self.unsent) or 0 :]
         except BrokenPipeError:  # it was killed while idle: its output ends
@@ -2636,7 +2651,7 @@ class Worker:
 
 
 def active(workers: list[Worker], seconds: float) -> list[Worker]:
-    """Those of the workers that have written or died, as soon as there is one; none when the time is over.
+    """The workers that have written or died, as soon as there is one; none when the time is over.
 
     Before that, what the workers have not yet read of their questions is sent.
     """
@@ -2661,7 +2676,7 @@ class Pool:
         self.fill()
 
     def fill(self) -> None:
-        """Start the workers that are missing. Fewer will do where the machine gives no more, but not none."""
+        """Start the workers that are missing. Fewer will do where the machine gives no more."""
         while len(self.workers) < worker_count():
             try:
                 self.workers.append(Worker())
