@@ -574,7 +574,7 @@ _COUNTED = set(
 Node = tuple
 _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be functions
 _OPENERS = "( [ { \\{ ... ⌊ ⌈".split()
-_ANGLES = "sin cos tan cot sec csc".split()  # functions of angles
+_ANGLES = "sin cos tan cot sec csc cis".split()  # functions of angles
 _OPAQUE = set("fghFGH")  # f(x) is never f times x
 _RELATIONS = "= < > <= >= != ~ in ≡ mod".split()
 _CLOSERS = ") ] \\} } & cr".split()
@@ -1717,7 +1717,7 @@ def read(text):
     plain = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
     if re.fullmatch(r"(?:\( ?\d\d? ?\)[ ,]*)+", plain.strip()):  # (1)(3): the numbers of statements
         numbers = tuple(map(number, re.findall(r"\d+", plain)))
-        return (("list", numbers, ",") if len(numbers) > 1 else numbers[0],)
+        return (("list", numbers, ","),)
     date = _DATE.fullmatch(plain.strip(" {}").lower())
     if date:
         return (("text", f"{(date[2] or date[3])[:3]} {date[1] or date[4]} {date[5]}"),)
@@ -1759,8 +1759,7 @@ def same(a, b):
         return True
     if "choice" in (a[0], b[0]):
         return same_choice(a, b)
-    a = simplified(components(a))
-    b = simplified(components(b))
+    a, b = simplified(components(a, b)), simplified(components(b, a))
     kinds = {a[0], b[0]}
     if "builder" in kinds:
         return (
@@ -1857,9 +1856,9 @@ def residue(side, modulus):
     return number(side[1] % modulus[1])
 
 
-def components(node):
-    """3i - 4j of unit vectors is (3, -4): the value at i = 1, j = 0 and that at i = 0, j = 1."""
-    names = unknowns(node)
+def components(node, other):
+    """Beside a tuple or a matrix 3i - 4j is (3, -4): the values at i = 1, j = 0 and i = 0, j = 1."""
+    names = unknowns(node) if other[0] in ("tuple", "matrix") else frozenset()
     if node[0] != "add" or names.isdisjoint("jk") or ("sym", "i") not in walk(node):
         return node
     zero = dict.fromkeys("ijk", number(0))
@@ -2303,7 +2302,7 @@ def same_value(a, b):
         if "fn" in kinds
         else ()
     )
-    has_angle = any(name in (*_ANGLES, "cis") for name, _ in functions)
+    has_angle = any(name in _ANGLES for name, _ in functions)
     has_log = ("log", 1) in functions
     return any(
         agree(a, b, Scope({}, degree=degree, percent=percent, log10=log10))
@@ -2453,9 +2452,8 @@ def wears(node, parts, golds):
         if len(walk(part)) > len(walk(node)) or is_done(part):
             continue
         spend(len(walk(part)))
-        if not contains(node, part) or any(contains(tree, part) for tree in golds):
-            continue
-        if any(same_answer(part, tree) for tree in golds):
+        is_worn = contains(node, part) and not any(contains(tree, part) for tree in golds)
+        if is_worn and any(same_answer(part, tree) for tree in golds):
             return True
     return False
 
