@@ -3274,9 +3274,9 @@ def calls_of(work):
 
 @pytest.mark.parametrize("text", SLOWEST)
 def test_verify_work_is_counted(text):
-    """0.3 s of a quiet machine are more than a million calls."""
+    """0.3 s are more than two million calls."""
     for gold in ("5", "x+\\sqrt2", text[:-1]):
-        assert calls_of(partial(verify.compare, text, gold)) < 1_000_000, gold
+        assert calls_of(partial(verify.compare, text, gold)) < 2_000_000, gold
 
 
 @pytest.mark.parametrize("name", [r"\max", r"\min", r"\gcd", r"\lcm"])
@@ -3285,7 +3285,7 @@ def test_verify_many_arguments_are_work(name):
     numbers = ",".join(str(n) for n in range(2, 450))
     for text in (numbers, "x," + numbers, "n!," * 400 + "2"):
         answer = f"{name}({text})"
-        assert calls_of(partial(verify.compare, answer, answer + "+0")) < 1_000_000
+        assert calls_of(partial(verify.compare, answer, answer + "+0")) < 2_000_000
     assert calls_of(partial(verify.compare, "3" + "!" * 1500, "6")) < 100_000
 
 

@@ -1801,7 +1801,7 @@ def simplified(node):
     if is_single and node[1][0][0] != "set" and not has(node, "pm"):
         return simplified(node[1][0])
     if node[0] == "list" and node[2] != "or" and len(set(node[1])) == len(node[1]):
-        if all(item[0] == "sym" and item[1] in _CHOICES for item in node[1]):
+        if all(item[0] == "sym" and item[1] in set("ABCDEFGH") for item in node[1]):
             return ("mul", node[1])  # the choices A, C are AC
     if node[0] == "rel" and node[1][-1] == "mod":
         return ("rel", node[1], tuple(residue(side, node[2][-1]) for side in node[2]))
@@ -1842,10 +1842,6 @@ def simplified(node):
     if len(constant) > 1 and not middle and unknowns(sides[0]) and not is_label(sides[0]):
         sides[0] = _UNWRITTEN
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
-
-
-# Letters of multiple choice.
-_CHOICES = set("ABCDEFGH")
 
 
 def residue(side, modulus):
