@@ -1450,7 +1450,6 @@ def walk(node):
     return (node, *itertools.chain.from_iterable(map(walk, below)))
 
 
-@lru_cache(maxsize=1 << 14)
 def children(node):
     """The nodes right below, without factors of 1 and -1."""
     found = []
@@ -1715,7 +1714,9 @@ def read(text):
     if note and set(read(note[1])) & set(read(note[2] or note[3])):  # 42 (forty-two)
         return read(note[1])
     plain = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
-    if re.fullmatch(r"(?:\( ?\d\d? ?\)[ ,]*)+", plain.strip()):  # (1)(3): the numbers of statements
+    if ")" in plain and re.fullmatch(
+        r"(?:\( ?\d\d? ?\)[ ,]*)+", plain.strip()
+    ):  # (1)(3): the numbers of statements
         numbers = tuple(map(number, re.findall(r"\d+", plain)))
         return (("list", numbers, ","),)
     date = _DATE.fullmatch(plain.strip(" {}").lower())
