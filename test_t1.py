@@ -3254,7 +3254,7 @@ def test_verify_bombs_are_bounded():
             verify.is_equal(bomb, bomb)
 
 
-# The slowest that a fuzzer found in 20 minutes of CPU time, by pieces and how often they stand there.
+# The slowest texts that a fuzzer found which grows what is slow (200 s of CPU time).
 SLOWEST = json.loads((CASES / "slowest.json").read_text(encoding="utf-8"))
 
 
