@@ -4594,7 +4594,7 @@ def cpu_seconds(limit, what):
     assert time.process_time() - start < limit, what
 
 
-@pytest.mark.parametrize("table", ["answers", "attacks", "false_wrongs"])
+@pytest.mark.parametrize("table", ["answers", "attacks", "false_wrongs", "honest", "misread"])
 def test_verify_cases(table):
     """Rows labelled by hand, in both orders. `beyond` says why a right one may count as wrong, never the reverse."""
     wrong = []
@@ -4616,6 +4616,128 @@ def test_verify_copies_of_the_problem_are_no_answers():
     boxes, problem = [r"\boxed{\sin 30^\circ}", r"\boxed{\frac{1}{2}}"], r"Find $\sin 30^\circ$."
     grades = verify.grade(boxes, ["0.5"] * 2, 20, [problem] * 2)
     assert grades == [False, True] and grades.stats["copied"] == 1
+
+
+# What a copied formula may wear. A wrapper that changes the value (|F| of a negative F) is no disguise.
+DISGUISES = r"""
+\{ F \}
+F \text{ units}
+F \text{ cm}
+F+1-1
+1-1+F
+5+(F)-5
+F=F
+x=F
+y=F=F
+P = F
+-(-(F))
+(-1)(-1)(F)
+\frac{-(F)}{-1}
+\frac{2(F)}{2}
+\frac12\cdot 2\cdot(F)
+3\cdot(F)/3
+\frac{3!(F)}{6}
+\frac{(F)+(F)}{2}
+(F)^1
+\frac{1}{1/(F)}
+\frac{(F)^2}{F}
+\sqrt{(F)^2}
+e^{\ln(F)}
+\ln e^{F}
+|F|
+\lfloor F\rfloor
+\lceil F \rceil
+\max(F,F)
+F+x-x
+F+0\cdot(F)
+\frac{y(F)}{y}
+F \pm 0
+100(F)\%
+(F):1
+\left(F\right)
+(A) F
+f(x)=F
+\text{The answer is } F
+\sin(90^\circ)\cdot(F)
+\begin{pmatrix} F \end{pmatrix}
+\begin{aligned} F \end{aligned}""".strip().splitlines()
+FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+
+
+def copied_formulas(problem, gold):
+    """The formulas of a problem, and the sides of its equations, that count as copies of the gold."""
+    for match in FORMULA.finditer(problem):
+        formula = next(filter(None, match.groups()))
+        for part in dict.fromkeys([formula, *formula.split("=")]):
+            part = part.strip().rstrip(".,;")
+            if part and verify.same_plain(part, gold) is None:
+                if verify.compare(part, gold, problem) == "copied":
+                    yield part
+
+
+def check_disguises(rows):
+    """At most one disguise in a hundred is right, and no gold is a copy. Terms in another order are a disguise too."""
+    right, tried = [], 0
+    for problem, gold in rows:
+        assert verify.compare(gold, gold, problem) != "copied", (problem, gold)
+        for formula in copied_formulas(problem, gold):
+            wearing = [disguise.replace("F", formula) for disguise in DISGUISES]
+            terms = formula.split("+")
+            balanced = all(term.count(o) == term.count(c) for term in terms for o, c in ("()", "{}"))
+            if len(terms) > 1 and balanced and not re.search(r"[=<>,]", formula):
+                wearing += ["+".join(terms[::-1]) + "+1-1", "1+" + "+".join(terms) + "-1"]
+            tried += len(wearing)
+            right += [answer for answer in wearing if verify.compare(answer, gold, problem) is True]
+    assert tried > 100 * len(right), (tried, right)
+    return tried
+
+
+def test_verify_a_copy_is_a_copy_whatever_it_wears():
+    rows = {(row["problem"], row["gold"]) for row in case_rows("copies") if not row["equal"]}
+    assert check_disguises(sorted(rows)) > 400
+
+
+def solved_rows(name):
+    """Problems with their golds."""
+    for row in shared_rows(f"data/{name}.jsonl.gz"):
+        gold = row["answer"] if "answer" in row else verify.extract_answer(row["solution"])
+        if gold:
+            yield row["problem"], gold
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["math_train", "numinamath_answers"])
+def test_verify_copies_of_real_problems(name):
+    assert check_disguises(solved_rows(name)) > 10_000
+
+
+@pytest.mark.slow
+def test_verify_solutions_are_rarely_copies():
+    """Every formula of 5,000 solutions as an answer: of the right ones at most 8 in 1,000 count as copies."""
+    verdicts = Counter()
+    for row in shared_rows("data/math_test.jsonl.gz"):
+        gold = verify.extract_answer(row["solution"])
+        for formula in set(re.findall(r"\$([^$]+)\$", row["solution"])) if gold else ():
+            if verify.compare(formula, gold) is True:
+                verdicts[verify.compare(formula, gold, row["problem"])] += 1
+    assert verdicts[True] > 4000 and verdicts["copied"] < 0.008 * verdicts.total(), verdicts
+
+
+def test_verify_formulas_that_part_on_some_whole_numbers_only():
+    """f and f + c (g - 1), where g is 1 on some residues: different wherever the drawn points lie."""
+    residues = [
+        r"(-1)^n",
+        r"(-1)^{n(n+1)/2}",
+        r"\cos(n\pi)",
+        r"\cos\frac{2\pi n}{5}",
+        r"(-1)^{\lfloor n/3\rfloor}",
+        r"\gcd(n,6)",
+        r"\gcd(n,7)",
+    ]
+    for a, b in itertools.product(range(1, 12), range(1, 12)):
+        for residue in residues[:1] if a > 3 else residues:
+            assert not verify.is_equal(f"{a}n+{b}", f"{a}n+{b}{residue}"), (a, b, residue)
+        assert verify.is_equal(f"{a}n+{b}(-1)^{{2n}}", f"{a}n+{b}")
 
 
 @pytest.mark.parametrize(
@@ -5008,6 +5130,41 @@ def test_verify_bombs_are_bounded():
             verify.is_equal(bomb, bomb)
 
 
+# The slowest texts that a fuzzer found which grows what is slow (200 s of CPU time).
+SLOWEST = json.loads((CASES / "slowest.json").read_text(encoding="utf-8"))
+
+
+def calls_of(work):
+    """How many functions, of Python and of C, a piece of work calls: a clock that no other process can slow down."""
+    calls = Counter()
+    for function in vars(verify).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    sys.setprofile(lambda _frame, event, _argument: calls.update([event]))
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls["call"] + calls["c_call"]
+
+
+@pytest.mark.parametrize("text", SLOWEST)
+def test_verify_work_is_counted(text):
+    """0.3 s are more than two million calls."""
+    for gold in ("5", "x+\\sqrt2", text[:-1]):
+        assert calls_of(partial(verify.compare, text, gold)) < 2_000_000, gold
+
+
+@pytest.mark.parametrize("name", [r"\max", r"\min", r"\gcd", r"\lcm"])
+def test_verify_many_arguments_are_work(name):
+    """900 arguments, of numbers and with an unknown, and 1,500 factorials of each other."""
+    numbers = ",".join(str(n) for n in range(2, 450))
+    for text in (numbers, "x," + numbers, "n!," * 400 + "2"):
+        answer = f"{name}({text})"
+        assert calls_of(partial(verify.compare, answer, answer + "+0")) < 2_000_000
+    assert calls_of(partial(verify.compare, "3" + "!" * 1500, "6")) < 100_000
+
+
 def test_verify_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for code in (
@@ -5265,6 +5422,125 @@ def test_verify_workers_are_limited_and_die_with_the_trainer():
     ):
         assert time.monotonic() < deadline, "the workers outlive the trainer"
         time.sleep(0.05)
+
+
+def run_program(program, seconds=60):
+    """A program that imports verify, in a process of its own: its exit status and output."""
+    command = [sys.executable, "-c", "import verify, os, sys, threading, time, signal\n" + program]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=seconds)
+    return done.returncode, done.stdout + done.stderr
+
+
+SQUARES = """
+def squares(size):
+    boxes = [f"\\\\boxed{{\\\\sqrt{{{n}}}+{n}}}" for n in range(size)]
+    return boxes, [f"{n}^{{1/2}}+{n}" for n in range(size)]
+"""
+
+
+def test_verify_grade_in_a_child_that_was_forked_while_another_thread_graded():
+    code, out = run_program(
+        SQUARES
+        + """
+thread = threading.Thread(target=verify.grade, args=squares(1500), kwargs={"timeout": 20})
+thread.start()
+while not verify._pool_lock.locked():
+    time.sleep(0.001)
+time.sleep(0.3)
+assert verify._pool_lock.locked()
+child = os.fork()
+if child == 0:
+    grades = verify.grade(*squares(20), timeout=20)
+    verify._pool.stop()
+    os._exit(0 if all(grades) else 1)
+status = os.waitpid(child, 0)[1]
+thread.join()
+assert all(verify.grade(*squares(20), timeout=20))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    )
+    assert code == 0, out
+
+
+def test_verify_a_worker_that_stands_still_does_not_block_a_long_question():
+    """More than a pipe holds, to a worker that reads nothing: the deadline is kept, the rest is right."""
+    verify.grade(*roots(4), timeout=20)
+    os.kill(verify_workers()[0], signal.SIGSTOP)  # the first is asked first
+    problem = "\x01" * verify.MAX_PROBLEM  # six bytes each in JSON
+    start = time.monotonic()
+    grades = verify.grade([r"\boxed{x+x}"], ["2x"], 1.0, [problem])
+    assert grades.stats["timeouts"] == 1 and time.monotonic() - start < 30
+    assert verify.grade([r"\boxed{x+x}"], ["2x"], 20, [problem]) == [True]
+    assert all(verify.grade(*roots(200, "-3"), timeout=20))
+
+
+def test_verify_a_bad_gold_costs_its_own_row_only():
+    boxes = [r"\boxed{\sqrt4}", r"\boxed{2}", r"\boxed{\sqrt4}", None, r"\boxed{\sqrt4}"]
+    golds = [None, 2, "2", "2", ["2"]]
+    problems = [None, "", None, "", ""]
+    grades = verify.grade(boxes, golds, 20, problems)
+    assert grades == [False, False, True, False, False]
+    assert grades.stats["unparsable"] == 3 and grades.stats["no_answer"] == 1
+    for timeout in (0, -1, math.inf, math.nan, 1e300):
+        with pytest.raises(ValueError, match="timeout"):
+            verify.grade([r"\boxed{x}"], ["x"], timeout)
+
+
+def test_verify_workers_end_with_a_killed_trainer_whose_child_lives():
+    program = """if True:
+        import os, sys, time
+        sys.path.insert(0, sys.argv[1])
+        import verify
+        assert verify.grade([r'\\boxed{x+x}'], ['2x'], timeout=20) == [True]
+        child = os.fork()
+        if child:
+            print(child, *[worker.process.pid for worker in verify._pool.workers], flush=True)
+        time.sleep(60)"""
+    command = [sys.executable, "-c", program, os.path.dirname(VERIFY)]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child, *workers = map(int, trainer.stdout.readline().split())
+    try:
+        trainer.kill()
+        trainer.wait()
+        deadline = time.monotonic() + 30
+        while any(
+            Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+            for pid in workers
+        ):
+            assert time.monotonic() < deadline, "the workers outlive the trainer"
+            time.sleep(0.05)
+        assert Path(f"/proc/{child}").exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        trainer.stdout.close()
+
+
+def test_verify_a_start_that_fails_is_an_error_and_not_for_ever():
+    code, out = run_program(
+        SQUARES
+        + """
+import resource
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+used = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
+try:
+    verify.grade(*squares(20))
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+assert all(verify.grade(*squares(20), timeout=20))
+for worker in list(verify._pool.workers):
+    os.kill(worker.process.pid, signal.SIGKILL)
+resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
+try:
+    print(verify.grade(*squares(40), timeout=5))
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+assert all(verify.grade(*squares(60), timeout=20))
+"""
+    )
+    assert code == 0 and "no grading worker starts" in out and "Too many open files" in out, out
 
 
 def test_verify_command_line(tmp_path, capsys):

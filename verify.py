@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import gzip
 import itertools
 import json
@@ -33,10 +32,11 @@ import threading
 import time
 import unicodedata
 import zlib
+from contextlib import suppress
 from collections import Counter, OrderedDict
 from fractions import Fraction
 from functools import lru_cache, partial, reduce
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 import mpmath
 
@@ -44,6 +44,7 @@ MAX_CHARS = (
     2000  # a longer answer is no answer; bounds the tokens, the tree and every regular expression
 )
 MAX_PROBLEM = 10_000  # characters of a problem in which a copied answer is looked for
+MAX_DOTS = 1000  # terms that dots may stand for
 MAX_DEPTH = 80  # nested terms, atoms and exponents: 40 brackets
 MAX_BITS = 200_000  # of an exact numerator or denominator, about 60,000 digits
 MAX_DIGITS = 4000  # of an irrational value
@@ -54,9 +55,13 @@ MAX_WORK = 60_000  # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000  # pairs that `grade` remembers
 TRIES = 10  # deaths of workers on one pair until it counts as crashed
 MAX_STARTS = 100  # signals that may kill a worker while it starts
+MAX_TIMEOUT = 86_400  # seconds for one pair
 START_SECONDS = 20  # for a worker to start
 MAX_MEMORY = 512 << 20  # bytes of address space of one worker process
 MAX_ROW = 16 << 20  # bytes of a row of --jsonl
+
+
+# What ends a reading or a comparison. All four are caught below; none reaches the caller.
 
 
 class Unreadable(ValueError):
@@ -108,13 +113,15 @@ def extract_answer(response: str) -> str | None:
     _, _, body = response.rpartition("</think>")
     if "<think>" in body:
         return None
-    found, opened = None, []  # opened: start of the content for a box, None for a plain brace
+    # opened: start of the content for a box, None for a plain brace
+    found = None
+    opened = []
     for match in _BOX.finditer(body):
-        token = match.group()
-        if match.group(1) or token == "{":
-            opened.append(match.end() if match.group(1) else None)
-        elif match.group(2):
-            found = match.group(2)
+        token = match[0]
+        if match[1] or token == "{":
+            opened.append(match.end() if match[1] else None)
+        elif match[2]:
+            found = match[2]
         elif token == "}" and opened:
             start = opened.pop()
             if start is not None:
@@ -128,139 +135,134 @@ def extract_answer(response: str) -> str | None:
 _GREEK = dict(
     zip(
         "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-        "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
+        "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
     )
 )
-_SPELLINGS = {
-    "-": "−–—‐‑﹣－",
-    r"\cdot ": "·⋅∙•",
-    "/": "÷∕⁄",
-    r"^\circ ": "°º˚",
-    r"\emptyset ": "∅⌀",
-    ",": "，、",
-    ".": "。．",
-    r"\le ": "≤≦⩽",
-    r"\ge ": "≥≧⩾",
-    r"\pi ": "πℼ",
-    "'": "’′",
-    "|": "∣｜",
-    r"\times ": "×",
-    r"\sqrt ": "√",
-    r"\sqrt[3]": "∛",
-    r"\infty ": "∞",
-    r"\ne ": "≠",
-    r"\approx ": "≈",
-    r"\in ": "∈",
-    r"\cup ": "∪",
-    r"\cap ": "∩",
-    r"\pm ": "±",
-    r"\mp ": "∓",
-    r"\angle ": "∠",
-    r"\R ": "ℝ",
-    r"\setminus ": "∖",
-    r"\equiv ": "≡",
-    r"\phi ": "ϕ",
-    r"\circ ": "∘",
-    ";": "；",
-    ":": "：∶",
-    r"\ldots ": "…",
-    "%": "％",
-    "$": "＄",
-    r"\langle ": "⟨",
-    r"\rangle ": "⟩",
-    # invisible letters
-    "": "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\ufeff",
-}
-_UNICODE = str.maketrans(
-    {letter: latex for latex, letters in _SPELLINGS.items() for letter in letters}
-    | {letter: f"\\{name} " for letter, name in _GREEK.items()}
-    | {
-        letter: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", letter).split("⁄"))
-        for letter in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
-    }
-)
+# LaTeX or ASCII, then the letters that mean the same.
+_SPELLINGS = r"""
+- −–—‐‑﹣－  \cdot ·⋅∙•  / ÷∕⁄  ^\circ °º˚  \emptyset ∅⌀  , ，、  . 。．  \le ≤≦⩽  \ge ≥≧⩾
+\pi πℼ  ' ’′  | ∣｜  \times ×  \sqrt √  \sqrt[3] ∛  \infty ∞  \ne ≠  \approx ≈  \in ∈  \cup ∪
+\cap ∩  \pm ±  \mp ∓  \angle ∠  \R ℝ  \setminus ∖  \equiv ≡  \phi ϕ  \circ ∘  ; ；  : ：∶
+\ldots …  % ％  $ ＄  \langle ⟨  \rangle ⟩
+(1) ①  (2) ②  (3) ③  (4) ④  (5) ⑤  (6) ⑥  (7) ⑦  (8) ⑧  (9) ⑨  (10) ⑩
+\frac{1}{4} ¼  \frac{1}{2} ½  \frac{3}{4} ¾  \frac{1}{7} ⅐  \frac{1}{9} ⅑  \frac{1}{10} ⅒
+\frac{1}{3} ⅓  \frac{2}{3} ⅔  \frac{1}{5} ⅕  \frac{2}{5} ⅖  \frac{3}{5} ⅗  \frac{4}{5} ⅘
+\frac{1}{6} ⅙  \frac{5}{6} ⅚  \frac{1}{8} ⅛  \frac{3}{8} ⅜  \frac{5}{8} ⅝  \frac{7}{8} ⅞"""
+_INVISIBLE = "00ad 200b 200c 200d 200e 200f 202a 202b 202c 202d 202e 2060 2061 2062 2063 2064 feff"
+_UNICODE = {ord(letter): f"\\{name} " for letter, name in _GREEK.items()}
+_UNICODE |= {int(code, 16): "" for code in _INVISIBLE.split()}
+for _row in re.split("  |\n", _SPELLINGS)[1:]:
+    _latex, _letters = _row.split(" ")
+    _blank = " " if _latex[-1].isalpha() else ""
+    _UNICODE |= dict.fromkeys(map(ord, _letters), _latex + _blank)
 _SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
 _FONTS = re.compile(
     r"\\(?:text(?:bf|it|rm|up|sf|tt|normal)?|emph|[mh]box|math(?:rm|bf|it|sf|tt|cal|scr|frak)|boldsymbol|bm|pmb"
     r"|operatorname\*?|bf|rm|it)(?![a-zA-Z]) ?(\{(?:[^{}]|\^ ?\{-?\d\})*\})?"
 )
 
-# (trigger, pattern, replacement), applied in this order to a text without double blanks. A text without the trigger has
-# no match (this saves most of the time). § is the end of a command's name.
-_CLEAN_ROWS = (
-    # layout
-    ("\\\\", r"\\\\ ?\[[^\]]*\]", r"\\\\ "),  # \\[4pt]
-    (
-        "\\",
-        r"(?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|(?:no)?limits|(?:left|right)\.)§",
-        " ",
-    ),
-    ("\\", r"\\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§", ""),
-    ("\\", r"\\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\}", " "),
-    ("\\mathbb", r"\\mathbb ?\{?([A-Z])\}?", r"\\\1 "),
-    ("{,}", r"(?<=\d)\{,\}(?=\d{3})", ""),
-    ("\\", r"(?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d))", ""),  # 1\,000
-    ("{", r"\{([-+:])\}", r"\1"),
-    ("{", r"^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$", r"\\{\1\\}"),  # {x | x > 2}
-    ("\\", r"(?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$", " "),
-    # numbers
-    (
-        "^",
-        r"\^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\}",
-        " ",
-    ),  # 5^{\text{th}}
-    ("", r"(?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§", " "),  # 21st
-    (" ", r"^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$", r"\1\2\3\4"),  # 1 000 000
-    ("10", r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),  # 3x10^5
-    ("_", r"\((\d[0-9A-F]*)\) ?(?=_)", r"\1"),  # (12)_5
-    (
-        "base",
-        r"(?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}?",
-        r"_{\1}",
-    ),  # 12\text{ base }5
-    # commands
-    ("frac", r"\\[dtc]frac§", r"\\frac "),
-    ("binom", r"\\[dt]binom§", r"\\binom "),
-    ("dots", r"\\(?:ldots|dots|cdots|dotsc)§", "..."),
-    ("\\", r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§", "° "),
-    ("°", r"° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§", r"\\text{degree\1\2}"),
-    ("\\over", r"\{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$", r"\\frac {\1\3}{\2\4}"),
-    ("\\choose", r"\{([^{}]*)\\choose§([^{}]*)\}", r"\\binom {\1}{\2}"),
-    ("\\not", r"\\not ?=", r"\\ne "),
-    ("\\", r"\\([%_])", r"\1"),
-    ("\\", r"\\\$|\\euro§", " $ "),
-    ("U", r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
-    # words
-    (".", r"\b([aApP])\. ?[mM]\b\.?", r"\1m"),
-    ("per cent", r"\bper cent\b", "percent"),
-    ("\\text", r"\( ?\\text ?\{([A-J])\} ?\)", r"\\text{(\1)}"),
-    ("\\text", r"^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$", r"\\text{(\2)} \1"),  # 20 \textbf{(D)}
-    ("", r"(?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.)", ""),
-    ("**", r"^ ?\*\*([^*]+)\*\*", r"\1"),
-    (
-        "\\text",
-        r",? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?([a-z] ?\\in ?\\[NZ])[ .]*$",
-        r", \1",
-    ),
-    (
-        "\\text",
-        r",? ?\\text ?\{,? ?(?:for|where)(?: all| any)? integers? ?\} ?([a-z])[ .]*$",
-        r", \1 \\in \\Z ",
-    ),
-    (
-        "\\text",
-        r",? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant|number)s?)* ?\}? ?[a-z]?"
-        r"(?: ?\\in ?\\[QR])? ?\}?[ .]*$",
-        "",
-    ),
-    ("\\in", r",? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\)[ .]*$", r", \1"),
-    ("  ", "  +", " "),
+# \mathbf{i}, \hat{\imath}, \hat{\mathbf j}
+_UNIT_VECTOR = re.compile(
+    r"\\(?:mathbf|boldsymbol|bm|hat|vec|widehat|overrightarrow) ?"
+    r"(?:\{? ?\\(?:mathbf|hat|vec|rm) ?)?\{? ?(?:\\([ij])math|([ijk])(?![a-zA-Z])) ?\}{0,2}"
 )
-_CLEAN = [
-    (trigger, re.compile(pattern.replace("§", "(?![a-zA-Z])")), replacement)
-    for trigger, pattern, replacement in _CLEAN_ROWS
-]
+# trigger ⟶ pattern ⟶ replacement, applied in this order to a text without double blanks. A text
+# without the trigger has no match (this saves most of the time). § is the end of a command's name,
+# ␣ a blank at an end; a line that is indented goes on with the one above.
+_CLEAN_ROWS = r"""
+# layout
+# \\[4pt]
+\\ ⟶ \\\\ ?\[[^\]]*\] ⟶ \\\\␣
+\ ⟶ (?<!\\)\\[()\[\]]|\\(?:boxed|fbox|displaystyle|textstyle|[lL]arge|small|(?:no)?limits
+    |(?:left|right)\.)§ ⟶ ␣
+\ ⟶ \\(?:left|right|[bB]igg?[lrm]?|middle|underline|mathop|ensuremath)§ ⟶
+\ ⟶ \\(?:text)?color ?\{[^{}]*\}|\\(?:hspace|vspace|phantom|tag) ?\*?\{[^{}]*\} ⟶ ␣
+\mathbb ⟶ \\mathbb ?\{?([A-Z])\}? ⟶ \\\1␣
+{,} ⟶ (?<=\d)\{,\}(?=\d{3}) ⟶
+# 1\,000
+\ ⟶ (?<=\d),?\\! ?(?=\d{3}(?!\d))|(?<=\d)(?<!\d\.\d)\\[, ](?=\d{3}(?!\d)) ⟶
+{ ⟶ \{([-+:])\} ⟶ \1
+# TeX shows {5}6 as 56
+{ ⟶ (?<![\w^_}\]\\ ])\{ ?(\d[\d.]*) ?\}(?! ?[,}]) ⟶ \1
+# {x | x > 2}
+{ ⟶ ^ ?\{ ?([a-z] ?(?:\\mid§|[|:]).*)\} ?$ ⟶ \\{\1\\}
+\ ⟶ (?<!\\)\\[!,;:> ]|\\(?:quad|qquad|thinspace|enspace|medspace)§|\\+ ?$ ⟶ ␣
+# numbers
+# 5^{\text{th}}
+^ ⟶ \^ ?\{? ?\\text ?\{ ?(?:st|nd|rd|th) ?\} ?\}?|\^ ?\{ ?(?:st|nd|rd|th) ?\} ⟶ ␣
+# 21st
+⟶ (?<=\d) ?\\text ?\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)(?:st|nd|rd|th)§ ⟶ ␣
+# 1 000 000
+␣ ⟶ ^ ?([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))? ?$ ⟶ \1\2\3\4
+# 3x10^5
+10 ⟶ (?<=\d) ?[xX] ?(?=10 ?\^) ⟶ \\times␣
+# (12)_5
+_ ⟶ \((\d[0-9A-F]*)\) ?(?=_) ⟶ \1
+# 12\text{ base }5
+base ⟶ (?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}? ⟶ _{\1}
+# commands
+frac ⟶ \\[dtc]frac§ ⟶ \\frac␣
+binom ⟶ \\[dt]binom§ ⟶ \\binom␣
+dots ⟶ \\(?:ldots|dots|cdots|dotsc)§ ⟶ ...
+\ ⟶ \^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§ ⟶ °␣
+° ⟶ ° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§ ⟶ \\text{degree\1\2}
+\over ⟶ \{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$ ⟶ \\frac {\1\3}{\2\4}
+\choose ⟶ \{([^{}]*)\\choose§([^{}]*)\} ⟶ \\binom {\1}{\2}
+# dy/dx is a name, not a quotient
+\text{d} ⟶ \\text\{d\} ?(?=[a-zA-Z]) ⟶ d
+\frac ⟶ \\frac ?\{ ?d( ?\^ ?\{?\d\}?)? ?([A-Za-z]) ?\} ?\{ ?d ?([A-Za-z])(?: ?\^ ?\{?\d\}?)? ?\}
+     ⟶ \\hat{d\2d\3\1}
+/ ⟶ (?<![a-zA-Z\\])d([a-zA-Z]) ?/ ?d([a-zA-Z])§ ⟶ \\hat{d\1d\2}
+# C_5^2, _5C_2, {}_5P_2, ^5C_2
+C ⟶ (?<![A-Za-z\\])C ?_ ?\{?(\d+|[nmkN])\}? ?\^ ?(\{[^{}]*\}|\w+) ⟶ \\binom{\1}{\2}
+C ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?C ?_ ?\{?(\d+|[a-z])\}? ⟶ \\binom{\1}{\2}
+P ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?P ?_ ?\{?(\d+|[a-z])\}? ⟶ (\\binom{\1}{\2}(\2)!)
+mod ⟶ \\text ?\{ ?\(? ?mod ?\}? ?(\d+) ?\)? ?\}?|\( ?\\?b?mod ?(\d+) ?\) ⟶ \\mod \1\2␣
+& ⟶ & ?\\text ?\{ ?(?:if|for|when)§ ⟶ & \\text{
+& ⟶ & ?(?=[=<>]|\\(?:[lg]eq?|neq?|approx|equiv|in)§) ⟶
+\approx ⟶ \( ?(\\approx[^()]*)\) ?$ ⟶ \1
+\not ⟶ \\not ?= ⟶ \\ne␣
+\ ⟶ \\([%_]) ⟶ \1
+\ ⟶ \\\$|\\euro§ ⟶ ␣$␣
+U ⟶ (?<=[)\]]) ?U ?(?=[(\[]) ⟶ \\cup␣
+# units
+- ⟶ (?<=\d) ([a-zA-Z]{1,3}) ?\\cdot ?([a-zA-Z]{1,3}) ?\^ ?\{? ?-(\d) ?\}? ?$ ⟶ \\text{\1/\2^\3}
+/ ⟶ (?<=\d) (k?m|cm|k?g) ?/ ?(s|h|min|c?m)( ?\^ ?\{?\d\}?)? ?$ ⟶ \\text{\1/\2\3}
+sterling ⟶ pounds? sterling ⟶ £
+# words
+. ⟶ \b([aApP])\. ?[mM]\b\.? ⟶ \1m
+per cent ⟶ \bper cent\b ⟶ percent
+\text ⟶ \( ?\\text ?\{([A-J])\} ?\) ⟶ \\text{(\1)}
+# 20 \textbf{(D)}
+\text ⟶ ^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$ ⟶ \\text{(\2)} \1
+⟶ (?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.) ⟶
+# prose around a value: words that cannot change it
+\text ⟶ (?i)^ ?\\text ?\{ ?(?:so|thus|hence|therefore)?,? ?(?:an?|there (?:are|is)|it is
+    |(?:the )?(?:value|result|solution) is)?:? ?\}(?= *[^ ,.]) ⟶
+\text ⟶ (?i)^ ?\\text ?\{ ?(?:(?:so|thus|hence|therefore),? )?the (maximum|minimum|total|area|volume
+    |perimeter|length|distance|probability)(?: value)? is ?\}(?= *[^ ,.]) ⟶ \\text{\1}=
+crease ⟶ (?i)^ ?\\text ?\{ ?(?:an? )?(in|de)creased? (?:of|by) ?\} ?(.+) ⟶ \2 \\text{\1crease}
+** ⟶ ^ ?\*\*([^*]+)\*\* ⟶ \1
+\text ⟶ ,? ?\\text ?\{,? ?(?:for|where)(?: a\w+)?(?: integers?)? ?\} ?
+    ([a-z] ?\\in ?\\[NZ])[ .]*$ ⟶ , \1
+\text ⟶ ,? ?\\text ?\{,? ?(?:for|where)(?: all
+    | any)? integers? ?\} ?([a-z])[ .]*$ ⟶ , \1 \\in \\Z␣
+\text ⟶ ,? ?\\text ?\{,? ?for (?:all|any|every|each|some)(?: (?:real|constant
+    |number)s?)* ?\}? ?[a-z]?(?: ?\\in ?\\[QR])? ?\}?[ .]*$ ⟶
+\in ⟶ ,? ?\(( ?[a-z] ?\\in ?\\[NZR] ?)\)[ .]*$ ⟶ , \1
+** ⟶ \*\* ⟶ ^
+= ⟶ ==|:= ⟶ =
+\infin ⟶ \\infin§ ⟶ \\infty␣
+方 ⟶ ([平立]方)(?=\w) ⟶ \1␣
+# f^{-1}(x) is a function's value
+^ ⟶ (?<![A-Za-z\\])([fghFGH]) ?\^ ?\{ ?- ?1 ?\} ?(?=\() ⟶ \1_{-1}
+␣␣ ⟶ ␣ + ⟶ ␣"""
+_CLEAN = []
+for _row in _CLEAN_ROWS.replace("\n    ", "").split("\n")[1:]:
+    if not _row.startswith("#"):
+        _trigger, _pattern, _to = (part.strip(" ").replace("␣", " ") for part in _row.split("⟶"))
+        _CLEAN.append((_trigger, re.compile(_pattern.replace("§", "(?![a-zA-Z])")), _to))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -274,7 +276,8 @@ def clean(text: str) -> str:
         len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
     ):  # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
-    text = _FONTS.sub(as_text, re.sub(r"[\s~]+", " ", text))
+    text = re.sub(r"[\s~]+", " ", text)
+    text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r" \1\2 ", text))
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac: escaped once too often
     for trigger, pattern, replacement in _CLEAN:
@@ -286,18 +289,12 @@ def clean(text: str) -> str:
 
 def as_text(match: re.Match) -> str:
     """\\mathrm{m\\,s^{-1}} is \\text{m\\,s^-1}: inside a text no braces are left."""
-    return (
-        "\\text{" + re.sub(r"\{(-?\d)\}", r"\1 ", match.group(1)[1:-1]) + "}"
-        if match.group(1)
-        else " "
-    )
+    return "\\text{" + re.sub(r"\{(-?\d)\}", r"\1 ", match[1][1:-1]) + "}" if match[1] else " "
 
 
 def latex_script(match: re.Match) -> str:
     """Unicode superscripts and subscripts: x² is x^{2}."""
-    return (
-        ("^" if match.group(1) else "_") + "{" + unicodedata.normalize("NFKC", match.group()) + "}"
-    )
+    return ("^" if match[1] else "_") + "{" + unicodedata.normalize("NFKC", match[0]) + "}"
 
 
 def squeeze(text: str) -> str:
@@ -329,97 +326,87 @@ _LEXERS = {
     for separated in (True, False)
 }
 
-_OPERATORS = {
-    alias: op
-    for op, aliases in {
-        "<=": "le leq leqslant leqq",
-        ">=": "ge geq geqslant geqq",
-        "!=": "ne neq",
-        "<": "lt",
-        ">": "gt",
-        "in": "in",
-        "~": "approx simeq thickapprox doteq",
-        "≡": "equiv",
-        "cup": "cup bigcup",
-        "cap": "cap bigcap",
-        "*": "cdot times ast",
-        "setminus": "setminus backslash smallsetminus",
-        "/": "div",
-        "±": "pm",
-        "∓": "mp",
-        "\\{": "lbrace {",
-        "\\}": "rbrace }",
-        "(": "langle lparen lgroup",
-        ")": "rangle rparen rgroup",
-        "[": "lbrack",
-        "]": "rbrack",
-        "|": "lvert rvert vert mid |",
-        ":": "colon",
-        "and": "land",
-        "or": "lor",
-        "cr": "\\ cr newline",
-        "&": "&",
-        "mod": "mod pmod bmod",
-        "⌊": "lfloor",
-        "⌋": "rfloor",
-        "⌈": "lceil",
-        "⌉": "rceil",
-    }.items()
-    for alias in aliases.split()
-}
-_FUNCTIONS = {
-    name: canon
-    for canon, names in {
-        "sin": "sin",
-        "cos": "cos",
-        "tan": "tan tg",
-        "cot": "cot ctg cotg",
-        "sec": "sec",
-        "csc": "csc cosec",
-        "asin": "arcsin asin",
-        "acos": "arccos acos",
-        "atan": "arctan atan arctg",
-        "acot": "arccot",
-        "asec": "arcsec",
-        "acsc": "arccsc",
-        "sinh": "sinh",
-        "cosh": "cosh",
-        "tanh": "tanh",
-        "asinh": "arcsinh asinh",
-        "acosh": "arccosh acosh",
-        "atanh": "arctanh atanh",
-        "ln": "ln",
-        "log": "log",
-        "lg": "lg",
-        "exp": "exp",
-        "gcd": "gcd",
-        "lcm": "lcm",
-        "max": "max",
-        "min": "min",
-        "sgn": "sgn sign",
-    }.items()
-    for name in names.split()
-}
-_GREEK_NAMES = set(_GREEK.values()) | {
-    "pi",
-    "varphi",
-    "vartheta",
-    "varepsilon",
-    "ell",
-    "hbar",
-    "top",
-}
-_CONNECTORS = {
-    "and": "and",
-    "or": "or",
-    "或": "or",
-    "和": "and",
-    "与": "and",
-    "且": "and",
-    "或者": "or",
-    "и": "and",
-    "или": "or",
-}
+
+def aliases(table: str) -> dict[str, str]:
+    """Rows `name: alias alias ...` as {alias: name}."""
+    found = {}
+    for row in table.strip().split("\n"):
+        name, names = row.split(": ")
+        found |= dict.fromkeys(names.split(), name)
+    return found
+
+
+# Operators and functions by the commands of LaTeX that mean them.
+_OPERATORS = aliases(r"""
+<=: le leq leqslant leqq
+>=: ge geq geqslant geqq
+!=: ne neq
+<: lt
+>: gt
+in: in
+~: approx simeq thickapprox doteq
+≡: equiv
+cup: cup bigcup
+cap: cap bigcap
+*: cdot times ast
+setminus: setminus backslash smallsetminus
+/: div
+±: pm
+∓: mp
+\{: lbrace {
+\}: rbrace }
+(: langle lparen lgroup
+): rangle rparen rgroup
+[: lbrack
+]: rbrack
+|: lvert rvert vert mid |
+:: colon
+£: pounds textsterling
+and: land
+or: lor
+cr: \ cr newline
+&: &
+mod: mod pmod bmod
+⌊: lfloor
+⌋: rfloor
+⌈: lceil
+⌉: rceil""")
+_FUNCTIONS = aliases("""
+sin: sin
+cos: cos
+tan: tan tg
+cot: cot ctg cotg
+sec: sec
+csc: csc cosec
+cis: cis
+asin: arcsin asin
+acos: arccos acos
+atan: arctan atan arctg
+acot: arccot
+asec: arcsec
+acsc: arccsc
+sinh: sinh
+cosh: cosh
+tanh: tanh
+asinh: arcsinh asinh
+acosh: arccosh acosh
+atanh: arctanh atanh
+ln: ln
+log: log
+lg: lg
+exp: exp
+gcd: gcd
+lcm: lcm
+max: max
+min: min
+sgn: sgn sign""")
+# Words and letters with a meaning of their own.
+_GREEK_NAMES = {*_GREEK.values(), *"pi varphi vartheta varepsilon ell hbar top".split()}
+_CONNECTORS = aliases("""
+and: and 和 与 且 и
+or: or 或 或者 или""")
+_BEFORE_WORD = set("begin word let num and or , ; = in ) }".split())
+_BLANKS = {("cmd", value) for value in " '-/"}
 _SHORT_WORDS = set("yes no odd the an not to per of one two six ten sq cu".split())
 
 
@@ -427,28 +414,33 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
     """Tokens of a cleaned answer. `inside`: the token before the \\text{...} whose words these are."""
     tokens: list[Token] = []
     for match in _LEXERS[separated].finditer(text):
-        kind, value, spaced = match.lastgroup, match.group().lstrip(), bool(match.group("space"))
-        if match.group("body") is not None:
-            before = tokens[-1] if tokens else Token("begin", "", False)
-            tokens += tokenise(match.group("body").strip(), separated, before)
-        elif match.group("env"):
-            tokens.append(Token(match.group("env"), match.group("name"), spaced))
-        elif match.group("rep"):
-            tokens.append(Token("num", str(repeating_decimal(value)), spaced))
+        kind = match.lastgroup
+        value = match[0].lstrip()
+        spaced = bool(match["space"])
+        before = tokens[-1] if tokens else inside
+        if match["body"] is not None:
+            before = before or Token("begin", "", False)
+            tokens += tokenise(match["body"].strip(), separated, before)
+            continue
+        if kind == "word":
+            tokens += word_tokens(value, spaced, inside is not None, before)
+            continue
+        if match["env"]:
+            kind = match["env"]
+            value = match["name"]
+        elif match["rep"]:
+            kind = "num"
+            value = str(repeating_decimal(value))
         elif kind == "num":
-            tokens.append(Token("num", value.replace(",", ""), spaced))
+            value = value.replace(",", "")
         elif kind == "cmd":
-            name = match.group("cmd")
-            if name in _OPERATORS:
-                tokens.append(Token("op", _OPERATORS[name], spaced))
-            elif name not in (" ", "'", "-", "/"):
-                tokens.append(Token("cmd", "infty" if name == "infin" else name, spaced))
-        elif kind == "word":
-            tokens += word_tokens(
-                value, spaced, inside is not None, tokens[-1] if tokens else inside
-            )
-        elif value != "." or not inside:  # a full stop in a text ends an abbreviation
-            tokens.append(Token("op", {"**": "^", "==": "=", ":=": "="}.get(value, value), spaced))
+            value = match["cmd"]
+            if value in _OPERATORS:
+                kind = "op"
+                value = _OPERATORS[value]
+        is_full_stop = value == "." and inside  # it ends an abbreviation
+        if not is_full_stop and (kind, value) not in _BLANKS:
+            tokens.append(Token(kind, value, spaced))
     return tokens
 
 
@@ -459,17 +451,15 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
     """
     low = run.lower()
     kind, previous = (before.kind, before.text) if before else ("begin", "")
-    after_number = kind == "num" or previous in (")", "}", "°", "%", "pi")
+    after_number = kind == "num" or previous in ") } ° % pi".split()
     if low in _CONNECTORS:
         return [Token("op", _CONNECTORS[low], spaced)]
     if run in _FUNCTIONS and not (low in UNITS and after_number):
         return [Token("cmd", run, spaced)]
-    if run in ("pi", "theta", "alpha", "beta", "sqrt", "infty") or low in ("infinity", "inf"):
+    if run in "pi theta alpha beta sqrt infty".split() or low in ("infinity", "inf"):
         return [Token("cmd", "infty" if low[:3] == "inf" else run, spaced)]
     if low in ("nan", "zoo"):
-        raise Unreadable("not a number")
-    if run[:2] in ("平方", "立方") and len(run) > 2:
-        return [Token("word", run[:2], spaced), Token("word", run[2:], False)]
+        raise Unreadable  # not a number
     if len(run) == 1 and run.isascii():
         is_unit = (
             in_text and run in UNITS and (after_number or kind == "word" or previous in ("/", "*"))
@@ -480,16 +470,7 @@ def word_tokens(run: str, spaced: bool, in_text: bool, before: Token | None) -> 
     )
     if in_text or is_unit or not run.isascii() or low in _SHORT_WORDS or run == "DNE":
         return [Token("word", run, spaced)]
-    apart = kind in ("begin", "word", "let", "num") or previous in (
-        "and",
-        "or",
-        ",",
-        ";",
-        "=",
-        "in",
-        ")",
-        "}",
-    )
+    apart = {kind, previous} & _BEFORE_WORD
     is_long = len(run) + after_number > 3 and (spaced or not after_number)
     if apart and is_long and any(letter in "aeiouy" for letter in run) and not run.isupper():
         return [Token("word", run, spaced)]
@@ -507,8 +488,9 @@ def repeating_decimal(text: str) -> Fraction:
             (n for n in range(1, len(digits) // 2 + 1) if digits.endswith(2 * digits[-n:])), None
         )
         if period is None:
-            raise Unreadable("dots")
-        fixed, block = digits[:-period], digits[-period:]
+            raise Unreadable  # dots
+        fixed = digits[:-period]
+        block = digits[-period:]
     else:
         fixed = re.match(r"\d*", tail).group()
         block = "".join(re.findall(r"\d", tail[len(fixed) :]))
@@ -540,20 +522,15 @@ for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
         UNITS[_name] = (_base.replace("·", " "), Fraction(_factor))
         if len(_name) > 2:
             UNITS[_name + "s"] = UNITS[_name]
-_MULTIPLIERS = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 1000,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-_POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
+# Words that multiply, raise or are a number.
+_MULTIPLIERS = {"dozen": 12, "hundred": 100}
+_MULTIPLIERS |= {"thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_POWERS = dict.fromkeys(("square", "sq", "平方"), 2) | dict.fromkeys(("cubic", "cu", "立方"), 3)
 _NUMERALS = {
     word: i
     for i, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen".split()
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen".split()
     )
 }
 _NUMERALS |= {
@@ -596,37 +573,79 @@ _COUNTED = set(
 
 Node = tuple
 _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be functions
-_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")  # functions of angles
+_OPENERS = "( [ { \\{ ... ⌊ ⌈".split()
+_ANGLES = "sin cos tan cot sec csc cis".split()  # functions of angles
 _OPAQUE = set("fghFGH")  # f(x) is never f times x
-_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "≡", "mod"}
-_CLOSERS = {")", "]", "\\}", "}"}
+_RELATIONS = "= < > <= >= != ~ in ≡ mod".split()
+_CLOSERS = ") ] \\} } & cr".split()
+_MATRICES = set("pmatrix bmatrix matrix array Bmatrix smallmatrix".split())
 _NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
-_MARKS = {
-    "angle",
-    "triangle",
-    "odot",
-    "overline",
-    "vec",
-    "overrightarrow",
-    "hat",
-    "bar",
-    "widehat",
-    "tilde",
-}
+_MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
 
 
-def number(value) -> Node:
+def number(value):
     return ("num", Fraction(value))
 
 
-def negative(node: Node) -> Node:
+# Nodes that are asked for by name.
+_MINUS_ONE = number(-1)
+_INFINITY = ("sym", "∞")
+_REALS = ("sym", "ℝ")
+_UNWRITTEN = ("sym", "?")  # the unknown of "> 5"
+
+
+# Texts that mean a set, or that nothing exists; singular, without articles.
+_PHRASES = {"no solution": ("set", ()), "no real solution": ("set", ())}
+_PHRASES |= dict.fromkeys(("all real number", "all real", "any real number"), _REALS)
+_PHRASES["doe not exist"] = ("text", "dne")
+
+
+def negative(node):
     if node[0] == "num":
         return ("num", -node[1])
-    return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (number(-1), node))
+    return ("based", "-" + node[1], node[2]) if node[0] == "based" else ("mul", (_MINUS_ONE, node))
 
 
-def reciprocal(node: Node) -> Node:
-    return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, number(-1))
+def equation(left, right):
+    return ("rel", ("=",), (left, right))
+
+
+def point(items):
+    return ("tuple", "(", ")", tuple(items))
+
+
+def reciprocal(node):
+    return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, _MINUS_ONE)
+
+
+def written_out(items):
+    """1, 2, ..., 5 is 1, 2, 3, 4, 5. Of 1, 2, ..., n the first terms that show the step stay."""
+    dots = ("sym", "...")
+    head = items[:-2]
+    is_row = len(items) > 2 and items[-2] == dots and {item[0] for item in head} == {"num"}
+    if not is_row:
+        return items
+    first = head[0][1]
+    step = head[1][1] - first if len(head) > 1 else Fraction(1)
+    if any(item[1] != first + i * step for i, item in enumerate(head)) or not step:
+        return items
+    if items[-1][0] != "num":
+        return [*head[: 1 if step == 1 else 2], dots, items[-1]]
+    count = (items[-1][1] - first) / step + 1
+    if count.denominator > 1 or not len(head) < count <= MAX_DOTS:
+        return items
+    spend(5 * count)
+    return [number(first + i * step) for i in range(int(count))]
+
+
+def congruences(items):
+    """x = 1, 4 (mod 5), read item by item, is x = 1 (mod 5), x = 4 (mod 5)."""
+    first = items[0]
+    last = items[-1]
+    if len(items) < 2 or first[:2] != ("rel", ("=",)) or last[:2] != ("rel", ("mod",)):
+        return items
+    values = [first[2][1], *items[1:-1], last[2][0]]
+    return [("rel", ("≡", "mod"), (first[2][0], value, last[2][1])) for value in values]
 
 
 def limited(method):
@@ -635,7 +654,7 @@ def limited(method):
     def inside(self):
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deep")
+            raise Unreadable  # nested too deep
         spend(5)
         node = method(self)
         self.depth -= 1
@@ -647,68 +666,71 @@ def limited(method):
 class Parser:
     """Recursive descent over the tokens of one answer. Raises Unreadable where the grammar of answers ends."""
 
-    def __init__(self, tokens: list[Token]):
-        self.tokens, self.at, self.depth = tokens + [Token("eof", "", False)] * 8, 0, 0
+    def __init__(self, tokens):
+        self.tokens = tokens + [Token("eof", "", False)] * 8
+        self.at = 0
+        self.depth = 0
         self.bars = False  # inside |...| or {... | ...}: a bar ends what came before
         self.in_set = False  # inside {...}: a colon, too
         self.currency: str | None = None  # seen in the quantity that is being read
 
-    def peek(self, ahead: int = 0) -> Token:
+    @property
+    def next(self):
+        return self.tokens[self.at]
+
+    def peek(self, ahead):
         return self.tokens[self.at + ahead]
 
-    def is_op(self, *texts: str) -> bool:
+    def is_op(self, *texts: str):
         token = self.tokens[self.at]
         return token.kind == "op" and token.text in texts
 
-    def take(self, *texts: str) -> Token | None:
+    def take(self, *texts: str):
         """The next token if it is one of these operators; any token if none is named."""
         if texts and not self.is_op(*texts):
             return None
-        if self.peek().kind == "eof":
-            raise Unreadable("it breaks off")
+        if self.next.kind == "eof":
+            raise Unreadable  # it breaks off
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def need(self, *texts: str) -> Token:
+    def need(self, *texts: str):
         token = self.take(*texts)
         if token is None:
-            raise Unreadable(f"{texts[0]!r} expected, not {self.peek().text!r}")
+            raise Unreadable  # another token was expected
         return token
 
     # answers: lists, relations, sets
 
-    def answer(self) -> Node:
+    def answer(self):
         node = self.items()
-        if self.peek().kind != "eof":
-            raise Unreadable(f"{self.peek().text!r} is left over")
+        if self.next.kind != "eof":
+            raise Unreadable  # something is left over
         return node
 
-    def items(self) -> Node:
+    def items(self):
         """Items between commas, 'and', 'or'; groups of them between semicolons. One item stands for itself."""
-        groups, joiner = [[]], ","
+        groups = [[]]
+        joiner = ","
         while True:
             groups[-1].append(self.relation())
             separators = [self.take().text] if self.is_op(",", ";", "and", "or") else []
             while separators and self.is_op("and", "or"):  # ", and" is one
                 separators.append(self.take().text)
-            if not separators or self.peek().kind == "eof" or self.is_op(*_CLOSERS):
+            if not separators or self.next.kind in ("eof", "end") or self.is_op(*_CLOSERS):
                 break
             joiner = separators[-1] if separators[-1] in ("and", "or") else joiner
             if ";" in separators:
                 groups.append([])
         if len(groups) > 1:
-            groups = [
-                [
-                    group[0] if len(group) == 1 else ("tuple", "(", ")", tuple(group))
-                    for group in groups
-                ]
-            ]
-        return groups[0][0] if len(groups[0]) == 1 else ("list", tuple(groups[0]), joiner)
+            groups = [[group[0] if len(group) == 1 else point(group) for group in groups]]
+        items = congruences(written_out(groups[0]))
+        return items[0] if len(items) == 1 else ("list", tuple(items), joiner)
 
-    def relation(self) -> Node:
+    def relation(self):
         operators = []
         sides = [
-            ("sym", "?") if self.is_op(*_RELATIONS) else self.ratio()
+            _UNWRITTEN if self.is_op(*_RELATIONS) else self.ratio()
         ]  # "> 5": the unknown is not written
         while self.is_op(*_RELATIONS):
             operators.append(self.take().text)
@@ -717,27 +739,30 @@ class Parser:
             operators = ["="]
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
 
-    def ratio(self) -> Node:
+    def ratio(self):
         parts = [self.union()]
         while (
             self.is_op(":")
             and not self.in_set
-            or self.peek().text == "to"
+            or self.next.text == "to"
             and self.peek(1).kind == "num"
         ):
             self.take()
             parts.append(self.union())
+        if len(parts) == 2 and parts[1][0] == "unit" and parts[1][2] in ("am", "pm"):
+            return ("text", squeeze(repr(parts)))  # 4:40 a.m. is no quotient
         return parts[0] if len(parts) == 1 else ("ratio", tuple(parts))
 
-    def union(self) -> Node:
+    def union(self):
         node = self.quantity()
         while self.is_op("cup", "cap", "setminus"):
-            operator, left, right = self.take().text, node, self.quantity()
-            node = (operator, self.as_set(left), self.as_set(right))
+            self.depth += 1  # the tree of a chain is deep
+            operator = self.take().text
+            node = (operator, self.as_set(node), self.as_set(self.quantity()))
         return node
 
     @staticmethod
-    def as_set(node: Node) -> Node:
+    def as_set(node):
         """Beside a union sign {1, 2} and 3 mean sets."""
         return (
             ("set", node[1] if node[0] == "list" else (node,))
@@ -747,42 +772,48 @@ class Parser:
 
     # quantities and texts
 
-    def quantity(self) -> Node:
+    def quantity(self):
         """An expression with its unit (currency may come before or after it), or words."""
-        if self.peek().kind == "word" and not (self.depth and self.peek().text.isupper()):
+        if self.next.kind == "word" and not (self.depth and self.next.text.isupper()):
             return self.words()
         self.currency = None
         node = self.expression()
         currency = self.take().text if self.is_op(*"$€£¥¢") else self.currency
-        base, factor, count = "", Fraction(1), 1
-        if self.peek().kind == "word" and self.peek().text != "to":
+        base = ""
+        factor = Fraction(1)
+        count = 1
+        if self.next.kind == "word" and self.next.text != "to":
             base, factor, count = self.unit()
         node = node if count == 1 else ("mul", (number(count), node))  # 5 million
         if currency and base not in ("°", "%"):  # "$3 million", "$5 each"
             base, factor = UNITS.get(currency, (currency, Fraction(1)))
         if base in ("°", "%"):
             return ("deg" if base == "°" else "pct", node)
-        if base and self.peek().kind == "num":  # 2 hours 30 minutes
+        if base and self.next.kind == "num":  # 2 hours 30 minutes
             rest = self.quantity()
             if rest[0] != "unit" or rest[2] != base or rest[3] >= factor:
-                raise Unreadable("two quantities")
+                raise Unreadable  # two quantities
             node = ("add", (("mul", (number(factor), node)), ("mul", (number(rest[3]), rest[1]))))
             factor = Fraction(1)
         return ("unit", node, base, factor) if base else node
 
-    def unit(self) -> tuple[str, Fraction, int]:
+    def unit(self):
         """The words after a number: ('m^2', 1/10000, 1) for square centimetres, ('yuan', 1, 1000) for thousand yuan.
 
         An unknown word is a unit of its own, marked by a question mark: it is never left out.
         """
-        parts, factor, count, sign, power = [], Fraction(1), 1, 1, 1
+        parts = []
+        factor = Fraction(1)
+        count = 1
+        sign = 1
+        power = 1
         while True:
-            if self.peek().kind != "word":
+            if self.next.kind != "word":
                 next_is_unit = self.peek(1).kind == "word" or self.peek(1).text in UNITS
                 if not (parts and next_is_unit and self.is_op("/", "*", "-")):
                     return " ".join(parts), factor, count
                 sign = -1 if self.take().text == "/" else 1
-                self.tokens[self.at] = self.peek()._replace(kind="word")  # the h of km/h
+                self.tokens[self.at] = self.next._replace(kind="word")  # the h of km/h
                 continue
             token = self.take()
             word = token.text if token.text in UNITS else token.text.lower()
@@ -801,22 +832,22 @@ class Parser:
                 if self.take("^"):
                     exponent = ("-" if self.take("-") else "") + self.raw_group().strip("{}")
                     if not re.fullmatch("-?[123]", exponent):
-                        raise Unreadable("power of a unit")
+                        raise Unreadable  # power of a unit
                     power = int(exponent)
                 factor *= scale ** (sign * power)
                 parts.append(base if sign * power == 1 else f"{base}^{sign * power}")
                 sign = power = 1
 
-    def words(self) -> Node:
+    def words(self):
         """A text: lower case, singular, no articles. Some texts are numbers (five) or choices (option C)."""
         words: list[str] = []
-        while self.peek().kind in ("word", "let", "num") or self.is_op("-", "'", "/") and words:
+        while self.next.kind in ("word", "let", "num") or self.is_op("-", "'", "/") and words:
             token = self.take()
             if token.kind != "op":
                 words.append(token.text.lower() if token.kind == "word" else token.text)
-        words = [word for word in words if word not in ("a", "an", "the", "of")] or words
+        words = [word for word in words if word not in "a an the of".split()] or words
         if len(words) > MAX_WORDS:
-            raise Unreadable("prose")
+            raise Unreadable  # prose
         values = [_NUMERALS.get(word, -1) for word in words]
         if (
             len(values) == 1
@@ -829,20 +860,18 @@ class Parser:
         if re.fullmatch("(?:option|choice|answer|选项|选) [A-J]", " ".join(words)):
             return ("sym", words[1])
         text = " ".join(map(singular, words))
-        reals = dict.fromkeys(("all real number", "all real", "any real number"), ("sym", "ℝ"))
-        empty = dict.fromkeys(("no solution", "no real solution"), ("set", ()))
-        return (reals | empty | {"doe not exist": ("text", "dne")}).get(text, ("text", text))
+        return _PHRASES.get(text, ("text", text))
 
     # expressions
 
-    def expression(self) -> Node:
+    def expression(self):
         terms = [self.term()]
         while self.is_op("+", "-", "±", "∓"):
             terms.append(self.term())  # term() reads the sign
         return terms[0] if len(terms) == 1 else ("add", tuple(terms))
 
     @limited
-    def term(self) -> Node:
+    def term(self):
         """Factors joined by *, / or by standing side by side. Signs bind looser: -x^2 is -(x^2)."""
         sign = self.take("+", "-", "±", "∓")
         if sign:
@@ -861,53 +890,60 @@ class Parser:
             else:
                 return factors[0] if len(factors) == 1 else ("mul", tuple(factors))
 
-    def signed_power(self) -> Node:
+    def signed_power(self):
         return negative(self.power()) if self.take("-") else self.power()
 
-    def starts_factor(self) -> bool:
+    def starts_factor(self):
         """May the next token begin a factor without a sign before it? A number after a number only in 2^6 3^5."""
-        token, before = self.peek(), self.tokens[self.at - 1]
+        token = self.next
+        before = self.tokens[self.at - 1]
         if token.kind == "num" and before.kind == "num":
             return self.tokens[self.at - 2].text == "^" == self.peek(1).text
         if token.kind == "num":
             return before.text not in ("%", "°")
+        if token.text == "{" and before.kind == "num" and self.peek(1).kind == "num":
+            return False  # 5{6}
         return (
             token.kind in ("let", "begin", "cmd")
-            or self.is_op("(", "[", "{", "\\{", "...", "⌊", "⌈")
+            or self.is_op(*_OPENERS)
             or self.is_op("|")
             and not self.bars
         )
 
-    def power(self) -> Node:
+    def power(self):
         node = self.postfix(self.atom())
         if not self.take("^"):
             return node
         exponent = self.exponent()
-        if node[0] == "matrix" and exponent in (("sym", "T"), ("sym", "\\top")):
-            return ("matrix", tuple(zip(*node[1])))
+        if node[0] in ("matrix", "tuple") and exponent in (("sym", "T"), ("sym", "\\top")):
+            rows = node[1] if node[0] == "matrix" else (node[3],)
+            return ("matrix", tuple(zip(*rows)))
         return self.postfix(("pow", node, exponent))
 
     @limited
-    def exponent(self) -> Node:
+    def exponent(self):
         """A group, or a signed power: x^-1, x^10, and 2^3^2 from the right."""
         if self.is_op("{"):
             return self.atom()
-        if self.is_op("-") or self.peek().kind == "num":
+        if self.is_op("-") or self.next.kind == "num":
             return self.signed_power()
         return self.postfix(self.atom())
 
-    def postfix(self, node: Node) -> Node:
-        while sign := self.take("!", "%", "°"):
+    def postfix(self, node):
+        for _ in range(4):
+            sign = self.take("!", "%", "°")
+            if sign is None:
+                return node
             if sign.text == "!":
                 node = ("fn", "fac2" if self.take("!") else "factorial", (node,))
             else:
                 node = ("pct" if sign.text == "%" else "deg", node)
-        return node
+        raise Unreadable  # too many signs
 
     # atoms
 
     @limited
-    def atom(self) -> Node:
+    def atom(self):
         token = self.take()
         readers = {
             "num": self.numeral,
@@ -936,17 +972,19 @@ class Parser:
         if token.kind == "op" and token.text in "$€£¥":
             self.currency = token.text
             return self.signed_power()
-        raise Unreadable(f"{token.text!r} in a formula")
+        raise Unreadable  # no formula
 
-    def numeral(self, text: str) -> Node:
+    def numeral(self, text):
         """A number, a mixed number (3\\frac12, 3 1/2) or a number in another base (12_5)."""
         if self.take("_"):
             base = self.raw_group().strip("{()}").removeprefix("base")
             base = str(_NUMERALS.get(base.lower(), base))
             if not re.fullmatch(r"\d{1,2}", base) or "/" in text:
-                raise Unreadable("base of a numeral")
+                raise Unreadable  # base of a numeral
             return number(text) if base == "10" else ("based", text.lstrip("0") or "0", int(base))
-        start, parts, token = self.at, None, self.peek()
+        start = self.at
+        parts = None
+        token = self.next
         if text.isdigit() and (token.kind, token.text) == ("cmd", "frac"):
             self.take()
             parts = self.argument(), self.argument()
@@ -956,16 +994,17 @@ class Parser:
             and token.kind == self.peek(2).kind == "num"
             and self.peek(1).text == "/"
         ):
-            parts = number(self.peek().text), number(self.peek(2).text)
+            parts = number(self.next.text), number(self.peek(2).text)
             self.at += 3
         if parts and parts[0][0] == parts[1][0] == "num" and 0 < parts[0][1] < parts[1][1]:
             return number(int(text) + parts[0][1] / parts[1][1])
         self.at = start
         return number(text)
 
-    def raw_group(self) -> str:
+    def raw_group(self):
         """The text of a subscript: one token or a braced group, unparsed."""
-        text, level = "", 0
+        text = ""
+        level = 0
         while True:
             token = self.take()
             level += (token.text == "{") - (token.text == "}")
@@ -973,27 +1012,12 @@ class Parser:
             if level <= 0:
                 return text
 
-    def symbol(self, name: str) -> Node:
+    def symbol(self, name):
         """A letter with its subscript and primes; a letter before a bracket may be a function: f(x)."""
         if self.take("_"):
             name += "_" + self.raw_group().removeprefix("{").removesuffix("}")
         while self.take("'"):
             name += "'"
-        if name in _OPAQUE and [self.peek(i).text for i in range(6)] == [
-            "^",
-            "{",
-            "-",
-            "1",
-            "}",
-            "(",
-        ]:
-            self.at += 5
-            name += "^{-1}"
-        if name[0] == "C" and (name[2:].isdigit() or name[2:] in _WHOLE_NAMES) and self.take("^"):
-            top = (
-                number(name[2:]) if name[2:].isdigit() else ("sym", name[2:])
-            )  # C_5^2 is a binomial coefficient
-            return ("fn", "binom", (top, self.exponent()))
         if not self.is_op("(") or name[0] not in _CALLS and not name[0].isupper():
             return ("sym", name)
         inside = self.bracket(self.take().text)
@@ -1003,7 +1027,7 @@ class Parser:
         is_call = name[0] in _CALLS or len(arguments) > 1
         return ("call", name, arguments) if is_call else ("mul", (("sym", name), inside))
 
-    def enclosed(self, in_set: bool = False) -> Node:
+    def enclosed(self, in_set=False):
         """What stands between brackets: bars and colons outside do not matter inside."""
         outer = self.bars, self.in_set
         self.bars = self.in_set = in_set
@@ -1011,15 +1035,15 @@ class Parser:
         self.bars, self.in_set = outer
         return node
 
-    def argument(self) -> Node:
+    def argument(self):
         """The argument of \\frac, \\binom or \\log_: a group, or one digit of a longer number as TeX reads it."""
-        token = self.peek()
+        token = self.next
         if token.kind == "num" and len(token.text) > 1 and token.text.isdigit():
             self.tokens[self.at] = token._replace(text=token.text[1:])
             return number(token.text[0])
         return negative(self.atom()) if self.take("-") else self.atom()
 
-    def bracket(self, opening: str) -> Node:
+    def bracket(self, opening):
         """After '(' or '[': a group, or a tuple, point or interval with its brackets as written.
 
         After '{' of LaTeX: one item, or a plain list ({1,2} is often meant as the set).
@@ -1030,7 +1054,7 @@ class Parser:
             ("tuple", opening, closing, node[1]) if node[0] == "list" and opening != "{" else node
         )
 
-    def braces(self, _opening: str) -> Node:
+    def braces(self, _opening):
         """After `\\{`: a set by its elements, or by the conditions after | or :."""
         if self.take("\\}"):
             return ("set", ())
@@ -1044,50 +1068,51 @@ class Parser:
         template = node[2][0] if node[0] == "rel" and node[1] == ("in",) else node
         if template[0] != "sym" or not any(template in walk(part) for part in conditions):
             return ("builder", node, conditions, joiner)  # {x^2 : x > 3}: what is collected matters
-        if node[0] == "rel" and node[2][-1] != ("sym", "ℝ"):
+        if node[0] == "rel" and node[2][-1] != _REALS:
             if joiner == "or":
-                raise Unreadable("a condition that binds on both sides of 'or'")
+                raise Unreadable  # a condition that binds on both sides of 'or'
             conditions = (node,) + conditions
         return ("where", conditions, joiner)
 
-    def fence(self, opening: str) -> Node:
+    def fence(self, opening):
         """|x|, floor and ceiling."""
-        outer, self.bars = self.bars, opening == "|"
+        closing, name = {"|": ("|", "abs"), "⌊": ("⌋", "floor"), "⌈": ("⌉", "ceil")}[opening]
+        outer = self.bars
+        self.bars = opening == "|"
         node = self.expression()
-        self.need({"|": "|", "⌊": "⌋", "⌈": "⌉"}[opening])
+        self.need(closing)
         self.bars = outer
-        return ("fn", {"|": "abs", "⌊": "floor", "⌈": "ceil"}[opening], (node,))
+        return ("fn", name, (node,))
 
-    def environment(self, name: str) -> Node:
-        """A matrix, or the lines of `cases` as a list."""
-        lines = name in ("cases", "aligned", "align", "gathered")
-        if not lines and name not in (
-            "pmatrix",
-            "bmatrix",
-            "matrix",
-            "array",
-            "Bmatrix",
-            "smallmatrix",
-        ):
-            raise Unreadable(f"environment {name}")
+    def environment(self, name):
+        """A matrix, a list (the lines of `aligned`) or a set (value and condition of `cases`)."""
+        lines = name in "cases aligned align gathered".split()
+        if not lines and name not in _MATRICES:
+            raise Unreadable  # an unknown environment
         rows = [[]]
-        while self.peek().kind != "end":
+        while self.next.kind != "end":
+            if name in ("aligned", "align") and not rows[-1]:
+                self.take("&")
             rows[-1].append(self.enclosed())
             if self.take("cr"):
                 rows.append([])
-            elif not self.take("&") and self.peek().kind != "end":
-                raise Unreadable(f"{self.peek().text!r} in a matrix")
+            elif not self.take("&") and self.next.kind != "end":
+                raise Unreadable  # no matrix
         self.take()
         rows = tuple(tuple(row) for row in rows if row)
         if len({len(row) for row in rows}) != 1:
-            raise Unreadable("ragged matrix")
-        if lines:
-            return ("list", tuple(item for row in rows for item in row), ",")
-        return ("matrix", rows)
+            raise Unreadable  # ragged matrix
+        if not lines:
+            return ("matrix", rows)
+        if name == "cases" and len(rows[0]) == 2:
+            return ("set", tuple(point(row) for row in rows))
+        items = tuple(item for row in rows for item in row)
+        return items[0] if len(items) == 1 else ("list", items, ",")
 
-    def command(self, name: str) -> Node:
+    def command(self, name):
         if name == "frac":
-            top, over = self.argument(), reciprocal(self.argument())
+            top = self.argument()
+            over = reciprocal(self.argument())
             return number(top[1] * over[1]) if top[0] == over[0] == "num" else ("mul", (top, over))
         if name == "sqrt":
             degree = number(2)
@@ -1113,25 +1138,25 @@ class Parser:
             letters = self.raw_group().strip("{}")
             while (
                 name in ("angle", "triangle", "odot")
-                and self.peek().kind == "let"
-                and self.peek().text.isupper()
+                and self.next.kind == "let"
+                and self.next.text.isupper()
             ):
                 letters += self.take().text
             return ("sym", f"{name} {letters}")
         if name == "infty" or name in _GREEK_NAMES:
             return self.symbol({"infty": "∞", "pi": "π"}.get(name, f"\\{name}"))
-        raise Unreadable(f"command \\{name}")
+        raise Unreadable  # an unknown command
 
-    def function(self, name: str) -> Node:
+    def function(self, name):
         """sin x, sin^2 x, sin^{-1} x, log_2 x, max(a, b). Without brackets the argument ends at + or at a function."""
         base = power = None
         while self.is_op("_", "^"):
             if self.take("^"):
                 power = self.exponent()
             elif name == "log" and self.take("_"):
-                base = self.atom() if self.peek().text == "10" else self.argument()
+                base = self.atom() if self.next.text == "10" else self.argument()
             else:
-                raise Unreadable(f"subscript of {name}")
+                raise Unreadable  # a subscript
         if self.is_op("(", "[", "{", "\\{"):
             inside = self.atom()
             arguments = (
@@ -1144,14 +1169,15 @@ class Parser:
             factors = [self.power()]
             while (
                 self.starts_factor()
-                and self.peek().text not in _FUNCTIONS
+                and self.next.text not in _FUNCTIONS
                 and not self.is_op("(", "[")
             ):
                 factors.append(self.power())
             argument = factors[0] if len(factors) == 1 else ("mul", tuple(factors))
             arguments = (negative(argument) if negated else argument,)
-        if power == number(-1) and name in _ANGLES + ("sinh", "cosh", "tanh"):
-            name, power = "a" + name, None
+        if power == _MINUS_ONE and "a" + name in _FUNCTIONS.values():
+            name = "a" + name
+            power = None
         node = ("fn", name, arguments + ((base,) if base else ()))
         return node if power is None else ("pow", node, power)
 
@@ -1163,7 +1189,7 @@ _HUGE = 10**30  # beyond it, powers and functions are not evaluated
 
 
 @lru_cache(maxsize=64)
-def arithmetic(digits: int) -> mpmath.MPContext:
+def arithmetic(digits):
     context = mpmath.MPContext()
     context.dps = digits
     return context
@@ -1186,31 +1212,31 @@ class Scope(NamedTuple):
     )
 
 
+def is_exact(a, b=Fraction()):
+    return isinstance(a, Fraction) and isinstance(b, Fraction)
+
+
 def to_mp(value, mp=_MP):
-    return (
-        mp.mpf(value.numerator) / value.denominator
-        if isinstance(value, Fraction)
-        else mp.convert(value)
-    )
+    return mp.mpf(value.numerator) / value.denominator if is_exact(value) else mp.convert(value)
 
 
-def bits(value: Fraction) -> int:
+def bits(value):
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-def exact(value: Fraction) -> Fraction:
+def exact(value):
     if bits(value) > MAX_BITS:
-        raise TooBig("digits")
+        raise TooBig  # digits
     spend((bits(value) / 2000) ** 2)
     return value
 
 
 def combined(operation, a, b, mp=_MP):
-    both_exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return exact(operation(a, b)) if both_exact else operation(to_mp(a, mp), to_mp(b, mp))
+    return exact(operation(a, b)) if is_exact(a, b) else operation(to_mp(a, mp), to_mp(b, mp))
 
 
-plus, times = partial(combined, operator.add), partial(combined, operator.mul)
+plus = partial(combined, operator.add)
+times = partial(combined, operator.mul)
 
 
 def raised(a, b, mp):
@@ -1218,41 +1244,42 @@ def raised(a, b, mp):
     if a == 0:
         if mp.re(to_mp(b, mp)) > 0:
             return Fraction(0)
-        raise Undefined("0 to the power 0 or below")
+        raise Undefined  # 0 to the power 0 or below
     if abs(b) > _HUGE:
-        raise TooBig("exponent")
-    if isinstance(b, Fraction) and b.denominator == 1:
-        if isinstance(a, Fraction) and (bits(a) - 1) * abs(b) <= MAX_BITS:
+        raise TooBig  # exponent
+    if is_exact(b) and b.denominator == 1:
+        if is_exact(a) and (bits(a) - 1) * abs(b) <= MAX_BITS:
             return exact(a ** int(b))
         return to_mp(a, mp) ** int(b)
-    if isinstance(b, Fraction) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
+    if is_exact(b) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
         root = raised(-a, b, mp)
         return -root if b.numerator % 2 else root
-    is_square_root = isinstance(b, Fraction) and b.denominator == 2
+    is_square_root = is_exact(b) and b.denominator == 2
     spend(mp.dps / 2 if is_square_root else mp.dps**1.5 / 10)
     if abs(b) * scale(a, mp) > _HUGE:
-        raise TooBig("power")
+        raise TooBig  # power
     return to_mp(a, mp) ** to_mp(b, mp)
 
 
-def is_real(value) -> bool:
-    return isinstance(value, Fraction) or abs(_MP.im(value)) <= abs(_MP.re(value)) * 1e-40
+def is_real(value):
+    return is_exact(value) or abs(_MP.im(value)) <= abs(_MP.re(value)) * 1e-40
 
 
-def scale(value, mp) -> int:
+def scale(value, mp):
     """How many bits a value is away from the point, to the left or to the right."""
-    if isinstance(value, Fraction):
+    if is_exact(value):
         return abs(value.numerator.bit_length() - value.denominator.bit_length())
     magnitude = mp.mag(value)
     if magnitude == mp.inf or magnitude != magnitude:
-        raise Undefined("infinite")
+        raise Undefined  # infinite
     return 0 if magnitude == mp.ninf else abs(magnitude)
 
 
-def evaluate(node: Node, s: Scope):
+def evaluate(node, s):
     """The value of an expression, a Fraction, mpf or mpc; Undefined if it has none."""
     spend(1)
-    kind, mp = node[0], s.mp
+    kind = node[0]
+    mp = s.mp
     if kind == "num":
         return node[1]
     if kind == "sym" and node[1] in s.env:
@@ -1279,11 +1306,11 @@ def evaluate(node: Node, s: Scope):
         }[kind]
         value = times(evaluate(node[1], s), read_as or Fraction(1), mp)
     else:
-        raise Undefined(f"{kind} without a value")
-    if not isinstance(value, Fraction):
+        raise Undefined  # it has no value
+    if not is_exact(value):
         spend(mp.dps / 30)
     if s.real and not is_real(value):
-        raise Undefined("not real")
+        raise Undefined  # not real
     if s.largest is not None:
         size = scale(value, mp)
         is_rounded_zero = (
@@ -1293,7 +1320,7 @@ def evaluate(node: Node, s: Scope):
     return value
 
 
-def call(node: Node, s: Scope):
+def call(node, s):
     """f(x) of an unknown function gets a value that depends on its name and arguments only; a(b+c) is a product."""
     arguments = [evaluate(argument, s) for argument in node[2]]
     if is_product(node):
@@ -1302,41 +1329,41 @@ def call(node: Node, s: Scope):
     return Fraction(random.Random(key).randrange(1, 10**6), 99_991)
 
 
-def is_product(node: Node) -> bool:
+def is_product(node):
     """p(q+1) may be a product; f(x) and P(0) are not."""
     return node[1][0] not in _OPAQUE and len(node[2]) == 1 and bool(unknowns(node[2][0]))
 
 
-def apply(name: str, arguments: list, s: Scope):
+def apply(name, arguments, s):
     """A named function. Arguments so large that reducing them would take long are refused."""
-    mp, x = s.mp, arguments[0]
+    mp = s.mp
+    x = arguments[0]
     if any(abs(a) > _HUGE for a in arguments) and name not in ("abs", "max", "min"):
-        raise TooBig("argument")
+        raise TooBig  # argument
     real = all(map(is_real, arguments))
-    integers = all(isinstance(a, Fraction) and a.denominator == 1 for a in arguments)
+    integers = all(is_exact(a) and a.denominator == 1 for a in arguments)
     if name in ("gcd", "lcm") and integers:
-        return Fraction((math.gcd if name == "gcd" else math.lcm)(*map(int, arguments)))
+        function = math.gcd if name == "gcd" else math.lcm
+        return reduce(lambda u, v: exact(Fraction(function(int(u), int(v)))), arguments)
     if name in ("max", "min") and real:
+        spend(5 * len(arguments))
         return (max if name == "max" else min)(arguments, key=lambda a: mp.re(to_mp(a, mp)))
     if name == "binom" and len(arguments) == 2:
         if integers and 0 <= x <= MAX_FACTORIAL and arguments[1] >= 0:
-            return Fraction(math.comb(int(x), int(arguments[1])))
+            return exact(Fraction(math.comb(int(x), int(arguments[1]))))
         if real and all(abs(a) < 10**6 for a in arguments):
             spend(5000)
             return mp.binomial(*(to_mp(a, mp) for a in arguments))
     if name == "log" and len(arguments) == 2 and arguments[1] not in (0, 1):
         return apply("ln", [x], s) / apply("ln", [arguments[1]], s)
-    if len(arguments) != 1 or name in ("gcd", "lcm", "max", "min", "binom") + (
-        "sgn",
-        "floor",
-        "ceil",
-    ) * (not real):
-        raise Undefined(f"{name} of these arguments")
+    is_reals_only = name in ("sgn", "floor", "ceil") and not real
+    if len(arguments) != 1 or is_reals_only or name in "gcd lcm max min binom".split():
+        raise Undefined  # no such function
     if name == "abs":
         return abs(x)
     if name == "sgn":
         return Fraction(int(mp.sign(mp.re(to_mp(x, mp)))))
-    if name in ("floor", "ceil") and isinstance(x, Fraction):
+    if name in ("floor", "ceil") and is_exact(x):
         return Fraction(getattr(math, name)(x))
     if name in ("floor", "ceil"):
         near = mp.nint(mp.re(x))  # sqrt(2)^2 is 2 but for rounding
@@ -1344,30 +1371,27 @@ def apply(name: str, arguments: list, s: Scope):
         return Fraction(int(near if is_near else getattr(mp, name)(mp.re(x))))
     if name in ("factorial", "fac2") and integers and x <= MAX_FACTORIAL:
         if x < 0:
-            raise Undefined("factorial of a negative number")
-        return Fraction(
-            math.factorial(int(x)) if name == "factorial" else math.prod(range(int(x), 0, -2))
-        )
+            raise Undefined  # factorial of a negative number
+        factors = range(int(x), 0, -1 if name == "factorial" else -2)
+        return exact(Fraction(math.prod(factors)))
     spend(mp.dps**1.5 / 15)
     if name in ("ln", "log", "lg"):
         if x == 0:
-            raise Undefined("log 0")
+            raise Undefined  # log 0
         return mp.log(to_mp(x, mp)) / (
             mp.log(10) if name == "lg" or name == "log" and s.log10 else 1
         )
-    if (
-        name in ("exp", "sinh", "cosh", "tanh") and s.largest is not None
-    ):  # tanh is 1 but for exp(-2x)
+    if name in "exp sinh cosh tanh".split() and s.largest is not None:  # tanh is 1 but for exp(-2x)
         s.largest[0] = max(s.largest[0], int(3 * abs(x)))
     if name in ("factorial", "fac2"):
         spend(mp.dps**1.5 * 5)
     try:
-        return getattr(mp, name)(to_mp(x, mp))
-    except (ZeroDivisionError, ValueError) as error:  # a pole
-        raise Undefined(f"{name}: {error}") from None
+        return getattr(mp, {"cis": "expj"}.get(name, name))(to_mp(x, mp))
+    except (ZeroDivisionError, ValueError):  # a pole
+        raise Undefined from None
 
 
-def same_number(a: Node, b: Node, s: Scope) -> bool:
+def same_number(a, b, s):
     """Have two expressions the same value here? Undefined or TooBig if nothing can be said.
 
     Fractions are compared exactly. Other values get more digits than a coincidence can hide: it takes long numbers in
@@ -1377,26 +1401,29 @@ def same_number(a: Node, b: Node, s: Scope) -> bool:
     digits = _MP.dps
     while digits <= (MAX_DIGITS_AT_POINTS if s.env else MAX_DIGITS):
         at = s._replace(mp=arithmetic(digits), largest=[0])
-        x, y = evaluate(a, at), evaluate(b, at)
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
+        x = evaluate(a, at)
+        y = evaluate(b, at)
+        if is_exact(x, y):
             return x == y
         hidden = int((written(a) + written(b) + at.largest[0]) * 0.302) + 1
-        x, y = to_mp(x, at.mp), to_mp(y, at.mp)
-        gap, size = abs(x - y), max(abs(x), abs(y))
+        x = to_mp(x, at.mp)
+        y = to_mp(y, at.mp)
+        gap = abs(x - y)
+        size = max(abs(x), abs(y))
         if 60 + 4 * hidden <= digits:
             return gap <= at.mp.mpf(10) ** -(3 * hidden + 40)
         if hidden <= 40 and gap > size * 1e-5 and size > 1e-20:
             return False
         digits = (60 + 4 * hidden) // 50 * 50 + 50
-    raise TooBig("digits")
+    raise TooBig  # digits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Trees
 
 _KINDS = set(
-    "num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based cup cap "
-    "setminus where builder text choice".split()
+    "num sym add mul pow fn call pm deg pct unit sum prod matrix list set tuple rel ratio based "
+    "cup cap setminus where builder text choice".split()
 )
 
 
@@ -1416,15 +1443,24 @@ def mapped(part, change):
 
 
 @lru_cache(maxsize=1 << 14)
-def walk(node: Node) -> tuple[Node, ...]:
+def walk(node):
     """The node and all nodes below it."""
-    children: list[Node] = []
-    mapped(node, children.append)
-    return (node, *itertools.chain.from_iterable(map(walk, children)))
+    below = []
+    mapped(node, below.append)
+    return (node, *itertools.chain.from_iterable(map(walk, below)))
+
+
+def children(node):
+    """The nodes right below, without factors of 1 and -1."""
+    found = []
+    mapped(node, found.append)
+    return tuple(
+        child for child in found if node[0] != "mul" or child not in (number(1), _MINUS_ONE)
+    )
 
 
 @lru_cache(maxsize=1 << 14)
-def canonical(node: Node) -> Node:
+def canonical(node):
     """The tree with flat, sorted sums, products and sets: equal for two answers that differ only in such order."""
     node = mapped(node, canonical)
     if node[0] in ("add", "mul"):
@@ -1433,38 +1469,46 @@ def canonical(node: Node) -> Node:
             :1
         ]  # 0 + x, 1 x
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
+    if node[0] in ("sum", "prod") and node[1][0] == "rel":  # the index has no name
+        index = re.escape(node[1][2][0][1])
+        fresh = f"#{sum(part[0] == node[0] for part in walk(node))}"
+        names = {part[1] for part in walk(node) if part[0] == "sym"}
+        return substituted(
+            node,
+            {name: ("sym", re.sub(rf"^{index}$|(?<=_){index}$", fresh, name)) for name in names},
+        )
     return ("set", tuple(sorted(node[1], key=repr))) if node[0] == "set" else node
 
 
 @lru_cache(maxsize=1 << 14)
-def unknowns(node: Node) -> frozenset[str]:
+def unknowns(node):
     """The names without a fixed value."""
     names = {n[1] for n in walk(node) if n[0] == "sym" or n[0] == "call" and is_product(n)}
     return frozenset(names - {"π", "e", "i", "∞"})
 
 
 @lru_cache(maxsize=1 << 14)
-def written(node: Node) -> int:
+def written(node):
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
 
 
 @lru_cache(maxsize=1 << 14)
-def kinds_in(node: Node) -> frozenset[str]:
+def kinds_in(node):
     return frozenset(n[0] for n in walk(node))
 
 
-def has(node: Node, *kinds: str) -> bool:
+def has(node, *kinds: str):
     return not kinds_in(node).isdisjoint(kinds)
 
 
-def substituted(node: Node, values: dict[str, Node]) -> Node:
+def substituted(node, values):
     if node[0] == "sym":
         return values.get(node[1], node)
     return mapped(node, lambda child: substituted(child, values))
 
 
-def variants(node: Node) -> list[Node]:
+def variants(node):
     """An expression with plus-minus signs stands for its two values; all its signs go together."""
     if not has(node, "pm"):
         return [node]
@@ -1478,31 +1522,29 @@ def variants(node: Node) -> list[Node]:
     return [pick(node, 1), pick(node, -1)]
 
 
-def is_defined(tree: Node) -> bool:
+def is_defined(tree):
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
-    infinity = ("sym", "∞")
-    if tree[0] in ("num", "sym", "text") or tree == negative(infinity):
+    if tree[0] in ("num", "sym", "text") or tree == negative(_INFINITY):
         return True
-    if tree[0] not in ("add", "mul", "pow", "fn", "pm") or has(tree, "matrix", "tuple"):
-        parts: list[Node] = []
-        mapped(tree, parts.append)
-        return all(map(is_defined, parts))
-    if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or ("sym", "ℝ") in walk(tree):
+    if tree[0] not in "add mul pow fn pm".split() or has(tree, "matrix", "tuple"):
+        return all(map(is_defined, children(canonical(tree) if has(tree, "sum", "prod") else tree)))
+    if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or _REALS in walk(tree):
         return True  # R - {0}
     if all(
-        node[0] in ("num", "sym", "add", "mul")
+        node[0] in "num sym add mul".split()
         or node[0] == "pow"
         and node[2][0] == "num"
         and node[2][1] > 0
         for node in walk(tree)
-    ) and infinity not in walk(tree):
+    ) and _INFINITY not in walk(tree):
         return True
-    names, rng = sorted(unknowns(tree)), random.Random(1)
+    names = sorted(unknowns(tree))
+    rng = random.Random(1)
     for env in itertools.chain(
         ordinary_points(names, set(names), rng), ordinary_points(names, set(), rng)
     ):
-        with contextlib.suppress(Undefined):
-            with contextlib.suppress(TooBig):
+        with suppress(Undefined):
+            with suppress(TooBig):
                 for variant in variants(tree):
                     evaluate(variant, Scope(env))
             return True
@@ -1512,11 +1554,11 @@ def is_defined(tree: Node) -> bool:
 # Points at which expressions are compared. They are drawn with the pair of expressions as the seed: the same for every
 # run, and not known to one who makes up an expression that agrees with another at given points.
 
-_WHOLE_NAMES = {"n", "m", "k", "N"}
+_WHOLE_NAMES = set("nmkN")
 _SIZES = (1, 5, 40, 5, 40, 1000, 10**6)
 
 
-def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> Iterator[dict]:
+def ordinary_points(names, whole, rng):
     """Values for the unknowns: small and large, first positive, then of both signs; fractions, or whole numbers."""
     for i, size in enumerate(_SIZES if names else (1,)):
         env = {}
@@ -1529,14 +1571,15 @@ def ordinary_points(names: list[str], whole: set[str], rng: random.Random) -> It
         yield env
 
 
-def switches(tree: Node) -> list[Node]:
+def switches(tree):
     """Expressions at whose zeros the formula of the tree may change: |.|, sgn, max, min, roots, floor, ceiling."""
     found = []
     for node in walk(tree):
         if node[0] == "fn" and node[1] in ("abs", "sgn"):
             found.append(node[2][0])
-        elif node[0] == "fn" and node[1] in ("max", "min", "gcd", "lcm"):
-            found += [("add", (x, negative(y))) for x, y in itertools.combinations(node[2], 2)]
+        elif node[0] == "fn" and node[1] in "max min gcd lcm".split():
+            pairs = itertools.islice(itertools.combinations(node[2], 2), 40)
+            found += [("add", (x, negative(y))) for x, y in pairs]
         elif node[0] == "fn" and node[1] in ("floor", "ceil"):
             found += [("add", (node[2][0], number(-k))) for k in (-3, -2, -1, 0, 1, 2, 5, 17)]
         elif node[0] == "pow" and node[2][0] == "num" and node[2][1].denominator > 1:
@@ -1544,19 +1587,19 @@ def switches(tree: Node) -> list[Node]:
     return [node for node in dict.fromkeys(found) if unknowns(node)][:40]
 
 
-def zeros(node: Node, name: str, env: dict) -> list:
+def zeros(node, name, env):
     """Real zeros of an expression in one unknown: those of its factors; up to degree 2, else a grid to look on."""
     if node[0] == "mul":
         return [zero for item in node[1] for zero in zeros(item, name, env)]
     if node[0] == "pow" and node[2][0] == "num":
         return zeros(node[1], name, env)
     try:
-        at = [
+        c, up, down, test = (
             to_mp(evaluate(node, Scope(env | {name: Fraction(x)}, real=True))).real
             for x in (0, 1, -1, 7)
-        ]
-        c, up, down, test = at
-        a, b = (up + down) / 2 - c, (up - down) / 2
+        )
+        a = (up + down) / 2 - c
+        b = (up - down) / 2
         if abs(49 * a + 7 * b + c - test) < 1e-40:  # it is a x^2 + b x + c
             if abs(a) < 1e-60:
                 return [-c / b] if abs(b) > 1e-60 else []
@@ -1567,9 +1610,21 @@ def zeros(node: Node, name: str, env: dict) -> list:
     return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
 
 
-def points_between(
-    a: Node, b: Node, names: list[str], whole: set[str], rng: random.Random
-) -> Iterator[dict]:
+def runs(a, b, names, whole, rng):
+    """24 numbers in a row for each unknown: there (-1)^n and \\gcd(n, 12) show their period."""
+    nodes = walk(a) + walk(b)
+    for name in names:
+        periodic = [node[2] for node in nodes if node[0] == "pow"]
+        if name in whole:
+            periodic += [node for node in nodes if node[0] == "fn"]
+        if any(name in unknowns(node) for node in periodic):
+            base = next(ordinary_points(names, whole, rng))
+            start = rng.randint(1, 12)
+            for k in range(24 if name in whole else 4):
+                yield base | {name: Fraction(start + k, 1 if name in whole else 97)}
+
+
+def points_between(a, b, names, whole, rng):
     """Points at, and on both sides of, the switches of both trees, one unknown moving at a time; and far out."""
     expressions = switches(a) + switches(b)
     for name in names if expressions else ():
@@ -1606,7 +1661,7 @@ _PLAIN = re.compile(
 
 
 @lru_cache(maxsize=1 << 14)
-def plain_number(text: str) -> Fraction | None:
+def plain_number(text):
     """The exact value of a written integer (1,200 too), decimal or fraction of integers; None for all else.
 
     Safe: the pattern leaves no second reading, and the arithmetic is exact. Linear in the text.
@@ -1617,13 +1672,15 @@ def plain_number(text: str) -> Fraction | None:
     sign, whole, decimals, exponent, sign2, top, bottom, top2, bottom2 = match.groups()
     if whole or decimals:
         return Fraction(f"{sign}{whole.replace(',', '') or 0}{decimals or ''}e{exponent or 0}")
-    top, bottom = int(top or top2 or 0), int(bottom or bottom2 or 0)
+    top = int(top or top2 or 0)
+    bottom = int(bottom or bottom2 or 0)
     return Fraction(-top if sign2 == "-" else top, bottom) if bottom else None
 
 
-def same_plain(answer: str, gold: str) -> bool | None:
+def same_plain(answer, gold):
     """The verdict on two plain numbers; None if it takes the parser."""
-    a, b = plain_number(answer.strip()), plain_number(gold.strip())
+    a = plain_number(answer.strip())
+    b = plain_number(gold.strip())
     return None if a is None or b is None else a == b
 
 
@@ -1636,8 +1693,16 @@ _CHOICE = re.compile(
 )
 
 
+# 4 July, July 4, 2020
+_MONTH = (
+    r"((?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b)\.?"
+)
+_DATE = re.compile(rf"(?:(\d\d?) *(?:of )?{_MONTH}|{_MONTH} *(\d\d?))(?:,? *(\d{{4}}))?")
+
+
 @lru_cache(maxsize=1 << 14)
-def read(text: str) -> tuple[Node, ...]:
+def read(text):
     """The readings of a cleaned answer, () if it has none: 1,200 may be a number or two, 12,5 may be 12.5."""
     if not text or len(text) > MAX_CHARS:
         return ()
@@ -1648,6 +1713,15 @@ def read(text: str) -> tuple[Node, ...]:
     )
     if note and set(read(note[1])) & set(read(note[2] or note[3])):  # 42 (forty-two)
         return read(note[1])
+    plain = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
+    if ")" in plain and re.fullmatch(
+        r"(?:\( ?\d\d? ?\)[ ,]*)+", plain.strip()
+    ):  # (1)(3): the numbers of statements
+        numbers = tuple(map(number, re.findall(r"\d+", plain)))
+        return (("list", numbers, ","),)
+    date = _DATE.fullmatch(plain.strip(" {}").lower())
+    if date:
+        return (("text", f"{(date[2] or date[3])[:3]} {date[1] or date[4]} {date[5]}"),)
     choice = _CHOICE.fullmatch(text)
     if choice:
         text = (
@@ -1662,7 +1736,7 @@ def read(text: str) -> tuple[Node, ...]:
         readings = [True] if re.search(r"\d,0\d\d(?!\d)", text) else [True, False]
     trees = []
     for separated in readings:
-        with contextlib.suppress(Unreadable):
+        with suppress(Unreadable):
             trees.append(Parser(tokenise(text, separated)).answer())
     if re.fullmatch(r"[-+]?\d+,\d+", text) and readings == [False]:
         trees.append(number(text.replace(",", ".")))  # a decimal comma
@@ -1679,23 +1753,26 @@ def read(text: str) -> tuple[Node, ...]:
     return tuple(tree for tree in trees if is_defined(tree))
 
 
-def same(a: Node, b: Node) -> bool:
+def same(a, b):
     """Do two trees mean the same answer? One rule for each kind; what no rule accepts is different."""
     spend(20)
     if a == b or canonical(a) == canonical(b):
         return True
     if "choice" in (a[0], b[0]):
         return same_choice(a, b)
-    a, b = simplified(a), simplified(b)
+    a, b = simplified(components(a, b)), simplified(components(b, a))
     kinds = {a[0], b[0]}
     if "builder" in kinds:
         return (
             kinds == {"builder"} and same(a[1], b[1]) and same(("where", *a[2:]), ("where", *b[2:]))
         )
     if is_region(a) or is_region(b):
-        with contextlib.suppress(Undefined, TooBig):
-            left, right = region(a), region(b)
-            same_name = None in (left.name, right.name) or left.name == right.name
+        with suppress(Undefined, TooBig):
+            left = region(a)
+            right = region(b)
+            names = {left.name, right.name}
+            is_expression = any(name and name.startswith("(") for name in names)
+            same_name = len(names) == 1 or None in names and not is_expression
             return same_name and all(
                 left.holds(x) == right.holds(x) for x in probes(left.marks + right.marks)
             )
@@ -1719,53 +1796,74 @@ def same(a: Node, b: Node) -> bool:
     return same_value(a, b)
 
 
-def simplified(node: Node) -> Node:
+def simplified(node):
     """A list or set of one is its element (but {{1}} is not {1}); equations are checked, as `name = value`."""
-    if (
-        node[0] in ("list", "set")
-        and len(node[1]) == 1
-        and node[1][0][0] != "set"
-        and not has(node, "pm")
-    ):
+    is_single = node[0] in ("list", "set") and len(node[1]) == 1
+    if is_single and node[1][0][0] != "set" and not has(node, "pm"):
         return simplified(node[1][0])
+    if node[0] == "list" and node[2] != "or" and len(set(node[1])) == len(node[1]):
+        if all(item[0] == "sym" and item[1] in set("ABCDEFGH") for item in node[1]):
+            return ("mul", node[1])  # the choices A, C are AC
+    if node[0] == "rel" and node[1][-1] == "mod":
+        return ("rel", node[1], tuple(residue(side, node[2][-1]) for side in node[2]))
     if node[0] == "list" and node[1][0][0] == "rel" and node[1][0][2][0][0] == "call":
-        arguments = node[1][0][2][0][
-            2
-        ]  # f(n) = n + c, n in Z, c in R: the problem gives the domain
-        kept = [
-            item
-            for item in node[1]
-            if item[:2] != ("rel", ("in",))
-            or item[2][1] != ("sym", "ℝ")
-            and (item[2][0] not in arguments or item[2][1][0] != "sym")
-        ]
+        # f(n) = n + c, n in Z, c in R: the problem gives the domain
+        arguments = node[1][0][2][0][2]
+        kept = []
+        for item in node[1]:
+            is_in = item[0] == "rel" and item[1] == ("in",)
+            is_domain = is_in and item[2][0] in arguments and item[2][1][0] == "sym"
+            if not is_domain and not (is_in and item[2][1] == _REALS):
+                kept.append(item)
         return simplified(("list", tuple(kept), node[2])) if len(kept) < len(node[1]) else node
     if node[0] == "rel" and node[1] == ("in",) and simplified(node[2][1]) != node[2][1]:
-        return ("rel", ("=",), (node[2][0], simplified(node[2][1])))  # x in {2}
+        return equation(node[2][0], simplified(node[2][1]))  # x in {2}
     if node[0] != "rel" or not set(node[1]) <= {"=", "~"}:
         return node
-    operators, sides = node[1], list(node[2])
+    operators = node[1]
+    sides = list(node[2])
     if operators[0] == "=" and "~" in operators:  # x = 1/3 ~ 0.33: the exact part counts
         sides = sides[: operators.index("~") + 1]
     if operators == ("~",) and not any(map(unknowns, sides)):  # 3\sqrt2 ~ 4.24
+        if sides[0][0] != "unit" and sides[1][0] == "unit":  # 3\sqrt2 ~ 4.24 cm
+            sides[0] = ("unit", sides[0], *sides[1][2:])
         precise, rounded = (to_mp(evaluate(side, Scope({}))) for side in sides)
         if abs(precise - rounded) > abs(precise) / 100:
-            raise Unreadable("a bad approximation")
+            raise Unreadable  # a bad approximation
         return sides[0]
     if is_label(sides[-1]) and not is_label(sides[0]) and not unknowns(sides[0]):
         sides.reverse()  # 5 = x
     constant = [side for side in sides if not is_label(side) and not unknowns(side)]
-    if (sides[-1] in constant or len(constant) == len(sides)) and not all(
-        same(side, sides[-1]) for side in constant
-    ):
-        raise Unreadable("a false equation")  # x = 6 = 5
-    middle = [
-        side for side in sides[1:-1] if side not in constant
-    ]  # of x = 2 + 3 = 5 nothing is left
+    is_claim = sides[-1] in constant or len(constant) == len(sides)
+    if is_claim and not all(same(side, sides[-1]) for side in constant):
+        raise Unreadable  # a false equation; x = 6 = 5
+    # Of x = 2 + 3 = 5 nothing is left in the middle. 2n + 1 = 17 may be a condition, but
+    # 2n + 1 = 16 + 1 = 17 is a value.
+    middle = [side for side in sides[1:-1] if side not in constant]
+    if len(constant) > 1 and not middle and unknowns(sides[0]) and not is_label(sides[0]):
+        sides[0] = _UNWRITTEN
     return ("rel", ("=",) * (len(middle) + 1), (sides[0], *middle, sides[-1]))
 
 
-def is_label(node: Node) -> bool:
+def residue(side, modulus):
+    """10 (mod 7) is 3 (mod 7); the modulus itself and what is no whole number stay."""
+    numbers = side[0] == modulus[0] == "num" and side[1].denominator == modulus[1].denominator == 1
+    if not numbers or modulus[1] < 2 or side is modulus:
+        return side
+    return number(side[1] % modulus[1])
+
+
+def components(node, other):
+    """Beside a tuple or a matrix 3i - 4j is (3, -4): the values at i = 1, j = 0 and i = 0, j = 1."""
+    names = unknowns(node) if other[0] in ("tuple", "matrix") else frozenset()
+    if node[0] != "add" or names.isdisjoint("jk") or ("sym", "i") not in walk(node):
+        return node
+    zero = dict.fromkeys("ijk", number(0))
+    axes = "ijk" if "k" in names else "ij"
+    return point(substituted(node, zero | {axis: number(1)}) for axis in axes)
+
+
+def is_label(node):
     """Is this the name of something asked for: x, a_1, f(x), AB, \\angle ABC, \\cos A, |AB|, (p, q), AB/CD, V_1:V_2?"""
     kind = node[0]
     if kind == "sym":
@@ -1777,7 +1875,7 @@ def is_label(node: Node) -> bool:
     if kind in ("tuple", "ratio"):  # (y, x) = (1, 2) is not the point (1, 2)
         letters = [part[1] for part in node[-1] if part[0] == "sym" and len(part[1]) == 1]
         is_family = any(
-            set(letters) <= set(family) for family in ("abcdefg", "mn", "pqrst", "uvw", "xyz")
+            set(letters) <= set(family) for family in "abcdefg mn pqrst uvw xyz".split()
         )
         return all(map(is_label, node[-1])) and (letters == sorted(letters) or not is_family)
     if kind == "fn":
@@ -1787,7 +1885,7 @@ def is_label(node: Node) -> bool:
         )
         return names_angle or node[1] == "abs" and inner[0] == "mul" and is_label(inner)
     if kind == "pow":
-        return node[2] == number(-1) and is_label(node[1])
+        return node[2] == _MINUS_ONE and is_label(node[1])
     if kind == "mul":  # points are capital letters; the m of m\angle ABC is none
         is_measure = any(" " in str(item[1]) for item in node[1][1:])
         return all(
@@ -1800,7 +1898,7 @@ def is_label(node: Node) -> bool:
     return kind == "text"
 
 
-def same_choice(a: Node, b: Node) -> bool:
+def same_choice(a, b):
     """(C) 8 is C, and is 8; (C) 8 is not (D) 8."""
     if a[0] == b[0]:
         return a[1] == b[1] and same(a[2], b[2])
@@ -1808,39 +1906,43 @@ def same_choice(a: Node, b: Node) -> bool:
     return other == ("sym", choice[1]) or same(choice[2], other)
 
 
-def same_quantity(a: Node, b: Node) -> bool:
+def same_quantity(a, b):
     """Units on both sides must be the same or convert; where one side has none, the question gave it."""
     if a[0] == b[0]:
         return a[2] == b[2] and same_value(a, b)
     bare, measured = (a, b) if b[0] == "unit" else (b, a)
+    if measured[2] in ("?increase", "?decrease"):  # 20% increase
+        return bare[0] == measured[1][0] == "pct" and same(bare, measured[1])
     return bare[0] not in ("deg", "pct") and "?" not in measured[2] and same(bare, measured[1])
 
 
-def same_ratio(a: Node, b: Node) -> bool:
+def same_ratio(a, b):
     """3:4 = 6:8 = 3/4. A ratio with a zero is equal to itself only: its cross products agree with everything."""
     if a[0] == b[0]:
         if len(a[1]) != len(b[1]) or any(same(part, number(0)) for part in a[1] + b[1]):
             return False
-        (x, *xs), (y, *ys) = a[1], b[1]
+        x, *xs = a[1]
+        y, *ys = b[1]
         return all(same_value(("mul", (u, y)), ("mul", (v, x))) for u, v in zip(xs, ys))
     ratio, other = (a, b) if a[0] == "ratio" else (b, a)
     return (
         len(ratio[1]) == 2
-        and other[0] not in ("tuple", "unit", "deg", "pct")
+        and other[0] not in "tuple unit deg pct".split()
         and same_value(("mul", (ratio[1][0], reciprocal(ratio[1][1]))), other)
     )
 
 
-def same_matrix(a: Node, b: Node) -> bool:
+def same_matrix(a, b):
     """Matrices entry by entry; (1, 2) may stand for a column."""
-    a, b = worked_in(a), worked_in(b)
+    a = worked_in(a)
+    b = worked_in(b)
     if (a[0], b[0]) != ("matrix", "matrix"):
         return "matrix" not in (a[0], b[0]) and same_value(a, b)
-    shapes = [[len(row) for row in node[1]] for node in (a, b)]
-    return shapes[0] == shapes[1] and all(all(map(same, r, s)) for r, s in zip(a[1], b[1]))
+    shapes = [list(map(len, node[1])) for node in (a, b)]
+    return shapes[0] == shapes[1] and all(map(same, sum(a[1], ()), sum(b[1], ())))
 
 
-def worked_in(node: Node) -> Node:
+def worked_in(node):
     """Factors and summands moved into the entries: 2 (1, 2) is (2, 4); a matrix of one entry is its entry."""
     if node[0] == "tuple" and node[1:3] == ("(", ")"):
         return ("matrix", tuple((item,) for item in node[3]))
@@ -1854,24 +1956,20 @@ def worked_in(node: Node) -> Node:
     matrices = [part for part in parts if part[0] == "matrix"]
     if node[0] == "mul" and len(matrices) == 1:
         factors = tuple(part for part in parts if part[0] != "matrix")
-        return (
-            "matrix",
-            tuple(tuple(("mul", (*factors, cell)) for cell in row) for row in matrices[0][1]),
-        )
-    if (
-        node[0] == "add"
-        and matrices == parts
-        and len({tuple(map(len, part[1])) for part in parts}) == 1
-    ):
-        rows = zip(*(part[1] for part in parts))
-        return ("matrix", tuple(tuple(("add", cells) for cells in zip(*row)) for row in rows))
+        return mapped(matrices[0], lambda cell: ("mul", (*factors, cell)))
+    shapes = {tuple(map(len, part[1])) for part in matrices}
+    if node[0] == "add" and matrices == parts and len(shapes) == 1:
+        rows = []
+        for row in zip(*(part[1] for part in parts)):
+            rows.append(tuple(("add", cells) for cells in zip(*row)))
+        return ("matrix", tuple(rows))
     return node
 
 
 # Collections
 
 
-def is_collection(node: Node) -> bool:
+def is_collection(node):
     return (
         node[0] in ("list", "set")
         or node[0] not in ("tuple", "matrix", "ratio")
@@ -1879,7 +1977,7 @@ def is_collection(node: Node) -> bool:
     )
 
 
-def elements(node: Node) -> list[Node]:
+def elements(node):
     """The members of a list or set (and of x = {1, 2}, x in {1, 2}), plus-minus written out, inner lists spliced in."""
     if node[0] in ("list", "set"):
         return [
@@ -1888,60 +1986,58 @@ def elements(node: Node) -> list[Node]:
             for member in ([item] if item[0] == "set" else elements(item))
         ]
     if node[0] == "rel" and node[1] in (("=",), ("in",)) and node[2][1][0] in ("list", "set"):
-        return [("rel", ("=",), (node[2][0], member)) for member in elements(node[2][1])]
+        return [equation(node[2][0], member) for member in elements(node[2][1])]
     return variants(node)
 
 
-def label_of(node: Node) -> Node | None:
-    """The name in `name = value` and `name in set`, and what is asked for in m + n = 113 (x + y = 5 is a line)."""
+# Factors in a sum that an answer may give: 100m + n, m - n.
+_TENS = set(map(number, (-1, 10, 100, 1000)))
+
+
+def label_of(node):
+    """The name in `name = value` and `name in set`; the sum in m - n = 6 and 100m + n = 305."""
     if node[0] != "rel" or node[1] not in (("=",), ("in",)):
         return None
     side, value = node[2]
-    is_sum = (
-        side[0] == "add" and kinds_in(side) <= {"add", "mul", "num", "sym"} and not unknowns(value)
-    )
-    return (
-        canonical(side)
-        if is_label(side) or is_sum and set() < unknowns(side) <= set("abcdkmnpqrst")
-        else None
-    )
+    is_asked = side[0] == "add" and not unknowns(value) and value != number(0)
+    terms = side[1] if is_asked else ()
+    names = [term[1][1] if term[0] == "mul" and term[1][0] in _TENS else term for term in terms]
+    is_sum = names and all(name[0] == "sym" and name[1] in "abcdkmnpqrst" for name in names)
+    return canonical(side) if is_label(side) or is_sum else None
 
 
-def named_values(members: list[Node]) -> tuple[list[Node], list[Node]]:
+def named_values(members):
     """The names in `name = value`, and the values."""
     names = list(dict.fromkeys(filter(None, map(label_of, members))))
     return names, [member[2][1] if label_of(member) else member for member in members]
 
 
-def points(members: list[Node], joiner: str = ",") -> list[Node]:
+def points(members, joiner=","):
     """x = 1, y = 2, x = 2, y = 1 are two points (x, y) = (1, 2), (2, 1); x = 1 or y = 2 is none."""
     names = sorted(named_values(members)[0], key=repr)
     groups = [members[i : i + len(names)] for i in range(0, len(members), len(names) or 1)]
-    is_complete = all({label_of(member) for member in group} == set(names) for group in groups)
+    is_complete = all(set(map(label_of, group)) == set(names) for group in groups)
     if len(names) < 2 or joiner == "or" and len(groups) == 1 or not is_complete:
         joined = {member: points(member[3]) for member in members if member[0] == "tuple"}
         return [
             joined[member][0] if len(joined.get(member, ())) == 1 else member for member in members
         ]
-    label = ("tuple", "(", ")", tuple(names))
-    values = [
-        tuple(member[2][1] for member in sorted(group, key=lambda m: repr(label_of(m))))
-        for group in groups
-    ]
-    return [("rel", ("=",), (label, ("tuple", "(", ")", value))) for value in values]
+    found = []
+    for group in groups:
+        members = sorted(group, key=lambda member: repr(label_of(member)))
+        found.append(equation(point(names), point(member[2][1] for member in members)))
+    return found
 
 
-def same_collection(a: Node, b: Node) -> bool:
+def same_collection(a, b):
     """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
-    xs, ys = (
-        [node if node[0] == "set" else simplified(node) for node in elements(part)]
-        for part in (a, b)
-    )
-    (names, values), (other_names, other_values) = named_values(xs), named_values(ys)
+    xs = [node if node[0] == "set" else simplified(node) for node in elements(a)]
+    ys = [node if node[0] == "set" else simplified(node) for node in elements(b)]
+    names, values = named_values(xs)
+    other_names, other_values = named_values(ys)
     has_or = "or" in (a[-1], b[-1])
-    if (
-        has_or and a[-1] != b[-1] and any(value[0] in ("sym", "text") for value in values)
-    ):  # A and B, A or B
+    is_named = any(value[0] in ("sym", "text") for value in values)
+    if has_or and a[-1] != b[-1] and is_named:  # A and B, A or B
         return False
     beside_tuple = "tuple" in (a[0], b[0]) and not names + other_names
     beside_names = (
@@ -1955,42 +2051,42 @@ def same_collection(a: Node, b: Node) -> bool:
             for node, side in ((a, values), (b, other_values))
         )
         return len(xs) == len(ys) and all(map(same, xs, ys))
-    (names, xs), (other_names, ys) = (
-        named_values(points(xs, a[-1])),
-        named_values(points(ys, b[-1])),
-    )
+    names, xs = named_values(points(xs, a[-1]))
+    other_names, ys = named_values(points(ys, b[-1]))
     if names != other_names and (names and other_names or len(names + other_names) > 1):
         return False
-    has_signs = has(a, "pm") or has(b, "pm")
     if (
-        has_signs
+        "pm" in kinds_in(a) | kinds_in(b)
         or "set" in (a[0], b[0])
         or all(member[0] in ("tuple", "rel") for member in xs + ys)
     ):
-        xs, ys = distinct(xs), distinct(ys)
+        xs = distinct(xs)
+        ys = distinct(ys)
     return matched(xs, ys)
 
 
-def distinct(nodes: list[Node]) -> list[Node]:
+def distinct(nodes):
     """Without repeats: {1, 1, 2} is {1, 2}, and a solution that is listed twice is one solution."""
     nodes = list({canonical(node): node for node in nodes}.values())
     if len(nodes) > 30:
         return nodes
-    return [
-        node
-        for i, node in enumerate(nodes)
-        if not any(same_member(node, other) for other in nodes[:i])
-    ]
+    found = []
+    for node in nodes:
+        if not any(same_member(node, other) for other in found):
+            found.append(node)
+    return found
 
 
-def same_member(x: Node, y: Node) -> bool:
+def same_member(x, y):
     return (x[0] == "set") == (y[0] == "set") and same(x, y)  # {1} is not a member of {1}
 
 
-def matched(xs: list[Node], ys: list[Node]) -> bool:
+def matched(xs, ys):
     """Is there a one-to-one match? Equal trees are cancelled first; many that are left mean different lists."""
-    left, right = Counter(map(canonical, xs)), Counter(map(canonical, ys))
-    xs, ys = list((left - right).elements()), list((right - left).elements())
+    left = Counter(map(canonical, xs))
+    right = Counter(map(canonical, ys))
+    xs = list((left - right).elements())
+    ys = list((right - left).elements())
     if len(xs) != len(ys) or len(xs) > 40:
         return False
     for x in xs:
@@ -2006,27 +2102,20 @@ def matched(xs: list[Node], ys: list[Node]) -> bool:
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 
 
-def same_relation(a: Node, b: Node) -> bool:
+def same_relation(a, b):
     """Two relations: the same sides, or the same up to a factor. A value agrees with `name = value` only."""
     if a[0] != b[0]:
         relation, value = (a, b) if a[0] == "rel" else (b, a)
         sides = relation[2]
-        if (
-            value[0] == "tuple" and len(sides) > 2 and all(map(is_label, sides[:-1]))
-        ):  # x = y = 1 is (1, 1)
-            return relation[1] == ("=",) * len(value[3]) and same(
-                value, value[:3] + (sides[-1:] * len(value[3]),)
-            )
-        is_chain = set(relation[1]) == {"="} and (
-            is_label(sides[0]) or not any(map(unknowns, sides))
-        )
-        return (is_chain or label_of(relation) is not None) and same(sides[-1], value)
+        is_equation = set(relation[1]) == {"="}
+        if value[0] == "tuple" and len(sides) > 2 and all(map(is_label, sides[:-1])):
+            size = len(sides) - 1  # x = y = 1 is (1, 1)
+            return is_equation and same(value, value[:3] + (sides[-1:] * size,))
+        is_value = is_equation and (is_label(sides[0]) or not any(map(unknowns, sides)))
+        return (is_value or label_of(relation) is not None) and same(sides[-1], value)
     if len(a[1]) != len(b[1]):  # S = ab/2 = 6 is S = 6, but x = y = 5 says more than x = 5
-        a, b = (
-            ("rel", ("=", "="), (node[2][0], *filter(is_label, node[2][1:-1]), node[2][-1]))
-            for node in (a, b)
-        )
-        return len(a[2]) == len(b[2]) == 2 and all(map(same, a[2], b[2]))
+        is_said = any(map(is_label, a[2][1:-1] + b[2][1:-1])) or {*a[1], *b[1]} != {"="}
+        return not is_said and same(a[2][0], b[2][0]) and same(a[2][-1], b[2][-1])
     flipped = tuple(map(_FLIP.get, reversed(b[1])))
     for operators, sides in ((b[1], b[2]), (flipped, b[2][::-1])):
         if a[1] == operators and all(map(same, a[2], sides)):
@@ -2034,15 +2123,16 @@ def same_relation(a: Node, b: Node) -> bool:
     return len(a[1]) == 1 and a[1] in (b[1], flipped) and a[1][0] in _FLIP and proportional(a, b)
 
 
-def proportional(a: Node, b: Node) -> bool:
+def proportional(a, b):
     """Is (left - right) of one a constant multiple of the other's, with the sign that the direction asks for?"""
     f, g = (("add", (node[2][0], negative(node[2][1]))) for node in (a, b))
     names = sorted(unknowns(f))
     if not names or unknowns(f) != unknowns(g) or has(f, *_NO_VALUE) or has(g, *_NO_VALUE):
         return False
     for env in ordinary_points(names, _WHOLE_NAMES, pair_seed(f, g)):
-        with contextlib.suppress(Undefined, TooBig):
-            x, y = evaluate(f, Scope(env)), evaluate(g, Scope(env))
+        with suppress(Undefined, TooBig):
+            x = evaluate(f, Scope(env))
+            y = evaluate(g, Scope(env))
             if abs(x) < 1e-30 or abs(y) < 1e-30:
                 continue
             same_sign = is_real(x) and is_real(y) and to_mp(x).real * to_mp(y).real > 0
@@ -2065,46 +2155,34 @@ class Region(NamedTuple):
     holds: Callable  # is this number in the set?
 
 
-def is_region(node: Node) -> bool:
+def is_region(node):
     """Is this written as a set of reals (and not as a pair that could be a point)?"""
     if node[0] == "rel":
-        return bool(set(node[1]) & {"<", "<=", ">", ">=", "!=", "in"})
+        return bool(set(node[1]) & {*_FLIP, "in"} - {"="})
     if node[0] in ("list", "add"):
         return (all if node[0] == "list" else any)(map(is_region, node[1]))
-    return node[0] in ("cup", "cap", "setminus", "where") or node == ("sym", "ℝ")
+    return node[0] in "cup cap setminus where".split() or node == _REALS
 
 
-def region(node: Node) -> Region:
+def region(node):
     """The set of reals that a tree describes. Undefined or TooBig if it is none that these rules know."""
     kind = node[0]
-    if node == ("sym", "ℝ"):
+    if node == _REALS:
         return Region(None, [], lambda x: True)
     if kind == "tuple" and len(node[3]) == 2:  # [0, 1) is 0 <= ? < 1
         low, high = node[3]
         if not before(endpoint(low), endpoint(high)):
-            raise Undefined("an empty interval")
-        kind, node = (
-            "rel",
-            (
-                "rel",
-                tuple("<=" if b in "[]" else "<" for b in node[1:3]),
-                (low, ("sym", "?"), high),
-            ),
-        )
+            raise Undefined  # an empty interval
+        operators = tuple("<=" if bracket in "[]" else "<" for bracket in node[1:3])
+        return condition(operators, (low, _UNWRITTEN, high))
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
-        return Region(
-            None, values, lambda x: any(not before(v, x) and not before(x, v) for v in values)
-        )
-    if (
-        kind == "add"
-        and len(node[1]) == 2
-        and node[1][1][0] == "mul"
-        and node[1][1][1][0] == number(-1)
-    ):  # R - {0}
-        kind, node = "setminus", ("setminus", node[1][0], node[1][1][1][1])
+        return Region(None, values, lambda x: any(meets("=", x, value) for value in values))
+    if kind == "add" and len(node[1]) == 2 and node[1][1][0] == "mul":  # R - {0}
+        return region(("setminus", node[1][0], node[1][1][1][1]))
     if kind in ("cup", "cap", "setminus"):
-        left, right = region(node[1]), region(node[2])
+        left = region(node[1])
+        right = region(node[2])
         join = {
             "cup": lambda x: left.holds(x) or right.holds(x),
             "cap": lambda x: left.holds(x) and right.holds(x),
@@ -2114,83 +2192,84 @@ def region(node: Node) -> Region:
     if kind in ("where", "list"):
         parts = [region(condition) for condition in node[1]]
         if len({part.name for part in parts}) != 1:
-            raise Undefined("conditions on two unknowns")
+            raise Undefined  # conditions on two unknowns
         marks = [mark for part in parts for mark in part.marks]
-        both = Region(
-            None if kind == "where" else parts[0].name,
-            marks,
-            lambda x: all(part.holds(x) for part in parts),
-        )
-        if (
-            node[2] == "or"
-            or parts[0].name is None
-            or node[2] == ","
-            and not any(map(both.holds, probes(marks)))
-        ):
-            return both._replace(
-                holds=lambda x: any(part.holds(x) for part in parts)
-            )  # x < 1, x > 3
-        return both
+        name = parts[0].name if kind == "list" else None
+        both = Region(name, marks, lambda x: all(part.holds(x) for part in parts))
+        either = Region(name, marks, lambda x: any(part.holds(x) for part in parts))
+        if node[2] == "or" or parts[0].name is None:
+            return either
+        is_empty = node[2] == "," and not any(map(both.holds, probes(marks)))
+        return either if is_empty else both  # x < 1, x > 3
     if kind != "rel":
-        raise Undefined("no set of reals")
+        raise Undefined  # no set of reals
     return condition(node[1], node[2])
 
 
-def condition(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Region:
+def condition(operators, sides):
     """x in A, a < x <= b, x != a, and the same for |x|."""
     if operators == ("in",):
-        return region(sides[1])._replace(name=sides[0][1] if sides[0][0] == "sym" else None)
+        return region(sides[1])._replace(name=subject(sides[0]))
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
     is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
     if not is_chain or not set(operators) <= set(_FLIP) - {"="}:
-        raise Undefined("no bounds of an unknown")
+        raise Undefined  # no bounds of an unknown
     middle = sides[free[0]]
     others = [side for i, side in enumerate(sides) if i != free[0]]
-    bounds = [
-        (_FLIP[op] if i < free[0] else op, endpoint(side))
-        for i, (op, side) in enumerate(zip(operators, others))
-    ]
-    name, marks, value = None, [bound for _, bound in bounds], lambda x: x
-    if middle[0] == "sym":
-        name = middle[1] if middle[1] != "?" else None
-    elif middle[:2] == ("fn", "abs") and middle[2][0][0] == "sym":
-        name, marks, value = middle[2][0][1], marks + [-mark for mark in marks], abs
-    elif middle[0] != "call":
-        raise Undefined("bounds of an expression")
-    return Region(name, marks, lambda x: all(_TESTS[op](value(x), bound) for op, bound in bounds))
+    if free == [1]:  # 1 < x is x > 1
+        operators = (_FLIP[operators[0]], *operators[1:])
+    marks = list(map(endpoint, others))
+    bounds = list(zip(operators, marks))
+    value = lambda x: x
+    if middle[:2] == ("fn", "abs") and middle[2][0][0] == "sym":
+        middle = middle[2][0]
+        marks += [-mark for mark in marks]
+        value = abs
+    elif middle[0] not in ("sym", "call"):
+        raise Undefined  # bounds of an expression
+    name = None if middle == _UNWRITTEN else subject(middle)
+    return Region(name, marks, lambda x: all(meets(op, value(x), bound) for op, bound in bounds))
 
 
-_TESTS = {
-    "<": lambda u, v: before(u, v),
-    ">": lambda u, v: before(v, u),
-    "<=": lambda u, v: not before(v, u),
-    ">=": lambda u, v: not before(u, v),
-    "!=": lambda u, v: before(u, v) or before(v, u),
-}
+def subject(side):
+    """What a condition is about: a set without a name may stand for x, f(x), a + b, not for x^2."""
+    if label_of(equation(side, number(1))) and side[0] == "add":
+        return None
+    if side[0] == "call" and all(argument[0] == "sym" for argument in side[2]):
+        return side[1] + "()"
+    return side[1] if side[0] == "sym" else repr(canonical(side))
 
 
-def endpoint(node: Node):
+def meets(op, u, v):
+    if op in ("<", ">="):
+        return before(u, v) == (op == "<")
+    if op in (">", "<="):
+        return before(v, u) == (op == ">")
+    return (before(u, v) or before(v, u)) == (op == "!=")
+
+
+def endpoint(node):
     """A real number as Fraction or mpf, or an infinity. TooBig if 100 digits may not tell it from another."""
-    if node in (("sym", "∞"), negative(("sym", "∞"))):
+    if node in (_INFINITY, negative(_INFINITY)):
         return _MP.inf if node[0] == "sym" else _MP.ninf
     scope = Scope({}, real=True, largest=[0])
     value = evaluate(node[1] if node[0] in ("unit", "deg") else node, scope)
-    if isinstance(value, Fraction):
+    if is_exact(value):
         return value
     if written(node) + scope.largest[0] > 60:
-        raise TooBig("digits")
+        raise TooBig  # digits
     return _MP.re(value)
 
 
-def before(a, b) -> bool:
+def before(a, b):
     """a < b; what is equal within the precision is not before."""
     spend(3)
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
+    if is_exact(a, b):
         return a < b
     return to_mp(b) - to_mp(a) > 1e-60  # no for two equal infinities: their difference is no number
 
 
-def probes(marks: list) -> list:
+def probes(marks):
     """The marks, a number between each two neighbours and one beyond each end."""
     marks = sorted((mark for mark in marks if abs(mark) != _MP.inf), key=to_mp)
     if not marks:
@@ -2206,7 +2285,7 @@ _NO_VALUE = set(
 )
 
 
-def same_value(a: Node, b: Node) -> bool:
+def same_value(a, b):
     """Have two expressions the same value wherever both are real (or, if they never are, in the complex numbers)?
 
     NOT IN PAPER: log is natural or decimal, a degree is a number or an angle, 25% is 25 or 1/4: any one reading that
@@ -2230,11 +2309,11 @@ def same_value(a: Node, b: Node) -> bool:
     )
 
 
-def pair_seed(a: Node, b: Node) -> random.Random:
+def pair_seed(a, b):
     return random.Random("|".join(sorted((repr(a), repr(b)))))
 
 
-def agree(a: Node, b: Node, scope: Scope) -> bool:
+def agree(a, b, scope):
     """Equal at all points where both have a value: real ones; if there are none, at whole numbers, or complex.
 
     n, m and k are whole numbers: there \\lceil n/2\\rceil is \\lfloor (n+1)/2\\rfloor, and \\cos n\\pi is (-1)^n.
@@ -2245,10 +2324,9 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
     ways = [(True, whole), (True, set(names)), (False, whole)]
     for real, whole in ways[2:] if not names or ("sym", "i") in walk(a) + walk(b) else ways:
         agreed = 0
-        points = itertools.chain(
-            ordinary_points(names, whole, rng), points_between(a, b, names, whole, rng)
-        )
-        for i, env in enumerate(points):
+        near = [*ordinary_points(names, whole, rng), *runs(a, b, names, whole, rng)]
+        far = points_between(a, b, names, whole, rng)
+        for i, env in enumerate(itertools.chain(near, far)):
             try:
                 if not same_number(a, b, scope._replace(env=env, real=real)):
                     return False
@@ -2256,7 +2334,7 @@ def agree(a: Node, b: Node, scope: Scope) -> bool:
             except Undefined:
                 continue
             except TooBig:
-                if i >= len(_SIZES):  # what happens beyond a switch cannot be seen
+                if i >= len(near):  # what happens beyond a switch cannot be seen
                     return False
         if agreed >= (2 if names else 1):
             return True
@@ -2273,57 +2351,108 @@ _MATH = re.compile(
 _BREAKS = re.compile(
     r"[=<>,;&]|\\(?:le|ge|leq|geq|ne|neq|in|quad|qquad|\\)(?![a-zA-Z])|\\text\{[^{}]*\}"
 )
-_AS_THEY_ARE = {
-    "num",
-    "sym",
-    "text",
-    "list",
-    "set",
-    "tuple",
-    "unit",
-    "deg",
-    "pct",
-    "based",
-    "choice",
-}
+_AS_THEY_ARE = set("num sym text list set tuple unit deg pct based choice".split())
 
 
 @lru_cache(maxsize=4096)
-def expressions(problem: str) -> tuple[frozenset[Node], tuple[str, ...]]:
+def expressions(problem):
     """What a problem states in formulas: as trees with all their parts, and as texts."""
     texts = [next(filter(None, match.groups())) for match in _MATH.finditer(problem[:MAX_PROBLEM])]
-    trees: set[Node] = set()
+    trees = {}
     for text in texts:
         for part in dict.fromkeys([text, *_BREAKS.split(text)]):
-            with contextlib.suppress(Unreadable, Undefined, TooBig, TooMuchWork):
+            with suppress(Unreadable, Undefined, TooBig, TooMuchWork):
                 _work.left = MAX_WORK
-                trees.update(canonical(node) for tree in read(clean(part)) for node in walk(tree))
-    return frozenset(trees), tuple(squeeze(clean(text)) for text in texts)
+                for tree in read(clean(part)):
+                    trees |= dict.fromkeys(map(canonical, walk(tree)))
+    return trees, tuple(squeeze(clean(text)) for text in texts)
 
 
-def is_copied(answer: str, gold: str, problem: str) -> bool:
+@lru_cache(maxsize=1 << 16)
+def contains(tree, part):
+    """Is everything of `part` still there in the tree, nested as it was?
+
+    Other things may stand around and between. Signs, the order of terms and the names of unknowns
+    do not matter: 2(x + 1 - 1) - 0y contains x + 1 and y + 1.
+    """
+    below = children(tree)
+    wanted = children(part)
+    if len(wanted) == 1 and part[0] == "mul":
+        return contains(tree, wanted[0])
+    if part[0] == "num":
+        is_here = tree[0] == "num" and abs(tree[1]) == abs(part[1])
+    elif part[0] == "sym":
+        is_here = tree == part or tree[0] == "sym" and bool(unknowns(part) and unknowns(tree))
+    else:
+        is_here = tree[0] == part[0] and (part[0] != "fn" or tree[1] == part[1])
+        is_here = is_here and all(stands_in(below, child) for child in wanted)
+    return is_here or stands_in(below, part)
+
+
+def stands_in(nodes, part):
+    return any(contains(node, part) for node in nodes)
+
+
+def bare(tree):
+    """The canonical tree of an answer without its letter: (C) 8 is 8."""
+    return canonical(tree[-1] if tree[0] == "choice" else tree)
+
+
+def value_of(node):
+    return node[2][-1] if label_of(node) else node
+
+
+def is_done(node):
+    """Is nothing left to compute: a number, a name, x = 4, a list of those?"""
+    node = value_of(node)
+    return is_label(node) or kinds_in(node) <= _AS_THEY_ARE
+
+
+def is_copied(answer, gold, problem):
     """Is a right answer only an expression of its problem: "evaluate sin 315°" answered by sin 315°?
 
-    NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in it is left to
-    compute: a number, a name, a list of them.
+    NOT IN PAPER. Such an answer is right if it is the gold up to layout and order, or if nothing in
+    it is left to compute: a number, a name, a list of them. A copy stays a copy whatever it wears
+    (2 sin 315° / 2, |sin 315°|, a unit, an equation): it still contains a whole expression of the
+    problem that is itself equal to the gold.
     """
-    trees, golds = (
-        [canonical(tree[-1] if tree[0] == "choice" else tree) for tree in read(text)]
-        for text in (answer, gold)
+    trees, golds = (list(map(bare, read(text))) for text in (answer, gold))
+    values = list(map(value_of, trees))
+    wanted = set(map(value_of, golds))
+    # 0.\overline{3} as a fraction is a task
+    repeats = re.search(
+        r"[\d.]*(?:\\(?:overline|bar|dot)\{?\d+|\d\.\.\.)", squeeze(answer.rpartition("=")[2])
     )
-    values, wanted = (
-        [tree[2][-1] if label_of(tree) else tree for tree in part] for part in (trees, golds)
-    )
-    if not re.search(
-        r"\\(?:overline|bar|dot) ?\{?\d|\d\.\.\.", answer
-    ):  # 0.\overline{3} as a fraction is a task
-        if set(values) & set(wanted) or any(
-            is_label(value) or kinds_in(value) <= _AS_THEY_ARE for value in values
-        ):
-            return False
+    if not repeats and (not wanted.isdisjoint(values) or any(map(is_done, values))):
+        return False
     stated, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
-    return any(tree in stated for tree in trees + values) or any(map(pattern.search, texts))
+    if any(tree in stated for tree in trees + values) or any(map(pattern.search, texts)):
+        return True
+    if repeats:
+        return any(repeats.group() in text for text in texts)
+    _work.left = MAX_WORK  # `expressions` is remembered: what it took must not count
+    relations = [part for part in stated if part[0] == "rel"]
+    for value in values:
+        is_chain = value[0] == "rel" and set(value[1]) <= {"=", "~"}  # sin 30° = 1/2 tells more
+        sides = [side for side in value[2] if not is_label(side)] if is_chain else [value]
+        if not wanted.isdisjoint(sides):
+            continue
+        if wears(value, relations, golds) or all(wears(side, stated, golds) for side in sides):
+            return True
+    return False
+
+
+def wears(node, parts, golds):
+    """Does it contain one of the parts that is equal to the gold, and not in the gold itself?"""
+    for part in parts:
+        if len(walk(part)) > len(walk(node)) or is_done(part):
+            continue
+        spend(len(walk(part)))
+        is_worn = contains(node, part) and not any(contains(tree, part) for tree in golds)
+        if is_worn and any(same_answer(part, tree) for tree in golds):
+            return True
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2340,7 +2469,7 @@ def same_time(a: re.Match, b: re.Match) -> bool:
         return same_time(b, a)
     if minute != minute2 or half and half.lower() != half2.lower():
         return False
-    later = half2 and int(hour2) % 12 + 12 * (half2 in "pP")
+    later = half2 and int(hour2) % 12 + (12 if half2 in "pP" else 0)
     return int(hour) == int(hour2) or not half and int(hour) == later
 
 
@@ -2352,9 +2481,11 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
     verdict = same_plain(answer, gold)
     if verdict is not None:
         return verdict
-    answer, gold = clean(answer), clean(gold)
+    answer = clean(answer)
+    gold = clean(gold)
     try:
-        trees, golds = read(answer), read(gold)
+        trees = read(answer)
+        golds = read(gold)
         if not trees or not golds:
             return None
         if squeeze(answer) == squeeze(gold):
@@ -2373,14 +2504,11 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
         return False
 
 
-def same_answer(a: Node, b: Node) -> bool:
+def same_answer(a, b) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
-    x, y = parameters(a), parameters(b)
-    if (
-        len(x) == len(y)
-        and not (set(x) - set(y)) & unknowns(b)
-        and not (set(y) - set(x)) & unknowns(a)
-    ):
+    x, y = (list(dict.fromkeys(parameters(node) + constants(node))) for node in (a, b))
+    is_free = not (set(x) - set(y)) & unknowns(b) and not (set(y) - set(x)) & unknowns(a)
+    if len(x) == len(y) and is_free:
         b = substituted(b, {old: ("sym", new) for old, new in zip(y, x)})
     try:
         return same(a, b)
@@ -2388,7 +2516,7 @@ def same_answer(a: Node, b: Node) -> bool:
         return False
 
 
-def parameters(node: Node) -> list[str]:
+def parameters(node) -> list[str]:
     """Names whose choice is free: the n of `n in Z`, the x of `f(x) = `, the k of {2k | k in Z}."""
     if node[0] == "builder":
         return sorted(unknowns(node[1]))
@@ -2400,6 +2528,17 @@ def parameters(node: Node) -> list[str]:
         return [node[2][0][1]]
     arguments = node[2][0][2] if node[2][0][0] == "call" else ()
     return [argument[1] for argument in arguments if argument[0] == "sym"]
+
+
+def constants(node) -> list[str]:
+    """Names that a solution may choose: the C of x^2 + C, the t of the line (t, 2t), the c_1 and c_2
+    or A and B of y = c_1 e^x + c_2 e^{-x}."""
+    names = unknowns(node)
+    if node[0] in ("tuple", "matrix") and len(names) == 1:
+        return sorted(names & set("tsrk"))
+    chosen = [name for name in sorted(names) if re.fullmatch("[CcKk](_[0-9])?", name)]
+    chosen += ["A", "B"] if {"A", "B"} <= names else []
+    return chosen if len(names) > len(chosen) else []
 
 
 def is_equal(answer: str, gold: str, problem: str | None = None) -> bool:
@@ -2426,7 +2565,8 @@ def is_readable(answer: str) -> bool:
 # A worker is `python verify.py --serve`: a pair in as a line of JSON, one letter out. It is started by exec, not by
 # fork alone, which is safe in a trainer with threads and a GPU. One that misses a deadline is killed and replaced.
 
-_DIED, _LATE = b"", b"l"
+_DIED = b""
+_LATE = b"l"
 _VERDICTS = {
     b"t": True,
     b"f": False,
@@ -2438,8 +2578,16 @@ _VERDICTS = {
 }
 
 
-def serve() -> None:
-    """The life of a worker, bounded in memory. It ends with its input; the alarm ends one whose trainer is gone."""
+def leave_with(trainer: int) -> None:
+    """End this worker with its trainer: a child of the trainer may hold its pipe open."""
+    while os.getppid() == trainer:
+        time.sleep(1)
+    os._exit(0)
+
+
+def serve(trainer: int) -> None:
+    """The life of a worker, bounded in memory. It ends with its input or its trainer."""
+    threading.Thread(target=leave_with, args=(trainer,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the trainer
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -2459,12 +2607,17 @@ class Worker:
     """The trainer's end of a worker process. `index` is that of its question in the batch, None while it has none."""
 
     def __init__(self):
-        command = [sys.executable, os.path.abspath(__file__), "--serve"]
+        command = [sys.executable, os.path.abspath(__file__), "--serve", str(os.getpid())]
         for _ in range(MAX_STARTS):
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-            )
-            self.index, self.deadline = None, math.inf
+            try:
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+                )
+            except OSError as error:  # no more processes, memory or files
+                raise RuntimeError(f"verify.py: no grading worker starts: {error}")
+            os.set_blocking(self.process.stdin.fileno(), False)
+            self.index = None
+            self.unsent = b""
             if active([self], START_SECONDS) and self.process.stdout.read(1):
                 return
             self.stop()
@@ -2473,9 +2626,17 @@ class Worker:
         raise RuntimeError(f"verify.py: no grading worker starts; `{' '.join(command)}` shows why")
 
     def ask(self, index: int, question: tuple, timeout: float) -> None:
-        self.index, self.deadline = index, time.monotonic() + timeout
-        with contextlib.suppress(BrokenPipeError):  # it was killed while idle: its output ends
-            self.process.stdin.write(json.dumps([*question, timeout]).encode() + b"\n")
+        self.index = index
+        self.deadline = time.monotonic() + timeout
+        self.unsent = json.dumps([*question, timeout]).encode() + b"\n"
+        self.send()
+
+    def send(self) -> None:
+        """As much of the question as the pipe takes: a worker that stands still blocks nobody."""
+        try:
+            self.unsent = self.unsent[self.process.stdin.write(self.unsent) or 0 :]
+        except BrokenPipeError:  # it was killed while idle: its output ends
+            self.unsent = b""
 
     def stop(self) -> None:
         self.process.kill()
@@ -2485,11 +2646,19 @@ class Worker:
 
 
 def active(workers: list[Worker], seconds: float) -> list[Worker]:
-    """Those of the workers that have written or died, as soon as there is one; none when the time is over."""
+    """The workers that have written or died, as soon as there is one; none when the time is over.
+
+    Before that, what the workers have not yet read of their questions is sent.
+    """
     poll = select.poll()
     for worker in workers:
         poll.register(worker.process.stdout, select.POLLIN)
+        if worker.unsent:
+            poll.register(worker.process.stdin, select.POLLOUT)
     files = dict(poll.poll(max(0.0, seconds) * 1000))
+    for worker in workers:
+        if worker.process.stdin.fileno() in files:
+            worker.send()
     return [worker for worker in workers if worker.process.stdout.fileno() in files]
 
 
@@ -2498,7 +2667,18 @@ class Pool:
 
     def __init__(self):
         self.owner = os.getpid()
-        self.workers = [Worker() for _ in range(worker_count())]
+        self.workers: list[Worker] = []
+        self.fill()
+
+    def fill(self) -> None:
+        """Start the workers that are missing. Fewer will do where the machine gives no more."""
+        while len(self.workers) < worker_count():
+            try:
+                self.workers.append(Worker())
+            except RuntimeError:
+                if not self.workers:
+                    raise
+                return
 
     def verdicts(self, questions: list[tuple], timeout: float) -> list[bool | str]:
         """What `compare` says to each question, or 'timeouts' or 'crashes'.
@@ -2507,9 +2687,11 @@ class Pool:
         """
         for worker in list(self.workers):
             if worker.index is not None:  # an interrupt ended the batch before
-                self.replace(worker)
+                self.remove(worker)
+        self.fill()
         found: dict[int, bool | str] = {}
-        waiting, deaths = list(reversed(range(len(questions)))), Counter()
+        waiting = list(reversed(range(len(questions))))
+        deaths = Counter()
         while len(found) < len(questions):
             for worker in self.workers:
                 if worker.index is None and waiting:
@@ -2520,12 +2702,13 @@ class Pool:
             for worker in busy:
                 if worker not in heard and time.monotonic() < worker.deadline:
                     continue
-                letter = (
-                    worker.process.stdout.read(1) if worker in heard else _LATE
-                )  # _DIED: its output ended
-                index, worker.index = worker.index, None
+                # _DIED: its output ended
+                letter = worker.process.stdout.read(1) if worker in heard else _LATE
+                index = worker.index
+                worker.index = None
                 if letter in (_DIED, _LATE):
-                    self.replace(worker)
+                    self.remove(worker)
+                    self.fill()
                     deaths[index] += 1
                 if letter == _DIED and deaths[index] < TRIES:
                     waiting.append(index)
@@ -2533,9 +2716,9 @@ class Pool:
                     found[index] = _VERDICTS[letter]
         return [found[index] for index in range(len(questions))]
 
-    def replace(self, worker: Worker) -> None:
+    def remove(self, worker: Worker) -> None:
+        self.workers.remove(worker)
         worker.stop()
-        self.workers[self.workers.index(worker)] = Worker()
 
     def stop(self) -> None:
         if self.owner == os.getpid():
@@ -2560,10 +2743,20 @@ _pool_lock = threading.Lock()
 _cache: OrderedDict[tuple, bool | str] = OrderedDict()
 
 
+def forget_pool() -> None:
+    """In a forked child: the pool is the parent's, and another thread may have held the lock."""
+    global _pool, _pool_lock
+    _pool = None
+    _pool_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=forget_pool)
+
+
 def pool() -> Pool:
     """The pool of this process: started at the first use, and anew after a fork."""
     global _pool
-    if _pool is None or _pool.owner != os.getpid():
+    if _pool is None:
         _pool = Pool()
         atexit.register(_pool.stop)
     return _pool
@@ -2583,8 +2776,17 @@ def grade(
     gives the number of workers (0 while none was needed).
     """
     return grade_answers(
-        [extract_answer(response) for response in responses], golds, timeout, problems
+        [extract_answer(response or "") for response in responses], golds, timeout, problems
     )
+
+
+def first_look(answer: str | None, gold: str) -> bool | str | None:
+    """The verdict that needs no worker; None if it takes one."""
+    if answer is None:
+        return "no_answer"
+    if not isinstance(gold, str) or max(len(answer), len(gold)) > MAX_CHARS:
+        return "unparsable"
+    return same_plain(answer, gold)
 
 
 def grade_answers(
@@ -2599,20 +2801,15 @@ def grade_answers(
         raise ValueError(
             f"grade: {len(answers)} answers, {len(golds)} golds and {len(problems)} problems"
         )
-    if not timeout > 0:
-        raise ValueError(f"grade: timeout must be positive, not {timeout}")
-    verdicts = [
-        "no_answer"
-        if answer is None
-        else "unparsable"
-        if max(len(answer), len(gold)) > MAX_CHARS
-        else same_plain(answer, gold)
-        for answer, gold in zip(answers, golds)
-    ]
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(
+            f"grade: timeout must be above 0 and at most {MAX_TIMEOUT} s, not {timeout}"
+        )
     questions = [
-        (answer, gold, problem[:MAX_PROBLEM])
+        (answer, gold, problem[:MAX_PROBLEM] if isinstance(problem, str) else "")
         for answer, gold, problem in zip(answers, golds, problems)
     ]
+    verdicts = [first_look(answer, gold) for answer, gold, _ in questions]
     asked = dict.fromkeys(
         question for question, verdict in zip(questions, verdicts) if verdict is None
     )
@@ -2635,7 +2832,7 @@ def grade_answers(
     grades = Grades(verdict is True for verdict in verdicts)
     grades.stats = {
         name: verdicts.count(name)
-        for name in ("no_answer", "unparsable", "copied", "timeouts", "crashes")
+        for name in "no_answer unparsable copied timeouts crashes".split()
     }
     grades.failed = {i for i, verdict in enumerate(verdicts) if verdict in ("timeouts", "crashes")}
     grades.stats["workers"] = len(_pool.workers) if _pool else 0
@@ -2651,7 +2848,8 @@ def load_rows(path: str) -> list[dict]:
 
     Misuse ends in one line that names file, row and fault (SystemExit).
     """
-    rows, place = [], path
+    rows = []
+    place = path
     try:
         if not os.path.isfile(path):
             raise ValueError("not a file" if os.path.exists(path) else "no such file")
@@ -2706,9 +2904,10 @@ def run_rows(path: str, timeout: float) -> None:
         )
     else:
         print(f"{path}: {sum(grades)} of {len(rows)} equal")
-    total, missed = (Counter(row["category"] for row, _ in part) for part in (labelled, wrong))
-    for category in sorted(total):
-        print(f"  {category:<20} {total[category] - missed[category]:>5} of {total[category]}")
+    total = Counter(row["category"] for row, _ in labelled)
+    missed = Counter(row["category"] for row, _ in wrong)
+    for category, count in sorted(total.items()):
+        print(f"  {category:<20} {count - missed[category]:>5} of {count}")
     for row, verdict in wrong:
         print(
             f"  {'FALSE RIGHT' if verdict else 'FALSE WRONG'}  pred {row['pred'][-200:]!r}  gold {row['gold']!r}"
@@ -2735,15 +2934,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--timeout", type=float, default=1.0, help="with --jsonl: seconds for one pair (default 1)"
     )
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     if len(arguments) == 2 and not arguments[0].startswith(
         "--"
     ):  # an answer may begin with a minus
         arguments = ["--", *arguments]
     args = parser.parse_args(arguments)
     if args.serve:
-        serve()
-    elif args.jsonl and not args.answers and args.timeout > 0:
+        serve(args.serve)
+    elif args.jsonl and not args.answers and 0 < args.timeout <= MAX_TIMEOUT:
         try:
             run_rows(args.jsonl, args.timeout)
         except SystemExit as error:
