@@ -4459,7 +4459,7 @@ def smol_run(tmp_path_factory):
     assert code == 0, err
     assert "preset pretrained" in out and "dtype bfloat16" in out
     assert "the system prompt is the chat template's own" in out
-    assert "What is 3 plus 50?<|im_end|>" in out
+    assert re.search(r"What is \d+ plus \d+\?<.im_end.>", out)
     return base
 
 
