@@ -125,7 +125,7 @@ def change(path, **fields):
 # -------------------------------------------------------------------------------------------------------- the project
 
 LAYERS = {"verify": set(), "data_prep": {"verify"}, "t1": {"data_prep", "verify"}}  # what each may import of ours
-LINES = {"t1.py": 1933, "verify.py": 2038, "data_prep.py": 1625, "test_t1.py": 2854, "README.md": 250, "docs/*.md": 150}
+LINES = {"t1.py": 1943, "verify.py": 2038, "data_prep.py": 1625, "test_t1.py": 2892, "README.md": 250, "docs/*.md": 150}
 
 def test_imports_run_downwards_only():
     ours = {*LAYERS, "experiments", "test_t1"}
@@ -1738,6 +1738,45 @@ def test_other_architectures_are_right_or_refused(tiny, tmp_path, family, fits, 
     save_model(tmp_path, lm, tiny.tokenizer)
     with contextlib.nullcontext() if fits else pytest.raises(t1.Misuse, match="not supported"):
         t1.load_policy(str(tmp_path), tiny.cfg)
+
+SMOLLM2 = os.environ.get("T1_SMOLLM2", "")  # folder of a real pretrained model, SmolLM2-135M-Instruct
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="T1_SMOLLM2 names no folder of SmolLM2-135M")
+
+@pytest.fixture
+def position_free(monkeypatch):
+    """A fault of the packed forward alone: every token is taken for the first of its row."""
+    def faulty(rows, device):
+        batch = sound(rows, device)
+        batch.position.zero_()
+        return batch
+
+    sound = t1.pack
+    return lambda: monkeypatch.setattr(t1, "pack", faulty)
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1, 8])  # flat logits, and sharp ones
+def test_a_model_is_compared_with_the_librarys_own_forward(tiny, tmp_path, position_free, dtype, scale):
+    lm = copy.deepcopy(tiny.policy.lm)
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(scale if p.dim() > 1 else 1)
+    save_model(tmp_path, lm, tiny.tokenizer)
+    cfg = config("--dtype", dtype)
+    assert t1.load_policy(str(tmp_path), cfg)[0].bfloat16 == (dtype == "bfloat16")
+    position_free()
+    with pytest.raises(t1.Misuse, match="a qwen2 model is not supported"):
+        t1.load_policy(str(tmp_path), cfg)
+
+@pytest.mark.slow
+@needs_smollm2
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model_passes_the_check_with_the_documented_defaults(position_free, dtype):
+    cfg = config("--model", SMOLLM2, "--data", "traces.jsonl", "--dtype", dtype, stage="sft")
+    assert cfg.preset == "pretrained"
+    assert t1.load_policy(SMOLLM2, cfg)[0].bfloat16 == (dtype == "bfloat16")
+    position_free()
+    with pytest.raises(t1.Misuse, match="a llama model is not supported"):
+        t1.load_policy(SMOLLM2, cfg)
 
 class Bomb:
     """Its pickle makes a folder when it is read."""
