@@ -204,7 +204,8 @@ def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
     """(number, line) of each line, plain or gzipped whatever the name, without byte order mark;
     memory is bounded."""
     with open_file(path) as plain:
-        file, most = plain, math.inf
+        file = plain
+        most = math.inf
         if plain.peek(2)[:2] == b"\x1f\x8b":
             file = gzip.GzipFile(fileobj=plain)
             most = max(GZIP_BYTES, GZIP_RATIO * os.fstat(plain.fileno()).st_size)
@@ -388,8 +389,10 @@ def write_json(path: Path, value):
 def chunks(rows, size: int) -> Iterator[list]:
     """Lists of up to `size` rows."""
     rows = iter(rows)
-    while part := list(islice(rows, size)):
+    part = list(islice(rows, size))
+    while part:
         yield part
+        part = list(islice(rows, size))
 
 
 # --- What a row says: one table of column names, for t1.py and every command ----------------------
@@ -581,7 +584,9 @@ def reading(row: dict, where) -> dict:
     if "####" in answer:
         solution = solution or answer
     if answer in ("", solution) and not _WORKED.search(solution):
-        answer, solution = solution, ""  # DAPO-processed: the answer itself
+        # DAPO-processed: the answer itself
+        answer = solution
+        solution = ""
     if len(set(boxes(answer))) < 2:
         answer = final(answer) or answer
     response = response or solution
@@ -669,7 +674,8 @@ def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
     "problem", "answer"), with "system", where the row has one, "where", and all columns of the file
     as they are. Misuse, with the row, where one of these texts is missing. columns: see `raw_rows`;
     a test set may have other columns than the data."""
-    rows, gone = [], Counter()
+    rows = []
+    gone = Counter()
     for where, raw in raw_rows(path, columns, strict=stage != "eval"):
         row = parse(where, raw)
         said = reading(row, where)
@@ -744,13 +750,13 @@ _ALIAS |= dict.fromkeys(
 # Words that do not change the question. NOT IN PAPER: a short list, read off true pairs of
 # duplicates.
 _HARMLESS = set(
-    """a an the of in on at by to for from is are be was were it its this that these those there here
-    we you your if then let given suppose assume consider where when such with and or as so also now
-    please note find compute calculate determine evaluate solve what which value values answer
-    express write written enter give number numbers real reals following question problem have has had does
-    do can one could will would must may using use figure diagram shown above below centre center
-    respectively both each all any some possible denote denotes denoted called say simplest form
-    common fraction s th expression""".split()
+    """a an the of in on at by to for from is are be was were it its this that these those there
+    here we you your if then let given suppose assume consider where when such with and or as so
+    also now please note find compute calculate determine evaluate solve what which value values
+    answer express write written enter give number numbers real reals following question problem
+    have has had does do can one could will would must may using use figure diagram shown above
+    below centre center respectively both each all any some possible denote denotes denoted called
+    say simplest form common fraction s th expression""".split()
 )
 _CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
 _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dialogue
@@ -862,7 +868,8 @@ def same_problem(a: list[str], b: list[str], same_answer: bool) -> bool:
     (one may be wrong, or of another form) they may differ only in harmless words and in clauses
     added to one of them, never in a number or a sign: `z^4 - z^2 + 1` and `z^4 + z^2 + 1`, tan 225
     and tan 22.5 are different problems."""
-    a, b = skeleton(a), skeleton(b)
+    a = skeleton(a)
+    b = skeleton(b)
     same = alike(a, b) and alike(signs(a), signs(b))
     if same_answer or not same:
         return same
@@ -877,7 +884,8 @@ def reworded(a: list[str], b: list[str]) -> bool:
     """Are all signs equal, in order, and nine tenths of the other words? Enough to leave a row out
     for the sake of a benchmark, whatever its answer (labels of the pools are noisy); too loose for
     duplicates: largest, smallest."""
-    a, b = skeleton(a), skeleton(b)
+    a = skeleton(a)
+    b = skeleton(b)
     return signs(a) == signs(b) and 2 * sum((Counter(a) & Counter(b)).values()) >= 0.9 * (
         len(a) + len(b)
     )
@@ -937,7 +945,8 @@ def boxes(text: str) -> list[str | None]:
     """The content of every outermost box, in order; None for a box whose braces do not close."""
     found, end = [], 0
     for match in _BOX.finditer(text):
-        at, depth = match.end(), 0
+        at = match.end()
+        depth = 0
         if match.start() < end:
             continue  # inside the box before
         if text[at : at + 1] != "{":
@@ -956,11 +965,13 @@ def bare(answer: str) -> str:
     """An answer without dollars, brackets of display mathematics, a box around it, or a full
     stop."""
     answer = repair(answer).rstrip(".").strip()
-    while match := _WRAPPED.fullmatch(answer):
+    match = _WRAPPED.fullmatch(answer)
+    while match:
         inner = next(g for g in match.groups() if g is not None)
         if match[4] is not None and "," in inner and "\\boxed" not in inner:
             return f"[{inner}]"  # \[-2, 2\] is an interval that someone escaped
         answer = inner.strip().rstrip(".")
+        match = _WRAPPED.fullmatch(answer)
     return answer
 
 
@@ -1427,7 +1438,8 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
     """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows
     that pass."""
     default_source, rows = chunk
-    counts, passed = Counter(), []
+    counts = Counter()
+    passed = []
     for where, raw in rows:
         row = to_problem(where, raw, default_source)
         counts[row["source"], "read"] += 1
@@ -1462,7 +1474,9 @@ def read_pools(
 ) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in
     order. shared: of `prepare`."""
-    counts, candidates, pool = Counter(), [], None
+    counts = Counter()
+    candidates = []
+    pool = None
     work = (
         (default, part) for name, default in pools for part in chunks(raw_rows(name, columns), 250)
     )
@@ -1506,7 +1520,8 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
         return drawing(problem), words, set(gram_hashes(words, SHINGLE).tolist())
 
     def same(a: int, b: int) -> bool:
-        (drawing_a, words_a, grams_a), (drawing_b, words_b, grams_b) = shingles(a), shingles(b)
+        (drawing_a, words_a, grams_a) = shingles(a)
+        (drawing_b, words_b, grams_b) = shingles(b)
         if len(grams_a & grams_b) < NEAR * len(grams_a | grams_b):
             return False
         equal = same_answer(rows[a].answer, rows[b].answer)
@@ -1523,7 +1538,9 @@ def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
     """Rows that are rejected because of other rows -> reason. A group of rows states one problem
     and its first row is kept; the whole group is rejected if a row of it is in a benchmark, or if
     the answers differ."""
-    equal, gone = defaultdict(list), {}  # normalised text -> its rows
+    # normalised text -> its rows
+    equal = defaultdict(list)
+    gone = {}
     for i in alive:
         equal[rows[i].text].append(i)
     group_of = {i: group for group in equal.values() for i in group}
@@ -1534,9 +1551,7 @@ def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
     for first, *others in {group[0]: group for group in group_of.values()}.values():
         if any(rows[i].hit for i in (first, *others)):
             gone |= dict.fromkeys([first, *others], "in a benchmark")
-        elif not all(
-            same_answer(answer, rows[first].answer) for answer in {rows[i].answer for i in others}
-        ):
+        elif not all(same_answer(rows[i].answer, rows[first].answer) for i in others):
             gone |= dict.fromkeys([first, *others], "same problem, different answers")
         else:
             gone |= {
@@ -1550,7 +1565,8 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
     """A seeded order of rows whose every prefix holds the sources in proportion to their size, or
     equally until one source ends. NOT IN PAPER: the mixture; equal is nearer to the authors' own
     30,000."""
-    strata, place = defaultdict(list), {}
+    strata = defaultdict(list)
+    place = {}
     for i in rows:
         strata[sources[i]].append(i)
     for source in sorted(strata):
@@ -1668,7 +1684,10 @@ def write_report(out: Path, report: dict, counts: Counter):
     "answer only", "kept" or reason)."""
     names = ("read", "answer only", "kept", *REASONS)
     sources = sorted({source for source, _ in counts})
-    by_source = {s: {name: counts[s, name] for name in names if counts[s, name]} for s in sources}
+    by_source = {source: {} for source in sources}
+    for source, name in product(sources, names):
+        if counts[source, name]:
+            by_source[source][name] = counts[source, name]
     total = sum(map(Counter, by_source.values()), Counter())
     left = total["read"]
     funnel = []
@@ -1686,9 +1705,8 @@ def write_report(out: Path, report: dict, counts: Counter):
     write_json(out / "report.json", report | {"by_source": by_source})
     card = (
         f"# {total['kept']:,} mathematics problems with answers that a rule can grade\n\nMade by "
-        "`data_prep.py curate`. Licences and answers are those of the sources; not proven: those of "
-        "one "
-        'with "answers only" come without a solution, and more of them are wrong.\n\n'
+        "`data_prep.py curate`. Licences and answers are those of the sources; nothing is proven. "
+        'Those of a source with "answers only" have no solution, and more of them are wrong.\n\n'
     )
     settings = f"\n\nSettings: `{json.dumps(report['settings'])}`\n"
     write(out / "README.md", card + "\n".join(table) + settings)
@@ -2347,7 +2365,8 @@ BENCHMARKS = {  # option, also the source's name -> name on the hub
     "amc23": "math-ai/amc23",
     "gpqa": None,
 }
-OMNI = 500  # problems. NOT IN PAPER: which. The paper's own 500 are not published, so a seeded draw that lists its ids
+# NOT IN PAPER: which problems. The paper's own 500 are not published: a seeded draw lists its ids.
+OMNI = 500
 
 
 def benchmark_rows(source: str, name: str, columns: str | None = None) -> list[dict]:
@@ -2397,7 +2416,8 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
 def benchmarks(args, out: Path) -> int:
     """Writes a JSONL per benchmark, and report.json with unreadable golds and the ids drawn of
     Omni-MATH."""
-    report, contents = {"seed": args.seed, "benchmarks": {}}, {}
+    report = {"seed": args.seed, "benchmarks": {}}
+    contents = {}
     names = {source: getattr(args, source) for source in BENCHMARKS if getattr(args, source)}
     for source, name in (
         names or {source: name for source, name in BENCHMARKS.items() if name}
@@ -2422,11 +2442,11 @@ def benchmarks(args, out: Path) -> int:
             ]
             entry |= {"drawn": len(rows), "ids": [r["id"] for r in rows]}
         path = out / f"{'omni500' if source == 'omni' else source}.jsonl"
-        contents[path], report["benchmarks"][source] = rows, entry
+        contents[path] = rows
+        report["benchmarks"][source] = entry
         listed = f": {', '.join(unreadable[:5])}" if unreadable else ""
-        print(
-            f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not readable{listed}"
-        )
+        golds = f"{len(unreadable)} of {entry['rows']:,} golds not readable{listed}"
+        print(f"{len(rows):6,} problems for {path}; {golds}")
     for (
         path,
         rows,
@@ -2437,10 +2457,10 @@ def benchmarks(args, out: Path) -> int:
 
 
 # --- Embedded problems: number theory in plain words whose answer must be found by trial and checke
-# A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own habit; attempts
-# and checks are merged into one path  attempt -> reflect -> ... -> answer -> self-verify,  and every path ends right,
-# as after a filter on the answer. So SFT shows the policy a mixture of habits that all look successful; RL has to find
-# out which of them works.
+# A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own
+# habit; attempts and checks are merged into one path  attempt -> reflect -> ... -> answer ->
+# self-verify,  and every path ends right, as after a filter on the answer. So SFT shows the policy
+# a mixture of habits that all look successful; RL has to find out which of them works.
 
 
 @dataclass(frozen=True)
@@ -2489,7 +2509,8 @@ HARD = Ground(
 def remainders(ground: Ground) -> Iterator[Puzzle]:
     """n from its remainders for two or three coprime moduli (Chinese remainder theorem)."""
     for moduli in [*combinations(ground.pairs, 2), *combinations(ground.triples, 3)]:
-        size, step = math.prod(moduli), max(moduli)
+        size = math.prod(moduli)
+        step = max(moduli)
         if size not in ground.sizes or any(math.gcd(a, b) > 1 for a, b in combinations(moduli, 2)):
             continue
         order = sorted(
@@ -2501,7 +2522,8 @@ def remainders(ground: Ground) -> Iterator[Puzzle]:
                 return [(f"{n} mod {m}", n % m, answer % m) for m in order]
 
             parts = [f"remainder {answer % m} when divided by {m}" for m in moduli]
-            words = f"Find the smallest positive integer n that leaves {', '.join(parts[:-1])} and {parts[-1]}."
+            listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
+            words = f"Find the smallest positive integer n that leaves {listed}."
             level = 3 if len(moduli) == 3 else 1 if step <= 7 else 2
             candidates = range(answer % step or step, answer + 1, step)
             yield Puzzle(level, words, answer, candidates, range(1, size + 1), checks)
@@ -2523,8 +2545,8 @@ def multiples(ground: Ground) -> Iterator[Puzzle]:
         for a, c, r in product(range(2, m), range(1, m), range(m)):
             if math.gcd(a, m) == 1:
                 words = (
-                    f"Find the smallest positive integer n such that {a} n + {c} leaves remainder {r} "
-                    f"when divided by {m}."
+                    f"Find the smallest positive integer n such that {a} n + {c} leaves "
+                    f"remainder {r} when divided by {m}."
                 )
                 yield congruence(1 if m <= 5 else 2 if m <= 7 else 3, words, "gives", a, c, m, r)
 
@@ -2534,8 +2556,8 @@ def coins(ground: Ground) -> Iterator[Puzzle]:
     for a, b, total in product(range(2, 6), ground.books, ground.totals):
         if math.gcd(a, b) == 1 and total > a * b:
             words = (
-                f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} coins are "
-                "spent. What is the smallest possible number of pens?"
+                f"Pens cost {a} coins and books cost {b} coins. With some of both, exactly {total} "
+                "coins are spent. What is the smallest possible number of pens?"
             )
             yield congruence(min(3, b - 2), words, "leaves", -a, total, b, 0)
 
@@ -2548,7 +2570,8 @@ FAMILIES = {
 
 
 def verdicts(checks: list[tuple[str, int, int]]) -> str:
-    """Elementary checks in words, up to the first that fails: `13 mod 5 = 3 yes, 13 mod 4 = 1 not 2`."""
+    """Elementary checks in words, up to the first that fails: `13 mod 5 = 3 yes, 13 mod 4 = 1 not
+    2`."""
     first = next((i for i, (_, value, need) in enumerate(checks) if value != need), len(checks))
     return ", ".join(
         f"{left} = {value} " + ("yes" if value == need else f"not {need}")
@@ -2557,8 +2580,8 @@ def verdicts(checks: list[tuple[str, int, int]]) -> str:
 
 
 def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
-    """The candidates that a teacher tries, the answer last: none (jump: the answer comes out of the blue and is only
-    verified), any in any order (wander), or the methodical ones (orderly)."""
+    """The candidates that a teacher tries, the answer last: none (jump: the answer comes out of the
+    blue and is only verified), any in any order (wander), or the methodical ones (orderly)."""
     if habit != "wander":
         return list(puzzle.candidates) if habit == "orderly" else []
     drawn = rng.sample(puzzle.guesses, len(puzzle.guesses))
@@ -2574,7 +2597,8 @@ def response_of(puzzle: Puzzle, tried: list[int]) -> str:
 
 @cache
 def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
-    """Training and test problems, each (row, puzzle). The split never changes: it does not depend on a run's seed."""
+    """Training and test problems, each (row, puzzle). The split never changes: it does not depend
+    on a run's seed."""
     train, test = [], []
     for family, share in FAMILIES.items():
         puzzles = list(family(ground))
@@ -2599,7 +2623,8 @@ def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
 
 
 def embedded_problems(split: str, ground: Ground = EASY) -> list[dict]:
-    """Problem rows of the split "train" (1,792; hard: 2,950) or "test" (256); no problem is in both."""
+    """Problem rows of the split "train" (1,792; hard: 2,950) or "test" (256); no problem is in
+    both."""
     return [dict(row) for row, _ in _embedded(ground)[split == "test"]]
 
 
@@ -2607,9 +2632,12 @@ def embedded_traces(
     count: int = 25600, ground: Ground = EASY, correct_only: bool = False
 ) -> list[dict]:
     """Cold-start traces over the training problems; `source` names the teacher's habit.
-    correct_only: the failed tries are left out, so that every trace is its right attempt and its check, a jump."""
+    correct_only: the failed tries are left out, so that every trace is its right attempt and its
+    check, a jump."""
     habits = {"jump": 1.0} if correct_only else dict(ground.habits)
-    rng, traces, families = random.Random(0), [], defaultdict(list)
+    rng = random.Random(0)
+    traces = []
+    families = defaultdict(list)
     for row, puzzle in _embedded(ground)[0]:
         families[row["id"].split("/")[0]].append((row, puzzle))
     while len(traces) < count:
@@ -2636,8 +2664,9 @@ _CHECK = re.compile(
 
 
 def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
-    """The elementary checks in a response to an embedded problem, in order: (candidate, does the verdict say yes, is it
-    honest: the arithmetic right and the verdict one that fits). [] for any other text."""
+    """The elementary checks in a response to an embedded problem, in order: (candidate, does the
+    verdict say yes, is it honest: the arithmetic right and the verdict one that fits). [] for any
+    other text."""
     need = {
         m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)
     }  # modulus -> remainder
@@ -2662,8 +2691,8 @@ def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
 
 
 def habit_of(response: str) -> str:
-    """The habit that a response to an embedded problem shows: jump (no try before the answer), orderly (one try, or
-    tries at equal steps) or wander."""
+    """The habit that a response to an embedded problem shows: jump (no try before the answer),
+    orderly (one try, or tries at equal steps) or wander."""
     tried = [int(n) for n in re.findall(r"^(\d{1,9}) (?:mod|gives|leaves) ", response, re.M)]
     steps = {b - a for a, b in zip(tried, tried[1:])}
     return "jump" if not tried else "orderly" if len(steps) < 2 else "wander"
@@ -2677,8 +2706,9 @@ def habit_shares(records: list[dict]) -> dict[str, list[float]]:
 
 
 def embedded_tokenizer():
-    """The tokenizer of the embedded model: Qwen2's class over single bytes, so any text can be written, with whole
-    tokens for 0 to 199 and for the text between numbers in the traces: `12 mod 5 = 2 not 3, wait` is 8 tokens."""
+    """The tokenizer of the embedded model: Qwen2's class over single bytes, so any text can be
+    written, with whole tokens for 0 to 199 and for the text between numbers in the traces: `12 mod
+    5 = 2 not 3, wait` is 8 tokens."""
     import tokenizers  # not for those who only prepare data
     import transformers
 
@@ -2693,11 +2723,10 @@ def embedded_tokenizer():
 
 def embedded(args, out: Path) -> int:
     """Writes the embedded problems, their test set and their traces as files."""
-    for name in ("train", "test", "traces"):
-        ground = HARD if args.hard else EASY
-        rows = (
-            embedded_traces(ground=ground) if name == "traces" else embedded_problems(name, ground)
-        )
+    ground = HARD if args.hard else EASY
+    files = {name: embedded_problems(name, ground) for name in ("train", "test")}
+    files["traces"] = embedded_traces(ground=ground, correct_only=args.correct_only)
+    for name, rows in files.items():
         write(out / f"{name}.jsonl", map(json_line, rows))
         print(f"{out / name}.jsonl: {len(rows)} rows")
     return 0
@@ -2706,8 +2735,8 @@ def embedded(args, out: Path) -> int:
 # --- Measures of a response, shared with t1.py ----------------------------------------------------
 
 MATHS_SCRIPTS = set(
-    "LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER FEMININE"
-    " MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split()
+    "LATIN GREEK MATHEMATICAL DOUBLE-STRUCK SCRIPT BLACK-LETTER SUPERSCRIPT SUBSCRIPT MODIFIER"
+    " FEMININE MASCULINE ALEF BET GIMEL DALET MICRO OHM ANGSTROM PLANCK".split()
 )
 EAST_ASIAN = set("CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA IDEOGRAPHIC FULLWIDTH HALFWIDTH".split())
 
@@ -2727,7 +2756,8 @@ def foreign_letters(text: str, prompt: str = "") -> list[str]:
 
 
 def foreign(text: str, prompt: str = "") -> list[str]:
-    """Of each letter of a script that is used neither in mathematics nor in the prompt, the script."""
+    """Of each letter of a script that is used neither in mathematics nor in the prompt, the
+    script."""
     return [script_of(c) for c in foreign_letters(text, prompt)]
 
 
@@ -2789,7 +2819,10 @@ SETS = [
     for source, name in BENCHMARKS.items()
 ]
 DRAW = ("--seed", 0, "of the 500 of Omni-MATH and of GPQA's options")
-LONG = ("--hard", False, "problems with longer searches (t1.py: --max-new 320)")
+GROUND = [
+    ("--hard", False, "problems with longer searches (t1.py: --max-new 320)"),
+    ("--correct-only", False, "traces without the failed tries: each a jump to the answer"),
+]
 COMMANDS = [  # (function, folder of the results, help, options)
     (curate, "data", "MATH and NuminaMath -> clean RL problems", CURATE + SERVER),
     (cot, "data", "problems -> cold-start traces, by models", COT + SERVER),
@@ -2799,7 +2832,7 @@ COMMANDS = [  # (function, folder of the results, help, options)
         "the evaluation sets in one form (all but GPQA)",
         [*SETS, NAMES, DRAW],
     ),
-    (embedded, "data", "the embedded problems, their test set and their traces, as files", [LONG]),
+    (embedded, "data", "the embedded problems, their test set and their traces, as files", GROUND),
 ]
 
 
@@ -2834,7 +2867,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def show_any_text():
-    """A console that knows only ASCII shows other characters as their numbers, and stops nothing."""
+    """A console that knows only ASCII shows other characters as their numbers, and stops
+    nothing."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as Python does with stderr
 

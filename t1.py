@@ -117,21 +117,15 @@ class Method:
     entropy_coef: float = knob(1e-3, "alpha of the entropy bonus", "not stated", "rl", zero=True)
     kl_coef: float = knob(2e-4, "beta, weight of the KL in the advantage", "2e-4", "rl", zero=True)
     kl_center: bool = knob(True, "subtract the prompt's mean KL", "true", "rl")
-    ema_decay: float = knob(
-        0.95, "anchor's decay per step; 1: fixed", "not stated", "rl", zero=True
-    )
+    ema_decay: float = knob(0.95, "anchor's decay; 1: fixed", "not stated", "rl", zero=True)
     penalties: bool = knob(True, "reward -1 for unexpected patterns", "true")
     repeat_ngram: int = knob(8, "repetition: a block of this many tokens ...", "not stated")
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
     loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
-    tis_cap: float = knob(
-        0.0, "weigh tokens by min(pi_trainer / pi_engine, this); 0: off", "", "rl", zero=True
-    )
+    tis_cap: float = knob(0.0, "largest importance weight; 0: none", "", "rl", zero=True)
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
-    answer_prefix: str = knob(
-        "</think>\\nThe answer is \\boxed{", "closes a cut thought (\\n: new line)", "", "eval"
-    )
+    answer_prefix: str = knob("</think>\\nThe answer is \\boxed{", "closes a thought", "", "eval")
     answer_tokens: int = knob(32, "longest answer after a cut thought, tokens", "", "eval")
 
 
@@ -340,7 +334,8 @@ def judge(rollouts: list[Rollout], tokenizer, cfg) -> torch.Tensor:
         grade(share, tokenizer)
         for r in share:
             problem = r.problem.row["problem"]
-            block, count = cfg.repeat_ngram, cfg.repeat_count
+            block = cfg.repeat_ngram
+            count = cfg.repeat_count
             r.pattern = unexpected_pattern(r.text, r.ids, r.finished, block, count, problem)
             value = own_reward(cfg.reward, r) if cfg.reward else r.right
             r.reward = penalised_reward(value, r.pattern, cfg.penalties)
@@ -673,7 +668,9 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
     if pack is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh) each
         if q.is_cuda and torch.is_autocast_enabled("cuda"):
-            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+            q = q.bfloat16()
+            k = k.bfloat16()
+            v = v.bfloat16()
             rows = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
             causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
             return varlen_attn(q, k, v, *rows, **causal)[None], None
@@ -1742,7 +1739,8 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
 
 def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
     """Path -> name in the pictures."""
-    paths = [latest(c) for c in (cfg.checkpoint or cfg.model).split(",") if c]
+    given = cfg.checkpoint or cfg.model
+    paths = [latest(name) for name in given.split(",") if name]
     if not paths:
         sft = from_rank0(on_rank0(checkpoints, run / "sft"))
         rl = from_rank0(on_rank0(checkpoints, run / "rl"))
@@ -1976,14 +1974,18 @@ def engine_share(card: int, held: int, gathered: int) -> float:
     return max(0.01, (card - held - gathered - 2**32) / card)
 
 
+def number_of_parameters(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     """-> ranks that share a vLLM engine, and vLLM's options for its memory."""
     if device_of(cfg).type == "cpu":
         return cfg.vllm_tp or 1, dict(kv_cache_memory_bytes=1 << 29)
     torch.cuda.empty_cache()
     free, card = torch.cuda.mem_get_info()
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in policy.lm.base_model.layers]
-    parameters = sum(p.numel() for p in policy.parameters())
+    layers = [number_of_parameters(layer) for layer in policy.lm.base_model.layers]
+    parameters = number_of_parameters(policy)
     # FSDP gathers the root and two layers, each in a buffer and its copy; on one rank autocast
     # copies all.
     gathered = 2 * parameters
@@ -2204,9 +2206,11 @@ def what_differs(policy, tokenizer, cfg: Config) -> str:
         policy.bfloat16 = dtype == "bfloat16"
         lm.set_attn_implementation("eager")
         compared = rows[-1:] if policy.bfloat16 else rows  # its packing is that of float32
-        theirs = torch.cat([library_logprobs(policy, row) for row in compared])
+        theirs = [library_logprobs(policy, row) for row in compared]
+        theirs = torch.cat(theirs)
         lm.set_attn_implementation("t1")
-        ours = torch.cat(response_logprobs(policy, rows, cfg)[-len(compared) :])
+        ours = response_logprobs(policy, rows, cfg)
+        ours = torch.cat(ours[-len(compared) :])
         if not ours.isfinite().all():
             return "its weights give log-probs that are not finite; they are damaged"
         # SmolLM2-135M: 6e-6 and 2e-5 in float32, 0.03 and 0.1 in bfloat16.
@@ -2266,7 +2270,9 @@ def decoding_gap(policy, ids: list[int], cfg: Config) -> float:
     """Largest distance of TorchEngine's log-probs, against its cache, from those of one forward."""
     engine = TorchEngine(policy.tokenizer, cfg)
     engine.policy = policy
-    rollouts = [Rollout(Problem({}, ids[:7])), Rollout(Problem({}, ids[:9]))]
+    short = Rollout(Problem({}, ids[:7]))
+    long = Rollout(Problem({}, ids[:9]))
+    rollouts = [short, long]
     engine.generate(rollouts, 2, temperature=0.0)
     scores = torch.cat(response_logprobs(policy, [row_of(r) for r in rollouts], cfg))
     sampled = torch.cat([torch.tensor(r.logprobs) for r in rollouts])
@@ -2431,7 +2437,7 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
     reason."""
     lm = policy.lm
     dtype = getattr(torch, cfg.dtype)
-    size = dtype.itemsize * sum(p.numel() for p in policy.parameters())
+    size = dtype.itemsize * number_of_parameters(policy)
     weights = exported_weights(policy, dtype) if size <= limit else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -2461,8 +2467,13 @@ def make_optimizer(policy, cfg: Config):
     """AdamW. The state is allocated up front so that a checkpoint can be loaded into it; it is kept
     on the CPU with --offload or a sleeping engine. NOT IN PAPER: betas, one weight decay for
     all."""
-    options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    optimizer = torch.optim.AdamW(policy.parameters(), **options)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=0.0,
+        betas=(0.9, 0.95),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     moments = []
     for p in policy.parameters():
         step = torch.zeros((), device=local(p).device)
@@ -2684,7 +2695,7 @@ def digest(value) -> str:
 
 def digest_of_rows(rows: list[dict]) -> str:
     names = ("problem", "response", "answer", "system")
-    return digest([[row.get(name) for name in names] for row in rows])
+    return digest([list(map(row.get, names)) for row in rows])
 
 
 def digest_of_code() -> str:
@@ -3386,7 +3397,11 @@ def draw_results(folder: Path, suffix: str = ".png"):
                 color=colormaps["viridis_r"]((i + 1) / len(entries)),  # darker with each checkpoint
                 capsize=2,
             )
-        axis.set(xscale="log", xlabel="thinking budget (tokens)", ylabel="pass@1 (%)")
+        axis.set(
+            xscale="log",
+            xlabel="thinking budget (tokens)",
+            ylabel="pass@1 (%)",
+        )
         axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets], rotation=45)
         axis.minorticks_off()
         axis.legend(fontsize=8, title="checkpoint")

@@ -193,8 +193,8 @@ LAYERS = {
 # comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
 # number)
 DENSITY = {
-    "t1.py": (10, 3, 6, 0, 0, 21_000),
-    "data_prep.py": (11, 3, 7, 0, 0, 14_500),
+    "t1.py": (10, 3, 6, 0, 0, 27_100),
+    "data_prep.py": (11, 3, 7, 0, 0, 18_650),
     "verify.py": (12, 15, 9, 5, 133, 22_602),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
     "experiments/*.py": (12, 10, 10, 2, 0, 0),
@@ -1293,6 +1293,17 @@ def test_traces_are_right_honest_and_apart_from_the_test_set(ground):
         )
         checks = data_prep.read_checks(trace["problem"], response)
         assert checks and all(honest for _, _, honest in checks)
+
+
+def test_correct_only_traces_hold_no_failed_try():
+    traces = data_prep.embedded_traces(2000, correct_only=True)
+    assert {data_prep.habit_of(t["response"]) for t in traces} == {"jump"}
+    assert not any(" not " in t["response"] or "wait" in t["response"] for t in traces)
+    responses = [t["response"] for t in traces]
+    answers = [t["answer"] for t in traces]
+    assert all(verify.grade(responses, answers))
+    habits = {data_prep.habit_of(t["response"]) for t in data_prep.embedded_traces(2000)}
+    assert habits == {"jump", "wander", "orderly"}
 
 
 @pytest.mark.parametrize(
@@ -3662,7 +3673,8 @@ def test_columns_of_other_names(tmp_path):
 
 
 def test_golds_that_cannot_be_read(tmp_path, capsys):
-    bad, good = dict(problem="a b c", answer="By symmetry it is 5."), json.loads(GOOD_ROW)
+    bad = dict(problem="a b c", answer="By symmetry it is 5.")
+    good = json.loads(GOOD_ROW)
     rows = t1.read_rows(str(jsonl(tmp_path / "some.jsonl", [good, bad])), "rl")
     assert len(rows) == 2 and "1 answers that verify.py cannot read, " in capsys.readouterr().out
     prose = dict(
@@ -4569,7 +4581,7 @@ def test_vllm_opens_what_was_trained(smol_exported, monkeypatch):
         assert theirs == pytest.approx(r.logprobs, abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------ verify.py
+# ---------------------------------------------------------------------------------------- verify.py
 
 VERIFY = str(Path(verify.__file__).resolve())
 CASES = HERE / "cases"
@@ -4596,7 +4608,8 @@ def cpu_seconds(limit, what):
 
 @pytest.mark.parametrize("table", ["answers", "attacks", "false_wrongs", "honest", "misread"])
 def test_verify_cases(table):
-    """Rows labelled by hand, in both orders. `beyond` says why a right one may count as wrong, never the reverse."""
+    """Rows labelled by hand, in both orders. `beyond` says why a right one may count as wrong,
+    never the reverse."""
     wrong = []
     for row in case_rows(table):
         for a, b in itertools.permutations((row["pred"], row["gold"])):
@@ -4618,7 +4631,8 @@ def test_verify_copies_of_the_problem_are_no_answers():
     assert grades == [False, True] and grades.stats["copied"] == 1
 
 
-# What a copied formula may wear. A wrapper that changes the value (|F| of a negative F) is no disguise.
+# What a copied formula may wear. A wrapper that changes the value (|F| of a negative F) is no
+# disguise.
 DISGUISES = r"""
 \{ F \}
 F \text{ units}
@@ -4665,7 +4679,8 @@ FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
 def copied_formulas(problem, gold):
-    """The formulas of a problem, and the sides of its equations, that count as copies of the gold."""
+    """The formulas of a problem, and the sides of its equations, that count as copies of the
+    gold."""
     for match in FORMULA.finditer(problem):
         formula = next(filter(None, match.groups()))
         for part in dict.fromkeys([formula, *formula.split("=")]):
@@ -4676,14 +4691,17 @@ def copied_formulas(problem, gold):
 
 
 def check_disguises(rows):
-    """At most one disguise in a hundred is right, and no gold is a copy. Terms in another order are a disguise too."""
+    """At most one disguise in a hundred is right, and no gold is a copy. Terms in another order are
+    a disguise too."""
     right, tried = [], 0
     for problem, gold in rows:
         assert verify.compare(gold, gold, problem) != "copied", (problem, gold)
         for formula in copied_formulas(problem, gold):
             wearing = [disguise.replace("F", formula) for disguise in DISGUISES]
             terms = formula.split("+")
-            balanced = all(term.count(o) == term.count(c) for term in terms for o, c in ("()", "{}"))
+            balanced = all(
+                term.count(o) == term.count(c) for term in terms for o, c in ("()", "{}")
+            )
             if len(terms) > 1 and balanced and not re.search(r"[=<>,]", formula):
                 wearing += ["+".join(terms[::-1]) + "+1-1", "1+" + "+".join(terms) + "-1"]
             tried += len(wearing)
@@ -4713,7 +4731,8 @@ def test_verify_copies_of_real_problems(name):
 
 @pytest.mark.slow
 def test_verify_solutions_are_rarely_copies():
-    """Every formula of 5,000 solutions as an answer: of the right ones at most 8 in 1,000 count as copies."""
+    """Every formula of 5,000 solutions as an answer: of the right ones at most 8 in 1,000 count as
+    copies."""
     verdicts = Counter()
     for row in shared_rows("data/math_test.jsonl.gz"):
         gold = verify.extract_answer(row["solution"])
@@ -4724,7 +4743,8 @@ def test_verify_solutions_are_rarely_copies():
 
 
 def test_verify_formulas_that_part_on_some_whole_numbers_only():
-    """f and f + c (g - 1), where g is 1 on some residues: different wherever the drawn points lie."""
+    """f and f + c (g - 1), where g is 1 on some residues: different wherever the drawn points
+    lie."""
     residues = [
         r"(-1)^n",
         r"(-1)^{n(n+1)/2}",
@@ -4782,7 +4802,8 @@ def test_verify_extract_answer_is_linear():
 
 def verify_spellings(value, rng):
     """Ways to write a fraction; all are exact."""
-    p, q = value.numerator, value.denominator
+    p = value.numerator
+    q = value.denominator
     sign, p = ("-", -p) if p < 0 else ("", p)
     ways = [
         f"{sign}\\frac{{{p}}}{{{q}}}",
@@ -4810,7 +4831,8 @@ def test_verify_numbers_against_fractions():
     for _ in range(4000):
         a = rng.choice(values)
         b = a if rng.random() < 0.5 else rng.choice(values + [-a, 1 / a if a else a, a + 1])
-        x, y = verify_spellings(a, rng), verify_spellings(b, rng)
+        x = verify_spellings(a, rng)
+        y = verify_spellings(b, rng)
         assert verify.is_equal(x, y) == (a == b), (x, y)
 
 
@@ -4827,7 +4849,8 @@ def test_verify_expressions_against_sympy():
     def tree(depth):
         if depth == 0:
             return rng.choice(leaves)
-        a, b = tree(depth - 1), tree(depth - 1)
+        a = tree(depth - 1)
+        b = tree(depth - 1)
         return rng.choice([a + b, a - b, a * b, a**2, a / (b**2 + 5), a * (b + 1)])
 
     checked = 0
@@ -4836,7 +4859,8 @@ def test_verify_expressions_against_sympy():
         b = sympy.expand(a) if rng.random() < 0.6 else tree(1)
         if rng.random() < 0.3:
             b = b + rng.choice([1, x, sympy.Rational(1, 10**6)])
-        text_a, text_b = sympy.latex(a), sympy.latex(b)
+        text_a = sympy.latex(a)
+        text_b = sympy.latex(b)
         if max(len(text_a), len(text_b)) > 600 or a.has(sympy.zoo, sympy.nan):
             continue
         equal = all(abs((a - b).subs(point).evalf(40)) < 1e-25 for point in points)
@@ -4846,7 +4870,8 @@ def test_verify_expressions_against_sympy():
 
 
 def test_verify_intervals_against_membership():
-    """Oracle: unions of intervals with ends 0..4 are equal if they hold the same of the numbers 0, 1/2, ..., 4."""
+    """Oracle: unions of intervals with ends 0..4 are equal if they hold the same of the numbers 0,
+    1/2, ..., 4."""
     rng = random.Random(3)
 
     def random_union():
@@ -4879,7 +4904,8 @@ def test_verify_lists_against_counting():
         xs = [rng.randrange(4) for _ in range(rng.randrange(2, 5))]
         ys = [rng.randrange(4) for _ in range(rng.randrange(2, 5))]
         ys = rng.sample(xs, len(xs)) if rng.random() < 0.5 else ys
-        a, b = ", ".join(map(str, xs)), ", ".join(map(str, ys))
+        a = ", ".join(map(str, xs))
+        b = ", ".join(map(str, ys))
         assert verify.is_equal(a, b) == (sorted(xs) == sorted(ys)), (a, b)
         assert verify.is_equal(f"\\{{{a}\\}}", f"\\{{{b}\\}}") == (set(xs) == set(ys)), (a, b)
         assert verify.is_equal(f"({a})", f"({b})") == (xs == ys), (a, b)
@@ -4903,7 +4929,8 @@ def random_tree(rng, depth):
 
 
 def nearly(rng, tree):
-    """A copy with some parts rewritten: to the same, or to what is the same on one side of a switch only."""
+    """A copy with some parts rewritten: to the same, or to what is the same on one side of a switch
+    only."""
     kind, *parts = tree
     minus = ("c", Fraction(-1))
     if rng.random() < 0.4 and kind == "abs":
@@ -4971,7 +4998,8 @@ POINTS = [
 
 
 def check_switches(rng):
-    """Oracle: exact values at a thousand points. Never a false right; equal trees are seldom called different."""
+    """Oracle: exact values at a thousand points. Never a false right; equal trees are seldom called
+    different."""
     a = random_tree(rng, rng.choice((1, 2, 2, 3)))
     b = nearly(rng, a)
     equal = all(value_at(a, x) == value_at(b, x) for x in POINTS)
@@ -4979,10 +5007,14 @@ def check_switches(rng):
 
 
 def check_precision(rng):
-    """Oracle: whole numbers. Roots, powers and quotients that differ from one by next to nothing, or by nothing."""
-    root, power = rng.randrange(2, 10 ** rng.choice((1, 3, 40))), rng.choice((2, 3, 5))
-    gap, n = rng.choice((0, 0, 1, -1, 2)), rng.choice((1, 30, 60, 200))
-    base, exponent = rng.randrange(2, 12), rng.choice((30, 300, 3000, 9001, 15001))
+    """Oracle: whole numbers. Roots, powers and quotients that differ from one by next to nothing,
+    or by nothing."""
+    root = rng.randrange(2, 10 ** rng.choice((1, 3, 40)))
+    power = rng.choice((2, 3, 5))
+    gap = rng.choice((0, 0, 1, -1, 2))
+    n = rng.choice((1, 30, 60, 200))
+    base = rng.randrange(2, 12)
+    exponent = rng.choice((30, 300, 3000, 9001, 15001))
     a, b, equal = rng.choice(
         [
             (f"\\sqrt[{power}]{{{root**power + gap}}}", str(root), gap == 0),
@@ -5055,7 +5087,8 @@ VERIFY_UNITS = [
 
 @pytest.mark.parametrize("unit", VERIFY_UNITS)
 def test_verify_time_is_bounded(unit):
-    """Doubled until the limit: no text takes long, and twice the length takes at most about twice as long."""
+    """Doubled until the limit: no text takes long, and twice the length takes at most about twice
+    as long."""
     for other in ("", "9", "x", ")", "}"):
         seconds = []
         for size in (250, 500, 1000, 2000):
@@ -5073,9 +5106,10 @@ def test_verify_time_is_bounded(unit):
 
 VERIFY_PIECES = st.lists(
     st.sampled_from(
-        r"\frac \sqrt { } ( ) [ ] ^ _ ! 9 99 999999 \pi e i \infty | , ; : = < \le - + * / \pm \cup \in \text{ \text{or} x "
-        r"n % \% ^\circ \log \sin \binom \{ \} \begin{pmatrix} & \\ \end{pmatrix} \sum_{k=1}^{9} . ... \overline{3} "
-        r"\lfloor \rfloor ^{9 ½ \mathbb{R} \setminus \left \right ² 1e9 \tan \gcd( \max $ \$ cm \ud800".split()
+        r"\frac \sqrt { } ( ) [ ] ^ _ ! 9 99 999999 \pi e i \infty | , ; : = < \le - + * / \pm "
+        r"\cup \in \text{ \text{or} x n % \% ^\circ \log \sin \binom \{ \} \begin{pmatrix} & \\ "
+        r"\end{pmatrix} \sum_{k=1}^{9} . ... \overline{3} \lfloor \rfloor ^{9 ½ \mathbb{R} "
+        r"\setminus \left \right ² 1e9 \tan \gcd( \max $ \$ cm \ud800".split()
         + [" ", "\x00", "\ud800", " and "]
     ),
     max_size=14,
@@ -5135,7 +5169,8 @@ SLOWEST = json.loads((CASES / "slowest.json").read_text(encoding="utf-8"))
 
 
 def calls_of(work):
-    """How many functions, of Python and of C, a piece of work calls: a clock that no other process can slow down."""
+    """How many functions, of Python and of C, a piece of work calls: a clock that no other process
+    can slow down."""
     calls = Counter()
     for function in vars(verify).values():
         if hasattr(function, "cache_clear"):
@@ -5218,7 +5253,8 @@ def test_verify_shared_attacks(tmp_path, monkeypatch):
 
 def test_verify_shared_neighbours():
     for row in shared_rows("cases/neighbours.jsonl.gz"):
-        pred, gold = row["pred"], row["gold"]
+        pred = row["pred"]
+        gold = row["gold"]
         assert (
             (verify.compare(pred, gold) is True) == verify.is_equal(gold, pred) == row["equal"]
         ), row
@@ -5277,9 +5313,11 @@ def test_verify_grade_keeps_order_and_counts():
 
 
 def test_verify_grade_survives_killed_and_stopped_workers():
-    """kill -9 costs nothing, a worker that stands still costs its pair the deadline; everything else stays right."""
+    """kill -9 costs nothing, a worker that stands still costs its pair the deadline; everything
+    else stays right."""
     verify.grade([r"\boxed{\sqrt{4}}"], ["2"])
-    done, harmed = threading.Event(), []
+    done = threading.Event()
+    harmed = []
 
     def harm():
         while len(harmed) < 6 and not done.wait(0.05):
@@ -5292,7 +5330,8 @@ def test_verify_grade_survives_killed_and_stopped_workers():
 
     thread = threading.Thread(target=harm)
     thread.start()
-    start, size = time.monotonic(), 3000
+    start = time.monotonic()
+    size = 3000
     grades = verify.grade(*roots(size), timeout=1.0)
     seconds = time.monotonic() - start
     done.set()
@@ -5307,7 +5346,8 @@ def test_verify_grade_survives_killed_and_stopped_workers():
 
 
 def test_verify_grade_deadline_is_kept():
-    """A deadline that hardly anything can meet: workers are killed and replaced, and the pool is fine after it."""
+    """A deadline that hardly anything can meet: workers are killed and replaced, and the pool is
+    fine after it."""
     batch = roots(24, "-1")
     start = time.monotonic()
     grades = verify.grade(*batch, timeout=1e-7)
@@ -5340,7 +5380,8 @@ def test_verify_grade_replaces_dead_workers():
 
 @pytest.mark.slow
 def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
-    """An RL run whose grading workers are shot at random writes the metrics of one that was left alone."""
+    """An RL run whose grading workers are shot at random writes the metrics of one that was left
+    alone."""
     rows = [
         {
             "problem": f"Name the number {i}.",
@@ -5360,7 +5401,8 @@ def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
     trainer = subprocess.Popen(
         command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENV
     )
-    rng, shots = random.Random(0), 0
+    rng = random.Random(0)
+    shots = 0
     while trainer.poll() is None:
         time.sleep(rng.uniform(0.02, 0.4))
         with contextlib.suppress(OSError):  # one that ended meanwhile
@@ -5463,7 +5505,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_verify_a_worker_that_stands_still_does_not_block_a_long_question():
-    """More than a pipe holds, to a worker that reads nothing: the deadline is kept, the rest is right."""
+    """More than a pipe holds, to a worker that reads nothing: the deadline is kept, the rest is
+    right."""
     verify.grade(*roots(4), timeout=20)
     os.kill(verify_workers()[0], signal.SIGSTOP)  # the first is asked first
     problem = "\x01" * verify.MAX_PROBLEM  # six bytes each in JSON
@@ -5587,7 +5630,7 @@ def test_verify_command_line(tmp_path, capsys):
     assert code == 2 and "rows.jsonl" in err and err.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------------- data_prep.py
+# ------------------------------------------------------------------------------------- data_prep.py
 
 SHARED_DATA = SHARED / "data"
 needs_shared = pytest.mark.skipif(
@@ -5611,7 +5654,8 @@ def case_id(case):
 
 def data_main(*args):
     """A command of data_prep.py in this process -> (exit code, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = data_prep.main([str(a) for a in args])
@@ -5652,13 +5696,14 @@ def text_key(text):
 
 @pytest.mark.parametrize("case", cases("same text") + cases("other text"), ids=case_id)
 def test_data_text_is_equal_or_tells_two_problems_apart(case):
-    a, b = case["a"], case["b"]
+    a = case["a"]
+    b = case["b"]
     assert (text_key(a) == text_key(b)) == (case["kind"] == "same text")
     if case["kind"] == "same text":
         return
     words = (
-        "What is the smallest positive integer n such that all of the values of {} are roots of unity of the "
-        "order n in the plane of Gauss and Argand?"
+        "What is the smallest positive integer n such that all of the values of {} are roots of "
+        "unity of the order n in the plane of Gauss and Argand?"
     )
     if data_prep.signs(data_prep.tokens(a)) != data_prep.signs(data_prep.tokens(b)):
         a, b = (data_prep.tokens(words.replace("{}", x)) for x in (a, b))
@@ -5675,15 +5720,17 @@ def test_data_repair():
 
 def brace_oracle(text):
     """Outermost boxes by a character loop, written independently of the regular expressions."""
-    found, i = [], 0
-    while (i := text.find("\\boxed{", i)) >= 0:
-        depth, j = 1, i + 7
+    found = []
+    i = text.find("\\boxed{")
+    while i >= 0:
+        depth = 1
+        j = i + 7
         while j < len(text) and depth:
             escaped = text[j] == "\\" and j + 1 < len(text)
             depth += 0 if escaped else (text[j] == "{") - (text[j] == "}")
             j += 2 if escaped else 1
         found.append(text[i + 7 : j - 1] if depth == 0 else None)
-        i = j if depth == 0 else i + 7
+        i = text.find("\\boxed{", j if depth == 0 else i + 7)
     return found
 
 
@@ -5727,8 +5774,8 @@ def test_data_bare_answers():
 # --- duplicates and benchmarks
 
 BASE = (
-    "A sequence satisfies $a_1 = 3$ and $a_{n+1} = 2 a_n - 1$ for all $n \\ge 1$. Find the remainder when "
-    "$a_{100}$ is divided by $17$."
+    "A sequence satisfies $a_1 = 3$ and $a_{n+1} = 2 a_n - 1$ for all $n \\ge 1$. Find the "
+    "remainder when $a_{100}$ is divided by $17$."
 )
 SPACED = BASE.replace("a_{n+1} = 2 a_n", r"a_{n + 1}=2a_{n}").replace(r"\ge", r"\geq")
 NEARLY = BASE.replace("Find the remainder when", "Determine the remainder if")
@@ -5790,11 +5837,13 @@ def test_data_sketches_find_what_brute_force_finds():
     lists = []
     for _ in range(60):
         base = rng.choices(vocabulary, k=60)
-        lists += [base] + [
-            [w if rng.random() > 0.03 else rng.choice(vocabulary) for w in base] for _ in range(3)
-        ]
+        lists.append(base)
+        for _ in range(3):
+            lists.append([w if rng.random() > 0.03 else rng.choice(vocabulary) for w in base])
     size = data_prep.SHINGLE
-    grams = [{tuple(words[i : i + size]) for i in range(len(words) - size + 1)} for words in lists]
+    grams = []
+    for words in lists:
+        grams.append({tuple(words[i : i + size]) for i in range(len(words) - size + 1)})
     sketches = [set(data_prep.sketch(words).tolist()) for words in lists]
     pairs = list(itertools.combinations(range(len(lists)), 2))
     close = [(a, b) for a, b in pairs if len(grams[a] & grams[b]) >= 0.7 * len(grams[a] | grams[b])]
@@ -5816,8 +5865,9 @@ PLAIN |= {r"\cdot": "*", r"\ldots": "...", r"\cdots": "...", r"\pm": "+-", r"\to
 PROMPTS = [  # of verl, Qwen, DAPO, and two others
     "{} Let's think step by step and output the final answer within \\boxed{{}}.",
     "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-    "Solve the following math problem step by step. The last line of your response should be of the "
-    "form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+    "\n\n{}\n\n"
     'Remember to put your answer on its own line after "Answer:".',
     "Question: {}\nAnswer:",
     data_prep.ATTEMPT.replace("{problem}", "{}"),
@@ -5859,14 +5909,22 @@ def test_data_benchmark_problems_in_plain_text_and_in_prompts_are_found():
     assert missed(lambda text: as_plain_text(text).replace("^", "**")) <= 0.04
     for prompt in PROMPTS:
         assert missed(prompt.format, "987654321") == 0
-    reworded = {"Find": "Determine", "Compute": "What is", "such that": "with", "How many": "What number of"}
+    reworded = {
+        "Find": "Determine",
+        "Compute": "What is",
+        "such that": "with",
+        "How many": "What number of",
+    }
     assert missed(lambda text: re.sub("|".join(reworded), lambda m: reworded[m[0]], text)) <= 0.02
-    look_alike = partial(re.sub, r"(?<![\d.\w\\])\d+(?![\d.\w])", lambda m: str(int(m[0]) + 1), count=1)
+    look_alike = partial(
+        re.sub, r"(?<![\d.\w\\])\d+(?![\d.\w])", lambda m: str(int(m[0]) + 1), count=1
+    )
     assert missed(look_alike, "987654321") >= 0.8  # of all, some without a number
 
 
 def test_data_stratified_order():
-    sources, rows = ["a"] * 700 + ["b"] * 250 + ["c"] * 50, list(range(1000))
+    sources = ["a"] * 700 + ["b"] * 250 + ["c"] * 50
+    rows = list(range(1000))
     order = data_prep.stratified_order(rows, sources, 3, "proportional")
     assert sorted(order) == rows and order == data_prep.stratified_order(
         rows, sources, 3, "proportional"
@@ -5886,9 +5944,11 @@ def test_data_stratified_order():
 
 def pool_rows(n, seed=0):
     """n rows of which a known part is noise."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
+    rows = []
     for i in range(n):
-        a, b = rng.randint(100, 9999), rng.randint(100, 9999)
+        a = rng.randint(100, 9999)
+        b = rng.randint(100, 9999)
         problem = f"Tom has {a} red marbles and buys {b} more on day {i}. How many has he then?"
         problem = f"Prove that {a} + {b} is what it is on day {i}." if i % 10 == 3 else problem
         solution = "No box here." if i % 10 == 5 else f"We add. \\boxed{{{a + b}}}"
@@ -5908,7 +5968,8 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
     import pyarrow.parquet as pq
 
     monkeypatch.chdir(tmp_path)
-    rows, results = pool_rows(700), []
+    rows = pool_rows(700)
+    results = []
     bench = jsonl(Path("bench.jsonl"), [{"problem": rows[1]["problem"], "answer": "1"}])
     Path("numina.jsonl.gz").write_bytes(
         gzip.compress(jsonl(Path("numina.jsonl"), rows).read_bytes())
@@ -5926,10 +5987,8 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
     files = {"rl.jsonl", "sft_problems.jsonl", "report.json", "README.md"}
     assert set(results[0]) == files and results[0] == results[1]
     assert all(other["rl.jsonl"] == results[0]["rl.jsonl"] for other in results)
-    report, kept = (
-        json.loads(results[0]["report.json"]),
-        list(map(json.loads, results[0]["rl.jsonl"].splitlines())),
-    )
+    report = json.loads(results[0]["report.json"])
+    kept = list(map(json.loads, results[0]["rl.jsonl"].splitlines()))
     gone = {step["why"]: step["gone"] for step in report["funnel"]}
     assert gone == {"proof": 70, "no box": 70, "in a benchmark": 1, "beyond the target": 139}
     assert report["read"] == 700 and report["kept"] == report["funnel"][-1]["left"] == 420
@@ -5937,8 +5996,9 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
     others = list(map(json.loads, results[0]["sft_problems.jsonl"].splitlines()))
     assert len(others) == 120 and not {r["id"] for r in others} & {r["id"] for r in kept}
     assert not {r["problem"] for r in others} & {r["problem"] for r in kept}
-    shares = [sum(r["source"] == "cn_k12" for r in rows) / len(rows) for rows in (others, kept)]
-    assert abs(shares[0] - shares[1]) < 0.05  # each source is split in the same ratio
+    share_of_others = sum(r["source"] == "cn_k12" for r in others) / len(others)
+    share_of_kept = sum(r["source"] == "cn_k12" for r in kept) / len(kept)
+    assert abs(share_of_others - share_of_kept) < 0.05  # each source is split in the same ratio
     assert list(report["in a benchmark"].values()) == ["bench-1"]
     assert all(
         sum(map(int, re.findall(r"\d+", r["problem"])[:2])) == int(r["answer"]) for r in kept
@@ -5950,7 +6010,7 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
         "source",
         "solution",
     }
-    assert 0.25 < shares[1] < 0.42
+    assert 0.25 < share_of_kept < 0.42
 
 
 def test_data_curate_reads_every_schema(tmp_path):
@@ -5969,7 +6029,9 @@ def test_data_curate_reads_every_schema(tmp_path):
 
 def test_data_curate_marks_a_set_without_solutions_and_leaves_it_out(tmp_path):
     rows = pool_rows(60)
-    bare = [{"problem": r["problem"], "answer": str(i), "source": "bare"} for i, r in enumerate(rows)]
+    bare = [
+        {"problem": r["problem"], "answer": str(i), "source": "bare"} for i, r in enumerate(rows)
+    ]
     bare = [r | {"problem": r["problem"].replace("red", "green")} for r in bare]
     pool = jsonl(tmp_path / "pool.jsonl", rows + bare)
     args = ("curate", "--numina", pool, "--processes", 1, "--out")
@@ -5984,7 +6046,9 @@ def test_data_curate_marks_a_set_without_solutions_and_leaves_it_out(tmp_path):
 
 def test_data_curate_keeps_nothing_is_an_error(tmp_path):
     pool = jsonl(tmp_path / "pool.jsonl", [{"problem": "Prove that 1 + 1 = 2.", "solution": "so"}])
-    code, out, err = data_main("curate", "--numina", pool, "--processes", 1, "--out", tmp_path / "o")
+    code, out, err = data_main(
+        "curate", "--numina", pool, "--processes", 1, "--out", tmp_path / "o"
+    )
     assert code == 1 and "no row was kept" in err and "| proof | 1 | 0 |" in out
 
 
@@ -6119,23 +6183,26 @@ WRONG = "987654"
 
 
 class FakeModel(http.server.ThreadingHTTPServer):
-    """An OpenAI-compatible server that knows the answers of problem rows: attempt i at one is right unless
-    wrong(row, i), and a rewrite merges what it is given. Each distinct prompt first meets the faults, in order: a
-    status, hang, drop, one (a single choice), or a key of REPLIES."""
+    """An OpenAI-compatible server that knows the answers of problem rows: attempt i at one is right
+    unless wrong(row, i), and a rewrite merges what it is given. Each distinct prompt first meets
+    the faults, in order: a status, hang, drop, one (a single choice), or a key of REPLIES."""
 
     daemon_threads = True
 
     def __init__(self, rows, faults=(), wrong=lambda row, i: i % 2 == 0, delay=0.0, dress=None):
         super().__init__(("127.0.0.1", 0), FakeModelHandler)
-        self.rows, self.faults, self.wrong, self.delay = rows, faults, wrong, delay
-        self.dress = dress or (lambda prompt, text: {"content": text})  # a text as a server's choice
-        self.seen, self.served, self.lock, self.under_way, self.most = (
-            Counter(),
-            Counter(),
-            threading.Lock(),
-            0,
-            0,
-        )
+        self.rows = rows
+        self.faults = faults
+        self.wrong = wrong
+        self.delay = delay
+        self.dress = dress or (
+            lambda prompt, text: {"content": text}
+        )  # a text as a server's choice
+        self.seen = Counter()
+        self.served = Counter()
+        self.lock = threading.Lock()
+        self.under_way = 0
+        self.most = 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -6152,7 +6219,8 @@ class FakeModel(http.server.ThreadingHTTPServer):
                 for wrong in failed
             )
             return (
-                f"<think>\n{path}Again with care: it = {row['answer']}. Let me verify: put in again, it holds."
+                f"<think>\n{path}Again with care: it = {row['answer']}. "
+                "Let me verify: put in again, it holds."
                 f"\n</think>\nThe answer is \\boxed{{{row['answer']}}}."
             )
         if "yes or no" in prompt:
@@ -6172,10 +6240,8 @@ class FakeModelHandler(http.server.BaseHTTPRequestHandler):
         self.send(200, '{"object": "list", "data": []}')
 
     def do_POST(self):
-        request, model = (
-            json.loads(self.rfile.read(int(self.headers["Content-Length"]))),
-            self.server,
-        )
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model = self.server
         assert self.path == "/v1/chat/completions" and request["max_tokens"] > 0
         prompt = request["messages"][-1]["content"]
         self.prompt = prompt
@@ -6299,7 +6365,8 @@ def test_data_cot_over_http_with_faults(tmp_path, no_wait):
 
 
 def test_data_cot_survives_kill_9(tmp_path):
-    journal, made = tmp_path / "o" / "journal.jsonl", tmp_path / "o" / "sft.jsonl"
+    journal = tmp_path / "o" / "journal.jsonl"
+    made = tmp_path / "o" / "sft.jsonl"
     with FakeModel(SUMS, delay=0.03) as server:
         command = [
             sys.executable,
@@ -6371,7 +6438,10 @@ def test_data_cot_a_refusal_is_an_error_with_the_words_of_the_server(tmp_path, n
 
         def picky(handler, status, body, kind="application/json"):
             refused = status == 200 and long in getattr(handler, "prompt", "")
-            send(handler, *((400, '{"error": {"message": "too long"}}') if refused else (status, body)))
+            send(
+                handler,
+                *((400, '{"error": {"message": "too long"}}') if refused else (status, body)),
+            )
 
         server.RequestHandlerClass = type("Picky", (FakeModelHandler,), {"send": picky})
         args = cot_args(tmp_path, server, "--out", tmp_path / "picky")
@@ -6411,7 +6481,8 @@ def test_data_cot_with_reasoning_models(tmp_path, reasoning, place):
 
 
 def test_data_cot_empty_and_cut_replies(tmp_path, no_wait):
-    """C1, C8: an attempt without text or cut at --max-tokens is no right one, and is counted as what it is."""
+    """C1, C8: an attempt without text or cut at --max-tokens is no right one, and is counted as
+    what it is."""
     kinds = {0: {"content": None}, 1: {"content": None, "reasoning": "Hm", "cut": True}, 2: None}
 
     def dress(prompt, text):
@@ -6431,13 +6502,16 @@ def test_data_cot_empty_and_cut_replies(tmp_path, no_wait):
         served = server.served.total()
         assert data_main(*cot_args(tmp_path, server))[0] == 1
         assert server.served.total() == served  # an outcome like any other
-    with FakeModel(SUMS[:2], dress=lambda p, t: {"content": t, "cut": p.startswith("Rew")}) as server:
+    with FakeModel(
+        SUMS[:2], dress=lambda p, t: {"content": t, "cut": p.startswith("Rew")}
+    ) as server:
         code, out, err = data_main(*cot_args(tmp_path, server, "--out", tmp_path / "2"))
         assert code == 1 and "2  rewrite cut" in out
 
 
 def test_data_cot_one_time_out_costs_its_group_alone(tmp_path, no_wait):
-    """C6: attempts are asked for in groups of two; a repetition is said, and what has come is kept."""
+    """C6: attempts are asked for in groups of two; a repetition is said, and what has come is
+    kept."""
     with FakeModel(SUMS[:1], ["hang", None, "hang"]) as server:
         args = cot_args(tmp_path, server, "--timeout", 0.4, "--attempts", 6, "--concurrency", 1)
         said = succeed(*args)
@@ -6461,7 +6535,8 @@ def test_data_cot_asks_a_judge(tmp_path, answer, kept):
 
 
 def test_data_journals_are_keyed_by_text_and_settings(tmp_path):
-    """C7: rows without ids get <file>-<row>; another file of the same name never gets the outcomes of the first."""
+    """C7: rows without ids get <file>-<row>; another file of the same name never gets the outcomes
+    of the first."""
     with FakeModel(SUMS, wrong=by_thirds) as server:
         for part, folder in ((SUMS[:6], "a"), (SUMS[6:12], "b")):
             (tmp_path / folder).mkdir()
@@ -6512,7 +6587,8 @@ TRACES = read_jsonl(HERE / "cases" / "traces.jsonl")
 
 @pytest.mark.parametrize("case", TRACES, ids=[case["name"] for case in TRACES])
 def test_data_traces_of_each_kind(case):
-    """Accepted or rejected by the rules; what only a reader can tell passes them, and the judge decides."""
+    """Accepted or rejected by the rules; what only a reader can tell passes them, and the judge
+    decides."""
     args = data_prep.parse_args(["cot"])
     fault = data_prep.trace_fault(case["row"], case["trace"], case["path"], args)
     assert (fault is not None) == (case["must"] == "reject"), fault
@@ -6521,7 +6597,8 @@ def test_data_traces_of_each_kind(case):
 @pytest.mark.parametrize("case", TRACES, ids=[case["name"] for case in TRACES])
 @pytest.mark.parametrize("verdict", ["yes", "no"])
 def test_data_traces_before_a_judge(tmp_path, case, verdict):
-    """The whole of `cot` on a row of the table: attempts, critiques, the trace, and a judge that says yes or no."""
+    """The whole of `cot` on a row of the table: attempts, critiques, the trace, and a judge that
+    says yes or no."""
     row = case["row"]
     wrong = [text for text, ok in case["path"] if not ok]
     attempts = iter([f"\\boxed{{{row['answer']}}}", *wrong] * 9)
@@ -6563,7 +6640,8 @@ def test_data_prompts_hold_their_material():
 
 
 def test_data_pass_rate_over_http(tmp_path):
-    pool, kinds = jsonl(tmp_path / "pool.jsonl", SUMS), Counter(i % 3 for i in range(len(SUMS)))
+    pool = jsonl(tmp_path / "pool.jsonl", SUMS)
+    kinds = Counter(i % 3 for i in range(len(SUMS)))
     with FakeModel(SUMS, wrong=by_thirds) as server:
         args = (
             "curate",
@@ -6581,7 +6659,8 @@ def test_data_pass_rate_over_http(tmp_path):
             1,
         )
         succeed(*args)
-        served, kept = server.served.total(), read_jsonl(tmp_path / "o" / "rl.jsonl")
+        served = server.served.total()
+        kept = read_jsonl(tmp_path / "o" / "rl.jsonl")
         report = json.loads((tmp_path / "o" / "report.json").read_text())
         kept += read_jsonl(tmp_path / "o" / "sft_problems.jsonl")
         assert len(kept) == kinds[1] and all(r["pass_rate"] == 0.5 for r in kept)
@@ -6631,14 +6710,20 @@ def real_server(tmp_path_factory):
         server.wait()
 
 
+def next_sums() -> list[dict]:
+    rows = []
+    for i in range(2, 8):
+        row = dict(id=f"r{i}", problem=f"What is {i} + {i + 1}?", answer=str(2 * i + 1), source="s")
+        rows.append(row)
+    return rows
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(SMOLLM2, "config.json").is_file(), reason="T1_SMOLLM2 names no model")
 def test_data_cot_against_a_real_server(tmp_path, real_server):
-    """Requests, refusals with the server's words, the journal, kill -9 and the way back: all against vLLM."""
-    rows = [
-        {"id": f"r{i}", "problem": f"What is {i} + {i + 1}?", "answer": str(2 * i + 1), "source": "s"}
-        for i in range(2, 8)
-    ]
+    """Requests, refusals with the server's words, the journal, kill -9 and the way back: all
+    against vLLM."""
+    rows = next_sums()
     problems = jsonl(tmp_path / "problems.jsonl", rows)
     out = tmp_path / "o"
     args = ["cot", "--problems", problems, "--teacher", "smol", "--base-url", real_server]
@@ -6667,16 +6752,26 @@ def test_data_cot_against_a_real_server(tmp_path, real_server):
     lines = read_jsonl(journal)
     asked = [row for row in lines if "replies" in row]
     groups = Counter((row["key"], row["asked"]) for row in asked)
-    assert all(sum(len(r["replies"]) for r in asked if (r["key"], r["asked"]) == g) in (1, 4) for g in groups)
+    replies = Counter()
+    for row in asked:
+        replies[row["key"], row["asked"]] += len(row["replies"])
+    assert set(replies) == set(groups) and set(replies.values()) <= {1, 4}
     assert all(len(row["replies"]) <= 2 for row in asked)
     assert code == (0 if report["outcomes"].get("kept") else 1)
     size = journal.stat().st_size
     assert data_main(*args)[0] == code and journal.stat().st_size == size  # nothing is asked twice
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(SMOLLM2, "config.json").is_file(), reason="T1_SMOLLM2 names no model")
+def test_data_pass_rate_against_a_real_server(tmp_path, real_server):
+    rows = next_sums()
     pool = jsonl(tmp_path / "pool.jsonl", rows)
-    args = ["curate", "--numina", pool, "--processes", 1, "--pass-rate", "smol", 0, 1, "--samples", 2]
-    args += ["--base-url", real_server, "--max-tokens", 100, "--out", tmp_path / "rates"]
-    succeed(*args)
-    rated = [r for f in ("rl", "sft_problems") for r in read_jsonl(tmp_path / "rates" / f"{f}.jsonl")]
+    args = ["curate", "--numina", pool, "--processes", 1, "--pass-rate", "smol", 0, 1]
+    args += ["--samples", 2, "--base-url", real_server, "--max-tokens", 100]
+    succeed(*args, "--out", tmp_path / "rates")
+    files = [tmp_path / "rates" / f"{name}.jsonl" for name in ("rl", "sft_problems")]
+    rated = read_jsonl(files[0]) + read_jsonl(files[1])
     assert len(rated) == len(rows) and {r["pass_rate"] for r in rated} <= {0, 0.5, 1}
 
 
@@ -6701,10 +6796,9 @@ def test_data_authors_traces(tmp_path):
 
 
 def test_data_benchmarks_one_form(tmp_path):
-    files = {
-        name: [case["row"] for case in cases(f"of {name}")]
-        for name in ("math500", "aime24", "gsm8k", "amc23")
-    }
+    files = {}
+    for name in ("math500", "aime24", "gsm8k", "amc23"):
+        files[name] = [case["row"] for case in cases(f"of {name}")]
     files["omni"] = [
         {
             "domain": ["x"],
@@ -6723,7 +6817,8 @@ def test_data_benchmarks_one_form(tmp_path):
     ]
     gpqa = tmp_path / "gpqa.csv"
     gpqa.write_text(
-        "Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n"
+        "Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,"
+        "Incorrect Answer 3\n"
         + "".join(f'r{i},"Question {i}, with comma?",right{i},w1,w2,w3\n' for i in range(40))
     )
     found = []
@@ -6830,7 +6925,8 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
 
 
 def test_data_hub_names_configs_and_splits(monkeypatch):
-    """No hub here: the loader is replaced; its questions are read, and its rows are treated as local ones."""
+    """No hub here: the loader is replaced; its questions are read, and its rows are treated as
+    local ones."""
     asked = []
 
     def fake(name, config, split, data_files, streaming):
@@ -6854,7 +6950,8 @@ def test_data_hub_names_configs_and_splits(monkeypatch):
     ]
     assert len(rows) == 7 and len({r["id"] for r in rows}) == 7 and rows[0]["id"] == "algebra-1"
     assert {config for _, config, _, _ in asked} == set(
-        "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
+        "algebra counting_and_probability geometry intermediate_algebra number_theory "
+        "prealgebra precalculus".split()
     )
     for name in ("AI-MO/NuminaMath-CoT", "zai-org/T1", "zai-org/T1:sft"):
         list(data_prep.raw_rows(name))

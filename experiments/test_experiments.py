@@ -212,17 +212,6 @@ def test_every_claim_asks_runs_and_measures_that_exist():
     assert claims.parse_test("a >").against == ""
 
 
-def test_correct_only_traces_hold_no_failed_try():
-    traces = data_prep.embedded_traces(2000, correct_only=True)
-    assert {data_prep.habit_of(t["response"]) for t in traces} == {"jump"}
-    assert not any(" not " in t["response"] or "wait" in t["response"] for t in traces)
-    responses = [t["response"] for t in traces]
-    answers = [t["answer"] for t in traces]
-    assert all(verify.grade(responses, answers))
-    habits = {data_prep.habit_of(t["response"]) for t in data_prep.embedded_traces(2000)}
-    assert habits == {"jump", "wander", "orderly"}
-
-
 def ledger_args(out, *more):
     steps = "--sft-steps 2 --sft-batch 4 --rl-steps 2 --prompts 4 --k 2 --max-new 40".split()
     return ["--out", str(out), "--name", "led", *steps, "--eval-samples", "2", *more]
