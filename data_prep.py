@@ -482,7 +482,7 @@ def field(row: dict, kind: str, where) -> str | None:
 def require(row: dict, names, where, found=None) -> dict:
     """The row, if all those fields hold text."""
     for name in names:
-        if not (row.get(name) or "").strip():
+        if not isinstance(row.get(name), str) or not row[name].strip():
             there = ", ".join(found or row)
             raise Misuse(
                 f"{row_at(where)}: field {name!r} is missing or empty; found {there}; see --columns"
@@ -1818,6 +1818,12 @@ class Model:
         raise Unfinished(f"{self.name}: {fault}")
 
 
+def is_reply(value) -> bool:
+    """Is a value of JSON the three parts of a Reply?"""
+    kinds = list(map(type, value)) if isinstance(value, list) else []
+    return kinds == [str, str, bool]
+
+
 class Journal:
     """What models said, and the outcome of each finished problem: JSON lines, on the disk as they
     come. After kill -9 only requests under way are asked again. A problem's key is a hash of its
@@ -1838,7 +1844,14 @@ class Journal:
             )
         for where, line in file_rows(path) if begun else ():
             if line.endswith(b"\n"):  # not cut by a kill
-                self.keep(**require(parse(where, line), ["key"], where))
+                row = require(parse(where, line), ["key"], where)
+                good = row.keys() <= {"key", "outcome", "asked", "replies"}
+                good = good and isinstance(row.get("outcome", {}), dict)
+                replies = row.get("replies", [])
+                good = good and isinstance(replies, list)
+                if not (good and all(is_reply(reply) for reply in replies)):
+                    raise Misuse(f"{row_at(where)}: no row of a journal; take another --out")
+                self.keep(**row)
 
     def keep(self, key: str, outcome=None, asked=None, replies=()):
         """A row of the journal: an outcome, or replies to a question."""

@@ -1258,7 +1258,8 @@ def prepare(folder, source: str, cfg: Config):
     problems = encode_prompts(rows, tokenizer, cfg)
     examples = encode_responses(problems, tokenizer, cfg) if cfg.stage == "sft" else problems
     prompt = look_at_prompt(problems, tokenizer, cfg)
-    on_rank0(try_export, whole, tokenizer, cfg)
+    if not folder.source:
+        on_rank0(try_export, whole, tokenizer, cfg)
     folder.create(source, problems, tests, prompt, number_of_steps(examples, cfg))
     return whole, tokenizer, examples, tests
 
@@ -1661,12 +1662,13 @@ def results_of(folder: Path) -> list[dict]:
 
 
 def add_result(folder: Path, entry: dict):
-    """Put an entry at the end of results.json, in place of the one of the same checkpoint and
-    test."""
+    """Put an entry at the end of results.json, in place of the one of the same checkpoint and test,
+    and of one whose checkpoint was moved."""
     entries = []
     for old in results_of(folder):
         same = old["checkpoint"] == entry["checkpoint"] and old["test"] == entry["test"]
-        if not same and old["key"] != entry["key"]:
+        moved = old["key"] == entry["key"] and not Path(old["checkpoint"]).exists()
+        if not (same or moved):
             entries.append(old)
     write_json(folder / "results.json", dict(checkpoints=[*entries, entry]))
 
@@ -3236,7 +3238,7 @@ class Console:
         return getattr(self.stream, name)
 
     def write(self, text: str):
-        data = text.encode(self.encoding, "replace")
+        data = text.encode(self.encoding, "backslashreplace")
         with contextlib.suppress(OSError, ValueError):
             for start in range(0, len(data), 4096):  # what a pipe that is ready takes at once
                 ready = select.select([], [self], [], self.patience)[1]

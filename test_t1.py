@@ -69,6 +69,7 @@ ENV = os.environ | {
 }  # of the processes that tests start
 SMALL = dict(layers=1, width=64)  # of the embedded model, for runs that begin with random weights
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, too: processes inherit it
 
 Model = namedtuple("Model", "folder cfg tokenizer policy")
 
@@ -2255,6 +2256,7 @@ def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
     ranks."""
     checkpoint = guess / "tiny/sft/checkpoint-250"
     shutil.copytree(checkpoint, tmp_path / "copy")
+    (tmp_path / "copy/complete.json").unlink()  # so that it counts as another one
     args = [
         "--stage",
         "eval",
@@ -2333,15 +2335,14 @@ def test_parked_state_and_anchor_change_no_bit(guess, tmp_path):
 def test_the_logged_kl_is_the_trainers_beside_a_noisy_engine(guess, tmp_path, monkeypatch):
     args = rl_args(guess, "--rl-steps", 4, "--kl-coef", 0, "--out", tmp_path)
     assert main(*args)[0] == 0
-    generate = t1.TorchEngine.generate
+    generate = t1.generate
 
-    def noisy(*rest, **options):
-        rollouts = generate(*rest, **options)
+    def noisy(engine, rollouts, *rest, **options):
+        generate(engine, rollouts, *rest, **options)
         for r in rollouts:
             r.logprobs = [x + 0.05 for x in r.logprobs]
-        return rollouts
 
-    monkeypatch.setattr(t1.TorchEngine, "generate", noisy)
+    monkeypatch.setattr(t1, "generate", noisy)
     assert main(*args, "--name", "noisy")[0] == 0
     for plain, other in zip(
         rows_of(tmp_path / "tiny/rl"), rows_of(tmp_path / "noisy/rl"), strict=True
@@ -4002,6 +4003,8 @@ def tiny_family(family, folder, tokenizer, **changes):
     sizes = {name: size for size, line in WIDTHS.items() for name in line.split() if name in known}
     sizes |= {n: len(tokenizer) for n in ("vocab_size", "vocab_size_per_layer_input") if n in known}
     sizes |= dict(bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    if "partial_rotary_factor" in sizes:
+        sizes["partial_rotary_factor"] = 1.0
     sizes |= CHANGES.get(family, {}) | changes
     torch.manual_seed(0)
     for name in [name for name, size in sizes.items() if size is None and name != "bos_token_id"]:

@@ -176,7 +176,8 @@ def good_files(folder: Path):
     (folder / "rows/a.jsonl").write_bytes(lines)
     (folder / "pairs/a.jsonl").write_bytes(lines)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "parquet/a.parquet")
-    (folder / "journal/a.jsonl").write_bytes(b'{"settings": {"n": 2}}\n{"id": "a"}\n{"id": "b"}\n')
+    journal = [dict(key="a", outcome=dict(why="kept")), dict(key="b", asked="c", replies=[])]
+    data_prep.append_rows(folder / "journal/a.jsonl", journal)
     data_prep.prepare([], ("latin",))  # as curate does before it sifts
     with experiments.embedded_model(1, 8):
         policy, tokenizer = t1.tiny_policy(CFG)
@@ -210,7 +211,7 @@ READERS = dict(
     rows=ROWS,
     parquet=ROWS,
     pairs=[lambda path: verify.run_rows(str(path), timeout=1.0)],
-    journal=[lambda path: data_prep.read_journal(path, dict(n=2), dict(id=str))],
+    journal=[lambda path: data_prep.Journal(path, dict(n=2))],
     model=[load_and_generate],
 )
 
