@@ -1847,6 +1847,7 @@ class Journal:
                 row = require(parse(where, line), ["key"], where)
                 good = row.keys() <= {"key", "outcome", "asked", "replies"}
                 good = good and isinstance(row.get("outcome", {}), dict)
+                good = good and isinstance(row.get("asked", ""), str)
                 replies = row.get("replies", [])
                 good = good and isinstance(replies, list)
                 if not (good and all(is_reply(reply) for reply in replies)):

@@ -5,8 +5,7 @@
 
 kills: SIGKILL in random functions, resumed after each; log, weights and state must be bit-equal
 to a run undisturbed. Of two ranks one is killed, the other must end with one line. fuzz: each case
-damages one good file; every reader takes it, or raises one line that names it.
-"""
+damages one good file; every reader takes it, or raises one line that names it."""
 
 import contextlib
 import faulthandler
