@@ -1306,8 +1306,13 @@ def prompt_ids(row: dict, tokenizer, cfg: Config) -> list[int]:
         if system or cfg.system:
             messages.insert(0, dict(role="system", content=system or unescaped(cfg.system)))
         options = json_object(cfg.chat_template_kwargs)
-        options |= dict(tokenize=True, return_dict=False, truncation=False)
-        options |= dict(add_generation_prompt=True, strftime_now=ONE_DAY.strftime)
+        options |= dict(
+            tokenize=True,
+            return_dict=False,
+            truncation=False,
+            add_generation_prompt=True,
+            strftime_now=ONE_DAY.strftime,
+        )
         try:
             return tokenizer.apply_chat_template(messages, **options)
         except Exception as e:  # whatever the template raises
@@ -1701,6 +1706,17 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def majority(answers: list[str | None]) -> int | None:
+    """Index of the first response with the most frequent answer; None if there is no answer.
+    NOT IN PAPER."""
+    votes = {}  # index of the first answer of its kind -> votes
+    for i, answer in enumerate(answers):
+        if answer is not None:
+            first = next((j for j in votes if verify.is_equal(answer, answers[j])), i)
+            votes[first] = votes.get(first, 0) + 1
+    return max(votes, key=votes.get, default=None)
+
+
 def grouped(values, n: int) -> list[list]:
     """Consecutive values, n per problem -> one list per problem."""
     return [list(values[i : i + n]) for i in range(0, len(values), n)]
@@ -1714,6 +1730,8 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
     value, error = mean_and_error(right)
     answers = [r.behaviour["answer"] for r in rollouts]
     ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
+    elected = [majority(group) for group in grouped(answers, samples)]
+    votes = [[i is not None and group[i]] for i, group in zip(elected, right)]
     chances = []
     for i in range(samples.bit_length()):
         k = 2**i
@@ -1731,6 +1749,7 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
         **means(rollouts),
         ungradable=float(np.mean(ungradable)),
         pass_at_k=chances,
+        majority=mean_and_error(votes),
     )
     if not (cfg.test or cfg.data or cfg.benchmarks):
         result["habits"] = data_prep.habit_shares([record_of(r) for r in rollouts])
