@@ -68,6 +68,7 @@ ENV = os.environ | {
     "HF_HUB_OFFLINE": "1",
 }  # of the processes that tests start
 SMALL = dict(layers=1, width=64)  # of the embedded model, for runs that begin with random weights
+zipped = partial(gzip.compress, mtime=0)  # the same bytes, and names of tests, in every process
 torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, too: processes inherit it
 
@@ -2920,7 +2921,7 @@ def test_logs_before_the_first_checkpoint_are_set_aside(guess, whole_sft, tmp_pa
 def test_a_broken_gzip_log_keeps_its_whole_rows(tmp_path):
     path = tmp_path / "rollouts.jsonl.gz"
     rows = [json.dumps(dict(step=i, text="x" * 50)).encode() + b"\n" for i in range(6)]
-    members = [gzip.compress(row) for row in rows]
+    members = [zipped(row) for row in rows]
     path.write_bytes(b"".join(members[:5]) + members[5][:-9])
     t1.cut_log(path, path, lambda row: row["step"] < 4, tmp_path / "aside")
     assert gzip.decompress(path.read_bytes()) == b"".join(rows[:4])
@@ -3356,7 +3357,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
         "noanswer.jsonl": ROW + b'\n{"problem": "x", "answer": " "}\n',
         "noresponse.jsonl": b'{"problem": "x"}\n',
         "latin.jsonl": b'{"problem": "caf\xe9"}\n',
-        "cut.jsonl.gz": gzip.compress(ROW * 100)[:-20],
+        "cut.jsonl.gz": zipped(ROW * 100)[:-20],
         "twice.jsonl": ROW.replace(b"{", b'{"problem": "a", ', 1),
     }
     for name, content in files.items():
@@ -3402,8 +3403,8 @@ def test_a_corrected_mistake_works(tmp_path, monkeypatch):
         b"\xef\xbb\xbf" + ROW,
         ROW + b"\r\n\r\n" + ROW + b"\r\n",
         b"\n \n" + ROW,
-        gzip.compress(ROW),
-        gzip.compress(ROW + b"\n") + gzip.compress(ROW),
+        zipped(ROW),
+        zipped(ROW + b"\n") + zipped(ROW),
         ROW.replace(b"What", b"\\ud83d\\ude00 \\u0000 \\u2028 \xe2\x80\xa8 \\\\ud800"),
         ROW[:-1] + b', "id": 7, "messages": [{"a": null}], "level": 1.5}',
     ],
@@ -3460,11 +3461,11 @@ def test_parquet_and_folders_are_read_as_jsonl_is(tmp_path):
         (ROW.replace(b'"2"', b"[" * 100_000), "row 1: not JSON .maximum recursion"),
         (ROW.replace(b"What", b"a\0b"), "row 1: not JSON .Invalid control character"),
         (
-            gzip.compress((b" " * 1023 + b"\n") * (17 << 10)),
+            zipped((b" " * 1023 + b"\n") * (17 << 10)),
             "row .*: the gzip file grows to more than 200 times",
         ),
-        (gzip.compress(b"x" * (17 << 20)), "row 1: longer than 16 MiB"),
-        (gzip.compress(ROW)[:-3], "cannot be read as jsonl .*Compressed file ended"),
+        (zipped(b"x" * (17 << 20)), "row 1: longer than 16 MiB"),
+        (zipped(ROW)[:-3], "cannot be read as jsonl .*Compressed file ended"),
         (b"", "no rows"),
     ],
 )
@@ -3589,12 +3590,12 @@ def test_a_row_is_the_same_in_every_kind_of_file(tmp_path):
     writer.writerows(rows)
     files = {
         "a.jsonl": text,
-        "a.jsonl.gz": gzip.compress(text),
+        "a.jsonl.gz": zipped(text),
         "a.json": json.dumps(rows, indent=1).encode(),
-        "a.json.gz": gzip.compress(json.dumps(rows).encode()),
+        "a.json.gz": zipped(json.dumps(rows).encode()),
         "lines.json": text,
         "a.csv": table.getvalue().encode("utf-8-sig"),
-        "a.csv.gz": gzip.compress(table.getvalue().encode()),
+        "a.csv.gz": zipped(table.getvalue().encode()),
     }
     read = {}
     for name, content in files.items():
@@ -5633,7 +5634,7 @@ def test_verify_command_line(tmp_path, capsys):
         rows.write_bytes(good + bad)
         code, out, err = command("--jsonl", str(rows))
         assert code == 2 and "rows.jsonl, " + says in err and err.count("\n") == 1
-    rows.write_bytes(gzip.compress(good)[:-3])
+    rows.write_bytes(zipped(good)[:-3])
     code, out, err = command("--jsonl", str(rows))
     assert code == 2 and "rows.jsonl" in err and err.count("\n") == 1
 
@@ -5979,9 +5980,7 @@ def test_data_curate_is_the_same_for_all_processes_and_formats(tmp_path, monkeyp
     rows = pool_rows(700)
     results = []
     bench = jsonl(Path("bench.jsonl"), [{"problem": rows[1]["problem"], "answer": "1"}])
-    Path("numina.jsonl.gz").write_bytes(
-        gzip.compress(jsonl(Path("numina.jsonl"), rows).read_bytes())
-    )
+    Path("numina.jsonl.gz").write_bytes(zipped(jsonl(Path("numina.jsonl"), rows).read_bytes()))
     pq.write_table(pa.Table.from_pylist(rows), "numina.parquet", row_group_size=64)
     for name, processes in (
         ("numina.jsonl", 1),
@@ -6091,7 +6090,7 @@ ONE = b'{"id": "a", "problem": "What is 1+1 then?", "answer": "2"}\n'
         (
             "--numina",
             "cut.jsonl.gz",
-            gzip.compress(ONE * 2000)[:100],
+            zipped(ONE * 2000)[:100],
             "cut.jsonl.gz: cannot be read",
         ),
         ("--numina", "no.parquet", b"not parquet", "no.parquet: cannot be read as parquet"),
