@@ -10,10 +10,10 @@ entropy bonus + a KL to a moving anchor + reward -1 for unexpected patterns.
 
 The objective, with P prompts per step and K samples per prompt:
 
-  A_i  = LOO(r'_i) - beta (d_i - mean_K d)   d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x)
+  A_i  = LOO(r'_i - beta d_i)                d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x)
   loss = -(1/N) sum_i sum_t [ A_i log pi_theta(y_it | x, y_i<t) + alpha H(pi_theta(. | x, y_i<t)) ]
 
-LOO is leave-one-out: a reward minus the mean of the other K-1. r' is 1 (right), 0 (wrong) or -1
+LOO is leave-one-out: a value minus the mean of the other K-1. r' is 1 (right), 0 (wrong) or -1
 (over-long, repetitive or garbled). One update per batch: no PPO ratio or clip, no value network.
 
 Letters: B = P*K responses, T positions, N generated tokens of the whole batch over all ranks, V
@@ -116,7 +116,6 @@ class Method:
     rl_steps: int = knob(60, "updates", "not stated", "rl")
     entropy_coef: float = knob(1e-3, "alpha of the entropy bonus", "not stated", "rl", zero=True)
     kl_coef: float = knob(2e-4, "beta, weight of the KL in the advantage", "2e-4", "rl", zero=True)
-    kl_center: bool = knob(True, "subtract the prompt's mean KL", "true", "rl")
     ema_decay: float = knob(0.95, "anchor's decay; 1: fixed", "not stated", "rl", zero=True)
     penalties: bool = knob(True, "reward -1 for unexpected patterns", "true")
     repeat_ngram: int = knob(8, "repetition: a block of this many tokens ...", "not stated")
@@ -137,48 +136,57 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
     A baseline without the sample itself adds no bias (the 1/N of the loss does, of order 1/B). GRPO
     divides by the standard deviation of the group and T1 does not: the division gives most weight
-    to prompts that are nearly always or nearly never solved."""
+    to prompts that are nearly always or nearly never solved.
+
+    The KL is a part of the reward, r' - beta d, because E[d grad log pi] is the gradient of
+    KL(pi || pi_ref), while that of the sampled d itself, E[grad log pi], is zero. Leave-one-out is
+    T1's on-policy KL normalisation: the mean d of a prompt has no gradient in expectation and would
+    only add variance."""
     K = rewards.shape[1]
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (K - 1)  # (P, K)
     return rewards - baseline
 
 
-def center_kl(kl: torch.Tensor) -> torch.Tensor:
-    """(P, K) -> (P, K): d_i - mean_K d, the on-policy KL normalisation (section 2).
-
-    The KL is part of the reward because E[d grad log pi] is the gradient of KL(pi || pi_ref), while
-    the gradient of the sampled d itself, E[grad log pi], is zero. It is centred because a constant
-    has no gradient in expectation: it only adds variance. Centring equals leave-one-out with
-    beta * (K-1)/K."""
-    return kl - kl.mean(1, keepdim=True)
-
-
-def log_softmax_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
+def log_softmax_min_p(logits: torch.Tensor, min_p: float, keep=None) -> torch.Tensor:
     """(n, V) logits -> (n, V) log-probs; -inf for tokens less likely than min_p times the
-    likeliest, the others renormalised."""
+    likeliest, the others renormalised. The tokens `keep` (n,) stay."""
     logp = logits.log_softmax(-1)
     if min_p <= 0:
         return logp
-    threshold = logp.amax(-1, keepdim=True) + math.log(min_p)
-    return logp.masked_fill(logp < threshold, -math.inf).log_softmax(-1)
+    dropped = logp < logp.amax(-1, keepdim=True) + math.log(min_p)
+    if keep is not None:
+        dropped.scatter_(1, keep[:, None], False)
+    return logp.masked_fill(dropped, -math.inf).log_softmax(-1)
+
+
+def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: float):
+    """hidden (n, D), lm_head (V, D), targets (n,) -> log pi(y_t) and the exact entropy H_t, (n,)
+    each, in float32.
+
+    NOT IN PAPER: pi is the sampled distribution everywhere, at its temperature and min-p. A target
+    is always on its support: rounding, or the anchor's own support, may exclude it."""
+    dtype = torch.promote_types(lm_head.dtype, torch.float32)
+    logits = hidden.to(dtype) @ lm_head.to(dtype).T / temperature  # (n, V)
+    logp = log_softmax_min_p(logits, min_p, keep=targets)  # (n, V)
+    p_logp = logp.exp() * logp.masked_fill(logp.isinf(), 0)  # (n, V); 0 log 0 = 0
+    return logp.gather(1, targets[:, None])[:, 0], -p_logp.sum(-1)
+
+
+def paper_loss(logprob, entropy, advantages, weights, entropy_coef: float):
+    """-sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N: (n,) each -> scalar (section 2). H is
+    differentiated at the sampled prefixes; how the policy could reach others is left out, as in the
+    paper."""
+    return -(weights * (advantages * logprob + entropy_coef * entropy)).sum()
 
 
 def policy_loss_reference(
     hidden, lm_head, targets, advantages, weights, entropy_coef=0.0, temperature=1.0, min_p=0.0
 ):
-    """The paper's loss in plain torch: -sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N.
-
-    hidden (n, D), lm_head (V, D); targets, advantages, weights (n,) -> scalar. H is differentiated
-    at the sampled prefixes; how the policy could reach other prefixes is left out, as in the paper.
-    NOT IN PAPER: pi is the sampled distribution everywhere, at its temperature and min-p. This form
-    holds several (n, V) tensors: 12 GB at n = 4,096 and V = 151,936. `policy_loss` computes the
-    same in chunks, for training."""
-    logits = (hidden @ lm_head.T).float() / temperature  # (n, V)
-    logp = log_softmax_min_p(logits, min_p)  # (n, V)
-    logprob = logp.gather(1, targets[:, None])[:, 0]  # (n,)
-    p_logp = logp.exp() * logp.masked_fill(logp.isinf(), 0)  # (n, V); 0 log 0 = 0
-    entropy = -p_logp.sum(-1)  # (n,) exact: over the whole vocabulary
-    return -(weights * (advantages * logprob + entropy_coef * entropy)).sum()
+    """The loss in plain torch: hidden (n, D), lm_head (V, D); targets, advantages, weights (n,) ->
+    scalar. It trains where its (n, V) tensors are small. Elsewhere (12 GB at n = 4,096 and V =
+    151,936) `policy_loss` computes the same in chunks."""
+    logprob, entropy = logprob_and_entropy(hidden, lm_head, targets, temperature, min_p)
+    return paper_loss(logprob, entropy, advantages, weights, entropy_coef)
 
 
 @torch.no_grad()
@@ -189,11 +197,13 @@ def ema_update_(anchor, policy, decay: float):
         local(a).lerp_(local(p).to(a.dtype), 1 - decay)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine from the peak down to a tenth of it.
-    NOT IN PAPER: the warm-up, the last tenth, and any decay in RL."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int, constant=False) -> float:
+    """Linear warm-up, then a cosine from the peak down to a tenth of it (SFT), or the peak (RL).
+    NOT IN PAPER: the warm-up, the last tenth, and that RL's rate does not fall."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    if constant:
+        return peak
     angle = math.pi * (step - warmup) / max(1, steps - warmup)
     return peak * (0.55 + 0.45 * math.cos(angle))
 
@@ -360,13 +370,12 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
     # 3. KL to the moving anchor: d = log pi - log pi_ref.
     kl = kl_to_anchor(anchor, rollouts, cfg).view(P, K)
 
-    # 4. Advantage: leave-one-out reward minus centred KL.
-    kl_term = center_kl(kl) if cfg.kl_center else kl
-    advantages = rloo_advantages(rewards) - cfg.kl_coef * kl_term  # (P, K)
+    # 4. Advantage: the reward minus beta KL, leave-one-out.
+    advantages = rloo_advantages(rewards - cfg.kl_coef * kl)  # (P, K)
 
     # 5. One update on exactly these samples: -(1/N) sum_t [A log pi + alpha H].
     sums = accumulate_gradient(policy, rollouts, advantages.flatten(), cfg)
-    lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
+    lr = learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup, constant=True)
     norm = update(policy, optimizer, lr, cfg)
 
     # 6. The anchor follows the policy.
@@ -584,6 +593,9 @@ class Policy(torch.nn.Module):
         weight = self.lm.get_output_embeddings().weight[: self.vocabulary]
         return weight.bfloat16() if self.bfloat16 and weight.is_cuda else weight
 
+    def pack(self, rows: "list[Row]") -> "Packed":
+        return pack(rows, self.device, ragged=self.bfloat16 and self.device.type == "cuda")
+
     def forward(self, batch: "Packed") -> torch.Tensor:
         """-> (N, D), the hidden states that predict the response tokens. transformers hands `pack`
         on to `attention`."""
@@ -599,49 +611,59 @@ class Policy(torch.nn.Module):
 
 @dataclass
 class Packed:
-    """Rows end to end, without padding: n tokens, of which N predict a response token. Example of
-    two rows, prompts a b and d, responses c E and e E; the last token of a row predicts nothing:
+    """Rows end to end, without padding: n tokens, of which N predict a response token. The prompt
+    of consecutive rows stands once; each response attends to it and to itself. Example of three
+    rows that share the prompt a b, with responses c d E, e E and f E; the last token of a row
+    predicts nothing:
 
-        ids      a b c d e        position  0 1 2 0 1
-        predict  1 2 3 4          targets   c E e E       to_grid  0 1 2 / 3 4 4"""
+        ids      a b c d e f         position  0 1 2 3 2 2
+        predict  1 2 3  1 4  1 5     targets   c d E  e E  f E
+        spread   0 1 2 3 / 0 1 4 4 / 0 1 5 5"""
 
-    ids: torch.Tensor  # (1, n) without each row's last token
+    ids: torch.Tensor  # (1, n)
     position: torch.Tensor  # (1, n) place in its row
     predict: torch.Tensor  # (N,) places in 0..n-1 that predict the response tokens
     targets: torch.Tensor  # (N,) response tokens, the end token included
-    to_grid: torch.Tensor  # (B * T,) token of each cell of a (B, T) grid; short rows repeat a token
-    to_packed: torch.Tensor  # (n,) cell of each token
+    spread: torch.Tensor  # (cells,) the token of each cell of `attention`
+    collect: torch.Tensor  # (n,) the first cell of each token
     bounds: torch.Tensor  # (B + 1,) int32, where each row begins, and the end
     shape: tuple[int, int]  # (B, T), T the longest row
+    ragged: bool  # cells are the rows end to end; else a (B, T) grid: short rows repeat a token
 
 
-def pack(rows: list[Row], device) -> Packed:
-    lengths = np.array([len(prompt) + len(response) - 1 for prompt, response in rows])  # (B,)
-    bounds = np.cumsum([0, *lengths])  # (B + 1,)
-    B = len(rows)
-    T = int(lengths.max())
-    ids = [(prompt + response)[:-1] for prompt, response in rows]
-    position = np.concatenate([np.arange(length) for length in lengths])
+def pack(rows: list[Row], device, ragged: bool = False) -> Packed:
+    ids = []
+    position = []
     predict = []
-    for start, (prompt, response) in zip(bounds, rows):
-        predict.append(start + len(prompt) - 1 + np.arange(len(response)))
-    column = np.minimum(np.arange(T), lengths[:, None] - 1)  # (B, T)
+    targets = []
+    places = []  # of the tokens of each row
+    for prompt, group in itertools.groupby(rows, key=lambda row: row[0]):
+        shared = range(len(ids), len(ids) + len(prompt))
+        ids += prompt
+        position += range(len(prompt))
+        for _, response in group:
+            place = [*shared, *range(len(ids), len(ids) + len(response) - 1)]
+            ids += response[:-1]
+            position += range(len(prompt), len(place))
+            predict += place[len(prompt) - 1 :]
+            targets += response
+            places.append(place)
+    lengths = [len(place) for place in places]
+    T = max(lengths)
+    if not ragged:
+        places = [np.pad(place, (0, T - len(place)), mode="edge") for place in places]
+    spread = np.concatenate(places)
     arrays = dict(
-        ids=np.concatenate(ids)[None],
-        position=position[None],
-        predict=np.concatenate(predict),
-        targets=np.concatenate([response for _, response in rows]),
-        to_grid=(bounds[:-1, None] + column).ravel(),
-        to_packed=np.repeat(np.arange(B), lengths) * T + position,
-        bounds=bounds.astype(np.int32),
+        ids=[ids],
+        position=[position],
+        predict=predict,
+        targets=targets,
+        spread=spread,
+        collect=np.unique(spread, return_index=True)[1],
+        bounds=np.cumsum([0, *lengths], dtype=np.int32),
     )
-    tensors = {name: torch.as_tensor(x, device=device) for name, x in arrays.items()}
-    return Packed(**tensors, shape=(B, T))
-
-
-def grid_of(x, pack: Packed):
-    """(n, H, Dh) -> (B, H, T, Dh)"""
-    return x.index_select(0, pack.to_grid).unflatten(0, pack.shape).transpose(1, 2)
+    tensors = {name: torch.as_tensor(np.asarray(x), device=device) for name, x in arrays.items()}
+    return Packed(**tensors, shape=(len(rows), T), ragged=ragged)
 
 
 # What transformers may pass on to an attention and `attention` does not compute.
@@ -666,24 +688,22 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         return out.reshape(-1, 1, heads, v.shape[3]), None
     if pack is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (n, H, Dh) each
-        if q.is_cuda and torch.is_autocast_enabled("cuda"):
-            q = q.bfloat16()
+        q, k, v = (x[0].transpose(0, 1).index_select(0, pack.spread) for x in (q, k, v))
+        if pack.ragged:
+            q = q.bfloat16()  # (cells, H, Dh)
             k = k.bfloat16()
             v = v.bfloat16()
             rows = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
             causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
-            return varlen_attn(q, k, v, *rows, **causal)[None], None
-        # Elsewhere rows are laid out as a padded (B, T) grid. Padding comes last, so that the
-        # causal mask hides it.
-        q = grid_of(q, pack)
-        k = grid_of(k, pack)
-        v = grid_of(v, pack)
+            out = varlen_attn(q, k, v, *rows, **causal)
+            return out.index_select(0, pack.collect)[None], None
+        # Else rows are a padded (B, T) grid. Padding comes last, so that the causal mask hides it.
+        q, k, v = (x.unflatten(0, pack.shape).transpose(1, 2) for x in (q, k, v))
     gqa = heads != kv_heads
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
     out = out.transpose(1, 2)  # (B, T, Hq, Dh)
     if pack is not None:
-        out = out.flatten(0, 1).index_select(0, pack.to_packed)[None]  # (1, n, Hq, Dh)
+        out = out.flatten(0, 1).index_select(0, pack.collect)[None]  # (1, n, Hq, Dh)
     return out, None
 
 
@@ -691,18 +711,26 @@ transformers.AttentionInterface.register("t1", attention)
 
 
 def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], float]]:
-    """Row indices sorted by length and cut where the token budget is full, each group with weight
-    1. Sharded layers are gathered by all ranks together, so all run the same number of
-    micro-batches: a rank with fewer repeats its shortest row with weight 0."""
+    """Row indices in groups of up to `most` tokens, each with weight 1. Rows stand by length, and
+    those of one prompt whose lengths have the same power of two stand together. Sharded layers are
+    gathered by all ranks together, so all run the same number of micro-batches: a rank with fewer
+    repeats its shortest row with weight 0."""
     sizes = [len(prompt) + len(response) for prompt, response in rows]
+    pieces = {}
+    for i in sorted(range(len(rows)), key=sizes.__getitem__):
+        pieces.setdefault((tuple(rows[i][0]), sizes[i].bit_length()), []).append(i)
     groups = []
     room = 0
-    for i in sorted(range(len(rows)), key=sizes.__getitem__):
-        if sizes[i] > room:
-            groups.append([])
-            room = most  # a longer row stands alone
-        groups[-1].append(i)
-        room -= sizes[i]
+    for piece in sorted(pieces.values(), key=lambda piece: sizes[piece[-1]]):
+        shared = 0  # tokens of the prompt, if it stands in the group
+        for i in piece:
+            if sizes[i] - shared > room:
+                groups.append([])
+                room = most  # a longer row stands alone
+                shared = 0
+            groups[-1].append(i)
+            room -= sizes[i] - shared
+            shared = len(rows[i][0])
     result = [(group, 1.0) for group in groups]
     if isinstance(policy, FSDPModule):
         for _ in range(max(gather([len(groups)])) - len(groups)):
@@ -729,7 +757,7 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
     gaps = [torch.zeros(0)]
     with clock("gradient"), all_ranks_or_none():
         for group, real in micro_batches(policy, rows, cfg.micro_tokens):
-            packed = pack([rows[i] for i in group], policy.device)
+            packed = policy.pack([rows[i] for i in group])
             sizes = torch.tensor([len(rows[i][1]) for i in group])
             which = [mine[i] for i in group]
             A = advantages[which].repeat_interleave(sizes).to(policy.device)  # (N,)
@@ -768,7 +796,7 @@ def response_logprobs(policy, rows: list[Row], cfg, temperature: float = 1.0, mi
     """log pi(y_t | x, y_<t) of each row's response: a list of (T,) tensors, float32, on the CPU."""
     result = [torch.zeros(0)] * len(rows)
     for group, _ in micro_batches(policy, rows, cfg.micro_tokens):
-        batch = pack([rows[i] for i in group], policy.device)
+        batch = policy.pack([rows[i] for i in group])
         hidden = policy(batch)
         options = (temperature, min_p)
         logprob, _ = token_logprobs_and_entropy(hidden, policy.head, batch.targets, *options)
@@ -969,13 +997,18 @@ def policy_loss(
     temperature: float = 1.0, min_p: float = 0.0, sampler_logprobs=None, tis_cap: float = 0.0,
     chunk: int = 0,
 ):  # fmt: skip
-    """`policy_loss_reference` in chunks -> loss; log-probs and entropies (n,), without gradient.
+    """`policy_loss_reference` -> loss; log-probs and entropies (n,), without gradient. It is that
+    very function where all positions fit one chunk, else the same chunk by chunk.
 
     Log-probs and entropy are float32 whatever the dtype of hidden and lm_head.
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
     constant in the gradient. The prefixes stay mu's, which leaves a bias; the cap limits noise. The
     loss that is returned is without these weights."""
+    if len(_chunks(hidden, lm_head, chunk)) == 1 and not tis_cap:
+        logprob, entropy = logprob_and_entropy(hidden, lm_head, targets, temperature, min_p)
+        loss = paper_loss(logprob, entropy, advantages, weights, entropy_coef)
+        return loss, logprob.detach(), entropy.detach()
     a = advantages * weights
     b = entropy_coef * weights
     options = (temperature, min_p, chunk, sampler_logprobs, tis_cap)
@@ -1185,10 +1218,10 @@ class Config(Method):
 
 
 PAPER = dict(
-    max_prompt=1024, max_new=8192, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
-    compile=True, offload=True, tis_cap=2.0, keep=2, keep_every=550, k=64, weight_decay=0.1,
-    sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=1875, rl_save_every=10, temperature=1.2,
-    ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192",
+    max_prompt=1024, max_new=10240, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
+    compile=True, offload=True, tis_cap=2.0, keep=2, keep_every=78, k=64, weight_decay=0.1,
+    sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=260, rl_save_every=13, temperature=1.2,
+    ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192,10240",
     answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
@@ -1198,12 +1231,13 @@ PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on
     answer_tokens=64,
 )  # fmt: skip
 GLM_BUDGETS = "1024,2048,4096,7040"  # the context is 8,192 tokens
+LONG_BUDGETS = "1024,2048,4096,8192,16384"
 PRESETS = {
     "tiny": {},
     "pretrained": PRETRAINED,
     "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf", max_new=7168, budgets=GLM_BUDGETS),
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
-    "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B"),
+    "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B", max_new=16384, budgets=LONG_BUDGETS),
 }
 TINY = dict(layers=3, width=128)  # of the embedded model
 BENCHMARKS = Path("benchmarks")  # written by data_prep.py benchmarks
@@ -2221,7 +2255,7 @@ def what_differs(policy, tokenizer, cfg: Config) -> str:
     if fault:
         return fault
     ids = tokenizer(PROBE_TEXT).input_ids[:64]
-    rows = [(ids[:3], ids[3:9]), (ids[2:4], ids[4:16]), (ids[:6], ids[6:])]
+    rows = [(ids[:3], ids[3:9]), (ids[:3], ids[4:16]), (ids[:6], ids[6:])]
     cfg = dataclasses.replace(cfg, micro_tokens=10**6)  # one pack
     for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own dtype last: it stays
         policy.bfloat16 = dtype == "bfloat16"
@@ -2240,7 +2274,7 @@ def what_differs(policy, tokenizer, cfg: Config) -> str:
         if gaps.mean() > mean or gaps.max() > largest:
             return f"log-probs of packed rows are {gaps.max():.2g} nats off in {dtype}"
         if not policy.bfloat16:
-            batch = pack(rows, policy.device)
+            batch = policy.pack(rows)
             batch.position[0, -1] = longest - 1
             far, _ = token_logprobs_and_entropy(policy(batch), policy.head, batch.targets)
             if (far.cpu() - ours)[:-1].abs().max() > largest:
@@ -3170,9 +3204,26 @@ def all_ranks_agree(error: Stop | None = None):
 
 
 def share_of_rank(rollouts: list[Rollout]) -> list[int]:
-    """Indices of the responses that this rank trains on: about the same tokens on each rank."""
-    lengths = [len(r.problem.prompt) + len(r.ids) for r in rollouts]
-    return deal(lengths, world())[rank()]
+    """Indices of the responses that this rank trains on. Those to one prompt stay together where no
+    rank then has 2 % more tokens than the mean; else they are split in 2, 4, ... pieces."""
+    of_prompt = {}
+    for i, r in enumerate(rollouts):
+        of_prompt.setdefault(id(r.problem), []).append(i)
+    pieces = 1
+    while True:
+        items = []
+        for group in of_prompt.values():
+            group.sort(key=lambda i: len(rollouts[i].ids))
+            items += [group[j::pieces] for j in range(min(pieces, len(group)))]
+        work = []
+        for item in items:
+            prompt = rollouts[item[0]].problem.prompt
+            work.append(len(prompt) + sum(len(rollouts[i].ids) for i in item))
+        parts = deal(work, world())
+        loads = [sum(map(work.__getitem__, part)) for part in parts]
+        if max(loads) * world() <= 1.02 * sum(work) or len(items) == len(rollouts):
+            return sorted(itertools.chain(*[items[k] for k in parts[rank()]]))
+        pieces *= 2
 
 
 def by_problem(rollouts: list[Rollout]) -> list[list[Rollout]]:

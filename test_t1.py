@@ -317,10 +317,10 @@ def test_the_walkthrough_is_true():
     rewards = numbers("rewards")[None]
     d = numbers("d")[None]
     beta = float(re.search(r"beta = (\S+)", page)[1])
-    A = t1.rloo_advantages(rewards) - beta * (d - d.mean())
+    A = t1.rloo_advantages(rewards - beta * d)
     assert torch.allclose(A, numbers("A")[None], atol=1e-4)
     loss = numbers("the loss by `policy_loss_reference`")
-    assert torch.allclose(loss, numbers("the loss by `policy_loss`, in chunks"), atol=2e-6)
+    assert torch.allclose(loss, numbers("the loss by `policy_loss`, in chunks of 50"), atol=2e-6)
     change = numbers("after") - numbers("before")
     assert torch.allclose(change, numbers("change"), atol=2e-4)
     assert (A[0] * change).sum() > 0
@@ -344,11 +344,6 @@ def test_leave_one_out_is_the_double_loop():
     assert torch.allclose(t1.rloo_advantages(r), 7 / 6 * (r - r.mean(1, keepdim=True)), atol=1e-12)
 
 
-def test_centred_kl():
-    kl = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
-    assert torch.equal(t1.center_kl(kl), torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]]))
-
-
 def plain_distribution(hidden, head, temperature, min_p):
     """Softmax at the temperature, renormalised on the min-p support, written plainly. (n, V)"""
     p = (hidden @ head.T / temperature).softmax(-1)
@@ -367,8 +362,8 @@ def plain_stats(hidden, head, targets, temperature, min_p):
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.0), (0.8, 0.3)])
 def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
     """All K-tuples of the nine responses of a language of 3 tokens and length 2: the mean gradient
-    of the loss is that of -(1/N) [K E r - beta (K-1) KL + alpha K sum_t E H_t], with the prefixes
-    of H held fixed."""
+    of the loss is that of -(1/N) K [E r - beta KL + alpha sum_t E H_t], with the prefixes of H held
+    fixed."""
     K, beta, alpha, D = 3, 0.3, 0.2, 4
     torch.manual_seed(1)
     contexts = doubles(
@@ -387,16 +382,14 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
         a, b = responses[i]
         d[i] = prob[i].log() - reference[0, a] - reference[1 + a, b]
     entropy = -torch.special.xlogy(p, p.clamp_min(1e-300)).sum(-1)  # (4,)
-    exact = K * sum(prob[i] * reward[i] for i in live) - beta * (K - 1) * sum(
-        prob[i] * d[i] for i in live
-    )
-    exact = -(exact + alpha * K * (entropy[0] + (p[0].detach() * entropy[1:]).sum())) / (2 * K)
+    value = sum(prob[i] * (reward[i] - beta * d[i]) for i in live)
+    exact = -(value + alpha * (entropy[0] + (p[0].detach() * entropy[1:]).sum())) / 2
     oracle = torch.autograd.grad(exact, (contexts, head))
 
     estimate = [torch.zeros_like(contexts), torch.zeros_like(head)]
     for drawn in itertools.product(live, repeat=K):
         kl = torch.stack([d[i].detach() for i in drawn])[None]
-        A = t1.rloo_advantages(reward[list(drawn)][None]) - beta * t1.center_kl(kl)
+        A = t1.rloo_advantages(reward[list(drawn)][None] - beta * kl)
         rows = [0 if t == 0 else 1 + responses[i][0] for i in drawn for t in range(2)]
         targets = torch.tensor([responses[i][t] for i in drawn for t in range(2)])
         A = A[0].repeat_interleave(2)
@@ -408,6 +401,42 @@ def test_estimator_is_the_gradient_of_the_exact_objective(temperature, min_p):
             total += g * math.prod(prob[i].item() for i in drawn)
     for ours, theirs in zip(estimate, oracle):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_shared_prompt_gives_the_gradient_of_the_exact_objective(tiny):
+    """The same by `accumulate_gradient` on a real model of three ids, K = 2 responses to a prompt
+    that stands once in the pack."""
+    K, beta, alpha = 2, 0.3, 0.2
+    cfg = config("--entropy-coef", alpha, "--temperature", 1.3)
+    policy = copy.deepcopy(tiny.policy)
+    policy.vocabulary = 3
+    prompt = [1, 2, 0, 1]
+    responses = [list(ids) for ids in itertools.product(range(3), repeat=2)]
+    torch.manual_seed(2)
+    reward = torch.randn(9)
+    reference = torch.randn(9)
+
+    ids = torch.tensor([prompt + ids for ids in responses])
+    logp = (policy.lm(ids).logits[:, 3:5, :3] / 1.3).log_softmax(-1)  # (9, 2, 3)
+    entropy = -(logp.exp() * logp).sum(-1)  # (9, 2)
+    logprob = logp.gather(2, torch.tensor(responses)[:, :, None])[:, :, 0].sum(1)  # (9,)
+    prob = logprob.exp()
+    d = logprob - reference
+    held = entropy[0, 0] + (prob.detach() * entropy[:, 1]).sum()
+    exact = -((prob * (reward - beta * d)).sum() + alpha * held) / 2
+    wrt = [p for p in policy.parameters() if p.requires_grad]
+    oracle = torch.cat([g.flatten() for g in torch.autograd.grad(exact, wrt)])
+
+    estimate = torch.zeros_like(oracle)
+    problem = t1.Problem({}, prompt)
+    for drawn in itertools.product(range(9), repeat=K):
+        rollouts = [t1.Rollout(problem, ids=responses[i]) for i in drawn]
+        value = (reward - beta * d.detach())[list(drawn)][None]
+        policy.zero_grad()
+        t1.accumulate_gradient(policy, rollouts, t1.rloo_advantages(value)[0], cfg)
+        chance = math.prod(prob[i].item() for i in drawn)
+        estimate += chance * torch.cat([p.grad.flatten() for p in wrt])
+    assert (estimate - oracle).norm() < 1e-5 * oracle.norm()
 
 
 def head_case(seed, n=11, V=17, D=6, min_p=0.0):
@@ -450,16 +479,17 @@ def test_chunked_head_equals_full_logits(temperature, min_p, chunk):
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
 def test_the_loss_equals_its_reference(temperature, min_p):
-    """`policy_loss_reference`, which is there to be read, and `policy_loss`, which trains: same
-    value, same gradient. The reference takes float32 logits, hence the tolerance."""
+    """`policy_loss_reference`, which is there to be read, and `policy_loss` in chunks: same value,
+    same gradient. In one chunk they are one function, to the bit."""
     hidden, head, targets = head_case(12, min_p=min_p)
     A = doubles(11)
     w = torch.rand(11, dtype=torch.float64)
     args = hidden, head, targets, A, w, 0.3, temperature, min_p
     ours = t1.policy_loss(*args, chunk=4)[0]
     reference = t1.policy_loss_reference(*args)
-    assert torch.allclose(ours, reference.double(), atol=1e-6)
-    assert_same_gradient(ours, reference, (hidden, head), atol=1e-6)
+    assert torch.allclose(ours, reference, atol=1e-12)
+    assert_same_gradient(ours, reference, (hidden, head), atol=1e-12)
+    assert torch.equal(t1.policy_loss(*args)[0], reference)
 
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.05)])
@@ -606,7 +636,7 @@ def test_a_second_backward_through_the_loss_is_an_error_not_a_wrong_gradient():
     hidden = torch.randn(3, 4, requires_grad=True)
     head = torch.randn(5, 4, requires_grad=True)
     args = hidden, head, torch.arange(3), torch.ones(3), torch.ones(3)
-    loss, _, _ = t1.policy_loss(*args)
+    loss, _, _ = t1.policy_loss(*args, chunk=2)
     (3 * loss).backward(retain_graph=True)
     once = head.grad.clone()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -719,6 +749,7 @@ def gradient(policy, rows, advantages, cfg):
 
 def test_any_split_gives_the_same_gradient(tiny):
     rows = random_rows(tiny.tokenizer, 12)
+    rows[4:8] = [(rows[4][0], response) for _, response in rows[4:8]]  # of one prompt
     A = random_advantages(12)
     sums, whole = gradient(tiny.policy, rows, A, tiny.cfg)
     several = dataclasses.replace(tiny.cfg, micro_tokens=sum(len(x + y) for x, y in rows) // 4)
@@ -734,10 +765,87 @@ def test_any_split_gives_the_same_gradient(tiny):
     assert split_sums == pytest.approx(sums, rel=1e-5)
 
 
+def rows_of_three_prompts(tokenizer):
+    """Four responses to each of three prompts."""
+    rows = random_rows(tokenizer, 12, seed=7)
+    return [(rows[i // 4][0], response) for i, (_, response) in enumerate(rows)]
+
+
+def test_a_prompt_stands_once_in_the_pack(tiny):
+    """The picture in `Packed`; any split of the rows gives the same gradient and log-probs."""
+    a, b, c, d, e, f, end = range(7)
+    packed = t1.pack([([a, b], [c, d, end]), ([a, b], [e, end]), ([a, b], [f, end])], "cpu")
+    assert packed.ids.tolist() == [[a, b, c, d, e, f]]
+    assert packed.position.tolist() == [[0, 1, 2, 3, 2, 2]]
+    assert packed.predict.tolist() == [1, 2, 3, 1, 4, 1, 5]
+    assert packed.targets.tolist() == [c, d, end, e, end, f, end]
+    assert packed.spread.tolist() == [0, 1, 2, 3, 0, 1, 4, 4, 0, 1, 5, 5]
+
+    rows = rows_of_three_prompts(tiny.tokenizer)
+    prompts = {tuple(prompt): len(prompt) for prompt, _ in rows}
+    tokens = sum(prompts.values()) + sum(len(response) - 1 for _, response in rows)
+    assert t1.pack(rows, "cpu").ids.shape == (1, tokens)
+    A = random_advantages(12)
+    alone = dataclasses.replace(tiny.cfg, micro_tokens=1)
+    assert len(t1.micro_batches(tiny.policy, rows, 1)) == 12
+    sums, shared = gradient(tiny.policy, rows, A, tiny.cfg)
+    plain_sums, plain = gradient(tiny.policy, rows, A, alone)
+    assert (shared - plain).norm() < 1e-6 * plain.norm()
+    assert sums == pytest.approx(plain_sums, rel=1e-6)
+    ours = t1.response_logprobs(tiny.policy, rows, tiny.cfg)
+    theirs = t1.response_logprobs(tiny.policy, rows, alone)
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.allclose(x, y, atol=1e-5)
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget(tiny):
+    rng = random.Random(5)
+    rows = []
+    for prompt in range(9):
+        ids = [prompt] * rng.randint(1, 40)
+        rows += [(ids, [0] * rng.randint(1, 200)) for _ in range(rng.randint(1, 8))]
+    rng.shuffle(rows)
+    for most in (1, 150, 600, 10**6):
+        groups = [group for group, _ in t1.micro_batches(tiny.policy, rows, most)]
+        assert sorted(i for group in groups for i in group) == list(range(len(rows)))
+        for group in groups:
+            part = [rows[i] for i in group]
+            assert len(part) == 1 or t1.pack(part, "cpu").ids.numel() <= most
+
+
+def attention_row_by_row(
+    q, k, v, q_bounds, k_bounds, q_most, k_most, scale, window_size, enable_gqa
+):
+    """What `varlen_attn` computes, for each row of its own."""
+    assert torch.equal(q_bounds, k_bounds)
+    assert q_most == k_most == int(q_bounds.diff().max())
+    assert window_size == (-1, 0)
+    rows = []
+    for start, end in itertools.pairwise(q_bounds.tolist()):
+        row = [x[start:end].transpose(0, 1) for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *row, is_causal=True, scale=scale, enable_gqa=enable_gqa
+        )
+        rows.append(out.transpose(0, 1))
+    return torch.cat(rows)
+
+
+def test_ragged_rows_are_those_of_the_grid(tiny, monkeypatch):
+    """The layout of a GPU, with an attention that takes one row after the other."""
+    monkeypatch.setattr(t1, "varlen_attn", attention_row_by_row)
+    policy = t1.Policy(tiny.policy.lm, tiny.tokenizer, config("--dtype", "bfloat16"))
+    rows = rows_of_three_prompts(tiny.tokenizer)
+    with torch.no_grad():
+        grid = policy(t1.pack(rows, "cpu"))
+        ragged = policy(t1.pack(rows, "cpu", ragged=True))
+    assert torch.allclose(grid.float(), ragged.float(), atol=0.03)
+    assert 0 < (grid.float() - ragged.float()).norm() < 0.01 * grid.float().norm()
+
+
 def test_gradient_equals_the_library_row_by_row(tiny):
     """The loss with full logits of the library's model, row by row."""
-    rows = random_rows(tiny.tokenizer, 6, seed=4)
-    A = random_advantages(6)
+    rows = random_rows(tiny.tokenizer, 2, seed=4) + rows_of_three_prompts(tiny.tokenizer)[:6]
+    A = random_advantages(8)
     _, ours = gradient(tiny.policy, rows, A, tiny.cfg)
     plain = library_model(tiny.folder)
     N = sum(len(y) for _, y in rows)
@@ -1928,7 +2036,6 @@ def plain_steps(guess, tmp_path_factory):
     [
         ["--entropy-coef", 0.5],
         ["--kl-coef", 5.0],
-        ["--kl-center", "false"],
         ["--ema-decay", 1],
         ["--penalties", "false"],
         ["--loss-norm", "responses"],
@@ -2012,6 +2119,33 @@ def save_gradient(folder, out, *flags):
     result = dict(sums=sums, gradients=gradients, logprobs=[logprobs[i] for i in range(21)])
     if t1.rank() == 0:
         torch.save(result, out)
+
+
+def test_the_prompts_of_a_rank(monkeypatch):
+    """The responses to a prompt go to one rank where the load stays even; each response to one."""
+
+    def shares(lengths, ranks):
+        rollouts = []
+        for prompt, responses in enumerate(lengths):
+            problem = t1.Problem({}, [prompt] * 50)
+            rollouts += [t1.Rollout(problem, ids=[0] * n) for n in responses]
+        monkeypatch.setattr(t1, "world", lambda: ranks)
+        parts = []
+        for rank in range(ranks):
+            monkeypatch.setattr(t1, "rank", lambda rank=rank: rank)
+            parts.append(t1.share_of_rank(rollouts))
+        assert sorted(i for part in parts for i in part) == list(range(len(rollouts)))
+        prompts = [len({id(rollouts[i].problem) for i in part}) for part in parts]
+        return prompts, [sum(len(rollouts[i].ids) for i in part) for part in parts]
+
+    assert shares([[100] * 8] * 4, 2) == ([2, 2], [1600, 1600])
+    assert shares([[100] * 8], 2) == ([1, 1], [400, 400])
+    rng = random.Random(3)
+    lengths = [[rng.randint(200, 2000) for _ in range(64)] for _ in range(32)]
+    for ranks, most in ((8, 8), (64, 2)):
+        prompts, loads = shares(lengths, ranks)
+        assert max(loads) <= 1.03 * sum(loads) / ranks
+        assert max(prompts) <= most
 
 
 @pytest.mark.slow
@@ -3290,7 +3424,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --kl-coef nan", "--kl-coef nan: must be a finite number"),
     ("--stage rl --rl-lr inf", "--rl-lr inf"),
     ("--stage rl --repeat-count 1", "--repeat-count 1: must be at least 2"),
-    ("--stage rl --kl-center perhaps", "perhaps"),
+    ("--stage rl --penalties perhaps", "perhaps"),
     ("--stage rl --name ../other", "must be the name of one folder"),
     ("--stage rl --name ..", "must be the name of one folder"),
     ("--stage rl --vllm-tp 2", "must divide the number"),

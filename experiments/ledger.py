@@ -27,7 +27,7 @@ import torch
 import data_prep
 import experiments
 import t1
-from experiments.claims import VARIANTS, open_variants, read_records, write_ledger
+from experiments.claims import GONE, VARIANTS, open_variants, read_records, write_ledger
 
 SETTING = (
     "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8".split()
@@ -78,7 +78,7 @@ def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
     signal asked for an end. A run that cannot continue (a loss that is not finite, say) is a
     result: stopped.json says why."""
     run, variant = base / f"{name}-seed{seed}", VARIANTS[name]
-    if (run / "measures.json").exists() or (run / "stopped.json").exists():
+    if name == GONE or (run / "measures.json").exists() or (run / "stopped.json").exists():
         return True
     if not variant.traces and not run_variant(base, variant.start, seed, options):
         return False

@@ -453,7 +453,7 @@ def small_policy(cfg, layers, width, vocabulary):
 def test_plans_activations_are_what_autograd_saves(dtype):
     """Of each layer, by torch's hooks on saved tensors, distinct storages that are no parameters: a
     model wholly in the type of the run."""
-    rows = [([1], list(range(2, 129))) for _ in range(8)]
+    rows = [([i], list(range(2, 129))) for i in range(8)]
     n = sum(len(y) for _, y in rows)  # tokens that go in: the last one predicts nothing
 
     def saved(layers):
@@ -712,9 +712,9 @@ def test_packed_rows_that_see_each_other_are_further_from_float32_than_the_libra
     """The comparison can fail: with one row end forgotten, ours is far off."""
     ends = t1.pack
 
-    def forgetful(rows, device):
-        packed = ends(rows, device)
-        packed.to_grid = packed.to_grid.roll(1)
+    def forgetful(rows, device, ragged):
+        packed = ends(rows, device, ragged)
+        packed.spread = packed.spread.roll(1)
         return packed
 
     monkeypatch.setattr(t1, "pack", forgetful)
@@ -819,14 +819,14 @@ def test_help_tells_every_option(name, capsys):
 
 
 def test_options_go_to_the_stages_that_read_them():
-    options = "--seed 1 --kl-center --k=4 --kl-center false --sft_steps 3 --max-new 24"
+    options = "--seed 1 --penalties --k=4 --penalties false --sft_steps 3 --max-new 24"
     options = [*options.split(), "--budgets", "8,24"]
-    of_sft = "--seed 1 --sft_steps 3 --max-new 24 --stage sft"
+    of_sft = "--seed 1 --penalties --penalties false --sft_steps 3 --max-new 24 --stage sft"
     assert " ".join(experiments.stage_options("sft", options)) == of_sft
-    of_eval = "--seed 1 --max-new 24 --budgets 8,24 --stage eval"
+    of_eval = "--seed 1 --penalties --penalties false --max-new 24 --budgets 8,24 --stage eval"
     assert " ".join(experiments.stage_options("eval", options)) == of_eval
     of_rl = t1.parse_args(experiments.stage_options("rl", options))
-    assert (of_rl.k, of_rl.kl_center) == (4, False)
+    assert (of_rl.k, of_rl.penalties) == (4, False)
     assert (of_rl.sft_steps, of_rl.max_new) == (0, 24)
 
 

@@ -35,8 +35,7 @@ TEMPLATE = """# One step of T1, number by number
 3. `kl = kl_to_anchor(anchor, rollouts, cfg).view(P, K)`: d = log pi - log pi_ref, summed over the
    tokens of each response, in nats
    - d: {kl}
-4. `advantages = rloo_advantages(rewards) - cfg.kl_coef * kl_term`, with beta = {beta} and kl_term =
-   d - mean d
+4. `advantages = rloo_advantages(rewards - cfg.kl_coef * kl)`, with beta = {beta}
    - A: {advantages}
 5. `sums = accumulate_gradient(policy, rollouts, advantages.flatten(), cfg)`: the loss is
    -(1/N) sum [A log pi + alpha H] over N = {N} tokens, with alpha = {alpha}
@@ -45,7 +44,7 @@ TEMPLATE = """# One step of T1, number by number
    - their H: {entropies}
    - mean H of all N tokens: {mean_entropy}
    - the loss by `policy_loss_reference`: {plain}
-   - the loss by `policy_loss`, in chunks: {chunked}
+   - the loss by `policy_loss`, in chunks of 50: {chunked}
 6. `norm = update(policy, optimizer, lr, cfg)`: the gradient's norm is {norm}, the rate {lr}. The
    log pi of the responses; those that share tokens with a wrong one may fall with it
    - before: {before}
@@ -88,7 +87,7 @@ def losses(policy, rollouts, advantages, cfg) -> tuple:
     arguments = (policy(batch), policy.head, batch.targets, A, weights)
     options = (cfg.entropy_coef, cfg.temperature, cfg.min_p)
     plain = t1.policy_loss_reference(*arguments, *options)
-    return plain, *t1.policy_loss(*arguments, *options)
+    return plain, *t1.policy_loss(*arguments, *options, chunk=50)
 
 
 def numbers(values, digits: int = 4) -> str:
@@ -103,11 +102,11 @@ def page(out: str = "runs", steps: int = 10) -> str:
         if 0 < rewards.mean() < 1:
             break
     kl = t1.kl_to_anchor(anchor, rollouts, cfg).view(1, 4)
-    advantages = t1.rloo_advantages(rewards) - cfg.kl_coef * t1.center_kl(kl)
+    advantages = t1.rloo_advantages(rewards - cfg.kl_coef * kl)
     plain, chunked, logprob, entropy = losses(policy, rollouts, advantages[0], cfg)
     before = logprob_of(policy, rollouts, cfg)
     sums = t1.accumulate_gradient(policy, rollouts, advantages[0], cfg)
-    lr = t1.learning_rate(steps, cfg.rl_steps, cfg.rl_lr, cfg.warmup)
+    lr = t1.learning_rate(steps, cfg.rl_steps, cfg.rl_lr, cfg.warmup, constant=True)
     norm = t1.update(policy, optimizer, lr, cfg)
     after = logprob_of(policy, rollouts, cfg)
     t1.ema_update_(anchor, policy, cfg.ema_decay)
