@@ -896,10 +896,11 @@ def same_answer(a: str, b: str) -> bool:
 
 
 # --- curate: which rows can a rule grade? ---------------------------------------------------------
-# NOT IN PAPER: every rule below. The paper says only that answers were extracted and noisy rows
-# filtered. A rule takes a row and returns why it is rejected, or None. Each was read off rejected
-# and kept rows, and rejects at least 20 of the 29,078 rows of docs/data.md that no other rule
-# rejects; `marked_invalid` reads columns that those do not have.
+# NOT IN PAPER: every rule below. The paper extracted answers, filtered noisy rows and removed too
+# easy problems (--pass-rate); its rules are not known. A rule takes a row and returns why it is
+# rejected, or None. Each was read off rejected and kept rows, and rejects at least 20 of the 29,078
+# rows of docs/data.md that no other rule rejects; `marked_invalid` reads columns that those do not
+# have.
 
 _REPAIRS = [
     (re.compile(pattern), replacement)
@@ -1926,8 +1927,8 @@ def digest(value) -> str:
 
 # --- cot: cold-start traces (paper, section 1) ----------------------------------------------------
 # The paper's recipe: attempts of several models, a critique of each, merged into one train of
-# thought. NOT IN PAPER: the wording of the prompts, the number of attempts, and the rules by which
-# a rewritten trace is kept.
+# thought. NOT IN PAPER: the wording of the prompts, the number of attempts (notes on the paper say
+# 16), and the rules by which a rewritten trace is kept.
 
 ATTEMPT = """{problem}
 

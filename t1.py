@@ -99,7 +99,7 @@ class Method:
     """The paper's method. Defaults are the preset `tiny`'s; PAPER has those of large models."""
 
     max_prompt: int = knob(256, "longest prompt, tokens", "not stated", inherit=True)
-    max_new: int = knob(160, "longest response, tokens", "not stated", inherit=True)
+    max_new: int = knob(160, "longest response, tokens", "10240; 32B: 16384", inherit=True)
     warmup: int = knob(10, "steps of linear warm-up of the rate", "not stated", zero=True)
     weight_decay: float = knob(0.0, "AdamW's weight decay", "not stated", zero=True)
     grad_clip: float = knob(1.0, "largest gradient norm", "not stated")
@@ -113,7 +113,7 @@ class Method:
     temperature: float = knob(1.1, "of rollouts, loss and KL", "above 1; 1.2 stable", "rl")
     min_p: float = knob(0.0, "drop tokens below min_p x the likeliest", "ablated", "rl", zero=True)
     rl_lr: float = knob(2e-4, "peak learning rate", "1.5e-6", "rl")
-    rl_steps: int = knob(60, "updates", "not stated", "rl")
+    rl_steps: int = knob(60, "updates", "about 260", "rl")
     entropy_coef: float = knob(1e-3, "alpha of the entropy bonus", "not stated", "rl", zero=True)
     kl_coef: float = knob(2e-4, "beta, weight of the KL in the advantage", "2e-4", "rl", zero=True)
     ema_decay: float = knob(0.95, "anchor's decay; 1: fixed", "not stated", "rl", zero=True)
@@ -1198,7 +1198,7 @@ class Config(Method):
         "eval",
         zero=True,
     )
-    eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy", zero=True)
+    eval_temperature: float = knob(1.0, "temperature of evaluation; 0: greedy", "0", zero=True)
     benchmarks: str = knob(
         "", "instead of --test: math500, aime24, omni500, gpqa, ... from benchmarks/", "", "eval"
     )

@@ -344,6 +344,33 @@ def test_leave_one_out_is_the_double_loop():
     assert torch.allclose(t1.rloo_advantages(r), 7 / 6 * (r - r.mean(1, keepdim=True)), atol=1e-12)
 
 
+def test_kl_is_leave_one_out(tiny, monkeypatch):
+    """The advantages that `rl_step` trains with are the double loop of r' - beta d."""
+    P, K, beta = 3, 4, 0.7
+    cfg = config("--stage", "rl", "--prompts", P, "--k", K, "--kl-coef", beta, "--max-new", 2)
+    torch.manual_seed(6)
+    rewards, kl = torch.randn(2, P * K)
+    monkeypatch.setattr(t1, "judge", lambda *unused: rewards)
+    monkeypatch.setattr(t1, "kl_to_anchor", lambda *unused: kl)
+    given = []
+
+    def gradient_of(policy, rollouts, advantages, cfg):
+        given.append(advantages)
+        raise InterruptedError
+
+    monkeypatch.setattr(t1, "accumulate_gradient", gradient_of)
+    problems = [t1.Problem(dict(problem=""), [1, i]) for i in range(P)]
+    engine = torch_engine(tiny)
+    with pytest.raises(InterruptedError):
+        t1.rl_step(0, problems, tiny.policy, None, engine, None, cfg)
+    value = (rewards - beta * kl).view(P, K)
+    for p in range(P):
+        for i in range(K):
+            others = [value[p, j].item() for j in range(K) if j != i]
+            loop = value[p, i].item() - sum(others) / (K - 1)
+            assert given[0][p * K + i].item() == pytest.approx(loop, abs=1e-5)
+
+
 def plain_distribution(hidden, head, temperature, min_p):
     """Softmax at the temperature, renormalised on the min-p support, written plainly. (n, V)"""
     p = (hidden @ head.T / temperature).softmax(-1)
@@ -673,6 +700,8 @@ def test_ema_is_the_closed_form():
 
 def test_learning_rate_warms_up_and_decays():
     rates = [t1.learning_rate(s, 100, 2.0, 10) for s in range(100)]
+    constant = [t1.learning_rate(s, 100, 2.0, 10, constant=True) for s in range(100)]
+    assert constant == rates[:10] + [2.0] * 90
     assert rates[0] == 0.2 and rates[9] == rates[10] == max(rates) == 2.0
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and 0.2 < rates[-1] < 0.21
 
@@ -4576,12 +4605,88 @@ def test_help_documents_every_field():
         ), field.name
 
 
-def test_presets_carry_the_papers_values():
-    paper = dict(
-        k=64, prompts=32, temperature=1.2, rl_lr=1.5e-6, kl_coef=2e-4, sft_lr=1e-5, sft_epochs=3
-    )
-    for preset in ("glm4-9b", "qwen2.5-14b", "qwen2.5-32b"):
-        assert dataclasses.asdict(config("--preset", preset)).items() >= paper.items()
+# What sources state of the paper, and (the last two) of TreeRL; docs/questions.md has each source.
+PAPERS_VALUES = dict(
+    sft_epochs=3,
+    sft_lr=1e-5,
+    prompts=32,
+    k=64,
+    temperature=1.2,
+    rl_lr=1.5e-6,
+    kl_coef=2e-4,
+    rl_steps=260,
+    penalties=True,
+    max_prompt=1024,
+    weight_decay=0.1,
+)
+LONGEST = {"glm4-9b": 7168, "qwen2.5-14b": 10240, "qwen2.5-32b": 16384}  # responses, tokens
+
+
+@pytest.mark.parametrize("preset, longest", LONGEST.items())
+def test_presets_carry_the_papers_values(preset, longest):
+    cfg = config("--preset", preset)
+    expected = PAPERS_VALUES | dict(max_new=longest)
+    assert {name: getattr(cfg, name) for name in expected} == expected
+    budgets = [int(budget) for budget in cfg.budgets.split(",")]
+    if preset == "qwen2.5-32b":  # the official figure
+        assert budgets == [1024, 2048, 4096, 8192, 16384]
+    if preset == "glm4-9b":  # all of its context, which is shorter than the paper's responses
+        assert cfg.max_prompt + cfg.max_new == 8192
+    assert budgets[:3] == [1024, 2048, 4096] and max(budgets) <= longest
+    # what stays of RL: 30, 60 and 90 % of its steps, and the last
+    saved = [*range(cfg.rl_save_every, cfg.rl_steps, cfg.rl_save_every), cfg.rl_steps]
+    kept = [step for step in saved if step % cfg.keep_every == 0 or step == cfg.rl_steps]
+    assert kept == [78, 156, 234, 260]
+
+
+def test_curate_draws_as_many_problems_as_the_paper():
+    defaults = {name: default for name, default, *_ in data_prep.CURATE}
+    assert defaults["--target"] == 30000 and defaults["--target"] * 2 // 5 == 12000
+    assert defaults["--samples"] == 16
+
+
+def leading_numbers(cell, n):
+    """The first n numbers of a cell such as "3, 1e-5, cosine [R]" or "1,024 [C]"."""
+    number = r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-\d+)?"
+    return [float(found.replace(",", "")) for found in re.findall(number, cell)[:n]]
+
+
+def test_the_table_of_values_is_true():
+    """docs/paper.md: its columns are PAPERS_VALUES, the presets and `tiny`."""
+    page = (HERE / "docs/paper.md").read_text(encoding="utf-8")
+    table = page.split("## Values")[1].split("## NOT IN PAPER")[0]
+    rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line[:1] == "|"]
+    checked = set()
+    for option, paper, preset, tiny, _ in rows[2:]:
+        names = [name.replace("-", "_") for name in re.findall(r"`([a-z-]+)`", option)]
+        names = [name for name in names if name != "budgets"]
+        for cell, values in (
+            (paper, PAPERS_VALUES | dict(max_new=LONGEST["qwen2.5-14b"])),
+            (preset, vars(config("--preset", "qwen2.5-14b"))),
+            (tiny, vars(config("--preset", "tiny"))),
+        ):
+            if not re.match("on|not stated|ablated|0:", cell):
+                known = [values[name] for name in names if name in values]
+                assert leading_numbers(cell, len(known)) == known, (option, cell)
+        checked |= set(names)
+    assert checked >= {*PAPERS_VALUES} - {"penalties"}
+    models = {row[0]: leading_numbers(row[2], 1) for row in rows if row[0].startswith("of ")}
+    assert models == {"of 32B": [LONGEST["qwen2.5-32b"]], "of GLM-4-9B": [LONGEST["glm4-9b"]]}
+
+
+def test_the_documents_name_what_there_is():
+    """The functions and tests of README's map, and the functions of docs/questions.md."""
+    options = {field.name for field in dataclasses.fields(t1.Config)}
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if re.match(r"\| \d: ", line)]
+    questions = (HERE / "docs/questions.md").read_text(encoding="utf-8").split("line by line")[-1]
+    places = [line.split("|")[2] for line in questions.splitlines() if line.count("|") == 4]
+    assert len(rows) >= 13 and len(places) > 50
+    named = re.findall(r"`(?:data_prep\.)?(\w+)`", " ".join(places + [row[1] for row in rows]))
+    assert not set(named) - {*vars(t1), *vars(data_prep), *vars(verify), *options}
+    tests = re.findall(r"`(test_\w+)`", " ".join(row[2] for row in rows))
+    assert len(tests) == len(rows)
+    assert not set(tests) - set(globals())
 
 
 def test_torchrun_passes_every_option_to_the_script():
