@@ -30,59 +30,28 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 if __name__ == "__main__":  # while the libraries load, signals wait for `main`
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
-import argparse
-import atexit
 import bisect
-import contextlib
 import copy
 import dataclasses
-import datetime
-import difflib
-import fcntl
-import functools
-import gc
-import gzip
-import hashlib
-import importlib.util
 import itertools
-import logging
 import math
-import os
 import re
-import resource
-import runpy
-import select
-import shlex
-import shutil
-import sys
-import tempfile
-import time
 import unicodedata
-import warnings
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data_prep
 import verify
-from data_prep import Misuse, Stop, append_rows, read_json, read_log, read_rows, sync, write_json
+from data_prep import Misuse, Stop
 
 
 # ----------------------------------------------------------------------------- the method's options
@@ -839,9 +808,7 @@ def sample(logits, temperature: float, min_p: float, uniform):
         cumulative = logp.exp().double().cumsum(-1)
         threshold = uniform * cumulative[:, -1]
         token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
-        token = token.clamp(
-            max=logp.shape[1] - 1
-        )  # of log-probs that are not finite, see `generate`
+        token = token.clamp(max=logp.shape[1] - 1)  # `generate` refuses log-probs of infinity
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
@@ -1076,11 +1043,9 @@ def logits_of(hidden, lm_head):
 
 def float32_head(lm_head):
     """Cast a bfloat16 head to float32 on CPUs, which have no bfloat16 product with float32 sums."""
-    return (
-        lm_head
-        if lm_head.is_cuda
-        else lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
-    )
+    if lm_head.is_cuda:
+        return lm_head
+    return lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
 
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
@@ -1133,6 +1098,42 @@ def _chunks(hidden, lm_head, chunk: int) -> list[slice]:
 # ================================================================================================
 # T1 ends here. Below is what a run needs around it.
 # ================================================================================================
+import argparse
+import atexit
+import contextlib
+import datetime
+import difflib
+import fcntl
+import functools
+import gc
+import gzip
+import hashlib
+import importlib.util
+import logging
+import os
+import resource
+import runpy
+import select
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import get_args
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from data_prep import append_rows, read_json, read_log, read_rows, sync, write_json
 
 
 @dataclass
@@ -1186,7 +1187,6 @@ class Config(Method):
         0, "also keep the weights of every N-th step; 0: none", zero=True, free=True
     )
     keep_rollouts: bool = knob(False, "keep every response in rollouts.jsonl.gz", free=True)
-    tensorboard: bool = knob(False, "write metrics for TensorBoard, too", free=True)
     # stages
     sft_steps: int = knob(0, "steps of SFT; 0: those of sft_epochs", "", "sft", zero=True)
     sft_save_every: int = knob(500, "steps between checkpoints", "", "sft")
@@ -2956,9 +2956,6 @@ class RunFolder:
             path = self.path / "rollouts.jsonl.gz"
             with data_prep.naming(path), gzip.open(path, "at", encoding="utf-8") as f:
                 f.writelines(data_prep.json_line(dict(step=step) | record_of(r)) for r in rollouts)
-        if self.cfg.tensorboard:
-            for name, value in row.items():
-                self.board.add_scalar(name, math.nan if value is None else value, step)
 
     def after_step(self, done: int, steps: int, policy, optimizer, anchor=None):
         """Draw and save when it is time, at the end, and on a signal, which then ends the run."""
@@ -3052,9 +3049,6 @@ class RunFolder:
             all_ranks_agree(error)
             print0(f"resuming from {self.source}")
         on_rank0(self.tidy)
-        if self.cfg.tensorboard and rank() == 0:  # events from `step` on count no longer
-            tensorboard = importlib.import_module("torch.utils.tensorboard")
-            self.board = tensorboard.SummaryWriter(str(self.path), purge_step=self.step)
         return self.step
 
     def tidy(self):
@@ -3120,10 +3114,10 @@ def console_words(row: dict, wall: dict) -> str:
     return words + f" ungraded {row['ungraded']:.2f} gap {row['logprob_gap']:.0e} {speed}"
 
 
-# --------------------------------------------------------------- ranks, the clock, signals A Stop
-# of one rank ends all with its line (`all_ranks_agree`). A rank that ends otherwise breaks the next
-# collective of the others, which say that they lost contact (`main`). One that hangs is given up
-# after cfg.timeout.
+# --------------------------------------------------------------------- ranks, the clock, signals
+# A Stop of one rank ends all with its line (`all_ranks_agree`). A rank that ends otherwise breaks
+# the next collective of the others, which say that they lost contact (`main`). One that hangs is
+# given up after cfg.timeout.
 
 
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine; vLLM overwrites it
@@ -3616,8 +3610,6 @@ def check_config(cfg: Config):
     need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
-    board = "not installed here; pip install tensorboard"
-    need(not cfg.tensorboard or installed("tensorboard"), "tensorboard", board)
     need(not cfg.vllm_tp or cfg.engine != "torch", "vllm_tp", "only with --engine vllm")
     need(ranks % (cfg.vllm_tp or 1) == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")

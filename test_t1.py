@@ -195,7 +195,7 @@ LAYERS = {
 # comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
 # number)
 DENSITY = {
-    "t1.py": (10, 3, 6, 0, 0, 27_250),
+    "t1.py": (10, 3, 6, 0, 0, 27_600),
     "data_prep.py": (11, 3, 7, 0, 0, 18_800),
     "verify.py": (12, 15, 9, 5, 133, 22_602),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
@@ -2164,13 +2164,16 @@ def test_the_prompts_of_a_rank(monkeypatch):
             monkeypatch.setattr(t1, "rank", lambda rank=rank: rank)
             parts.append(t1.share_of_rank(rollouts))
         assert sorted(i for part in parts for i in part) == list(range(len(rollouts)))
-        prompts = [len({id(rollouts[i].problem) for i in part}) for part in parts]
-        return prompts, [sum(len(rollouts[i].ids) for i in part) for part in parts]
+        prompts = []
+        loads = []
+        for part in parts:
+            prompts.append(len({rollouts[i].problem.prompt[0] for i in part}))
+            loads.append(sum(len(rollouts[i].ids) for i in part))
+        return prompts, loads
 
     assert shares([[100] * 8] * 4, 2) == ([2, 2], [1600, 1600])
     assert shares([[100] * 8], 2) == ([1, 1], [400, 400])
-    rng = random.Random(3)
-    lengths = [[rng.randint(200, 2000) for _ in range(64)] for _ in range(32)]
+    lengths = np.random.default_rng(3).integers(200, 2000, (32, 64)).tolist()
     for ranks, most in ((8, 8), (64, 2)):
         prompts, loads = shares(lengths, ranks)
         assert max(loads) <= 1.03 * sum(loads) / ranks
@@ -3291,20 +3294,6 @@ def test_ranks_without_torchrun_is_one_line(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", text)
         code, _, err = main("--stage", "rl", "--preset", "tiny")
         assert code == 2 and "start several ranks by torchrun" in err and err.count("\n") == 1
-
-
-def test_tensorboard_events_begin_again_at_the_checkpoint(guess, saved_sft, monkeypatch):
-    """W3: TensorBoard hides the events from `purge_step` on that were there before."""
-    begun = []
-    module = type(sys)("torch.utils.tensorboard")
-    module.SummaryWriter = lambda path, purge_step: begun.append((path, purge_step)) or board
-    board = type("Board", (), dict(add_scalar=lambda *args: begun.append(args[-1])))()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setitem(sys.modules, "tensorboard", module)
-    module.__spec__ = importlib.util.spec_from_loader("tensorboard", None)
-    shutil.rmtree(saved_sft / "checkpoint-6")
-    assert main(*sft_args(guess, saved_sft.parent.parent, "--tensorboard", "true"))[0] == 0
-    assert begun[0] == (str(saved_sft), 4) and set(begun[1:]) == {4, 5}
 
 
 def test_a_reader_that_died_or_sleeps_never_stops_a_write():
