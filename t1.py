@@ -802,14 +802,24 @@ def sample(logits, temperature: float, min_p: float, uniform):
     """(B, V) logits, (B,) uniform numbers in [0, 1) -> tokens and their log-probs, (B,), of the
     distribution that is trained. Temperature 0 is greedy, with the log-probs of temperature 1."""
     logp = log_softmax_min_p(logits.float() / (temperature or 1.0), min_p)
-    if temperature == 0:
-        token = logp.argmax(-1)
-    else:  # the inverse of the cumulative distribution
-        cumulative = logp.exp().double().cumsum(-1)
-        threshold = uniform * cumulative[:, -1]
-        token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
-        token = token.clamp(max=logp.shape[1] - 1)  # `generate` refuses log-probs of infinity
+    token = logp.argmax(-1) if temperature == 0 else draw(logp.exp(), uniform)
     return token, logp.gather(1, token[:, None])[:, 0]
+
+
+def draw(p, uniform):
+    """(B, V) probabilities, (B,) uniform numbers -> tokens (B,) by the inverse of the cumulative
+    distribution in float64: first the block of 256 tokens, then the token in it. Rounding never
+    takes a token with p = 0."""
+    below_1 = 1 - 2.0**-52
+    B, V = p.shape
+    blocks = F.pad(p, (0, -V % 256)).view(B, -1, 256)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, V / 256)
+    threshold = uniform[:, None].clamp(max=below_1) * sums[:, -1:]
+    block = torch.searchsorted(sums, threshold, right=True).clamp(max=sums.shape[1] - 1)
+    threshold = threshold - F.pad(sums, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(B, device=p.device), block[:, 0]].double().cumsum(-1)  # (B, 256)
+    place = torch.searchsorted(inside, threshold.minimum(below_1 * inside[:, -1:]), right=True)
+    return (256 * block + place)[:, 0].clamp(max=V - 1)  # p may be NaN, see `generate`
 
 
 def generate(engine, rollouts, max_new: int, temperature: float, min_p=0.0, ended=None):

@@ -1035,6 +1035,24 @@ def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_
     assert chi2.sum() < len(chi2) + 5 * (2 * len(chi2)) ** 0.5
 
 
+@pytest.mark.parametrize("V", [7, 256, 257, 5000])
+def test_draw_inverts_the_cumulative_distribution(V):
+    """numpy's search in the whole cumulative sum; no token with p = 0, at either end of [0, 1)."""
+    rng = np.random.default_rng(V)
+    p = rng.exponential(size=(300, V)) ** 4 * (rng.random((300, V)) < 0.5)
+    p[:, V // 3] = 1e-3
+    p[:100, V // 3 + 1 :] = 0  # the last blocks are empty
+    p = p.astype(np.float32)
+    u = rng.random(300)
+    u[::7] = 0.0
+    drawn = t1.draw(torch.from_numpy(p), torch.from_numpy(u)).numpy()
+    for row, uniform, token in zip(p, u, drawn):
+        cumulative = row.astype(np.float64).cumsum()
+        assert token == np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    last = t1.draw(torch.from_numpy(p), torch.full((300,), 1 - 2.0**-53, dtype=torch.float64))
+    assert (p[np.arange(300), last] > 0).all() and (p[np.arange(300), drawn] > 0).all()
+
+
 def test_the_inverse_of_the_distribution_is_exact():
     logits = torch.tensor([[2.0, 1.0, -9.0, -1.0]])
     n = 100_000
