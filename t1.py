@@ -1844,7 +1844,8 @@ def answer_engine(engine, cfg: Config):
     """The engine of --answer-model, whose tokenizer, end tokens and template are its own. It shares
     the ranks of the first, and gets the memory left."""
     path = latest(cfg.answer_model)
-    options = dict(
+    cfg = dataclasses.replace(
+        cfg,
         max_prompt=cfg.max_prompt + cfg.max_new,  # a problem and its thought
         max_new=SUMMARY_TOKENS,
         prompt_template="",
@@ -1854,7 +1855,6 @@ def answer_engine(engine, cfg: Config):
         vllm_tp=engine.ranks,
         vllm_memory=cfg.vllm_memory / 2,
     )
-    cfg = dataclasses.replace(cfg, **options)
     whole, tokenizer = load_whole(path, cfg)
     policy = shard(whole, tokenizer, cfg)
     answerer = make_engine(path, policy, tokenizer, cfg)
@@ -1940,7 +1940,7 @@ class VLLMEngine:
         self.dtype = getattr(torch, cfg.dtype)
         self.ranks, memory = engine_layout(policy, cfg)
         closing = 64  # tokens at most of the text that closes a cut thought
-        room = cfg.max_prompt + cfg.max_new + closing + ANSWER_TOKENS
+        room = cfg.max_prompt + cfg.max_new + ANSWER_TOKENS + closing
         context = getattr(policy.lm.config, "max_position_embeddings", room)
         backbone = type(policy.lm.base_model)
         init = backbone.__init__
