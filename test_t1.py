@@ -1641,7 +1641,7 @@ def test_a_cut_never_falls_inside_a_tag(talkative):
 
 
 def parrot(folder, context=1024):
-    """A model that answers \\boxed{7} whatever it is asked: its next token follows from the last one
+    """A model that answers \\boxed{7} whatever it is asked: its next token follows from the last
     alone. Its tokenizer has single bytes, ids of its own, and a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
     vocab = {word: i for i, word in enumerate([*alphabet, "<|endoftext|>"])}
