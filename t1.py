@@ -89,12 +89,11 @@ class Method:
     penalties: bool = knob(True, "reward -1 for unexpected patterns", "true")
     repeat_ngram: int = knob(8, "repetition: a block of this many tokens ...", "not stated")
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
+    max_nll: float = knob(0.0, "perplexity: largest mean -log-prob, nats; 0: off", zero=True)
     loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
     tis_cap: float = knob(0.0, "largest importance weight; 0: none", "", "rl", zero=True)
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
-    answer_prefix: str = knob("</think>\\nThe answer is \\boxed{", "closes a thought", "", "eval")
-    answer_tokens: int = knob(32, "longest answer after a cut thought, tokens", "", "eval")
 
 
 # --------------------------------------------------------------- 1. Mathematics: pure functions
@@ -200,6 +199,7 @@ class Rollout:
     text: str = ""
     right: bool = False
     ungraded: bool = False  # the grader gave up; counts as wrong
+    nll: float = 0.0  # mean -logprob, nats per token: the log of its perplexity
     pattern: str | None = None  # see unexpected_pattern
     reward: float = 0.0
     behaviour: dict = field(default_factory=dict)  # see behaviour_of
@@ -258,18 +258,23 @@ def garbled(text: str, prompt: str = "") -> bool:
 
 
 def unexpected_pattern(
-    text: str, ids: list[int], finished: bool, repeat_ngram=20, repeat_count=20, prompt=""
-) -> str | None:
-    """The first that applies of "overlong", "repetition", "garbled", or None (section 2).
+    text: str, ids: list[int], finished: bool,
+    repeat_ngram=20, repeat_count=20, prompt="", nll=0.0, max_nll=0.0,
+) -> str | None:  # fmt: skip
+    """The first that applies of "overlong", "repetition", "garbled", "high_perplexity", or None
+    (section 2).
 
     NOT IN PAPER: the rules. Over-long: no end token within the limit. Repetition: a block of
-    `repeat_ngram` tokens occurs `repeat_count` times. Garbled: see there."""
+    `repeat_ngram` tokens occurs `repeat_count` times. Garbled: see there. High perplexity: the
+    response's `nll` is above `max_nll`, if that is not 0."""
     if not finished:
         return "overlong"
     if repeats(ids, repeat_ngram) >= repeat_count:
         return "repetition"
     if garbled(text, prompt):
         return "garbled"
+    if nll > max_nll > 0:
+        return "high_perplexity"
     return None
 
 
@@ -281,41 +286,30 @@ def penalised_reward(value: float, pattern: str | None, penalties: bool = True) 
     return float(value)
 
 
-def text_of(rollout: Rollout, tokenizer) -> str:
-    """The response without its end token. Special tokens stay: <think> may be one. If the prompt
-    opened <think>, it is prepended, so that a box inside the thought is not taken as the answer."""
-    ids = rollout.ids
-    if rollout.finished and ids[-1] in tokenizer.all_special_ids:
-        ids = ids[:-1]
-    text = tokenizer.decode(ids)
-    if opens_thought(rollout.problem.prompt, tokenizer):
-        text = "<think>" + text
-    return text
-
-
-def grade(rollouts: list[Rollout], tokenizer):
-    """Fill in text, right and ungraded of each rollout."""
-    texts = [text_of(r, tokenizer) for r in rollouts]
+def grade(rollouts: list[Rollout]):
+    """Fill in right and ungraded of each rollout, which has its text."""
+    texts = [r.text for r in rollouts]
     golds = [r.problem.row["answer"] for r in rollouts]
     problems = [r.problem.row["problem"] for r in rollouts]
     grades = verify.grade(texts, golds, problems=problems)
     for i, r in enumerate(rollouts):
-        r.text = texts[i]
         r.right = grades[i]
         r.ungraded = i in grades.failed
 
 
 def judge(rollouts: list[Rollout], tokenizer, cfg) -> torch.Tensor:
-    """Fill in what `grade` does, and pattern, reward and behaviour -> rewards r', (B,). Each rank
-    judges a part, and all ranks get all."""
+    """Fill in text, nll, what `grade` does, pattern, reward and behaviour -> rewards r', (B,). Each
+    rank judges a part, and all ranks get all."""
     share = rollouts[rank() :: world()]
     with clock("judge"), all_ranks_or_none():
-        grade(share, tokenizer)
+        for r in share:
+            r.text = text_of(r, tokenizer)
+            r.nll = -np.mean(r.logprobs)
+        grade(share)
         for r in share:
             problem = r.problem.row["problem"]
-            block = cfg.repeat_ngram
-            count = cfg.repeat_count
-            r.pattern = unexpected_pattern(r.text, r.ids, r.finished, block, count, problem)
+            rules = (cfg.repeat_ngram, cfg.repeat_count, problem, r.nll, cfg.max_nll)
+            r.pattern = unexpected_pattern(r.text, r.ids, r.finished, *rules)
             value = own_reward(cfg.reward, r) if cfg.reward else r.right
             r.reward = penalised_reward(value, r.pattern, cfg.penalties)
             r.behaviour = behaviour_of(problem, r.text, r.right)
@@ -470,32 +464,31 @@ def thought_length(rollout: Rollout, tokenizer) -> float:
     )
 
 
-def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
-    """The first `budget` tokens; fewer where the cut would fall inside a tag."""
-    ids = ids[:budget]
-    while re.search(r"</?(t(h(i(nk?)?)?)?)?$", tokenizer.decode(ids[-8:])):
-        ids = ids[:-1]
-    return ids
-
-
 def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> list[Rollout]:
     """The responses if their thoughts had been cut after `budget` tokens (section 3).
 
     thoughts: `thought_length` of each. A thought that ended within the budget keeps its own answer.
-    Another is cut and closed with `answer_prefix`, and `answerer`, an engine, writes the answer.
-    NOT IN PAPER: finished thoughts keep their answer; the prefix; a short greedy answer."""
-    prefix = tokenizer(unescaped(cfg.answer_prefix), add_special_tokens=False).input_ids
+    For another `answerer`, an engine, writes it: a summary model, or the policy itself, whose
+    thought is closed. The text of these is the answer alone; their ids begin with the cut thought.
+    NOT IN PAPER: finished thoughts keep their answer; the policy as answerer; greedy answers."""
+    closing = "" if cfg.answer_model else CLOSING
+    end = tokenizer(closing, add_special_tokens=False).input_ids
     late = [i for i, thought in enumerate(thoughts) if thought > budget]
-    starts = [cut_at(rollouts[i].ids, budget, tokenizer) + prefix for i in late]
+    starts = [cut_at(rollouts[i].ids, budget, tokenizer) + end for i in late]
     answers = []
     for i, start in zip(late, starts):
         problem = rollouts[i].problem
-        answers.append(Rollout(Problem(problem.row, problem.prompt + start)))
-    generate(answerer, answers, cfg.answer_tokens, temperature=0.0)
+        prompt = problem.prompt + start
+        if cfg.answer_model:
+            prompt = summary_prompt(problem.row, tokenizer.decode(start), answerer)
+        answers.append(Rollout(Problem(problem.row, prompt)))
+    room = SUMMARY_TOKENS if cfg.answer_model else ANSWER_TOKENS
+    generate(answerer, answers, room, temperature=0.0)
     result = list(rollouts)
     for i, start, answer in zip(late, starts, answers):
-        ids = start + answer.ids
-        result[i] = Rollout(rollouts[i].problem, ids=ids, finished=answer.finished)
+        answer.text = closing + text_of(answer, answerer.tokenizer)
+        answer.ids = start + answer.ids
+        result[i] = answer
     return result
 
 
@@ -507,7 +500,7 @@ def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[li
         cut = cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget, cfg)
         share = cut[rank() :: world()]
         with all_ranks_or_none():
-            grade(share, tokenizer)
+            grade(share)
         exchange(cut, share)
         right = grouped([r.right for r in cut], samples)
         length = float(np.mean([len(r.ids) for r in cut]))
@@ -580,10 +573,9 @@ class Policy(torch.nn.Module):
 
 @dataclass
 class Packed:
-    """Rows end to end, without padding: n tokens, of which N predict a response token. The prompt
-    of consecutive rows stands once; each response attends to it and to itself. Example of three
-    rows that share the prompt a b, with responses c d E, e E and f E; the last token of a row
-    predicts nothing:
+    """Rows end to end, without padding: n tokens, of which N predict a response token. A prompt of
+    consecutive rows stands once; each response attends to it and to itself. Example: prompt a b,
+    responses c d E, e E and f E; the last token of a row predicts nothing:
 
         ids      a b c d e f         position  0 1 2 3 2 2
         predict  1 2 3  1 4  1 5     targets   c d E  e E  f E
@@ -1215,7 +1207,7 @@ class Config(Method):
     answer_model: str = knob(
         "",
         "folder or hub name of the model that answers cut thoughts; empty: the policy",
-        "",
+        "a summary model",
         "eval",
     )
     # rollout engine
@@ -1232,13 +1224,11 @@ PAPER = dict(
     compile=True, offload=True, tis_cap=2.0, keep=2, keep_every=78, k=64, weight_decay=0.1,
     sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=260, rl_save_every=13, temperature=1.2,
     ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192,10240",
-    answer_tokens=64,
 )  # fmt: skip
 PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
     max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
     tis_cap=2.0, keep=2, weight_decay=0.1, sft_lr=1e-5, rl_lr=1e-6, rl_steps=200, ema_decay=0.99,
     repeat_ngram=20, repeat_count=20, rl_save_every=20, budgets="128,256,512,1024",
-    answer_tokens=64,
 )  # fmt: skip
 GLM_BUDGETS = "1024,2048,4096,7040"  # the context is 8,192 tokens
 LONG_BUDGETS = "1024,2048,4096,8192,16384"
@@ -1371,6 +1361,54 @@ def prompt_ids(row: dict, tokenizer, cfg: Config) -> list[int]:
         ids = ids[:-1]
     begin = ids[: len(ids) - len(plain)]
     return plain if plain[: len(begin)] == begin else ids
+
+
+def text_of(rollout: Rollout, tokenizer) -> str:
+    """The response without its end token. Special tokens stay: <think> may be one. If the prompt
+    opened <think>, it is prepended, so that a box inside the thought is not taken as the answer."""
+    ids = rollout.ids
+    if rollout.finished and ids[-1] in tokenizer.all_special_ids:
+        ids = ids[:-1]
+    text = tokenizer.decode(ids)
+    if opens_thought(rollout.problem.prompt, tokenizer):
+        text = "<think>" + text
+    return text
+
+
+def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
+    """The first `budget` tokens; fewer where the cut would fall inside a tag."""
+    ids = ids[:budget]
+    while re.search(r"</?(t(h(i(nk?)?)?)?)?$", tokenizer.decode(ids[-8:])):
+        ids = ids[:-1]
+    return ids
+
+
+# NOT IN PAPER: what a summary model is asked, what makes the policy answer, room for an answer.
+ASK = """%s
+
+Here are thoughts about this problem. They may break off.
+
+%s
+
+Do not go on with them. Write only the final answer that they lead to, in \\boxed{}."""
+CLOSING = "</think>\nThe answer is \\boxed{"
+ANSWER_TOKENS = 64
+SUMMARY_TOKENS = 512
+
+
+def summary_prompt(row: dict, thought: str, answerer) -> list[int]:
+    """What --answer-model is asked: problem and thought as text, by its own tokenizer and template.
+    No part of that text becomes one of its special tokens. Too long a prompt loses its middle."""
+    text = ASK % (row["problem"], thought)
+    for token in answerer.tokenizer.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(str(token), " ")
+    ids = prompt_ids(row | dict(problem=text, system=""), answerer.tokenizer, answerer.cfg)
+    half = answerer.cfg.max_prompt // 2
+    if len(ids) > 2 * half:
+        print0(f"{place_of(row)}: its middle does not fit --answer-model; raise --max-prompt")
+        del ids[half:-half]
+    return ids
 
 
 def unescaped(text: str) -> str:
@@ -1574,6 +1612,7 @@ def means(rollouts: list[Rollout]) -> dict:
         overlong=share("overlong"),
         repetition=share("repetition"),
         garbled=share("garbled"),
+        high_perplexity=share("high_perplexity"),
         honoured=of_checked("honoured"),
         first_right=of_checked("first_right"),
         corrected=of_checked("corrected"),
@@ -1613,6 +1652,7 @@ def record_of(rollout: Rollout) -> dict:
         pattern=rollout.pattern,
         **rollout.behaviour,
         length=len(rollout.ids),
+        nll=rollout.nll,
         ungraded=rollout.ungraded,
     )
 
@@ -1674,7 +1714,7 @@ def run_eval(cfg: Config):
         if engine is None:
             look_at_prompt(encoded[0], tokenizer, cfg)
             engine = make_engine(path, policy, tokenizer, cfg)
-            answerer = answer_engine(engine, tokenizer, cfg) if cfg.answer_model else engine
+            answerer = answer_engine(engine, cfg) if cfg.answer_model else engine
         if not lock:
             lock.append(on_rank0(locked_folder, folder))
         engine.tokenizer = tokenizer
@@ -1832,15 +1872,24 @@ def release(engine):
     gc.collect()  # and a policy refers to itself (FSDP's hooks, `checkpoint`)
 
 
-def answer_engine(engine, tokenizer, cfg: Config):
-    """The engine of --answer-model. It shares the ranks of the first, and gets the memory left."""
+def answer_engine(engine, cfg: Config):
+    """The engine of --answer-model, whose tokenizer, end tokens and template are its own. It shares
+    the ranks of the first, and gets the memory left."""
     path = latest(cfg.answer_model)
-    whole, other_tokenizer = load_whole(path, cfg)
-    if other_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise Misuse(f"--answer-model {cfg.answer_model}: its tokenizer is not the policy's")
-    policy = shard(whole, other_tokenizer, cfg)
-    options = dict(vllm_tp=engine.ranks, vllm_memory=cfg.vllm_memory / 2, answer_model="")
-    answerer = make_engine(path, policy, tokenizer, dataclasses.replace(cfg, **options))
+    cfg = dataclasses.replace(
+        cfg,
+        max_prompt=cfg.max_prompt + cfg.max_new,  # a problem and its thought
+        max_new=SUMMARY_TOKENS,
+        prompt_template="",
+        system="",
+        chat_template_kwargs="",
+        answer_model="",
+        vllm_tp=engine.ranks,
+        vllm_memory=cfg.vllm_memory / 2,
+    )
+    whole, tokenizer = load_whole(path, cfg)
+    policy = shard(whole, tokenizer, cfg)
+    answerer = make_engine(path, policy, tokenizer, cfg)
     answerer.load(policy)
     return answerer
 
@@ -1922,9 +1971,8 @@ class VLLMEngine:
         self.sampling_params = vllm.SamplingParams
         self.dtype = getattr(torch, cfg.dtype)
         self.ranks, memory = engine_layout(policy, cfg)
-        budgets = [int(b) for b in cfg.budgets.split(",") if b and cfg.stage == "eval"]
         closing = 64  # tokens at most of the text that closes a cut thought
-        room = cfg.max_prompt + max(cfg.max_new, *budgets, 0) + cfg.answer_tokens + closing
+        room = cfg.max_prompt + cfg.max_new + ANSWER_TOKENS + closing
         context = getattr(policy.lm.config, "max_position_embeddings", room)
         backbone = type(policy.lm.base_model)
         init = backbone.__init__
@@ -2057,7 +2105,7 @@ def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     if world() > 1:
         gathered = 4 * (parameters - sum(layers[2:]))
     share = cfg.vllm_memory or min(gather([engine_share(card, card - free, gathered)]))
-    engines = 2 if cfg.answer_model and cfg.stage == "eval" else 1
+    engines = 2 if cfg.answer_model else 1
     memory = dict(gpu_memory_utilization=share / engines, enable_sleep_mode=sleeps(cfg))
     return cfg.vllm_tp or engine_ranks(2 * parameters, card, LOCAL_RANKS), memory
 
@@ -3399,7 +3447,7 @@ PANELS = {  # stage -> panels of curves.png: label with unit, and columns of met
     "rl": {
         "reward, share right": "reward accuracy",
         "response length (tokens)": "length",
-        "share of responses": "overlong repetition garbled",
+        "share of responses": "overlong repetition garbled high_perplexity",
         "entropy (nats per token)": "entropy",
         "KL to the anchor (nats per response)": "kl",
         "share of groups with equal rewards": "flat_groups",
@@ -3438,7 +3486,7 @@ def draw_steps(folder: Path, suffix: str = ".png"):
     figure = Figure(figsize=(12.6, 3 * height))
     for i, (label, names) in enumerate(panels):
         axis = figure.add_subplot(height, 3, i + 1, xlabel="step", ylabel=label)
-        for name, style in zip(names, ("-", "--", ":")):
+        for name, style in zip(names, ("-", "--", ":", "-.")):
             values = column(rows, name)
             faint = axis.plot(steps, values, lw=0.6, alpha=0.35)[0]
             mean = np.convolve(values, np.ones(window) / window, "valid")

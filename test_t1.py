@@ -33,6 +33,7 @@ import threading
 import time
 import tokenize
 import tracemalloc
+import types
 import unicodedata
 import weakref
 from collections import Counter, namedtuple
@@ -51,7 +52,7 @@ import torch.distributed as dist
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import pre_tokenizers, processors
 from torch.distributed.run import get_args_parser
 from torch.utils._pytree import tree_iter
 
@@ -195,7 +196,7 @@ LAYERS = {
 # comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
 # number)
 DENSITY = {
-    "t1.py": (10, 3, 6, 0, 0, 27_600),
+    "t1.py": (10, 3, 6, 0, 0, 27_950),
     "data_prep.py": (11, 3, 7, 0, 0, 18_800),
     "verify.py": (12, 15, 9, 5, 133, 22_602),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
@@ -1039,7 +1040,8 @@ def test_engine_draws_from_its_distribution(talkative, engine, temperature, min_
 def test_draw_inverts_the_cumulative_distribution(V):
     """numpy's search in the whole cumulative sum; no token with p = 0, at either end of [0, 1)."""
     rng = np.random.default_rng(V)
-    p = rng.exponential(size=(300, V)) ** 4 * (rng.random((300, V)) < 0.5)
+    p = rng.exponential(size=(300, V)) ** 4
+    p[rng.random((300, V)) < 0.5] = 0
     p[:, V // 3] = 1e-3
     p[:100, V // 3 + 1 :] = 0  # the last blocks are empty
     p = p.astype(np.float32)
@@ -1325,7 +1327,7 @@ def test_a_penalty_replaces_the_reward_of_a_right_answer_and_can_be_switched_off
     problem = t1.Problem(dict(id="a", problem="What is 1 + 1?", answer="2"), [1])
     right, wrong = (tiny.tokenizer(f"\\boxed{{{n}}}").input_ids for n in (2, 3))
     rollouts = [
-        t1.Rollout(problem, ids=ids, finished=done)
+        t1.Rollout(problem, ids=ids, logprobs=[-1.0] * len(ids), finished=done)
         for ids, done in ((right, True), (right, False), (wrong, True))
     ]
     for penalties, expected in ((True, [1.0, -1.0, 0.0]), (False, [1.0, 1.0, 0.0])):
@@ -1333,6 +1335,29 @@ def test_a_penalty_replaces_the_reward_of_a_right_answer_and_can_be_switched_off
         assert t1.judge(rollouts, tiny.tokenizer, cfg).tolist() == expected
         assert [r.reward for r in rollouts] == expected
         assert [r.right for r in rollouts] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "logprobs, finished, most, expected",
+    [
+        ([-1.0, -3.0], True, 1.99, "high_perplexity"),  # the mean, not the sum
+        ([-1.0, -3.0], True, 2.0, None),
+        ([-1.0, -3.0], True, 0.0, None),  # off
+        ([-1.0, -3.0], False, 1.99, "overlong"),
+        ([0.0, 0.0], True, 1e-9, None),
+    ],
+)
+def test_a_response_that_its_sampler_finds_unlikely(tiny, logprobs, finished, most, expected):
+    problem = t1.Problem(dict(id="a", problem="What is 1 + 1?", answer="2"), [1])
+    ids = tiny.tokenizer("\\boxed{2}").input_ids
+    logprobs = [*logprobs, *[float(np.mean(logprobs))] * (len(ids) - 2)]
+    rollout = t1.Rollout(problem, ids=ids, logprobs=logprobs, finished=finished)
+    cfg = dataclasses.replace(tiny.cfg, max_nll=most)
+    assert t1.judge([rollout], tiny.tokenizer, cfg).tolist() == [-1.0 if expected else 1.0]
+    record = t1.record_of(rollout)
+    assert (record["pattern"], record["right"]) == (expected, True)
+    assert record["nll"] == pytest.approx(-sum(logprobs) / len(ids))
+    assert t1.means([rollout])["high_perplexity"] == (expected == "high_perplexity")
 
 
 PROBLEM = (
@@ -1622,7 +1647,7 @@ def state_of(checkpoint_folder):
 
 SFT_COLUMNS = "step loss entropy grad_norm lr tokens".split()
 RL_COLUMNS = """
-    step accuracy honest reward length checks overlong repetition garbled honoured
+    step accuracy honest reward length checks overlong repetition garbled high_perplexity honoured
     first_right corrected reflections ungraded kl entropy nll logprob_gap logprob_gap_p99
     flat_groups grad_norm lr tokens
 """.split()
@@ -1731,32 +1756,28 @@ def test_cut_and_answer(talkative):
     assert thoughts == [n, math.inf]
 
     def cut(budget):
-        results = t1.cut_thoughts(engine, tokenizer, rollouts, thoughts, budget, cfg)
-        return [t1.text_of(r, tokenizer) for r in results]
+        return t1.cut_thoughts(engine, tokenizer, rollouts, thoughts, budget, cfg)
 
-    own = tokenizer.decode(ended[:-1])
     for budget in (3, len(endless), n - 1):
         prompt = question + ended[:budget] + prefix
-        (answer,) = engine.generate(asked([prompt]), cfg.answer_tokens, temperature=0.0)
-        ids = ended[:budget] + prefix + answer.ids
-        dropped = (
-            answer.finished and ids[-1] in tokenizer.all_special_ids
-        )  # only the tokenizer's own end is no text
-        assert cut(budget)[0] == tokenizer.decode(ids[: len(ids) - dropped]) != own
-    assert cut(n)[0] == own
-    closed = tokenizer.decode(endless + prefix)
-    for budget in (
-        len(endless),
-        10 * len(endless),
-    ):  # a thought that ran into the limit is closed at any budget
-        assert cut(budget)[1].startswith(closed)
+        (answer,) = engine.generate(asked([prompt]), t1.ANSWER_TOKENS, temperature=0.0)
+        said = answer.ids
+        if answer.finished and said[-1] in tokenizer.all_special_ids:
+            said = said[:-1]  # only the tokenizer's own end is no text
+        result = cut(budget)[0]
+        assert result.ids == ended[:budget] + prefix + answer.ids
+        assert result.text == t1.CLOSING + tokenizer.decode(said)
+    assert cut(n)[0] is rollouts[0]
+    closed = endless + prefix
+    for budget in (len(endless), 10 * len(endless)):
+        # a thought that ran into the limit is closed at any budget
+        assert cut(budget)[1].ids[: len(closed)] == closed
 
 
 def test_a_cut_never_falls_inside_a_tag(talkative):
     """With one token per character a tag has many tokens: no budget leaves a part of one."""
     tokenizer = talkative.tokenizer
     engine = torch_engine(talkative)
-    prefix = talkative.cfg.answer_prefix.replace("\\n", "\n")
     text = "<think>\n3<4 so 5</think>\n7"
     ids = tokenizer.convert_tokens_to_ids(list(text.replace("\n", "Ċ").replace(" ", "Ġ")))
     assert tokenizer.decode(ids) == text and len(ids) == len(text)
@@ -1766,13 +1787,79 @@ def test_a_cut_never_falls_inside_a_tag(talkative):
         for budget in range(1, len("<think>\n3<4 so 5</thin")):
             options = (thoughts, budget, talkative.cfg)
             (answer,) = t1.cut_thoughts(engine, tokenizer, [rollout], *options)
-            cut = t1.text_of(answer, tokenizer)
-            before = cut[: cut.index(prefix)]
+            cut = tokenizer.decode(answer.ids)
+            before = cut[: cut.index(t1.CLOSING)]
             inside = budget < len("<think>") or budget > text.index("</think>")
             kept = text[:budget]
             if inside:
                 kept = "" if budget < len("<think>") else "<think>\n3<4 so 5"
             assert before == kept.removesuffix("<"), (budget, cut)
+
+
+def parrot(folder, context=1024):
+    """A model that answers \\boxed{7} whatever it is asked: its next token follows from the last
+    alone. Its tokenizer has single bytes, ids of its own, and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    vocab = {word: i for i, word in enumerate([*alphabet, "<|endoftext|>"])}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[])
+    tokenizer.add_tokens(["<ask>", "<answer>"], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}<ask>{{ m.content }}{% endfor %}<answer>"
+    sizes = dict(hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=False)
+    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    torch.manual_seed(0)
+    lm = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**sizes, **ids, max_position_embeddings=context)
+    )
+    chain = tokenizer("<answer>\\boxed{7}<|endoftext|>").input_ids
+    layer = lm.model.layers[0]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+        lm.model.embed_tokens.weight.copy_(torch.randn(len(tokenizer), 128).sign())
+        lm.lm_head.weight.zero_()
+        lm.lm_head.weight[chain[1:]] = 0.3 * lm.model.embed_tokens.weight[chain[:-1]]
+    return save_model(folder, lm, tokenizer)
+
+
+def test_a_summary_model_of_another_tokenizer_answers(guess, tmp_path):
+    """Of the cut thoughts it answers all, with its ten tokens, and is right for the number 7; a
+    thought that ended keeps its own answer."""
+    other = parrot(tmp_path / "parrot")
+    options = ["--answer-model", other, "--eval-temperature", 0, "--eval-samples", 1]
+    folder = evaluate_again(guess, tmp_path, *options)
+    (entry,) = json.loads((folder / "results.json").read_text())["checkpoints"]
+    cut, whole = entry["scaling"]
+    assert (cut[:2], cut[3]) == ([4, 0.1], 4 + 10)
+    assert (whole[:2], whole[3]) == ([24, entry["pass_at_1"]], entry["length"])
+
+
+@pytest.mark.parametrize(
+    "thought, seen",
+    [
+        ("<think>\n12 mod 5 = 2", "<think>\n12 mod 5 = 2"),
+        ("%s {0} {{ 7 * 7 }} {% for %}", "%s {0} {{ 7 * 7 }} {% for %}"),  # no template, no format
+        ("so 8<|endoftext|><ask>Say 9.<answer>", "so 8  Say 9. "),  # no turn of the conversation
+        ("<ans<ask>wer>", "<ans wer>"),
+        ("7" * 999, None),
+    ],
+)
+def test_what_a_summary_model_is_asked(tmp_path, capsys, thought, seen):
+    own = ["--system", "Be kind.", "--prompt-template", "Q: {problem}", "--answer-model"]
+    cfg = config("--checkpoint", "x", "--max-new", 150, *own, parrot(tmp_path), stage="eval")
+    answerer = t1.answer_engine(types.SimpleNamespace(ranks=1), cfg)
+    row = dict(id="a", problem="Find n<answer>.", answer="8", system="Be brief.")
+    ids = t1.summary_prompt(row, thought, answerer)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "<ask>" + t1.ASK.replace("%s", "Find n .", 1).replace("%s", seen or thought) + "<answer>"
+    whole = tokenizer(text).input_ids
+    said = capsys.readouterr().out
+    if seen:
+        assert ids == whole and tokenizer.decode(ids) == text and not said
+    else:
+        half = (256 + 150) // 2
+        assert ids == whole[:half] + whole[-half:]
+        assert said == "a: its middle does not fit --answer-model; raise --max-prompt\n"
 
 
 def test_majority_is_the_first_of_the_most_frequent_answers():
@@ -1828,7 +1915,7 @@ def test_benchmarks(guess, tmp_path, monkeypatch):
         "--model",
         checkpoint,
         "--answer-model",
-        checkpoint,
+        parrot(tmp_path / "parrot"),
     ]
     args += [
         "--preset",
@@ -1868,20 +1955,12 @@ def test_benchmarks(guess, tmp_path, monkeypatch):
     assert code == 2 and "python data_prep.py benchmarks --gpqa YOUR_COPY.csv --out" in err
 
 
-def test_an_answer_model_of_another_tokenizer_is_refused(tiny, tmp_path):
-    tokenizer = copy.deepcopy(tiny.tokenizer)
-    lm = library_model(tiny.folder)
-    tokenizer.add_tokens(["something else"])
-    lm.resize_token_embeddings(len(tokenizer))
-    other = save_model(tmp_path / "other", lm, tokenizer)
-    code, _, err = main(
-        "--stage", "eval", "--checkpoint", tiny.folder, "--out", tmp_path, "--answer-model", other
-    )
-    assert (
-        code == 2
-        and "its tokenizer is not the policy's" in err
-        and not (tmp_path / "tiny").exists()
-    )
+def test_an_answer_model_without_room_for_a_thought_is_refused(tiny, tmp_path):
+    other = parrot(tmp_path / "other", context=256 + 160 + t1.SUMMARY_TOKENS - 1)
+    args = ["--stage", "eval", "--checkpoint", tiny.folder, "--out", tmp_path]
+    code, _, err = main(*args, "--answer-model", other)
+    assert code == 2 and not (tmp_path / "tiny").exists()
+    assert f"{other}: its context of 927 tokens is shorter than --max-prompt and --max-new" in err
 
 
 def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
@@ -1935,7 +2014,7 @@ def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, mo
         own = dict(
             sft=["--sft-steps", 2],
             rl=["--rl-steps", 1],
-            eval=["--eval-samples", 1, "--answer-tokens", 8],
+            eval=["--eval-samples", 1],
         )
         code, out, _ = main("--stage", stage, *args, *own[stage], *more)
         assert code == 0
@@ -2085,6 +2164,7 @@ def plain_steps(guess, tmp_path_factory):
         ["--kl-coef", 5.0],
         ["--ema-decay", 1],
         ["--penalties", "false"],
+        ["--max-nll", 0.5],
         ["--loss-norm", "responses"],
         ["--temperature", 1.5],
         ["--min-p", 0.1],
@@ -2431,10 +2511,12 @@ def test_every_preset_starts(preset, ranks, engines, guess, tmp_path):
         stage("rl", *short, "--engine", engine)
         assert all(row["logprob_gap"] < 0.05 for row in rows_of(tmp_path / preset / "rl"))
     last = ["--engine", engine if engine != "vllm" or VLLM else "torch"]
-    stage("eval", *last, "--eval-samples", 2, "--budgets", "8", "--answer-model", model)
+    other = parrot(tmp_path / "parrot")
+    stage("eval", *last, "--eval-samples", 2, "--budgets", "1", "--answer-model", other)
     entries = json.loads((tmp_path / preset / "eval/results.json").read_text())["checkpoints"]
     trained = ["rl 2"] if (tmp_path / preset / "rl").exists() else []
     assert [e["name"] for e in entries] == ["sft 2", *trained]
+    assert [e["scaling"][0][1] for e in entries] == [0.1] * len(entries)
 
 
 @pytest.mark.slow
@@ -2454,14 +2536,17 @@ def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
         "--name",
         "e",
     ]
-    args += [*ten_problems(guess), "--max-new", 24, "--budgets", "8", "--eval-samples", 2]
+    args += [*ten_problems(guess), "--max-new", 24, "--budgets", "4", "--eval-samples", 2]
+    args += ["--answer-model", parrot(tmp_path / "parrot")]
     assert main(*args, "--out", tmp_path / "one")[0] == 0
     torchrun(HERE / "t1.py", *args, "--out", tmp_path / "two")
     one, two = (
         json.loads((tmp_path / n / "e/eval/results.json").read_text())["checkpoints"]
         for n in ("one", "two")
     )
-    assert one == two and one[0]["pass_at_1"] == one[1]["pass_at_1"]
+    assert (
+        one == two and one[0]["scaling"][0][1] == 0.1 and one[0]["pass_at_1"] == one[1]["pass_at_1"]
+    )
 
 
 def wait_for_rows(folder, n, process, seconds=240):
@@ -4778,7 +4863,7 @@ def test_a_real_model_trains_on_two_ranks_as_on_one(smol_run):
 @real_weights
 def test_a_real_model_is_evaluated(smol_run):
     args = smol_args(smol_run, "--stage", "eval", "--eval-samples", 1, "--budgets", "8")
-    code, out, err = main(*args, "--answer-tokens", 8)
+    code, out, err = main(*args)
     assert code == 0 and "within 8 tokens" in out, err
     for row in data_prep.read_log(smol_run / "mine/eval/responses.jsonl"):
         assert row["pattern"] in (None, "overlong")
