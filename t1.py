@@ -266,7 +266,7 @@ def unexpected_pattern(
 
     NOT IN PAPER: the rules. Over-long: no end token within the limit. Repetition: a block of
     `repeat_ngram` tokens occurs `repeat_count` times. Garbled: see there. High perplexity: the
-    response's `nll` is above `max_nll`, if that is not 0."""
+    response's `nll` is above `max_nll`, if that is not 0. (Defaults: those of large models.)"""
     if not finished:
         return "overlong"
     if repeats(ids, repeat_ngram) >= repeat_count:
@@ -1072,18 +1072,18 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
     return z, p, lse, logprob, lse - pz / total  # entropy: -sum p log p
 
 
-def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
-    """d(a log p_y + b H)/d logits, written over z (a, b here negated). (c, V)
-    With p = softmax(logits / T) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / T:
-        d log p_y / dlogit_v = (1[v=y] - p_v) / T
-        dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / T
+def _chunk_gradient(z, p, lse, entropy, targets, of_logp, of_entropy, temperature):
+    """The gradient of of_logp log p_y + of_entropy H, both (c,), in the logits: (c, V), over z.
+    With p = softmax(logits / tau) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / tau:
+        d log p_y / dlogit_v = (1[v=y] - p_v) / tau
+        dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / tau
     Here log p = z - lse, and the normalised p is `p` exp(-lse), which is 0 off the min-p
     support."""
     scale = (-lse).exp() / temperature
-    z *= (-b * scale)[:, None]
-    z += ((b * (lse - entropy) - a) * scale)[:, None]
+    z *= (-of_entropy * scale)[:, None]
+    z += ((of_entropy * (lse - entropy) - of_logp) * scale)[:, None]
     z *= p
-    return z.scatter_add_(1, targets[:, None], (a / temperature)[:, None].to(z.dtype))
+    return z.scatter_add_(1, targets[:, None], (of_logp / temperature)[:, None].to(z.dtype))
 
 
 def head_chunk(vocabulary: int, device) -> int:

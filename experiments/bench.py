@@ -3,6 +3,8 @@
     export OMP_NUM_THREADS=1
     python -m experiments.bench                   with TRL (pip install trl==1.16.0): both, in turn
     python -m experiments.bench --max-new 512     rows of different lengths
+    python -m experiments.bench --model MODEL --data FILE   a step of RL on a model and rows of yours
+    python -m experiments.bench --shared 95,31,8  prompt and response tokens, K: what sharing saves
     python -m experiments.bench --gpu             what one GPU does, in minutes; no download
 
 The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch,
@@ -90,11 +92,7 @@ class Timing:
 def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job:
     """The model, saved to `folder` for the other side, and problems and traces for pairs + 1
     steps."""
-    with experiments.embedded_model(**MODEL):
-        policy, tokenizer = t1.tiny_policy(cfg)
-    ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
-    policy.end_ids = [tokenizer.eos_token_id, *range(20, 19 + ends)]
-    policy.lm.generation_config.eos_token_id = policy.end_ids
+    policy, tokenizer = model_of(cfg)
     policy.lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -106,6 +104,9 @@ def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job
     for a, b in rng.integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist():
         row = dict(id=f"{a} {b}", problem=f"{a}+{b}=", answer=str(a + b))
         problems.append(t1.Problem(row, ids(row["problem"])))
+    if cfg.data:
+        rows = t1.read_rows(cfg.data, "rl")[: len(problems)]
+        problems = t1.encode_prompts(rows, tokenizer, cfg)
     traces = []
     for row in data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]:  # TRL packs them
         problem = t1.Problem(row, t1.prompt_ids(row, tokenizer, cfg))
@@ -122,6 +123,19 @@ def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job
         problems=problems,
         traces=traces,
     )
+
+
+def model_of(cfg: t1.Config):
+    """The model of --model, or the job's own with random weights, and its tokenizer."""
+    if cfg.model:
+        policy, tokenizer = t1.load_policy(cfg.model, cfg)
+        return policy.requires_grad_(True), tokenizer
+    with experiments.embedded_model(**MODEL):
+        policy, tokenizer = t1.tiny_policy(cfg)
+    ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
+    policy.end_ids = [tokenizer.eos_token_id, *range(20, 19 + ends)]
+    policy.lm.generation_config.eos_token_id = policy.end_ids
+    return policy, tokenizer
 
 
 def our_rl_step(job: Job, step: int) -> Timing:
@@ -199,7 +213,7 @@ def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
         ref_model_mixup_alpha=1 - cfg.ema_decay,
         shuffle_dataset=False,
     )
-    rows = [dict(prompt=p["problem"], answer=p["answer"]) for p in problems]
+    rows = [dict(prompt=p["prompt"], answer=p["answer"]) for p in problems]
     trainer = trl_trainer(trl.RLOOTrainer, folder, settings, rows, reward_funcs=trl_reward)
     tokens, generate = [], trainer._generate_single_turn
 
@@ -339,7 +353,10 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
             return
         our_rl_step(job, 0), our_sft_step(job, 0)
         memory = peak_memory()
-        problems = [problem.row for problem in job.problems]
+        problems = []
+        for p in job.problems:
+            prompt = job.tokenizer.decode(p.prompt)
+            problems.append(dict(prompt=prompt, answer=p.row["answer"]))
         traces = [trace.problem.row for trace in job.traces]
         rl_trainer, rl_tokens = trl_rloo(folder, problems, pairs, cfg)
         sft_trainer, sft_tokens = trl_sft(folder, traces, pairs, sft_cfg)
@@ -352,6 +369,47 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
 
 
 # --------------------------------------------------------------------------------------------------
+# What a prompt that stands once saves
+# --------------------------------------------------------------------------------------------------
+
+
+def measure_sharing(case: str, pairs: int, cfg: t1.Config):
+    """Gradient and anchor's log-probs of K responses to each of 4 prompts, of random ids, in turn
+    with the same rows whose prompts differ in their first id, so that none is shared."""
+    prompt, response, K = map(int, case.split(","))
+    policy, _ = model_of(cfg)
+    rng = np.random.default_rng(cfg.seed)
+    rollouts = {True: [], False: []}
+    for _ in range(4):
+        ids = rng.integers(0, policy.vocabulary, prompt).tolist()
+        for i, n in enumerate(rng.integers(0.4 * response, 1.6 * response, K).tolist()):
+            answer = rng.integers(0, policy.vocabulary, n + 1).tolist()
+            for shared, some in rollouts.items():
+                first = ids[0] if shared else i
+                problem = t1.Problem({}, [first, *ids[1:]])
+                some.append(t1.Rollout(problem, ids=answer, logprobs=[0.0] * len(answer)))
+    advantages = torch.randn(4 * K)
+
+    def seconds(some) -> list[float]:
+        t1.clock.take()
+        t1.accumulate_gradient(policy, some, advantages, cfg)
+        policy.zero_grad()
+        with t1.clock("anchor"):
+            t1.response_logprobs(policy, [t1.row_of(r) for r in some], cfg)
+        return [cpu for cpu, _ in t1.clock.take().values()]
+
+    ratios = []
+    for _ in range(pairs + 1):
+        once = seconds(rollouts[True])
+        apart = seconds(rollouts[False])
+        ratios.append([a / b for a, b in zip(apart, once)])
+        said = f"gradient {apart[0]:.2f} and {once[0]:.2f} CPU s, anchor"
+        t1.print0(f"apart and shared: {said} {apart[1]:.2f} and {once[1]:.2f}")
+    for name, values in zip(("gradient", "anchor"), zip(*ratios[1:])):
+        t1.print0(f"{case}, {name}: shared prompts are {median_of(values)} times as fast")
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -360,6 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("bench", __doc__)
     add = parser.add_argument
     add("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
+    add("--shared", default="", help="PROMPT,RESPONSE,K: measure the shared prompt (default: off)")
     add("--gpu", action="store_true", help="measure this machine's GPU instead (default: off)")
     add("--json", default="bench-gpu.json", help="--gpu: file of numbers (default: %(default)s)")
     return experiments.run(parser, bench_command, argv)
@@ -375,6 +434,11 @@ def bench_command(own, options: list[str]):
     if own.gpu:
         about = f"{torch.cuda.get_device_name()}; {about_machine()}"
         return gpu.run_gpu(gpu.Sizes(), about, own.json)
+    if own.shared:
+        if not re.fullmatch(r"[1-9]\d*,[1-9]\d+,[1-9]\d*", own.shared):
+            raise t1.Misuse("--shared: PROMPT,RESPONSE,K, such as 95,31,8")
+        t1.print0(about_machine())
+        return measure_sharing(own.shared, own.pairs, job_config("rl", options))
     run_bench(own.pairs, *(job_config(stage, options) for stage in ("rl", "sft")))
 
 

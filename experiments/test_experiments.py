@@ -667,6 +667,40 @@ def test_the_benchs_job_is_trls(tmp_path, monkeypatch):
     assert bench.our_sft_step(job, 0).tokens > 0
 
 
+def test_what_a_shared_prompt_saves(tmp_path, monkeypatch, capsys):
+    """Half of the rows share their prompts, and all else is equal; a model and rows of the user's
+    own are the job."""
+    monkeypatch.setattr(bench, "MODEL", dict(layers=1, width=32))
+    packs = []
+    pack = t1.pack
+
+    def noted(rows, device, ragged):
+        packs.append(rows)
+        return pack(rows, device, ragged)
+
+    monkeypatch.setattr(t1, "pack", noted)
+    assert bench.main(["--shared", "40,10,4", "--pairs", "1", "--k", "2"]) == 0
+    assert "40,10,4, gradient: shared prompts are" in capsys.readouterr().out
+    shared = [pack(rows, "cpu").ids.numel() for rows in packs[-4:]]
+    answers = [sum(len(y) for _, y in rows) for rows in packs[-4:]]
+    assert len(set(answers)) == 1
+    assert shared[:2] == [4 * 40 + answers[0] - 16] * 2
+    assert shared[2:] == [16 * 40 + answers[0] - 16] * 2
+
+    job = bench.make_job(str(tmp_path / "made"), 1, *jobs(TINY_BENCH))
+    rows = [dict(problem=f"{i} + 1 is", answer=str(i + 1)) for i in range(9)]
+    data_prep.write(tmp_path / "rows.jsonl", map(data_prep.json_line, rows))
+    options = ["--model", str(tmp_path / "made"), "--data", str(tmp_path / "rows.jsonl")]
+    options += ["--preset", "tiny"]
+    job = bench.make_job(str(tmp_path / "again"), 1, *jobs([*TINY_BENCH, *options]))
+    assert [p.row["problem"] for p in job.problems] == [row["problem"] for row in rows][:4]
+    assert bench.our_rl_step(job, 0).tokens > 0
+
+
+def jobs(options):
+    return [bench.job_config(stage, options) for stage in ("rl", "sft")]
+
+
 SMALL_SHAPE = plan.Shape(64, 2, 128, 4, 2, 16, 512, True)
 SMALL_SIZES = gpu.Sizes(
     device="cpu",
@@ -839,6 +873,7 @@ def test_options_go_to_the_stages_that_read_them():
         ("ledger", "--no-such-option", "--no-such-option"),
         ("bench", "--pairs 0", "--pairs"),
         ("bench", "--prompts many", "--prompts"),
+        ("bench", "--shared 95,31", "--shared"),
         ("plan", "--gpus 0", "--gpus"),
         ("plan", "--set efficiency=fast", "--set"),
         ("plan", "--length 9000", "--length"),
