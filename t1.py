@@ -517,7 +517,7 @@ def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
     return ids
 
 
-# NOT IN PAPER: what a summary model is asked, what makes the policy answer, room for an answer.
+# NOT IN PAPER: what a summary model is asked; what makes the policy answer; the longest answers.
 ASK = """%s
 
 Here are thoughts about this problem. They may break off.
@@ -526,8 +526,8 @@ Here are thoughts about this problem. They may break off.
 
 Do not go on with them. Write only the final answer that they lead to, in \\boxed{}."""
 CLOSING = "</think>\nThe answer is \\boxed{"
-ANSWER_TOKENS = 64
-SUMMARY_TOKENS = 512
+ANSWER_TOKENS = 32  # of the policy, which only fills the box
+SUMMARY_TOKENS = 512  # of a summary model
 
 
 def summary_prompt(row: dict, thought: str, answerer) -> list[int]:
