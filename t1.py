@@ -540,7 +540,9 @@ def summary_prompt(row: dict, thought: str, answerer) -> list[int]:
     ids = prompt_ids(row | dict(problem=text, system=""), answerer.tokenizer, answerer.cfg)
     half = answerer.cfg.max_prompt // 2
     if len(ids) > 2 * half:
-        print0(f"{place_of(row)}: its middle does not fit --answer-model; raise --max-prompt")
+        print0(
+            f"{place_of(row)}: too long for --answer-model, its middle is left out; raise --max-prompt"
+        )
         del ids[half:-half]
     return ids
 
