@@ -1383,7 +1383,7 @@ def cut_at(ids: list[int], budget: int, tokenizer) -> list[int]:
     return ids
 
 
-# NOT IN PAPER: what a summary model is asked, what makes the policy answer, room for an answer.
+# NOT IN PAPER: what a summary model is asked; what makes the policy answer; the longest answers.
 ASK = """%s
 
 Here are thoughts about this problem. They may break off.
@@ -1392,8 +1392,8 @@ Here are thoughts about this problem. They may break off.
 
 Do not go on with them. Write only the final answer that they lead to, in \\boxed{}."""
 CLOSING = "</think>\nThe answer is \\boxed{"
-ANSWER_TOKENS = 64
-SUMMARY_TOKENS = 512
+ANSWER_TOKENS = 64  # of the policy, which only fills the box
+SUMMARY_TOKENS = 512  # of a summary model
 
 
 def summary_prompt(row: dict, thought: str, answerer) -> list[int]:
@@ -1406,7 +1406,8 @@ def summary_prompt(row: dict, thought: str, answerer) -> list[int]:
     ids = prompt_ids(row | dict(problem=text, system=""), answerer.tokenizer, answerer.cfg)
     half = answerer.cfg.max_prompt // 2
     if len(ids) > 2 * half:
-        print0(f"{place_of(row)}: its middle does not fit --answer-model; raise --max-prompt")
+        what = "too long for --answer-model, its middle is left out; raise --max-prompt"
+        print0(f"{place_of(row)}: {what}")
         del ids[half:-half]
     return ids
 

@@ -1859,7 +1859,9 @@ def test_what_a_summary_model_is_asked(tmp_path, capsys, thought, seen):
     else:
         half = (256 + 150) // 2
         assert ids == whole[:half] + whole[-half:]
-        assert said == "a: its middle does not fit --answer-model; raise --max-prompt\n"
+        assert (
+            said == "a: too long for --answer-model, its middle is left out; raise --max-prompt\n"
+        )
 
 
 def test_majority_is_the_first_of_the_most_frequent_answers():
