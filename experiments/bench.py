@@ -49,7 +49,7 @@ BENCH = dict(  # the job, on top of the preset tiny
     sft_batch=64,
 )
 MODEL = dict(layers=4, width=256)  # of the job
-TRL_ROWS = 64  # rows of one of RLOOTrainer's micro-batches
+TRL_ROWS = 64  # rows of one of RLOOTrainer's micro-batches; 8 of a model of yours
 TRL_PACK = (1024, 4)  # SFTTrainer packs to rows of so many tokens, so many rows per step
 RL, SFT = "step of RL", "step of SFT"
 
@@ -198,7 +198,7 @@ def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
     """TRL's RLOOTrainer on the bench's job, and the list in which it counts its trained tokens."""
     import trl
 
-    micro = math.gcd(cfg.prompts * cfg.k, TRL_ROWS)
+    micro = math.gcd(cfg.prompts * cfg.k, 8 if cfg.model else TRL_ROWS)
     settings = trl.RLOOConfig(
         **trl_options(folder, pairs, cfg),
         per_device_train_batch_size=micro,
