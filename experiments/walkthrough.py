@@ -57,7 +57,8 @@ TEMPLATE = """# One step of T1, number by number
 
 def start(out: str, steps: int):
     """A cold start and `steps` steps of RL -> what `rl_step` needs, and the problems."""
-    t1.main(["--stage", "sft", "--out", out, "--name", "walkthrough"])
+    if t1.main(["--stage", "sft", "--out", out, "--name", "walkthrough"]):
+        raise SystemExit(1)  # the reason was said
     options = ["--out", out, "--name", "walkthrough", "--k", "4"]
     cfg = t1.parse_args(["--stage", "rl", *options])
     policy, tokenizer = t1.load_policy(t1.latest(f"{out}/walkthrough/sft"), cfg)
