@@ -3,24 +3,30 @@
 import copy
 import dataclasses
 import functools
+import html
 import itertools
 import json
 import math
 import operator
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import transformers
 
 import data_prep
 import experiments
 import t1
+import test_t1
 import verify
-from experiments import bench, claims, gpu, ledger, plan, stress
+from experiments import bench, claims, gpu, ledger, look, plan, stress
 from test_t1 import HERE, SMALL, LiveBytes, config
 
 
@@ -748,6 +754,118 @@ def test_gpu_bench_from_end_to_end_on_a_cpu(tmp_path):
 def test_gpu_bench_without_a_gpu_is_one_line(capsys):
     assert bench.main(["--gpu"]) == 2
     assert capsys.readouterr().err == "t1.py: --gpu: torch sees no GPU here\n"
+
+
+# --------------------------------------------------------------------------------------------- look
+
+
+HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>"
+DRIVER = """<script>
+function text(id, value, event, shown) {
+  at(id).value = value;
+  at(id).dispatchEvent(new Event(event));
+  return at(shown).textContent;
+}
+const seen = {failed: window.failed, owned: window.owned, odd: at("group").textContent};
+seen.steps = [0, 1].map(step => text("step", step, "change", "group"));
+seen.kinds = ["entropy", "ratio"].map(kind => text("kind", kind, "input", "group"));
+seen.budgets = [0, at("budget").max].map(budget => text("budget", budget, "input", "pair"));
+seen.tails = text("budget", 0, "input", "pair") && document.querySelectorAll(".tail").length;
+seen.tags = document.querySelectorAll("p *:not(small), pre *:not(span), img, option *").length;
+document.body.textContent = JSON.stringify(seen);
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """Two steps of RL on problems that hold HTML, as does a sample -> the run, the rollouts that it
+    kept (its page is made without them), and the page."""
+    base = tmp_path_factory.mktemp("seen")
+    test_t1.make_guess(base)
+    rows = [row | dict(problem=row["problem"] + HOSTILE) for row in test_t1.naming_rows(10)]
+    data_prep.append_rows(base / "odd.jsonl", rows)
+    odd = ["--data", base / "odd.jsonl", "--test", base / "odd.jsonl", "--out", base]
+    steps = ["--rl-steps", 2, "--rl-save-every", 1, "--keep-rollouts"]
+    assert test_t1.main(*test_t1.rl_args(base, *odd, *steps))[0] == 0
+    kept = t1.read_log(base / "tiny/rl/rollouts.jsonl.gz")
+    (base / "tiny/rl/rollouts.jsonl.gz").unlink()
+    samples = base / "tiny/rl/samples.jsonl"
+    data_prep.append_rows(samples, [t1.read_log(samples)[0] | dict(response=HOSTILE)])
+    assert look.main([f"{base}/tiny", "--page", f"{base}/page.html", "--steps", "9"]) == 0
+    return base / "tiny", kept, (base / "page.html").read_text(encoding="utf-8")
+
+
+def oracle(lm, prompt, ids):
+    """log pi and entropy of each token at the run's temperature, by the library."""
+    logits = lm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    logp = (logits / 1.1).log_softmax(-1)
+    return logp.gather(1, torch.tensor(ids)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_page_shows_the_runs_responses_and_what_its_models_give_them(seen):
+    folder, kept, page = seen
+    data = json.loads(re.search('id="data">(.*?)</script>', page, re.S)[1])
+    first, last = data["steps"]
+    for group in first["groups"]:  # drawn again
+        drawn = [(c["response"], c["reward"]) for c in group["cards"] if "advantage" in c]
+        of_run = [row for row in kept if row["step"] == 0]
+        of_run = [row for row in of_run if row["problem"] == group["cards"][-1]["problem"]]
+        assert drawn == [(row["response"], row["reward"]) for row in of_run]
+    checkpoint = folder / "rl/checkpoint-2"
+    policy = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    anchor = copy.deepcopy(policy)
+    for path in checkpoint.glob("trainer/*.safetensors"):
+        weights = safetensors.torch.load_file(path)
+        names = {name.removeprefix("anchor."): weights[name] for name in weights}
+        anchor.load_state_dict(names, strict=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    cards = last["groups"][0]["cards"]
+    paid = []
+    for card in cards:
+        prompt = tokenizer(card["problem"] + "\n").input_ids
+        ids = tokenizer(card["response"]).input_ids + [tokenizer.eos_token_id]
+        assert "".join(card["pieces"]) == tokenizer.decode(ids)
+        logprob, entropy = oracle(policy, prompt, ids)
+        ratio = logprob - oracle(anchor, prompt, ids)[0]
+        for name, values in dict(logprob=logprob, entropy=entropy, ratio=ratio).items():
+            assert card[name] == pytest.approx(values.tolist(), abs=1e-3)
+        paid.append(card["reward"] - 2e-4 * ratio.sum().item())
+    assert max(abs(x) for card in cards for x in card["ratio"]) > 0.01
+    for card, own in zip(cards, paid):
+        assert card["advantage"] == pytest.approx(own - (sum(paid) - own) / 5, abs=1e-3)
+    cuts = [(card, cut) for pair in data["pairs"] for card in pair for cut in card["cuts"]]
+    assert len(cuts) >= 4
+    for card, cut in cuts:
+        text = "".join(card["pieces"][: cut["kept"]]) + cut["tail"]
+        assert cut["kept"] <= cut["budget"] < len(card["pieces"])
+        assert cut["answer"] == verify.extract_answer(text)
+
+
+BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="no browser: apt-get install chromium-headless-shell")
+def test_the_page_in_a_browser(seen, tmp_path):
+    page = seen[2]
+    assert set(re.findall("https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}
+    first = "<script>window.onerror = what => { window.failed = what };</script>"
+    (tmp_path / "page.html").write_text(page.replace("<style>", first + "<style>") + DRIVER)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    done = subprocess.run(
+        [*command, f"file://{tmp_path}/page.html"], capture_output=True, text=True
+    )
+    found = json.loads(html.unescape(re.search("<body>(.*?)</body>", done.stdout, re.S)[1]))
+    assert "failed" not in found
+    assert "owned" not in found
+    assert HOSTILE in found["odd"]
+    assert found["tags"] == 0
+    assert found["steps"][0] != found["steps"][1]
+    assert found["kinds"][0] == found["kinds"][1]
+    assert found["budgets"][0] != found["budgets"][1]
+    assert found["tails"] > 0
 
 
 # ------------------------------------------------------------------------------------------- stress
