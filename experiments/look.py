@@ -144,7 +144,7 @@ class Checkpoint:
         records = [t1.record_of(r) | dict(name=self.name, cuts=[]) for r in rollouts]
         rows = list(map(t1.row_of, rollouts))
         cards = self.cards(records, rows, self.cfg.eval_temperature or 1.0)
-        for budget in (2**i for i in range(1, 14)):
+        for budget in (1, *(2**i for i in range(2, 14))):
             cut = t1.cut_thoughts(self.engine, self.tokenizer, rollouts, thoughts, budget, self.cfg)
             t1.grade(cut, self.tokenizer)
             for card, whole, r in zip(cards, rollouts, cut):
