@@ -28,9 +28,7 @@ import experiments
 import t1
 from experiments.claims import VARIANTS, write_ledger
 
-SETTING = (
-    "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8".split()
-)
+SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8"
 BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; garbage has about 600 tokens
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
 # Gradient estimates at one checkpoint, for each K, of so many prompts
@@ -144,7 +142,7 @@ def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
     left out."""
     others = experiments.fields_of_others(stage)
     values = {name: value for name, value in fixed.items() if name not in others}
-    cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING, *options]))
+    cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING.split(), *options]))
     return dataclasses.replace(cfg, **values)
 
 

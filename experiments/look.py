@@ -199,7 +199,7 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>T1</ti
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'">
 <style>
-* { box-sizing: border-box; min-width: 0 }
+* { box-sizing: border-box; min-width: 0 } .tail { background: #fff3bf; outline: 1px solid #e6c94c }
 body { margin: 0 auto; max-width: 1500px; padding: 0 16px 60px; background: #f6f7f9;
   color: #1c2430; font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
 h1, h2 { margin: 28px 0 8px; line-height: 1.2 } select { font: inherit; max-width: 100% }
@@ -209,7 +209,6 @@ small, svg { color: #667085; fill: #667085; font-size: 12px }
 .box { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 10px }
 .right { border-top: 4px solid #12a150 } .wrong { border-top: 4px solid #d92d20 }
 pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: 6px 0 0 }
-.tail { background: #fff3bf; outline: 1px solid #e6c94c }
 </style><h1></h1><p id="about"></p><h2>Curves</h2><div id="curves" class="grid"></div>
 <h2>K responses to one problem at one step</h2>
 <div class="bar"><select id="step"></select> <select id="kind"><option value="entropy">entropy
@@ -301,6 +300,7 @@ data.groups.forEach(({step, cards}, value) =>
   add(at("step"), "option", `step ${step}: ${cards[0].problem}`, {value}));
 data.pairs.forEach(([card], value) => add(at("test"), "option", card.problem, {value}));
 for (const id of ["step", "kind", "test", "budget"]) at(id).oninput = render;
+for (const [id, value] of new URLSearchParams(location.hash.slice(1))) at(id).value = value;
 document.onpointerover = e => e.target.title && (at("token").textContent = e.target.title);
 render();
 </script>
