@@ -236,7 +236,7 @@ function show(parent, card, cut = card) {
   const kind = at("kind").value, [full, ink] = KINDS[kind];
   const verdict = cut.right ? "right" : "wrong";
   const box = add(parent, "div", "", {class: `box ${card.pattern ? "wrong" : verdict}`});
-  add(box, "b", card.kind ? `logged, ${card.kind}` : card.name);
+  add(box, "b", card.name || `logged, ${card.kind || "kept"}`);
   const count = cut == card ? card.pieces.length : `${cut.kept} of ${card.pieces.length}`;
   const words = ["", verdict, `answer ${cut.answer ?? "none"}`, `${count} tokens`];
   if (cut == card) words.push(`reward ${card.reward}`, card.pattern || "no pattern", `d ${card.d}`);

@@ -148,15 +148,16 @@ def fuzz_case(kind: str, rng: random.Random, good: Path, folder: Path) -> str:
 def run_fuzz(cases: range, seed: int, folder: Path) -> Counter:
     """-> counts of (kind, outcome). The first case that fails raises; its number is said."""
     counts = Counter()
-    kinds = list(READERS)
     good_files(folder / "good")
     for case in cases:
-        kind = kinds[case % len(kinds)]
+        kind = list(READERS)[case % len(READERS)]
         rng = random.Random(f"{seed} {case}")
         try:
             counts[kind, fuzz_case(kind, rng, folder / "good", folder / f"case{case}")] += 1
         except Exception:
             t1.print0(f"{kind}: case {case} of seed {seed}")
             raise
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(folder / f"case{case}")
     return counts
