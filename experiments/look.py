@@ -144,7 +144,7 @@ class Checkpoint:
         records = [t1.record_of(r) | dict(name=self.name, cuts=[]) for r in rollouts]
         rows = list(map(t1.row_of, rollouts))
         cards = self.cards(records, rows, self.cfg.eval_temperature or 1.0)
-        for budget in (1, *(2**i for i in range(2, 14))):
+        for budget in (2**i for i in range(2, 14)):
             cut = t1.cut_thoughts(self.engine, self.tokenizer, rollouts, thoughts, budget, self.cfg)
             t1.grade(cut, self.tokenizer)
             for card, whole, r in zip(cards, rollouts, cut):
@@ -297,8 +297,8 @@ function render() {
 document.title = document.querySelector("h1").textContent = `Run ${data.name}`;
 at("about").textContent = data.about;
 data.groups.forEach(({step, cards}, value) =>
-  add(at("step"), "option", `step ${step}: ${cards[0].problem}`, {value}));
-data.pairs.forEach(([card], value) => add(at("test"), "option", card.problem, {value}));
+  add(at("step"), "option", `step ${step}: ${cards[0].problem}`.slice(0, 80), {value}));
+data.pairs.forEach(([card], value) => add(at("test"), "option", card.problem.slice(0,80), {value}));
 for (const id of ["step", "kind", "test", "budget"]) at(id).oninput = render;
 for (const [id, value] of new URLSearchParams(location.hash.slice(1))) at(id).value = value;
 document.onpointerover = e => e.target.title && (at("token").textContent = e.target.title);
@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("look", __doc__)
     parser.add_argument("folder", type=Path, help="runs/NAME")
     parser.add_argument("--page", type=Path, help="file to write (default: look.html in the run)")
-    for name, most in dict(steps=4, checkpoints=2, problems=4).items():
+    for name, most in dict(steps=3, checkpoints=2, problems=3).items():
         parser.add_argument(f"--{name}", type=int, default=most, help=f"at most (default: {most})")
     return experiments.run(parser, look, argv)
 
