@@ -22,7 +22,7 @@ import verify
 
 
 def run_config(folder: Path, options: list[str]) -> t1.Config:
-    """That of RL, with `options` in place of its own."""
+    """That of RL, with `options` in place of its own; cut thoughts are answered shortly."""
     values = data_prep.read_json(folder / "config.json").get("config")
     if not isinstance(values, dict):
         raise t1.Misuse(f"{folder}/config.json: damaged; bring it back")
@@ -30,7 +30,7 @@ def run_config(folder: Path, options: list[str]) -> t1.Config:
         t1.print0(f"--reward {values['reward']} is code: it is used only if it is given here, too")
     names = {option.name for option in dataclasses.fields(t1.Config)} - {"reward", "engine"}
     old = [f"--{name}={value}" for name, value in values.items() if name in names]
-    return t1.parse_args([*old, *options, "--stage=rl"])
+    return dataclasses.replace(t1.parse_args([*old, *options, "--stage=rl"]), answer_tokens=32)
 
 
 def policies_of(folder: Path, cfg, most: int) -> dict[int, Path]:
@@ -170,7 +170,7 @@ def look(own, options: list[str]):
         if not answers:
             problems = t1.encode_prompts(rows, model.tokenizer, cfg)
             tests = evenly(t1.encode_prompts(tests, model.tokenizer, cfg), own.problems)
-        if tests:
+        if tests and at in (min(found), max(found)):
             answers.append(model.answers(tests))
         jobs = []
         for step in [x for x in logs if at == min(found, key=lambda y: abs(y - x))]:
@@ -187,7 +187,7 @@ def look(own, options: list[str]):
     for stage in t1.PANELS:
         data[stage] = evenly(t1.read_log(own.folder / stage / "metrics.jsonl"), 300)
     data["groups"] = groups
-    data["pairs"] = list(zip(*answers))  # the answers of all checkpoints to each problem
+    data["pairs"] = list(zip(*answers))  # the answers to each problem, before and after RL
     data["golds"] = [problem.row["answer"] for problem in tests]
     path = own.page or own.folder / "look.html"
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
