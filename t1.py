@@ -966,15 +966,16 @@ def policy_loss(
     temperature: float = 1.0, min_p: float = 0.0, sampler_logprobs=None, tis_cap: float = 0.0,
     chunk: int = 0,
 ):  # fmt: skip
-    """`policy_loss_reference` -> loss; log-probs and entropies (n,), without gradient. It is that
-    very function where all positions fit one chunk, else the same chunk by chunk.
+    """`policy_loss_reference` -> loss; log-probs and entropies (n,) in float32, without gradient. It
+    is that very function where its six (n, V) tensors need no more room than the two of a chunk,
+    else the same chunk by chunk.
 
-    Log-probs and entropy are float32 whatever the dtype of hidden and lm_head.
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
     constant in the gradient. The prefixes stay mu's, which leaves a bias; the cap limits noise. The
     loss that is returned is without these weights."""
-    if len(_chunks(hidden, lm_head, chunk)) == 1 and not tis_cap:
+    most = chunk or head_chunk(len(lm_head), hidden.device)
+    if 3 * len(hidden) <= most and not tis_cap:
         logprob, entropy = logprob_and_entropy(hidden, lm_head, targets, temperature, min_p)
         loss = paper_loss(logprob, entropy, advantages, weights, entropy_coef)
         return loss, logprob.detach(), entropy.detach()

@@ -5,12 +5,14 @@ A claim has two questions: does the part do what it is for (mostly one column of
 it pay (held-out pass@1)? Both are differences paired by seed, with a 95 % interval (Student's t)
 and a p-value that is corrected for the number of questions (Holm)."""
 
+import functools
 import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import mpmath
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -290,23 +292,16 @@ TESTS = list(dict.fromkeys(test for claim in CLAIMS for test in (claim.does, cla
 
 def p_value(t: float, dof: int) -> float:
     """Two-sided: the chance that Student's t with `dof` degrees of freedom lies farther from zero
-    than `t`. The series in the angle atan(t / sqrt(dof)) (Abramowitz and Stegun 26.7.3 and
-    26.7.4)."""
-    angle = math.atan(abs(t) / math.sqrt(dof))
-    term, total = (math.cos(angle), 0.0) if dof % 2 else (1.0, 0.0)
-    for i in range(2 + dof % 2, dof + 1, 2):  # cos, 2/3 cos^3, ... or 1, 1/2 cos^2, ...
-        total += term
-        term *= math.cos(angle) ** 2 * (i - 1) / i
-    inside = math.sin(angle) * total
-    if dof % 2:
-        inside = 2 / math.pi * (angle + inside)
-    return max(0.0, 1 - inside)
+    than `t`, as an incomplete beta function (Abramowitz and Stegun 26.7.1)."""
+    share = dof / (dof + t * t)
+    return float(mpmath.betainc(dof / 2, 0.5, 0, share, regularized=True))
 
 
+@functools.cache
 def t_quantile(dof: int, level: float = LEVEL) -> float:
     """The t that p_value takes to `level`, by bisection."""
     low, high = 0.0, 1e6
-    for _ in range(100):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if p_value(middle, dof) > level else (low, middle)
     return high
@@ -375,15 +370,6 @@ def answers(records: list[dict]) -> dict[Test, dict]:
     for (test, answer), p in zip(result.items(), corrected):
         answer |= dict(holm=p, verdict=verdict(answer["mean"], test.sign, p))
     return result
-
-
-def open_variants(records: list[dict]) -> list[str]:
-    """Variants of which some question is open: no verdict, or fewer than two seeds."""
-    found, wanted = answers(records), set()
-    for test in TESTS:
-        if test not in found or found[test]["verdict"] == "open":
-            wanted |= {test.variant, test.against}
-    return [name for name in VARIANTS if name in wanted]
 
 
 # --- Tables and picture ---------------------------------------------------------------------------

@@ -7,7 +7,6 @@ on a GPU but the device. An item that fails is a row of the table; the others go
 
 import contextlib
 import importlib.util
-import inspect
 import io
 import math
 import tempfile
@@ -252,16 +251,6 @@ def measure_stages(sizes: Sizes, engine: str) -> dict:
     return row | {"engine gap, nats": gap, "right": rows[-1]["accuracy"]}
 
 
-def with_repeated_heads(attend):
-    """torch 2.11's varlen_attn has no grouped queries: repeat the key-value heads for it."""
-
-    def varlen_attn(q, k, v, *lengths, enable_gqa: bool = False, **options):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return attend(q, k, v, *lengths, **options)
-
-    return varlen_attn
-
-
 def items_of(sizes: Sizes) -> dict:
     """Name -> the measurement, in the order of the table."""
     items = {
@@ -283,8 +272,6 @@ def run_gpu(sizes: Sizes, about: str, path: str) -> int:
     """Measure every item, print the table and write it as JSON -> exit code, 1 if an item
     failed."""
     results = {}
-    if "enable_gqa" not in inspect.signature(t1.varlen_attn).parameters:
-        t1.varlen_attn = with_repeated_heads(t1.varlen_attn)
     t1.print0(about)
     for name, (measure, *args) in items_of(sizes).items():
         try:

@@ -1,8 +1,8 @@
 """The ledger: does each part of T1 do what it is for, and does it pay? One run varied, over several
 seeds.
 
-    python -m experiments.ledger            the plan: three seeds of every variant, more where open
-    python -m experiments.ledger --variants k4,t0.8 --seeds 0,1     these runs alone
+    python -m experiments.ledger            every variant, of three seeds
+    python -m experiments.ledger --variants k4,t0.8 --seeds 3,4     these runs alone
     python -m experiments.ledger --table    run nothing: the tables of finished runs, or where there
                                             are none of figures/ledger.jsonl
 
@@ -14,7 +14,6 @@ NAME: ledger); after a kill the same command resumes. Other options are those of
 every run, for instance --prompts 16, but where its variant sets the same field.
 """
 
-import argparse
 import dataclasses
 import itertools
 import random
@@ -27,13 +26,10 @@ import torch
 import data_prep
 import experiments
 import t1
-from experiments.claims import GONE, VARIANTS, open_variants, read_records, write_ledger
+from experiments.claims import GONE, VARIANTS, write_ledger
 
-SETTING = (
-    "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8".split()
-)
+SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8"
 BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; garbage has about 600 tokens
-ROUNDS = ((0, 1, 2), (3, 4), (5, 6, 7))  # seeds: of every variant, then twice of those still open
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
 # Gradient estimates at one checkpoint, for each K, of so many prompts
 DRAWS = 8
@@ -146,7 +142,7 @@ def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
     left out."""
     others = experiments.fields_of_others(stage)
     values = {name: value for name, value in fixed.items() if name not in others}
-    cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING, *options]))
+    cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING.split(), *options]))
     return dataclasses.replace(cfg, **values)
 
 
@@ -223,21 +219,12 @@ def distance(run: Path, cfg: t1.Config) -> float:
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def variant_names(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    for name in names:
-        if name not in VARIANTS:
-            known = ", ".join(VARIANTS)
-            raise argparse.ArgumentTypeError(f"no variant {name!r}; choose from {known}")
-    return names
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = experiments.Parser("ledger", __doc__)
     add = parser.add_argument
-    add("--variants", type=variant_names, default=[], help="run these (default: the plan)")
+    add("--variants", default=",".join(VARIANTS), help="run these (default: all)")
     seeds = experiments.whole_numbers
-    add("--seeds", type=seeds, default=[0, 1, 2], help="of --variants (default: 0,1,2)")
+    add("--seeds", type=seeds, default=[0, 1, 2], help="of each (default: 0,1,2)")
     add("--table", action="store_true", help="run nothing, write the tables (default: off)")
     return experiments.run(parser, ledger_command, argv)
 
@@ -245,15 +232,13 @@ def main(argv: list[str] | None = None) -> int:
 def ledger_command(own, options: list[str]):
     cfg = t1.parse_args(experiments.stage_options("rl", options))
     base = Path(cfg.out) / (cfg.name or "ledger")
-    rounds = [own.seeds] if own.variants else ROUNDS
-    for seeds in [] if own.table else rounds:
-        names = own.variants or list(VARIANTS)
-        if not own.variants and seeds != ROUNDS[0]:
-            names = open_variants(read_records(base))
-        for seed, name in itertools.product(seeds, names):
-            if not run_variant(base, name, seed, options):
-                t1.print0("interrupted; the same command resumes")
-                return
+    names = own.variants.split(",")
+    if not set(names) <= set(VARIANTS):
+        raise t1.Misuse(f"--variants {own.variants}: choose from {', '.join(VARIANTS)}")
+    for seed, name in [] if own.table else itertools.product(own.seeds, names):
+        if not run_variant(base, name, seed, options):
+            t1.print0("interrupted; the same command resumes")
+            return
     write_ledger(base)
     t1.print0((base / "ledger.md").read_text(encoding="utf-8"))
 

@@ -143,11 +143,14 @@ def activation_plan(shape: Shape, n: int, size: int, machine, cfg) -> dict[str, 
     rotary = 12 * n * shape.head_width
     per_layer = n * size * D if cfg.checkpointing else inside
     again = inside - last_norm + n * size * D if cfg.checkpointing else 0
-    chunk = min(t1.head_chunk(shape.vocabulary, "cuda" if machine else "cpu"), n)
+    chunk = t1.head_chunk(shape.vocabulary, "cuda" if machine else "cpu")
+    positions = min(chunk, n) * (3 if machine else 2)
+    if 3 * n <= chunk and not cfg.tis_cap:
+        positions = 6 * n  # the plain form
     return dict(
         activations=shape.layers * per_layer + last_norm + rotary,
         head_gradient=4 * shape.vocabulary * D,
-        head_chunks=(3 if machine else 2) * 4 * shape.vocabulary * chunk + 2 * size * n * D,
+        head_chunks=4 * shape.vocabulary * positions + 2 * size * n * D,
         backward=2 * size * n * wide + 4 * D * wide + again,
     )
 

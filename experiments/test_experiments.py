@@ -3,33 +3,30 @@
 import copy
 import dataclasses
 import functools
+import html
 import itertools
 import json
-import math
-import operator
 import os
 import random
+import re
+import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import transformers
 
 import data_prep
 import experiments
 import t1
+import test_t1
 import verify
-from experiments import bench, claims, gpu, ledger, plan, stress
+from experiments import bench, claims, gpu, ledger, look, plan, stress
 from test_t1 import HERE, SMALL, LiveBytes, config
 
-
-def program(name, *args):
-    """python -m experiments.NAME as a user calls it -> (exit code, stdout, stderr)."""
-    command = [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=env)
-    return done.returncode, done.stdout, done.stderr
+MANY = int(os.environ.get("FUZZ", 600))  # damaged files
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,30 +61,12 @@ def talkative(tmp_path_factory):
 # ------------------------------------------------------------------------------------------- ledger
 
 
-def test_the_p_value_is_students():
-    for dof in range(1, 11):  # two tails: 1 minus the integral of the density from -t to t
-        scale = math.gamma((dof + 1) / 2) / math.gamma(dof / 2) / math.sqrt(dof * math.pi)
-        for t in (0.3, 1.0, 2.5, 8.0):
-            x = np.linspace(-t, t, 200_001)
-            inside = np.trapezoid(scale * (1 + x**2 / dof) ** (-(dof + 1) / 2), x)
-            assert claims.p_value(-t, dof) == claims.p_value(t, dof)
-            assert claims.p_value(t, dof) == pytest.approx(1 - inside, abs=1e-8)
-
-
 def test_the_quantiles_are_those_of_the_printed_tables():
-    printed = {
-        1: 12.706,
-        2: 4.303,
-        3: 3.182,
-        4: 2.776,
-        5: 2.571,
-        6: 2.447,
-        10: 2.228,
-        30: 2.042,
-    }
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 10: 2.228, 30: 2.042}
     for dof, quantile in printed.items():
         assert claims.t_quantile(dof) == pytest.approx(quantile, abs=5e-4)
     assert claims.t_quantile(4, 0.01) == pytest.approx(4.604, abs=5e-4)
+    assert claims.p_value(-2.776, 4) == pytest.approx(0.05, abs=1e-4)
 
 
 def test_holm_is_the_step_down_procedure():
@@ -109,12 +88,6 @@ def test_holm_is_the_step_down_procedure():
                 break
             rejected.add(smallest)
         assert {i for i, p in enumerate(adjusted) if p <= level} == rejected
-
-
-def test_verdict():
-    assert [claims.verdict(0.05, sign, 0.04) for sign in (1, -1, 0)] == ["yes", "no", "higher"]
-    assert [claims.verdict(-0.05, sign, 0.04) for sign in (1, -1, 0)] == ["no", "yes", "lower"]
-    assert claims.verdict(0.05, 1, 0.06) == "open"
 
 
 def test_statistics_of_differences():
@@ -166,8 +139,6 @@ def test_differences_are_paired_by_seed():
     assert claims.parse_test("t0.8 < base") not in found
     smallest = min(found.values(), key=lambda answer: answer["p"])
     assert smallest["holm"] == pytest.approx(len(found) * smallest["p"])
-    assert "k4" in claims.open_variants(records)
-    assert "t0.8" in claims.open_variants(records)
 
 
 def test_entropy_is_compared_at_equal_accuracy():
@@ -175,41 +146,9 @@ def test_entropy_is_compared_at_equal_accuracy():
     fast = a_run("base", 0, steps=steps)
     steps = dict(accuracy=[0.3, 0.4, 0.5], entropy=[0.9, 0.8, 0.2])
     slow = a_run("alpha0", 0, steps=steps)
-    # the weaker reaches 0.5 at its end, with 0.2; the other three quarters of the way from 0.2 to
-    # 0.6, with 0.7
+    # the weaker reaches 0.5 at its end, with 0.2; the other between 0.2 and 0.6, with 0.7
     assert claims.entropy_difference(fast, slow) == pytest.approx(0.5)
     assert claims.entropy_difference(slow, fast) == pytest.approx(-0.5)
-
-
-def test_measures_of_a_record():
-    of = {name: measure.of for name, measure in claims.MEASURES.items()}
-    record = a_run("beta5e-2-uncentred", 0, steps=dict(kl=[1.0, 3.0]))
-    assert of["variance ~ K to the"](record) == pytest.approx(-1.0)  # 1/K
-    assert of["mean advantage, 1/1000"](record) == pytest.approx(-0.1)
-    assert of["mean advantage, 1/1000"](a_run("base", 0)) == 0
-    assert of["32 to 320 tokens, points"](record) == pytest.approx(0.3)
-    assert of["pass@8 - pass@1, points"](record) == pytest.approx(0.2)
-    assert of["spread 1.1 - 0.8, points"](record) == pytest.approx(0.1)
-    assert of["spread 1.3 - 1.1, points"](record) == pytest.approx(0.2)
-    assert of["spread, points"](record) == pytest.approx(-0.3)
-
-
-def test_every_claim_asks_runs_and_measures_that_exist():
-    for test in claims.TESTS:
-        assert test.measure in claims.MEASURES
-        assert test.sign in (-1, 0, 1)
-        assert test.variant in claims.VARIANTS
-        assert test.against in (*claims.VARIANTS, "")
-    papers = "RL lifts SFT,K,temperature,penalties,moving anchor,entropy bonus,centred KL".split(
-        ","
-    )
-    papers += ["inference scaling", "longer", "self-correcting"]
-    assert set(papers) <= {claim.paper for claim in claims.CLAIMS}
-    line = "K | here | tokens: a > b | <"
-    assert claims.parse_claim(line).does == claims.Test("tokens", "a", "b", 1)
-    assert claims.parse_claim(line).pays == claims.Test("pass@1, points", "a", "b", -1)
-    assert claims.parse_test("a ~ b").sign == 0
-    assert claims.parse_test("a >").against == ""
 
 
 def ledger_args(out, *more):
@@ -303,39 +242,6 @@ def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(
     assert "| alpha1e-1 | 1/1 |" in (tmp_path / "led/ledger.md").read_text()
 
 
-def test_the_plan_asks_again_only_where_a_question_is_open(tmp_path, monkeypatch):
-    asked = []
-    opened = iter([["base", "k4"], ["k4"]])
-
-    def run_variant(base, name, seed, options):
-        asked.append((name, seed))
-        return True
-
-    monkeypatch.setattr(ledger, "run_variant", run_variant)
-    monkeypatch.setattr(ledger, "open_variants", lambda records: next(opened))
-    monkeypatch.setattr(ledger, "write_ledger", lambda base: None)
-    (tmp_path / "ledger").mkdir()
-    (tmp_path / "ledger/ledger.md").write_text("")
-    assert ledger.main(["--out", str(tmp_path)]) == 0
-    first = [(name, seed) for seed in (0, 1, 2) for name in claims.VARIANTS]
-    second = [("base", 3), ("k4", 3), ("base", 4), ("k4", 4)]
-    third = [("k4", 5), ("k4", 6), ("k4", 7)]
-    assert asked == first + second + third
-
-
-def test_every_variant_is_a_valid_run():
-    for variant in claims.VARIANTS.values():
-        configs = [ledger.stage_config(stage, variant.changes, []) for stage in ("sft", "rl")]
-        for cfg in configs:
-            t1.check_config(cfg)
-        for field, value in variant.changes.items():
-            assert value in [getattr(cfg, field) for cfg in configs]
-        assert variant.traces or claims.VARIANTS[variant.start].traces
-    for name in ("base", "k4-samples", "k64-samples"):
-        cfg = ledger.stage_config("rl", claims.VARIANTS[name].changes, [])
-        assert cfg.prompts * cfg.k == 128
-
-
 def test_the_documents_hold_the_tables_of_the_published_runs():
     records = t1.read_log(claims.PUBLISHED)
     found = claims.answers(records)
@@ -348,21 +254,6 @@ def test_the_documents_hold_the_tables_of_the_published_runs():
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     assert len(rows) >= 8
     assert set(rows) <= set(claims.claim_table(found).splitlines())
-
-
-def test_a_tenth_of_the_garbage_traces_never_ends(talkative):
-    traces = ledger.garbage_traces()
-    tokenizer = talkative[1]
-    garbage = [trace for trace in traces if trace["source"] == "garbage"]
-    assert len(garbage) == len(traces) // 10
-    assert len({trace["id"] for trace in garbage}) > 100
-    for trace in garbage[:50]:
-        ids = tokenizer(trace["response"]).input_ids
-        assert 320 < len(ids) < ledger.BRANCH["max_new"]
-        assert verify.extract_answer(trace["response"]) is None
-        assert t1.unexpected_pattern(trace["response"], ids[:320], False, 8, 3) == "overlong"
-    loops = [t1.repeats(tokenizer(t["response"]).input_ids, 8) >= 3 for t in garbage[:50]]
-    assert 15 <= sum(loops) <= 35
 
 
 def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
@@ -488,18 +379,11 @@ def step_of(shape, gpus, length, prompt, *args, **constants):
 
 @pytest.mark.parametrize("name, billions", [*zip(plan.SHAPES, (9.40, 14.77, 32.76))])
 def test_plan_of_the_papers_models(name, billions):
-    def of(gpus, *args):
-        return step_of(plan.SHAPES[name], gpus, 3200, 200, *args)[1]
-
-    plain = of(8, "--offload", "false")
-    parked = of(8)
+    plain = step_of(plan.SHAPES[name], 8, 3200, 200, "--offload", "false")[1]
+    parked = step_of(plan.SHAPES[name], 8, 3200, 200)[1]
     assert plain["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
-    assert plain["weights"] == 4 * plain["parameters"] / 8
-    assert plain["optimizer"] == 2 * plain["anchor"] == 2 * plain["weights"]
-    assert of(64)["update"] < parked["update"] < of(8, "--checkpointing", "false")["update"]
     assert parked["update"] == plain["update"] - plain["anchor"]
     assert parked["cache"] > plain["cache"]  # the engine gets what the anchor leaves
-    assert plain["tp"] == t1.engine_ranks(2 * plain["parameters"], plan.Machine().card, 8)
 
 
 # 64 prompts x 32 samples, at most 4,096 tokens with the prompt: shape, GPUs, tp, recomputed,
@@ -544,14 +428,13 @@ def test_a_step_of_14b_on_eight_gpus_is_a_range_that_holds_the_middle():
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_flop_of_the_update_are_those_of_torchs_counter(checkpointing):
-    """Of the products. What it does not count on a CPU is added: attention by a loop over
-    positions, and the head's gradient, an addmm_, by hand."""
+    """Of the products. Attention, which it does not count on a CPU, is added by a loop over
+    positions."""
     cfg = plan_config("--checkpointing", checkpointing)
     policy = small_policy(cfg, 3, 64, 0)
     shape = plan.shape_of(policy.lm.config)
-    rows = [([1] * 8, list(range(2, 122))) for _ in range(4)]
+    rows = [([i] * 8, list(range(2, 122))) for i in range(4)]
     attention = 4 * 3 * sum(4 * 64 * position for position in range(1, 129))
-    head_gradient = 2 * 4 * 120 * policy.vocabulary * 64
     forward, gradient = plan.update_flop(shape, 4, 120, 8, cfg)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         t1.response_logprobs(policy, rows, cfg)
@@ -559,26 +442,7 @@ def test_flop_of_the_update_are_those_of_torchs_counter(checkpointing):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         t1.accumulate_gradient(policy, experiments.answered(rows), torch.ones(4), cfg)
     attention *= 3.5 + (checkpointing == "true")
-    counted = counter.get_total_flops() + attention + head_gradient
-    assert counted == pytest.approx(gradient, rel=0.015)
-
-
-def test_compiled_layers_are_computed_again_in_full():
-    shape = plan.SHAPES["Qwen/Qwen2.5-14B"]
-    cfg = config("--preset", "qwen2.5-14b")
-    _, gradient = plan.update_flop(shape, 10, 100, 20, cfg)
-    _, stopped = plan.update_flop(shape, 10, 100, 20, dataclasses.replace(cfg, compile=False))
-    last_products = 2 * shape.intermediate * shape.hidden * 10 * 120 * shape.layers
-    assert cfg.compile
-    assert gradient - stopped == pytest.approx(last_products)
-
-
-def test_decoding_is_as_fast_as_the_measurement_that_it_comes_from():
-    """Qwen2.5-72B on two H100: 30.9 ms a token of one row."""
-    shape = plan.Shape(8192, 80, 29568, 64, 8, 128, 152064, False)
-    memory = dict(tp=2, cached=0, cache=1e6)
-    seconds = plan.rollout_seconds(shape, memory, 1, 100, 0, 100, 0, plan.Machine(decode=0))
-    assert 1e3 * seconds / 100 == pytest.approx(30.9, rel=0.02)
+    assert counter.get_total_flops() + attention == pytest.approx(gradient, rel=0.015)
 
 
 def test_rows_that_do_not_fit_the_cache_wait():
@@ -594,19 +458,6 @@ def test_rows_that_do_not_fit_the_cache_wait():
         for written in range(100):
             expected += 0.5 + weights + 4 * 1000 * (10 + written) / 1e9
     assert seconds == pytest.approx(expected, rel=1e-4)
-
-
-def test_traffic_counts_where_it_is_longer_than_the_computation():
-    def gradient(network):
-        shape = plan.SHAPES["Qwen/Qwen2.5-14B"]
-        cfg, memory, seconds = step_of(shape, 16, 100, 200, network=network)
-        micro = math.ceil(32 * 64 * 300 / 16 / cfg.micro_tokens)
-        # two gathers in bfloat16, a sum in float32
-        return seconds["gradient"], micro * 8 * memory["parameters"] * 15 / 16 / network
-
-    seconds, traffic = gradient(1e9)
-    assert seconds == pytest.approx(traffic)
-    assert gradient(1e12)[0] == gradient(1e13)[0] < seconds
 
 
 def test_plan_command(talkative, tmp_path, capsys):
@@ -756,19 +607,6 @@ def test_packed_rows_that_see_each_other_are_further_from_float32_than_the_libra
     assert compared["log-prob gap, ours"] > 5 * compared["log-prob gap, library"]
 
 
-def test_an_older_varlen_attn_gets_as_many_key_value_heads_as_queries():
-    def older(q, k, v, *lengths, scale):
-        assert q.shape == k.shape == v.shape
-        assert (lengths, scale) == ((1, 2), 0.5)
-        return k
-
-    q = torch.zeros(3, 4, 2)
-    k = torch.arange(12.0).view(3, 2, 2)
-    repeated = gpu.with_repeated_heads(older)(q, k, k, 1, 2, scale=0.5, enable_gqa=True)
-    for head in range(4):  # a group's heads side by side
-        assert torch.equal(repeated[:, head], k[:, head // 2])
-
-
 @pytest.mark.slow
 def test_gpu_bench_from_end_to_end_on_a_cpu(tmp_path):
     assert gpu.run_gpu(SMALL_SIZES, "a machine", str(tmp_path / "numbers.json")) == 0
@@ -784,72 +622,127 @@ def test_gpu_bench_without_a_gpu_is_one_line(capsys):
     assert capsys.readouterr().err == "t1.py: --gpu: torch sees no GPU here\n"
 
 
-# ------------------------------------------------------------------------------------------- stress
+# --------------------------------------------------------------------------------------------- look
 
 
-def stress_program(what, count, *more):
-    """In a process of its own: kills forks."""
-    code, out, err = program("stress", what, count, *more)
-    assert code == 0, out[-1000:] + err[-3000:]
-    return out
+HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>"
+DRIVER = """<script>
+function shown(id, value, where) {
+  at(id).value = value;
+  at(id).dispatchEvent(new Event("input"));
+  return at(where).textContent;
+}
+const seen = {failed: window.failed, owned: window.owned};
+seen.groups = data.groups.map((group, i) => shown("step", i, "group"));
+seen.kinds = ["entropy", "ratio"].map(kind => shown("kind", kind, "group"));
+seen.pairs = [at("budget").max, 0].map(budget => shown("budget", budget, "pair"));
+seen.tails = document.querySelectorAll(".tail").length;
+seen.tags = document.querySelectorAll("p *:not(small), pre *:not(span), img, option *").length;
+document.body.textContent = JSON.stringify(seen);
+</script>"""
 
 
-def test_every_function_can_be_killed():
-    for function in stress.ONCE + stress.OFTEN:
-        assert callable(operator.attrgetter(function)(t1)), function
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """RL on problems that hold HTML, as does a sample -> its folder, the rollouts of its first
+    step, and its page, which was made without them."""
+    plain = test_t1.naming_rows
+
+    def odd(*count):
+        return [row | dict(problem=row["problem"] + HOSTILE) for row in plain(*count)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_t1, "naming_rows", odd)
+        base = test_t1.make_guess(tmp_path_factory.mktemp("seen"))
+    steps = ["--rl-steps", 2, "--rl-save-every", 1, "--keep-rollouts", "--out", base]
+    assert test_t1.main(*test_t1.rl_args(base, *steps))[0] == 0
+    folder = base / "tiny/rl"
+    kept = t1.read_log(folder / "rollouts.jsonl.gz")
+    (folder / "rollouts.jsonl.gz").unlink()
+    sample = t1.read_log(folder / "samples.jsonl")[0]
+    data_prep.append_rows(folder / "samples.jsonl", [sample | dict(response=HOSTILE, length=99)])
+    assert look.main([f"{base}/tiny"]) == 0
+    return folder, kept[:18], (base / "tiny/look.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, count", [(1, 12), (2, 5)])
-def test_killed_and_resumed_is_the_same_run(ranks, count):
-    """`python -m experiments.stress kills 300` is the long form."""
-    out = stress_program("kills", count, "--ranks", ranks, "--seed", 5)
-    assert f"{count} kills on {ranks} rank(s)" in out
+@torch.no_grad()
+def test_the_page_shows_the_runs_responses_and_what_its_models_give_them(seen):
+    folder, kept, page = seen
+    data = json.loads(re.search('id="data">(.*?)</script>', page, re.S)[1])
+    cards = data["groups"][0]["cards"]
+    drawn = [(card["response"], card["reward"]) for card in cards if "advantage" in card]
+    of_run = [row for row in kept if row["problem"] == cards[0]["problem"]]
+    assert drawn == [(row["response"], row["reward"]) for row in of_run]
+    policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "checkpoint-2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "checkpoint-2")
+    anchor = copy.deepcopy(policy)
+    for path in folder.glob("checkpoint-2/trainer/*.safetensors"):
+        weights = safetensors.torch.load_file(path)
+        weights = {name.removeprefix("anchor."): weights[name] for name in weights}
+        anchor.load_state_dict(weights, strict=False)
+    cards = data["groups"][-1]["cards"]  # after the last step
+    paid = [card["reward"] - 2e-4 * card["d"] for card in cards]
+    for card, own in zip(cards, paid):
+        prompt = tokenizer(card["problem"] + "\n").input_ids
+        ids = tokenizer(card["response"]).input_ids + [tokenizer.eos_token_id]
+        assert "".join(card["pieces"]) == tokenizer.decode(ids)
+        inputs = torch.tensor([prompt + ids])
+        logits = torch.cat([policy(inputs).logits, anchor(inputs).logits])
+        logp, reference = (logits[:, len(prompt) - 1 : -1] / 1.1).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        places = torch.arange(len(ids)), torch.tensor(ids)
+        ratio = logp[places] - reference[places]
+        for name, values in dict(logprob=logp[places], entropy=entropy, ratio=ratio).items():
+            assert card[name] == pytest.approx(values.tolist(), abs=1e-3)
+        assert card["d"] == pytest.approx(ratio.sum().item(), abs=1e-3)
+        assert card["advantage"] == pytest.approx(own - (sum(paid) - own) / 5, abs=1e-3)
+    assert max(max(card["ratio"]) for card in cards) > 0.01
+    for card in itertools.chain(*data["pairs"]):
+        assert [cut["budget"] for cut in card["cuts"]] == [4]
+        for cut in card["cuts"]:
+            text = "".join(card["pieces"][: cut["kept"]]) + cut["tail"]
+            assert cut["kept"] <= cut["budget"]
+            assert cut["answer"] == verify.extract_answer(text)
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.slow)])
-def test_fuzz_no_input_makes_a_traceback_a_hang_or_an_output(count):
-    out = stress_program("fuzz", count, "--seed", 1)
-    assert f"{count} cases, 0 failed, seed 1" in out
-    assert all(f"{kind:8}" in out for kind in stress.READERS)
+BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 
 
-def test_fuzz_reports_what_fails(tmp_path, monkeypatch):
-    def silent(path):
-        raise t1.Misuse("bad")
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="no browser: apt-get install chromium-headless-shell")
+def test_the_page_in_a_browser(seen, tmp_path):
+    page = seen[2]
+    assert set(re.findall("https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}
+    alarm = "<script>window.onerror = what => { window.failed = what };</script>"
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("<style>", alarm + "<style>") + DRIVER, encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    found = json.loads(html.unescape(re.search("<body>(.*?)</body>", said, re.S)[1]))
+    assert set(found) == {"groups", "kinds", "pairs", "tails", "tags"}  # not failed, not owned
+    assert found["tags"] == 0
+    assert HOSTILE in found["groups"][0]
+    assert len(set(found["groups"])) == len(found["groups"]) >= 3  # of two steps
+    assert found["kinds"][0] == found["kinds"][1]  # other colours alone
+    assert found["pairs"][0] != found["pairs"][1]
+    assert found["tails"] == 2  # before and after RL
 
-    def good_files(folder):
-        for kind in ("broken", "silent"):
-            (folder / kind).mkdir(parents=True)
-            (folder / kind / "rows").write_text("x")
 
-    monkeypatch.setattr(stress, "good_files", good_files)
-    monkeypatch.setattr(stress, "READERS", dict(broken=[lambda path: 1 / 0], silent=[silent]))
-    counts, failures = stress.run_fuzz(range(4), 0, tmp_path)
-    assert counts == {("broken", "FAILED"): 2, ("silent", "FAILED"): 2}
-    assert "ZeroDivisionError" in failures[0][2]
-    assert "does not name the file" in failures[1][2]
+# ------------------------------------------------------------------------------------------- stress
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_fuzz_no_input_makes_a_traceback_a_hang_or_an_output(count, tmp_path):
+    counts = stress.run_fuzz(range(count), 1, tmp_path)
+    assert counts.total() == count
+    assert {kind for kind, _ in counts} == set(stress.READERS)
 
 
 # ------------------------------------------------------------------------------------ command lines
 
 
-PROGRAMS = dict(
-    ledger=ledger,
-    bench=bench,
-    plan=plan,
-    stress=stress,
-)
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_help_tells_every_option(name, capsys):
-    with pytest.raises(SystemExit) as done:
-        PROGRAMS[name].main(["--help"])
-    out = capsys.readouterr().out
-    assert done.value.code == 0
-    assert f"python -m experiments.{name}" in out
-    assert "default" in out
+PROGRAMS = dict(ledger=ledger, bench=bench, plan=plan, look=look)
 
 
 def test_options_go_to_the_stages_that_read_them():
@@ -868,7 +761,7 @@ def test_options_go_to_the_stages_that_read_them():
     "name, args, says",
     [
         ("ledger", "--seeds 0,x", "--seeds"),
-        ("ledger", "--variants base,nothing", "no variant 'nothing'"),
+        ("ledger", "--variants base,nothing", "choose from"),
         ("ledger", "--k 1 --out OUT", "leave-one-out"),
         ("ledger", "--no-such-option", "--no-such-option"),
         ("bench", "--pairs 0", "--pairs"),
@@ -878,10 +771,8 @@ def test_options_go_to_the_stages_that_read_them():
         ("plan", "--set efficiency=fast", "--set"),
         ("plan", "--length 9000", "--length"),
         ("plan", "--preset tiny", "--model"),
-        ("stress", "", "required"),
-        ("stress", "kills", "required"),
-        ("stress", "burn 3", "burn"),
-        ("stress", "fuzz 0", "above 0"),
+        ("look", "", "required"),
+        ("look", "OUT", "rl/config.json"),
     ],
 )
 def test_misuse_is_one_line(name, args, says, tmp_path, capsys):
