@@ -748,6 +748,7 @@ def test_gpu_bench_from_end_to_end_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "items_of", lambda sizes: {name: items[name] for name in rest})
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(t1, "TINY", SMALL)
+    monkeypatch.setitem(t1.PRESETS, "tiny", dict(prompts=2, k=4))
     assert gpu.run_gpu(SMALL_SIZES, "a machine", str(tmp_path / "numbers.json")) == 0
     row = json.loads((tmp_path / "numbers.json").read_text())["results"]["tiny, torch engine"]
     assert row["sft tokens/s"] > 0
