@@ -94,6 +94,13 @@ def main(*args, cwd=HERE):
     return code, out.getvalue(), err.getvalue()
 
 
+def undrawn(*args):
+    """`main` without the picture, which takes half of the time of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t1, "draw_steps", lambda folder: None)
+        return main(*args)
+
+
 def start(*args, env=ENV, **options):
     """t1.py in a process of its own, which is not waited for."""
     command = [sys.executable, str(HERE / "t1.py"), *map(str, args)]
@@ -2062,23 +2069,27 @@ def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
     assert {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.png")} == before
 
 
-def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path):
+@pytest.fixture(scope="session")
+def six_steps(guess, tmp_path_factory):
+    """What an undisturbed run of six steps leaves."""
+    out = tmp_path_factory.mktemp("six")
+    assert main(*rl_args(guess, "--rl-steps", 6, "--out", out))[0] == 0
+    return outcome(out / "tiny/rl", 6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, six_steps, tmp_path):
     """Twice from scratch, and once cut off after a checkpoint: the same metrics, weights and
     trainer's state."""
     args = rl_args(guess, "--rl-steps", 6, "--out", tmp_path)
-    for name in "abc":
-        assert main(*args, "--name", name)[0] == 0
-    shutil.rmtree(tmp_path / "c/rl/checkpoint-6")  # a kill after step 5 leaves this
-    code, out, _ = main(*args, "--name", "c")
-    assert code == 0 and f"resuming from {tmp_path / 'c/rl/checkpoint-3'}" in out
-    assert (
-        outcome(tmp_path / "a/rl", 6)
-        == outcome(tmp_path / "b/rl", 6)
-        == outcome(tmp_path / "c/rl", 6)
-    )
-    assert main(*args, "--name", "d", "--seed", 1)[0] == 0 and rows_of(
-        tmp_path / "d/rl"
-    ) != rows_of(tmp_path / "a/rl")
+    assert undrawn(*args, "--name", "a")[0] == 0
+    assert outcome(tmp_path / "a/rl", 6) == six_steps
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/rl/checkpoint-6")  # a kill after step 5 leaves this
+    code, out, _ = undrawn(*args, "--name", "b")
+    assert code == 0 and f"resuming from {tmp_path / 'b/rl/checkpoint-3'}" in out
+    assert outcome(tmp_path / "b/rl", 6) == six_steps
+    assert undrawn(*args, "--name", "c", "--seed", 1)[0] == 0
+    assert rows_of(tmp_path / "c/rl") != rows_of(tmp_path / "a/rl")
 
 
 def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, monkeypatch):
@@ -2229,7 +2240,7 @@ def three_steps(guess, out, *more):
     args = rl_args(
         guess, *changes, "--kl-coef", 0.5, "--temperature", 1.8, "--rl-save-every", 9, "--out", out
     )
-    assert main(*args, *more)[0] == 0
+    assert undrawn(*args, *more)[0] == 0
     return rows_of(out / "tiny/rl")
 
 
@@ -2624,7 +2635,7 @@ def wait_for_rows(folder, n, process, seconds=240):
     ],
 )
 def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
-    guess, tmp_path, monkeypatch, asked, phase, done
+    guess, six_steps, tmp_path, monkeypatch, asked, phase, done
 ):
     """In the third step: before the update the step is thrown away, after it the step is
     finished."""
@@ -2648,11 +2659,8 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
     assert [p.name for p in t1.checkpoints(folder)] == [f"checkpoint-{done}"] and len(
         rows_of(folder)
     ) == done
-    assert main(*args)[0] == 0
-    monkeypatch.undo()
-    assert main(*args, "--name", "whole")[0] == 0 and outcome(folder, 6) == outcome(
-        tmp_path / "whole/rl", 6
-    )
+    assert undrawn(*args)[0] == 0
+    assert outcome(folder, 6) == six_steps
 
 
 def test_parked_state_and_anchor_change_no_bit(guess, tmp_path):
@@ -3022,13 +3030,6 @@ def cut_at(args, root, monkeypatch, at_event):
     return disk.events
 
 
-def resumed(*args):
-    """`main` without the picture, which takes half of the time of a short run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t1, "draw_steps", lambda folder: None)
-        return main(*args)
-
-
 def test_a_power_cut_loses_no_checkpoint_that_was_saved(guess, whole_sft, tmp_path, monkeypatch):
     """K1: at every sync, rename and removal of three saves, whatever was synced or not. (The next
     test resumes.)"""
@@ -3085,7 +3086,7 @@ def test_power_cuts_at_random_moments_resume_to_the_same_bits(guess, tmp_path, m
         cut_at(args(base), base, monkeypatch, cut)
         if not promised:  # the run was over before
             continue
-        code, out, err = resumed(*args(tmp_path / f"{number}-after"))
+        code, out, err = undrawn(*args(tmp_path / f"{number}-after"))
         source = re.search(r"resuming from .*checkpoint-(\d+)", out)
         assert code == 0 and int(source[1] if source else 0) >= promised[0], (out, err)
         assert outcome(tmp_path / f"{number}-after/tiny" / stage, 6) == whole, moment
@@ -3121,7 +3122,7 @@ def test_killed_before_every_event_resumes_to_the_same_bits(guess, tmp_path, mon
     cut_at(args(again), again, monkeypatch, keep)
     assert len(left) > 30
     for folder in left.values():
-        assert resumed(*args(folder))[0] == 0
+        assert undrawn(*args(folder))[0] == 0
         assert outcome(folder / "tiny" / stage, 4) == whole, folder
         shutil.rmtree(folder)
 
