@@ -966,7 +966,7 @@ def policy_loss(
     temperature: float = 1.0, min_p: float = 0.0, sampler_logprobs=None, tis_cap: float = 0.0,
     chunk: int = 0,
 ):  # fmt: skip
-    """`policy_loss_reference` -> loss; log-probs and entropies (n,) in float32, without gradient. It
+    """`policy_loss_reference` -> loss; log-probs and entropies (n,), float32, without gradient. It
     is that very function where its six (n, V) tensors need no more room than the two of a chunk,
     else the same chunk by chunk.
 

@@ -4,6 +4,7 @@ python -m pytest -q            the quick core, minutes
 python -m pytest -q -m slow    the rest: several processes, kills, vLLM, real rows"""
 
 import ast
+import cProfile
 import contextlib
 import copy
 import csv
@@ -18,6 +19,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import operator
 import os
 import pty
@@ -29,6 +31,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tokenize
@@ -40,6 +43,8 @@ from collections import Counter, namedtuple
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before transformers reads them
 
 import numpy as np
 import pyarrow as pa
@@ -64,10 +69,7 @@ HERE = Path(__file__).parent
 SHARED = Path(
     os.environ.get("T1_SHARED", HERE.parent / "shared")
 )  # real rows, where they are at hand
-ENV = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}  # of the processes that tests start
+ENV = dict(os.environ)  # of the processes that tests start
 SMALL = dict(layers=1, width=64)  # of the embedded model, for runs that begin with random weights
 zipped = partial(gzip.compress, mtime=0)  # the same bytes, and names of tests, in every process
 torch.set_num_threads(1)
@@ -92,6 +94,13 @@ def main(*args, cwd=HERE):
     return code, out.getvalue(), err.getvalue()
 
 
+def undrawn(*args):
+    """`main` without the picture, which takes half of the time of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t1, "draw_steps", lambda folder: None)
+        return main(*args)
+
+
 def start(*args, env=ENV, **options):
     """t1.py in a process of its own, which is not waited for."""
     command = [sys.executable, str(HERE / "t1.py"), *map(str, args)]
@@ -100,11 +109,74 @@ def start(*args, env=ENV, **options):
     )
 
 
-def run(*args, cwd=HERE, preexec_fn=None, **env):
+def run(*args, cwd=HERE, **env):
     """t1.py as a user calls it, in a process of its own -> (exit code, stdout, stderr)."""
-    process = start(*args, env=ENV | env, cwd=cwd, preexec_fn=preexec_fn)
+    process = start(*args, env=ENV | env, cwd=cwd)
     out, err = process.communicate()
     return process.returncode, out, err
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_t1"])  # so that a fork need not load the libraries
+
+
+class Fork(FORKS.Process):
+    """A function, such as `main_of`, in a process of its own that has loaded the libraries: what it
+    says goes to the file `log`. `limits`: of the resource module."""
+
+    def __init__(self, log, function, *args, limits=None, environment=None):
+        super().__init__()
+        self.log = log
+        self.work = partial(function, *args)
+        self.limits = limits or {}
+        self.environment = environment or {}
+        self.start()
+
+    def run(self):
+        said = open(self.log, "w", buffering=1)
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        os.environ.update(self.environment)
+        t1.LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        for name, most in self.limits.items():
+            resource.setrlimit(name, (most, most))
+        t1.leave(self.work() or 0)
+
+    def poll(self):
+        return self.exitcode
+
+    def ended(self):
+        """-> (exit code, what it said)"""
+        self.join(300)
+        return self.exitcode, Path(self.log).read_text()
+
+
+def main_of(*args):
+    return t1.main(list(map(str, args)))
+
+
+def fork(*args, limits=None):
+    """t1.py in a fork, to its end -> (exit code, what it said)"""
+    with tempfile.TemporaryDirectory() as folder:
+        return Fork(f"{folder}/log", main_of, *args, limits=limits).ended()
+
+
+def in_ranks(count, function, *args):
+    """A function in `count` forked ranks, with what torchrun tells its processes -> what they
+    said."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    sizes = dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(count))
+    meet = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in map(str, range(count)):
+            ours = dict(RANK=rank, LOCAL_RANK=rank) | sizes | meet
+            ranks.append(Fork(f"{folder}/{rank}", function, *args, environment=ours))
+        ended = [rank.ended() for rank in ranks]
+    said = "".join(text for _, text in ended)
+    assert not any(code for code, _ in ended), said[-3000:]
+    return said
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +192,15 @@ def leave_no_trace():
     assert [
         signal.getsignal(s) for s in signals
     ] == handlers and torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tokenizer():
+    """The embedded tokenizer takes a second to make: once for all tests, each gets a copy."""
+    made = data_prep.embedded_tokenizer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_prep, "embedded_tokenizer", partial(copy.deepcopy, made))
+        yield
 
 
 def save_model(folder, lm, tokenizer):
@@ -292,7 +373,7 @@ def test_pages_and_experiments_keep_their_size():
             assert len(lines) <= most, f"{path.name}: {len(lines)} lines"
             assert max(map(len, lines)) <= 120, f"{path.name}: a line is too long"
     programs = HERE.glob("experiments/*.py")
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in programs) <= 3350
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in programs) <= 3460
 
 
 def test_functions_have_at_most_60_lines():
@@ -934,10 +1015,17 @@ needs_vllm = pytest.mark.skipif(
 )
 # SmolLM2-135M-Instruct: python experiments/smollm2.py FOLDER, then T1_SMOLLM2=FOLDER.
 SMOLLM2 = os.environ.get("T1_SMOLLM2", "")
-real_weights = pytest.mark.skipif(
+at_hand = pytest.mark.skipif(
     not Path(SMOLLM2, "config.json").is_file(),
     reason="no real model at hand: python experiments/smollm2.py FOLDER, and T1_SMOLLM2=FOLDER",
 )
+
+
+def real_weights(test):
+    """One process of pytest-xdist runs these tests: what they share is made once."""
+    return pytest.mark.xdist_group("real")(at_hand(test))
+
+
 in_one_process = pytest.mark.xdist_group("vllm")  # of pytest-xdist: the engine is made once
 ENGINES = ["torch", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow, in_one_process])]
 
@@ -1983,23 +2071,27 @@ def test_plot_redraws_every_picture_from_the_folder_alone(trained, tmp_path):
     assert {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.png")} == before
 
 
-def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, tmp_path):
+@pytest.fixture(scope="session")
+def six_steps(guess, tmp_path_factory):
+    """What an undisturbed run of six steps leaves."""
+    out = tmp_path_factory.mktemp("six")
+    assert main(*rl_args(guess, "--rl-steps", 6, "--out", out))[0] == 0
+    return outcome(out / "tiny/rl", 6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too(guess, six_steps, tmp_path):
     """Twice from scratch, and once cut off after a checkpoint: the same metrics, weights and
     trainer's state."""
     args = rl_args(guess, "--rl-steps", 6, "--out", tmp_path)
-    for name in "abc":
-        assert main(*args, "--name", name)[0] == 0
-    shutil.rmtree(tmp_path / "c/rl/checkpoint-6")  # a kill after step 5 leaves this
-    code, out, _ = main(*args, "--name", "c")
-    assert code == 0 and f"resuming from {tmp_path / 'c/rl/checkpoint-3'}" in out
-    assert (
-        outcome(tmp_path / "a/rl", 6)
-        == outcome(tmp_path / "b/rl", 6)
-        == outcome(tmp_path / "c/rl", 6)
-    )
-    assert main(*args, "--name", "d", "--seed", 1)[0] == 0 and rows_of(
-        tmp_path / "d/rl"
-    ) != rows_of(tmp_path / "a/rl")
+    assert undrawn(*args, "--name", "a")[0] == 0
+    assert outcome(tmp_path / "a/rl", 6) == six_steps
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/rl/checkpoint-6")  # a kill after step 5 leaves this
+    code, out, _ = undrawn(*args, "--name", "b")
+    assert code == 0 and f"resuming from {tmp_path / 'b/rl/checkpoint-3'}" in out
+    assert outcome(tmp_path / "b/rl", 6) == six_steps
+    assert undrawn(*args, "--name", "c", "--seed", 1)[0] == 0
+    assert rows_of(tmp_path / "c/rl") != rows_of(tmp_path / "a/rl")
 
 
 def test_a_preset_with_a_model_takes_the_runs_own_checkpoint(guess, tmp_path, monkeypatch):
@@ -2150,7 +2242,7 @@ def three_steps(guess, out, *more):
     args = rl_args(
         guess, *changes, "--kl-coef", 0.5, "--temperature", 1.8, "--rl-save-every", 9, "--out", out
     )
-    assert main(*args, *more)[0] == 0
+    assert undrawn(*args, *more)[0] == 0
     return rows_of(out / "tiny/rl")
 
 
@@ -2287,7 +2379,7 @@ def test_the_prompts_of_a_rank(monkeypatch):
 def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path, flag, tolerance):
     flags = [flag] if flag else []
     save_gradient(tiny.folder, tmp_path / "one.pt", *(flags if "dtype" in flag else []))
-    torchrun(__file__, "save_gradient", tiny.folder, tmp_path / "two.pt", *flags)
+    in_ranks(2, save_gradient, tiny.folder, tmp_path / "two.pt", *flags)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert one["sums"] == pytest.approx(two["sums"], rel=tolerance)
     for name, g in one["gradients"].items():
@@ -2354,7 +2446,7 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
     assert_same_run(tmp_path / "one/sft", tmp_path / "two/sft", 1e-5)
     short = rl_args(guess, "--rl-steps", 6, "--rl-save-every", 2, "--keep", 9, "--out")
     assert main(*short, tmp_path / "a")[0] == 0
-    torchrun(HERE / "t1.py", *short, tmp_path / "b")
+    in_ranks(2, main_of, *short, tmp_path / "b")
     assert_same_run(tmp_path / "a/tiny/rl", tmp_path / "b/tiny/rl", 2e-4)
     one, two = (state_of(tmp_path / name / "tiny/rl/checkpoint-6") for name in "ab")
     assert all(torch.allclose(x, two[name], atol=2e-5) for name, x in one.items())
@@ -2364,7 +2456,7 @@ def test_two_ranks_train_as_one_and_read_each_others_checkpoints(guess, tmp_path
     code, out, err = main(*short, tmp_path / "c")
     assert code == 0 and "resuming from" in out and "with world_size 2, now 1" in out, out + err
     shutil.rmtree(tmp_path / "c/tiny/rl/checkpoint-6")
-    torchrun(HERE / "t1.py", *short, tmp_path / "c")
+    in_ranks(2, main_of, *short, tmp_path / "c")
     assert_same_run(tmp_path / "a/tiny/rl", tmp_path / "c/tiny/rl", 2e-4)
 
 
@@ -2394,7 +2486,7 @@ def save_samples(folder, engine, out):
 def test_two_ranks_sample_differently(talkative, tmp_path, engine):
     """Six of the samples of four equal problems on each rank: no group equals another; the same
     step draws the same."""
-    torchrun(__file__, "save_samples", talkative.folder, engine, tmp_path / "out.pt")
+    in_ranks(2, save_samples, str(talkative.folder), engine, tmp_path / "out.pt")
     first, other, again = torch.load(tmp_path / "out.pt", weights_only=True)
     assert first == again and len(first) == 12
     assert len({str(step[i : i + 3]) for step in (first, other) for i in range(0, 12, 3)}) == 8
@@ -2403,7 +2495,7 @@ def test_two_ranks_sample_differently(talkative, tmp_path, engine):
 def push_within(tolerance, *args):
     """Program: t1.py with another tolerance of `check_push`."""
     t1.PUSH_TOLERANCE = dict.fromkeys(t1.PUSH_TOLERANCE, float(tolerance))
-    t1.leave(t1.main(list(args)))
+    return main_of(*args)
 
 
 @needs_vllm
@@ -2437,7 +2529,7 @@ def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
         0,
     ]
     args += ["--penalties", "false", "--out", tmp_path]
-    torchrun(__file__, "push_within", "1e-4", *args)
+    in_ranks(2, push_within, 1e-4, *args)
     rows = rows_of(tmp_path / "tiny/rl")
     assert len(rows) == 3 and all(r["logprob_gap_p99"] < 1e-4 for r in rows)
 
@@ -2468,57 +2560,33 @@ def small_model_of(preset, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "preset, ranks, engines",
+    "preset, ranks, engine",
     [
-        ("glm4-9b", 2, ["torch", "vllm"]),  # vLLM has no class of its own for this architecture
-        ("qwen2.5-14b", 1, ["vllm"]),  # and SFT with --compile
-        ("qwen2.5-32b", 2, ["torch"]),
+        # vLLM has no class of its own for this architecture
+        ("glm4-9b", 2, "vllm" if VLLM else "torch"),
+        ("qwen2.5-14b", 1, "torch"),  # and SFT with --compile
+        ("qwen2.5-32b", 2, "torch"),
     ],
 )
-def test_every_preset_starts(preset, ranks, engines, guess, tmp_path):
+def test_every_preset_starts(preset, ranks, engine, guess, tmp_path):
     """SFT, RL and evaluation of two checkpoints at the preset's own values where they fit; each
     case has what it alone can show."""
-
-    def stage(name, *more):
-        args = [
-            "--preset",
-            preset,
-            *ten_problems(guess),
-            "--max-prompt",
-            64,
-            "--max-new",
-            24,
-            "--out",
-            tmp_path,
-        ]
-        args += [
-            "--compile",
-            name == "sft" and preset == "qwen2.5-14b",
-            *more,
-        ]  # compiling takes a minute
-        if ranks == 2:
-            return torchrun(HERE / "t1.py", "--stage", name, *args)
-        code, out, err = run("--stage", name, *args)
-        assert code == 0, out + err
-
+    common = ["--preset", preset, *ten_problems(guess), "--max-prompt", 64, "--max-new", 24]
+    common += ["--out", tmp_path]
     model = small_model_of(preset, tmp_path / "model")
-    short = ["--prompts", 2, "--k", 4, "--rl-steps", 2]
-    stage(
-        "sft", "--model", model, "--data", guess / "rows.jsonl", "--sft-steps", 2, "--sft-batch", 4
-    )
-    for engine in engines:
-        if engine == "vllm" and not VLLM:
-            continue
-        shutil.rmtree(tmp_path / preset / "rl", ignore_errors=True)
-        stage("rl", *short, "--engine", engine)
-        assert all(row["logprob_gap"] < 0.05 for row in rows_of(tmp_path / preset / "rl"))
-    last = ["--engine", engine if engine != "vllm" or VLLM else "torch"]
-    other = parrot(tmp_path / "parrot")
-    stage("eval", *last, "--eval-samples", 2, "--budgets", "1", "--answer-model", other)
+    compiled = ["--compile", preset == "qwen2.5-14b"]  # compiling takes a minute
+    not_compiled = ["--compile", "false"]
+    sft = ["--model", model, "--data", guess / "rows.jsonl", "--sft-steps", 2, "--sft-batch", 4]
+    rl = ["--prompts", 2, "--k", 4, "--rl-steps", 2, "--engine", engine]
+    last = ["--engine", engine, "--eval-samples", 2, "--budgets", "1"]
+    last += ["--answer-model", parrot(tmp_path / "parrot")]
+    in_ranks(ranks, main_of, "--stage", "sft", *common, *sft, *compiled)
+    in_ranks(ranks, main_of, "--stage", "rl", *common, *rl, *not_compiled)
+    assert all(row["logprob_gap"] < 0.05 for row in rows_of(tmp_path / preset / "rl"))
+    in_ranks(ranks, main_of, "--stage", "eval", *common, *last, *not_compiled)
     entries = json.loads((tmp_path / preset / "eval/results.json").read_text())["checkpoints"]
-    trained = ["rl 2"] if (tmp_path / preset / "rl").exists() else []
-    assert [e["name"] for e in entries] == ["sft 2", *trained]
-    assert [e["scaling"][0][1] for e in entries] == [0.1] * len(entries)
+    assert [e["name"] for e in entries] == ["sft 2", "rl 2"]
+    assert [e["scaling"][0][1] for e in entries] == [0.1, 0.1]
 
 
 @pytest.mark.slow
@@ -2541,7 +2609,7 @@ def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
     args += [*ten_problems(guess), "--max-new", 24, "--budgets", "4", "--eval-samples", 2]
     args += ["--answer-model", parrot(tmp_path / "parrot")]
     assert main(*args, "--out", tmp_path / "one")[0] == 0
-    torchrun(HERE / "t1.py", *args, "--out", tmp_path / "two")
+    in_ranks(2, main_of, *args, "--out", tmp_path / "two")
     one, two = (
         json.loads((tmp_path / n / "e/eval/results.json").read_text())["checkpoints"]
         for n in ("one", "two")
@@ -2569,7 +2637,7 @@ def wait_for_rows(folder, n, process, seconds=240):
     ],
 )
 def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
-    guess, tmp_path, monkeypatch, asked, phase, done
+    guess, six_steps, tmp_path, monkeypatch, asked, phase, done
 ):
     """In the third step: before the update the step is thrown away, after it the step is
     finished."""
@@ -2593,11 +2661,8 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
     assert [p.name for p in t1.checkpoints(folder)] == [f"checkpoint-{done}"] and len(
         rows_of(folder)
     ) == done
-    assert main(*args)[0] == 0
-    monkeypatch.undo()
-    assert main(*args, "--name", "whole")[0] == 0 and outcome(folder, 6) == outcome(
-        tmp_path / "whole/rl", 6
-    )
+    assert undrawn(*args)[0] == 0
+    assert outcome(folder, 6) == six_steps
 
 
 def test_parked_state_and_anchor_change_no_bit(guess, tmp_path):
@@ -2654,27 +2719,24 @@ def test_a_second_signal_ends_the_process_only_after_ten_seconds(monkeypatch, ca
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(guess, tmp_path):
-    """A real process, ended by a real signal, then resumed where no file may be larger than 250
-    kB."""
+    """A process of its own, ended by a real signal, then resumed where no file may be larger than
+    250 kB."""
     args = rl_args(guess, "--out", tmp_path, "--rl-save-every", 100)
     folder = tmp_path / "tiny/rl"
-    process = start(*args)
+    process = Fork(tmp_path / "log", main_of, *args)
     wait_for_rows(folder, 2, process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    process.terminate()
+    code, said = process.ended()
     (saved,) = t1.checkpoints(folder)
     step = t1.step_of(saved)
-    assert process.returncode == 0 and f"SIGTERM: stopped after step {step} of 20" in out, out + err
+    assert code == 0 and f"SIGTERM: stopped after step {step} of 20" in said, said
     assert len(rows_of(folder)) == step < 20
-    code, _, err = run(
-        *args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (250_000, 250_000))
-    )
-    (line,) = [x for x in err.splitlines() if x.startswith("t1.py: ")]
-    assert (
-        code == 1 and "Traceback" not in err and "cannot be written" in line and str(saved) in line
-    )
+    code, said = fork(*args, limits={resource.RLIMIT_FSIZE: 250_000})
+    (line,) = [x for x in said.splitlines() if x.startswith("t1.py: ")]
+    assert code == 1 and "Traceback" not in said and str(saved) in line, said
+    assert "cannot be written" in line
     assert t1.checkpoints(folder) == [saved] and not list(folder.glob("partial-*"))
-    assert run(*args)[0] == run(*args, "--name", "whole")[0] == 0
+    assert main(*args)[0] == main(*args, "--name", "whole")[0] == 0
     assert outcome(folder, 20) == outcome(tmp_path / "whole/rl", 20)
 
 
@@ -2693,14 +2755,13 @@ def test_sft_killed_and_resumed_is_the_same_run(guess, tmp_path):
         7,
         *from_small(guess),
     ]
+    args += ["--out", tmp_path]
     for rows in (9, 25, 41):
-        process = start(*args, "--out", tmp_path)
+        process = Fork(tmp_path / "log", main_of, *args)
         wait_for_rows(tmp_path / "tiny/sft", rows, process)
         process.kill()
-        process.wait()
-    assert (
-        run(*args, "--out", tmp_path)[0] == run(*args, "--out", tmp_path, "--name", "whole")[0] == 0
-    )
+        process.join()
+    assert main(*args)[0] == main(*args, "--name", "whole")[0] == 0
     assert outcome(tmp_path / "tiny/sft", 60) == outcome(tmp_path / "whole/sft", 60)
 
 
@@ -2762,11 +2823,9 @@ def test_out_of_memory_is_one_line(guess, tmp_path):
     args = rl_args(
         guess, "--out", tmp_path, "--k", 20000, "--rollout-rows", 10**6, "--max-new", 700
     )
-    code, _, err = run(
-        *args, preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (6 << 30, 6 << 30))
-    )
-    (line,) = [x for x in err.splitlines() if x.startswith("t1.py")]
-    assert code == 1 and "out of memory" in line and "Traceback" not in err, err
+    code, said = fork(*args, limits={resource.RLIMIT_AS: 6 << 30})
+    (line,) = [x for x in said.splitlines() if x.startswith("t1.py")]
+    assert code == 1 and "out of memory" in line and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize(
@@ -2834,7 +2893,8 @@ def test_a_killed_rank_ends_the_other_with_one_line(guess, tmp_path):
 def sft_args(guess, out, *more):
     """A quick run: six small steps, saved every second one."""
     args = ["--stage", "sft", *from_small(guess), *ten_problems(guess), "--out", out]
-    return [*args, "--sft-steps", 6, "--sft-batch", 2, "--sft-save-every", 2, "--keep", 2, *more]
+    args += ["--max-new", 24, "--sft-batch", 2]
+    return [*args, "--sft-steps", 6, "--sft-save-every", 2, "--keep", 2, *more]
 
 
 def sft_config(guess, out, *more):
@@ -2896,8 +2956,10 @@ class Disk:
             return function(*args, **kwargs)
         with self.lock:
             self.looker = threading.get_ident()
-            self.at_event(self.events)
-            self.looker = None
+            try:
+                self.at_event(self.events)
+            finally:
+                self.looker = None
             self.events += 1
             result = function(*args, **kwargs)
             if name == "fsync":
@@ -2945,6 +3007,10 @@ class Disk:
             os.close(handle)
 
 
+class PowerIsOff(BaseException):
+    """What follows a power cut need not be run."""
+
+
 def cut_at(args, root, monkeypatch, at_event):
     """Run t1.py on a Disk -> number of its events. `at_event(disk, event, last step whose `save`
     returned)`."""
@@ -2959,9 +3025,10 @@ def cut_at(args, root, monkeypatch, at_event):
     with monkeypatch.context() as patch:
         patch.setattr(t1.RunFolder, "save", noted)
         disk = Disk(root, patch, lambda event: at_event(disk, event, saved[0]))
-        code, _, err = main(*args)
+        with contextlib.suppress(PowerIsOff):
+            code, _, err = main(*args)
+            assert code == 0, err
     disk.close()
-    assert code == 0, err
     return disk.events
 
 
@@ -3012,30 +3079,36 @@ def test_power_cuts_at_random_moments_resume_to_the_same_bits(guess, tmp_path, m
         promised = []
 
         def cut(disk, event, saved):
-            if event == moment:
+            if event == moment and not promised:
                 disk.cut(tmp_path / f"{number}-after", rng)
                 promised.append(max(saved, 4 if number % 3 == 0 else 0))
+            if promised:
+                raise PowerIsOff
 
         cut_at(args(base), base, monkeypatch, cut)
         if not promised:  # the run was over before
             continue
-        code, out, err = main(*args(tmp_path / f"{number}-after"))
-        resumed = re.search(r"resuming from .*checkpoint-(\d+)", out)
-        assert code == 0 and int(resumed[1] if resumed else 0) >= promised[0], (out, err)
+        code, out, err = undrawn(*args(tmp_path / f"{number}-after"))
+        source = re.search(r"resuming from .*checkpoint-(\d+)", out)
+        assert code == 0 and int(source[1] if source else 0) >= promised[0], (out, err)
         assert outcome(tmp_path / f"{number}-after/tiny" / stage, 6) == whole, moment
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_killed_before_every_event_resumes_to_the_same_bits(guess, tmp_path, monkeypatch, stage):
-    """What SIGKILL leaves before each sync, rename and removal of a run with three saves, and of a
+    """What SIGKILL leaves before each sync, rename and removal of a run with two saves, and of a
     resume."""
 
     def args(out):
-        small = ["--rl-steps", 6, "--rl-save-every", 2, "--prompts", 2, "--k", 3, "--out", out]
-        return sft_args(guess, out) if stage == "sft" else rl_args(guess, *small)
+        small = ["--rl-steps", 4, "--rl-save-every", 2, "--prompts", 2, "--k", 3, "--keep", 1]
+        few = ["--sft-steps", 4, "--keep", 1]
+        return (
+            sft_args(guess, out, *few) if stage == "sft" else rl_args(guess, "--out", out, *small)
+        )
 
     left = {}  # a folder's state -> its copy
+    again = tmp_path / "again"  # the folder with one checkpoint
 
     def keep(disk, event, saved):
         state = {str(p.relative_to(disk.root)): data for p, data in everything(disk.root).items()}
@@ -3043,16 +3116,16 @@ def test_killed_before_every_event_resumes_to_the_same_bits(guess, tmp_path, mon
         if key not in left:
             left[key] = tmp_path / f"left{len(left)}"
             shutil.copytree(disk.root, left[key])
+        if saved == 2 and not again.exists():
+            shutil.copytree(disk.root, again)
 
     cut_at(args(tmp_path / "disk"), tmp_path / "disk", monkeypatch, keep)
-    whole = outcome(tmp_path / "disk/tiny" / stage, 6)
-    shutil.copytree(tmp_path / "disk", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again/tiny" / stage / "checkpoint-6")
-    cut_at(args(tmp_path / "again"), tmp_path / "again", monkeypatch, keep)
+    whole = outcome(tmp_path / "disk/tiny" / stage, 4)
+    cut_at(args(again), again, monkeypatch, keep)
     assert len(left) > 30
     for folder in left.values():
-        assert main(*args(folder))[0] == 0
-        assert outcome(folder / "tiny" / stage, 6) == whole, folder
+        assert undrawn(*args(folder))[0] == 0
+        assert outcome(folder / "tiny" / stage, 4) == whole, folder
         shutil.rmtree(folder)
 
 
@@ -3479,7 +3552,8 @@ def test_sighup_saves_and_under_nohup_is_not_heard(guess, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_through_tee_saves_ten_of_ten(guess, tmp_path):
-    """K3: a shell in a pseudo-terminal; Ctrl-C goes to the whole pipe, and tee dies of it."""
+    """K3: a shell in a pseudo-terminal, and nine times a fork with the pipe that a shell makes;
+    Ctrl-C goes to the whole pipe, and tee dies of it."""
     folder = tmp_path / "tiny/sft"
     args = sft_args(guess, tmp_path, "--sft-steps", 10_000, "--sft-save-every", 10_000)
     command = " ".join(map(str, [sys.executable, HERE / "t1.py", *args]))
@@ -3488,7 +3562,9 @@ def test_ctrl_c_through_tee_saves_ten_of_ten(guess, tmp_path):
         pid, terminal = pty.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.execve("/bin/sh", ["sh", "-c", f"{command} 2>&1 | tee {tmp_path}/log"], ENV)
+            if time_ == 0:
+                os.execve("/bin/sh", ["sh", "-c", f"{command} 2>&1 | tee {tmp_path}/log"], ENV)
+            into_tee(tmp_path / "log", *args)
         reader = threading.Thread(target=drain, args=[terminal], daemon=True)
         reader.start()
         deadline = time.time() + 240
@@ -3503,6 +3579,23 @@ def test_ctrl_c_through_tee_saves_ten_of_ten(guess, tmp_path):
         os.close(terminal)
         (*_, last) = t1.checkpoints(folder)
         assert t1.step_of(last) == len(rows_of(folder)) > steps
+
+
+def into_tee(log, *args):
+    """t1.py 2>&1 | tee LOG, in this process and one that it starts."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.dup2(read, 0)
+        os.execvp("tee", ["tee", str(log)])
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(write, 2)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
+    try:
+        os._exit(main_of(*args))
+    finally:
+        os._exit(99)
 
 
 def drain(terminal):
@@ -3635,7 +3728,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path, tiny):
 
 
 def test_a_corrected_mistake_works(tmp_path, monkeypatch):
-    """A refused command, in a real process, leaves nothing that refuses its correction."""
+    """A refused command leaves nothing that refuses its correction."""
     monkeypatch.setattr(t1, "TINY", SMALL)
     (tmp_path / "good.jsonl").write_text(GOOD_ROW)
     args = [
@@ -3648,7 +3741,7 @@ def test_a_corrected_mistake_works(tmp_path, monkeypatch):
         "--sft-steps",
         1,
     ]
-    code, _, err = run(*args, "--max-new", 1, cwd=tmp_path)
+    code, _, err = main(*args, "--max-new", 1, cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1 and "--max-new 1" in err
     assert main(*args, "--max-new", 60, "--test", "none.jsonl", cwd=tmp_path)[0] == 2
     assert main(*args, "--max-new", 60, cwd=tmp_path)[0] == 0
@@ -4033,6 +4126,7 @@ def test_a_reward_is_not_asked_in_an_evaluation(guess, tmp_path):
     assert calls.read_text() == "x" * 3 * 6  # P * K of one step
 
 
+@pytest.mark.slow
 def test_a_console_that_knows_only_ascii(guess, tmp_path):
     args = ["--stage", "eval", "--checkpoint", guess / "tiny/sft/checkpoint-250", "--max-new", 24]
     args += ["--test", guess / "ten.jsonl", "--budgets", "", "--out", tmp_path]
@@ -4624,7 +4718,7 @@ def test_persistent_buffers_are_saved(tiny, tmp_path, ranks, dtype):
     if ranks == 1:
         assert main(*args, *steps)[0] == 0
     else:
-        torchrun(HERE / "t1.py", *args, *steps)
+        in_ranks(2, main_of, *args, *steps)
     saved = tmp_path / "tiny/sft/checkpoint-1"
     before, after = (
         safetensors.torch.load_file(path / "model.safetensors") for path in (folder, saved)
@@ -4799,6 +4893,12 @@ def test_torchrun_passes_every_option_to_the_script():
 GAP = dict(float32=2e-5, bfloat16=0.02)
 
 
+def one_step(tolerance, *args):
+    """Program: `push_within` without the checkpoint."""
+    t1.RunFolder.save = lambda *unused: None
+    return push_within(tolerance, *args)
+
+
 @pytest.fixture(scope="session")
 def smol_run(tmp_path_factory):
     """The documented commands: two steps of SFT in bfloat16. -> the folder of its runs"""
@@ -4836,12 +4936,8 @@ def test_a_real_model_learns(smol_run, engine, dtype, ranks):
     name = f"{engine}-{dtype}-{ranks}"
     args = smol_args(smol_run, "--stage", "rl", "--model", model, "--engine", engine)
     args += ["--dtype", dtype, "--prompts", 2, "--k", 2, "--rl-steps", 1, "--name", name]
-    program = ["push_within", GAP[dtype], *args]
-    if ranks == 1:
-        command = [sys.executable, __file__, *map(str, program)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True, env=ENV).stdout
-    else:
-        out = torchrun(__file__, *program).stdout
+    program = push_within if (engine, ranks) == ("torch", 1) else one_step  # one writes 2 GB
+    out = in_ranks(ranks, program, GAP[dtype], *args)
     assert ("--nproc-per-node 2" in out) == (ranks == 2)
     (row,) = rows_of(smol_run / name / "rl")
     # FSDP keeps the residual stream in bfloat16, the engine does not: 0.025 measured on two ranks.
@@ -4851,10 +4947,11 @@ def test_a_real_model_learns(smol_run, engine, dtype, ranks):
 
 @pytest.mark.slow
 @real_weights
-def test_a_real_model_trains_on_two_ranks_as_on_one(smol_run):
+def test_a_real_model_trains_on_two_ranks_as_on_one(smol_run, monkeypatch):
     args = smol_args(smol_run, "--stage", "sft", "--model", SMOLLM2, "--dtype", "float32")
     args += ["--sft-steps", 2, "--sft-batch", 2, "--warmup", 1]
-    torchrun(HERE / "t1.py", *args, "--name", "two")
+    in_ranks(2, main_of, *args, "--name", "two")
+    monkeypatch.setattr(t1.RunFolder, "save", lambda *unused: None)  # 2 GB, which no test reads
     assert main(*args, "--name", "one")[0] == 0
     for a, b in zip(rows_of(smol_run / "one/sft"), rows_of(smol_run / "two/sft"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -5386,11 +5483,11 @@ def test_verify_false_rights(rng):
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, derandomize=True)
-@given(st.randoms(use_true_random=False))
-def test_verify_no_false_right_in_10_000_pairs_of_each_kind(rng):
-    check_switches(rng)
-    check_precision(rng)
+def test_verify_no_false_right_in_10_000_pairs_of_each_kind():
+    rng = random.Random(0)
+    for _ in range(10_000):
+        check_switches(rng)
+        check_precision(rng)
 
 
 VERIFY_UNITS = [
@@ -5513,16 +5610,12 @@ SLOWEST = json.loads((CASES / "slowest.json").read_text(encoding="utf-8"))
 def calls_of(work):
     """How many functions, of Python and of C, a piece of work calls: a clock that no other process
     can slow down."""
-    calls = Counter()
     for function in vars(verify).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
-    sys.setprofile(lambda _frame, event, _argument: calls.update([event]))
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return calls["call"] + calls["c_call"]
+    profile = cProfile.Profile()
+    profile.runcall(work)
+    return sum(entry.callcount for entry in profile.getstats())
 
 
 @pytest.mark.parametrize("text", SLOWEST)
@@ -5735,18 +5828,21 @@ def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
     data = jsonl(tmp_path / "rows.jsonl", rows)
     common = ["--data", data, "--test", data, "--out", tmp_path, "--max-new", 24]
     sft = "--stage sft --sft-steps 80 --sft-batch 16 --sft-lr 4e-3 --name start".split()
-    assert run(*sft, *common, *from_small(tmp_path))[0] == 0
+    assert main(*sft, *common, *from_small(tmp_path))[0] == 0
     rl = "--stage rl --preset tiny --rl-steps 30 --prompts 16 --k 8 --model".split()
     rl += [tmp_path / "start/sft/checkpoint-80", *common]
-    assert run(*rl, "--name", "calm")[0] == 0
-    command = [sys.executable, str(HERE / "t1.py"), *map(str, rl), "--name", "shot"]
-    trainer = subprocess.Popen(
-        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENV
-    )
+    assert main(*rl, "--name", "calm")[0] == 0
+    trainer = Fork(tmp_path / "log", main_of, *rl, "--name", "shot")
     rng = random.Random(0)
     shots = 0
+    log = tmp_path / "shot/rl/metrics.jsonl"
+    before = b""
     while trainer.poll() is None:
-        time.sleep(rng.uniform(0.02, 0.4))
+        time.sleep(rng.uniform(0.02, 0.3))
+        now = log.read_bytes() if log.exists() else b""
+        if now == before:  # at most one shot a step: on a busy machine a worker starts slowly
+            continue
+        before = now
         with contextlib.suppress(OSError):  # one that ended meanwhile
             children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children").read_text().split()
             workers = [
@@ -5757,7 +5853,7 @@ def test_a_killed_grader_changes_no_reward_and_loses_no_step(tmp_path):
             if workers:
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 shots += 1
-    assert trainer.returncode == 0 and shots >= 4, shots
+    assert trainer.poll() == 0 and shots >= 4, shots
     assert metrics(tmp_path / "calm/rl") == metrics(tmp_path / "shot/rl")
     assert any(
         json.loads(line)["accuracy"] > 0 for line in metrics(tmp_path / "calm/rl").splitlines()
@@ -5799,7 +5895,11 @@ def test_verify_workers_are_limited_and_die_with_the_trainer():
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
-    deadline = time.monotonic() + 10
+    wait_for_the_end(workers, 10)
+
+
+def wait_for_the_end(workers, seconds):
+    deadline = time.monotonic() + seconds
     while any(
         Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()
         for pid in workers
@@ -5887,13 +5987,7 @@ def test_verify_workers_end_with_a_killed_trainer_whose_child_lives():
     try:
         trainer.kill()
         trainer.wait()
-        deadline = time.monotonic() + 30
-        while any(
-            Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-            for pid in workers
-        ):
-            assert time.monotonic() < deadline, "the workers outlive the trainer"
-            time.sleep(0.05)
+        wait_for_the_end(workers, 30)
         assert Path(f"/proc/{child}").exists()
     finally:
         os.kill(child, signal.SIGKILL)
@@ -7059,7 +7153,7 @@ def next_sums() -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path(SMOLLM2, "config.json").is_file(), reason="T1_SMOLLM2 names no model")
+@real_weights
 def test_data_cot_against_a_real_server(tmp_path, real_server):
     """Requests, refusals with the server's words, the journal, kill -9 and the way back: all
     against vLLM."""
@@ -7071,9 +7165,8 @@ def test_data_cot_against_a_real_server(tmp_path, real_server):
     code, said, err = data_main(*args)  # --max-tokens 8,192 where the server's context is 1,024
     assert code == 2 and "status 400" in err and "1024" in err and "next:" not in said
     assert not (out / "sft.jsonl").exists() and not (out / "report.json").exists()
-    args += ["--max-tokens", 200]
-    command = [sys.executable, str(HERE / "data_prep.py"), *map(str, args)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    args += ["--max-tokens", 100]
+    process = Fork(tmp_path / "log", data_prep.main, list(map(str, args)))
     journal = out / "journal.jsonl"
     for _ in range(6000):
         if journal.exists() and journal.read_bytes().count(b"\n") >= 5:
@@ -7081,7 +7174,7 @@ def test_data_cot_against_a_real_server(tmp_path, real_server):
         assert process.poll() is None
         time.sleep(0.1)
     process.kill()
-    process.wait()
+    process.join()
     kept = journal.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     assert not (out / "sft.jsonl").exists()
@@ -7103,7 +7196,7 @@ def test_data_cot_against_a_real_server(tmp_path, real_server):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path(SMOLLM2, "config.json").is_file(), reason="T1_SMOLLM2 names no model")
+@real_weights
 def test_data_pass_rate_against_a_real_server(tmp_path, real_server):
     rows = next_sums()
     pool = jsonl(tmp_path / "pool.jsonl", rows)
@@ -7254,7 +7347,7 @@ def test_data_from_real_MATH_rows_through_sft_and_one_rl_step(tmp_path):
             2,
         ],
     ):
-        code, out, err = run(*stage, *base, cwd=tmp_path)
+        code, out, err = main(*stage, *base, cwd=tmp_path)
         assert code == 0, out + err
     metrics = [
         line

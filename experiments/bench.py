@@ -3,7 +3,7 @@
     export OMP_NUM_THREADS=1
     python -m experiments.bench                   with TRL (pip install trl==1.16.0): both, in turn
     python -m experiments.bench --max-new 512     rows of different lengths
-    python -m experiments.bench --model MODEL --data FILE   a step of RL on a model and rows of yours
+    python -m experiments.bench --model MODEL --data FILE   a step of RL on your model and rows
     python -m experiments.bench --shared 95,31,8  prompt and response tokens, K: what sharing saves
     python -m experiments.bench --gpu             what one GPU does, in minutes; no download
 

@@ -1,14 +1,26 @@
-"""Fuzz: no file makes a traceback, a hang or an output. Each case damages one good file; every
-reader takes it, or raises one line that names it.
+"""Kills and fuzz: a run survives SIGKILL at any moment to the bit, and no file makes a traceback.
 
-    FUZZ=3000 python -m pytest -m slow -k fuzz experiments"""
+    python -m experiments.stress kills 300 --ranks 2         COUNT kills of the tests' run of RL
+    python -m experiments.stress fuzz 3000                   COUNT damaged files
+
+kills: SIGKILL in random functions, resumed after each; log, weights and state must be bit-equal
+to a run undisturbed. Of two ranks one is killed, the other must end with one line. fuzz: each case
+damages one good file; every reader takes it, or raises one line that names it."""
 
 import contextlib
 import faulthandler
 import io
 import json
+import multiprocessing
+import os
 import random
 import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
 from collections import Counter
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +32,85 @@ import experiments
 import t1
 import test_t1
 import verify
+
+ONCE = ["shard", "RunFolder.resume", "finish_stage"]  # functions of t1.py in which a kill may fall
+OFTEN = """TorchEngine._generate judge response_logprobs accumulate_gradient update ema_update_
+    RunFolder.log draw_steps RunFolder.save RunFolder.seal""".split()
+
+
+def kill_in(function: str, nth: int, delay: float, log: Path):
+    """Let this process be killed `delay` seconds after the nth call of t1's `function` begins."""
+    owner, _, name = function.rpartition(".")
+    holder = getattr(t1, owner) if owner else t1
+    inner, calls = getattr(holder, name), []
+
+    def die():
+        time.sleep(delay)
+        log.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == nth:
+            threading.Thread(target=die, daemon=True).start()
+        return inner(*args, **kwargs)
+
+    setattr(holder, name, watched)
+
+
+def one_rank(rank: int, ranks: int, port: int, args: list[str], kill: tuple | None, log: Path):
+    """A forked rank: t1.main(args). Its console goes to LOG.RANK."""
+    said = open(f"{log}.{rank}", "w")
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
+    if ranks > 1:
+        os.environ.update(dict.fromkeys(["RANK", "LOCAL_RANK"], str(rank)))
+        os.environ.update(dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(ranks)))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if kill and kill[0] == rank:
+        kill_in(*kill[1:], log)
+    sys.exit(t1.main(args))
+
+
+def run_ranks(args: list[str], ranks: int, log: Path, kill: tuple | None = None):
+    """Run t1.main(args), one rank with `kill`: (rank, function, call, delay); check the ends."""
+    log.unlink(missing_ok=True)
+    port, fork = 29900 + os.getpid() % 2000, multiprocessing.get_context("fork")
+    jobs = [(rank, ranks, port, args, kill, log) for rank in range(ranks)]
+    processes = [fork.Process(target=one_rank, args=job, daemon=True) for job in jobs]
+    for process in processes:
+        process.start()
+    for rank, process in enumerate(processes):
+        process.join(240)
+        said, code = Path(f"{log}.{rank}").read_text(), process.exitcode
+        one_line = said.count("lost contact with another rank") == 1 and "Traceback" not in said
+        expected = code == 0
+        if log.exists():  # the kill hit
+            expected = code == -signal.SIGKILL if rank == kill[0] else code == 0 or one_line
+        assert expected, f"rank {rank} ended with {code}: {said[-2000:]}"
+
+
+def run_kills(count: int, ranks: int, seed: int, base: Path):
+    """Kill, resume and compare until `count` kills have hit."""
+    rng, hit, log, folder = random.Random(seed), Counter(), base / "log", base / "killed/tiny/rl"
+    test_t1.make_guess(base)
+    args = [str(x) for x in test_t1.rl_args(base, "--out")]
+    run_ranks([*args, str(base / "whole")], ranks, log)
+    whole = test_t1.outcome(base / "whole/tiny/rl", 20)
+    while hit.total() < count:
+        for resumed in range(min(12, count - hit.total())):
+            function = rng.choice(ONCE[: 3 if resumed > 9 else 2] + OFTEN)
+            nth = 1 if function in ONCE else rng.randrange(1, 4)
+            delay = rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)))
+            kill = rng.randrange(ranks), function, nth, delay
+            run_ranks([*args, str(base / "killed")], ranks, log, kill)
+            hit[function] += log.exists()
+        run_ranks([*args, str(base / "killed")], ranks, log)
+        assert test_t1.outcome(folder, 20) == whole, f"seed {seed}: after {hit} another run"
+        assert not list(folder.glob("partial-*"))
+        shutil.rmtree(base / "killed")
+        t1.print0(f"{hit.total()} kills on {ranks} rank(s), all runs bit-equal: {dict(hit)}")
+
 
 # fmt: off
 ODD_VALUES = [
@@ -145,19 +236,47 @@ def fuzz_case(kind: str, rng: random.Random, good: Path, folder: Path) -> str:
     return said
 
 
-def run_fuzz(cases: range, seed: int, folder: Path) -> Counter:
-    """-> counts of (kind, outcome). The first case that fails raises; its number is said."""
-    counts = Counter()
+def run_fuzz(cases: range, seed: int, folder: Path) -> tuple[Counter, list[tuple[int, str, str]]]:
+    """-> counts of (kind, outcome), failures as (case, kind, traceback)."""
+    counts, failures, kinds = Counter(), [], list(READERS)
     good_files(folder / "good")
     for case in cases:
-        kind = list(READERS)[case % len(READERS)]
-        rng = random.Random(f"{seed} {case}")
+        kind, rng = kinds[case % len(kinds)], random.Random(f"{seed} {case}")
         try:
             counts[kind, fuzz_case(kind, rng, folder / "good", folder / f"case{case}")] += 1
         except Exception:
-            t1.print0(f"{kind}: case {case} of seed {seed}")
-            raise
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+            counts[kind, "FAILED"] += 1
+            failures.append((case, kind, traceback.format_exc()))
         shutil.rmtree(folder / f"case{case}")
-    return counts
+    return counts, failures
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = experiments.Parser("stress", __doc__, t1_options=False)
+    add = parser.add_argument
+    add("what", choices=("kills", "fuzz"))
+    add("count", type=int, help="number of kills, or of damaged files")
+    add("--seed", type=int, default=0, help="of moments or damage (default: 0)")
+    add("--ranks", type=int, default=1, help="kills: ranks of the run (default: 1)")
+    add("--case", type=int, default=0, help="fuzz: the first case (default: 0)")
+    return experiments.run(parser, stress_command, argv)
+
+
+def stress_command(own, options: list[str]) -> int:
+    if own.count < 1 or own.ranks < 1:
+        raise t1.Misuse("COUNT and --ranks must be above 0")
+    with tempfile.TemporaryDirectory() as folder:
+        if own.what == "kills":
+            run_kills(own.count, own.ranks, own.seed, Path(folder))
+            return 0
+        cases = range(own.case, own.case + own.count)
+        counts, failures = run_fuzz(cases, own.seed, Path(folder))
+    for case, kind, trace in failures:
+        print(f"{kind}: stress fuzz 1 --seed {own.seed} --case {case}\n{trace}")
+    print("\n".join(f"{kind:8} {said:9}{n:6}" for (kind, said), n in sorted(counts.items())))
+    print(f"{counts.total()} cases, {len(failures)} failed, seed {own.seed}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

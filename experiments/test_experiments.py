@@ -6,7 +6,8 @@ import functools
 import html
 import itertools
 import json
-import os
+import math
+import operator
 import random
 import re
 import shutil
@@ -23,20 +24,23 @@ import experiments
 import t1
 import test_t1
 import verify
-from experiments import bench, claims, gpu, ledger, look, plan, stress
-from test_t1 import HERE, SMALL, LiveBytes, config
-
-MANY = int(os.environ.get("FUZZ", 600))  # damaged files
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_tokenizer():
-    """The embedded tokenizer takes seconds to make: once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            data_prep, "embedded_tokenizer", functools.cache(data_prep.embedded_tokenizer)
-        )
-        yield
+from experiments import (
+    bench,
+    claims,
+    gpu,
+    ledger,
+    look,
+    plan,
+    stress,
+)
+from test_t1 import (
+    HERE,
+    SMALL,
+    Fork,
+    LiveBytes,
+    config,
+    one_tokenizer,  # noqa: F401
+)
 
 
 @pytest.fixture(scope="session")
@@ -106,15 +110,8 @@ def test_statistics_of_differences():
 def a_run(variant, seed, **more):
     """A record as `claims.record_of` makes it, with values that no test looks at."""
     steps = {column: [0.1] * 3 for column in claims.STEPS}
-    values = dict(
-        pass_at_1=0.5,
-        pass_at_8=0.7,
-        length=50,
-        corrected=0.2,
-        jump=0.1,
-        overlong=0.1,
-        repetition=0.0,
-    )
+    values = dict(pass_at_1=0.5, pass_at_8=0.7, length=50, corrected=0.2)
+    values |= dict(jump=0.1, overlong=0.1, repetition=0.0)
     values |= dict(distance=1.0, scaling=[[32, 0.2], [128, 0.4], [320, 0.5]], steps=steps)
     values |= dict(noise={"4": 1.0, "16": 0.25, "64": 0.0625})
     values |= dict(spread={"0.8": 0.1, "1.1": 0.2, "1.3": 0.4, "1.3, min-p 0.05": 0.1})
@@ -160,7 +157,6 @@ def ledger_args(out, *more):
 def quick_runs(monkeypatch):
     """A small model, few traces and problems, and no pictures of the stages."""
     monkeypatch.setattr(t1, "TINY", SMALL)
-    data_prep.embedded_tokenizer()  # kept for all tests: from all traces
     short = data_prep.embedded_traces(400, dataclasses.replace(data_prep.HARD, longest=1))
     problems = {}
     for split in ("train", "test"):
@@ -608,7 +604,14 @@ def test_packed_rows_that_see_each_other_are_further_from_float32_than_the_libra
 
 
 @pytest.mark.slow
-def test_gpu_bench_from_end_to_end_on_a_cpu(tmp_path):
+def test_gpu_bench_from_end_to_end_on_a_cpu(tmp_path, monkeypatch):
+    """The rest: the stages, and --compile, whose compiler a test of presets runs."""
+    items = gpu.items_of(SMALL_SIZES)
+    rest = ("update at small, --compile", "tiny, torch engine")
+    monkeypatch.setattr(gpu, "items_of", lambda sizes: {name: items[name] for name in rest})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(t1, "TINY", SMALL)
+    monkeypatch.setitem(t1.PRESETS, "tiny", dict(prompts=2, k=4))
     assert gpu.run_gpu(SMALL_SIZES, "a machine", str(tmp_path / "numbers.json")) == 0
     row = json.loads((tmp_path / "numbers.json").read_text())["results"]["tiny, torch engine"]
     assert row["sft tokens/s"] > 0
@@ -732,17 +735,33 @@ def test_the_page_in_a_browser(seen, tmp_path):
 # ------------------------------------------------------------------------------------------- stress
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(MANY, marks=pytest.mark.slow)])
+def stress_program(folder, what, count, *more):
+    """In a process of its own: kills forks."""
+    command = [what, str(count), *map(str, more)]
+    code, said = Fork(folder / "log", stress.main, command).ended()
+    assert code == 0, said[-3000:]
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, count", [(1, 12), (2, 5)])
+def test_killed_and_resumed_is_the_same_run(ranks, count, tmp_path):
+    """`python -m experiments.stress kills 300` is the long form."""
+    out = stress_program(tmp_path, "kills", count, "--ranks", ranks, "--seed", 5)
+    assert f"{count} kills on {ranks} rank(s)" in out
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.slow)])
 def test_fuzz_no_input_makes_a_traceback_a_hang_or_an_output(count, tmp_path):
-    counts = stress.run_fuzz(range(count), 1, tmp_path)
-    assert counts.total() == count
-    assert {kind for kind, _ in counts} == set(stress.READERS)
+    out = stress_program(tmp_path, "fuzz", count, "--seed", 1)
+    assert f"{count} cases, 0 failed, seed 1" in out
+    assert all(f"{kind:8}" in out for kind in stress.READERS)
 
 
 # ------------------------------------------------------------------------------------ command lines
 
 
-PROGRAMS = dict(ledger=ledger, bench=bench, plan=plan, look=look)
+PROGRAMS = dict(ledger=ledger, bench=bench, plan=plan, look=look, stress=stress)
 
 
 def test_options_go_to_the_stages_that_read_them():
@@ -771,6 +790,10 @@ def test_options_go_to_the_stages_that_read_them():
         ("plan", "--set efficiency=fast", "--set"),
         ("plan", "--length 9000", "--length"),
         ("plan", "--preset tiny", "--model"),
+        ("stress", "", "required"),
+        ("stress", "kills", "required"),
+        ("stress", "burn 3", "burn"),
+        ("stress", "fuzz 0", "above 0"),
         ("look", "", "required"),
         ("look", "OUT", "rl/config.json"),
     ],
