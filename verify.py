@@ -571,13 +571,21 @@ _COUNTED = set(
 #   tuple open close items | rel operators items | ratio items | based digits base | cup/cap/setminus a b | where items
 #   builder template conditions joiner | text words | choice letter node
 
-Node = tuple
 _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be functions
 _OPENERS = "( [ { \\{ ... ⌊ ⌈".split()
 _ANGLES = "sin cos tan cot sec csc cis".split()  # functions of angles
 _OPAQUE = set("fghFGH")  # f(x) is never f times x
 _RELATIONS = "= < > <= >= != ~ in ≡ mod".split()
 _CLOSERS = ") ] \\} } & cr".split()
+# What reads an atom, by the kind of its first token or, of an operator, by its text.
+_READERS = aliases(r"""
+numeral: num
+symbol: let
+command: cmd
+environment: begin
+bracket: ( [ {
+braces: \{
+fence: | ⌊ ⌈""")
 _MATRICES = set("pmatrix bmatrix matrix array Bmatrix smallmatrix".split())
 _NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
 _MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
@@ -945,30 +953,15 @@ class Parser:
     @limited
     def atom(self):
         token = self.take()
-        readers = {
-            "num": self.numeral,
-            "let": self.symbol,
-            "cmd": self.command,
-            "begin": self.environment,
-        }
-        if token.kind in readers:
-            return readers[token.kind](token.text)
+        reader = _READERS.get(token.text if token.kind == "op" else token.kind)
+        if reader:
+            return getattr(self, reader)(token.text)
         if (
             token.kind == "word" and token.text.isascii() and token.text.isupper()
         ):  # segments that look like words: NO
             return ("mul", tuple(("sym", letter) for letter in token.text))
-        readers = {
-            "(": self.bracket,
-            "[": self.bracket,
-            "{": self.bracket,
-            "\\{": self.braces,
-            "|": self.fence,
-            "⌊": self.fence,
-            "⌈": self.fence,
-            "...": lambda dots: ("sym", dots),
-        }
-        if token.kind == "op" and token.text in readers:
-            return readers[token.text](token.text)
+        if token.kind == "op" and token.text == "...":
+            return ("sym", "...")
         if token.kind == "op" and token.text in "$€£¥":
             self.currency = token.text
             return self.signed_power()
@@ -1225,9 +1218,10 @@ def bits(value):
 
 
 def exact(value):
-    if bits(value) > MAX_BITS:
+    size = bits(value)
+    if size > MAX_BITS:
         raise TooBig  # digits
-    spend((bits(value) / 2000) ** 2)
+    spend((size / 2000) ** 2)
     return value
 
 
@@ -1241,16 +1235,19 @@ times = partial(combined, operator.mul)
 
 def raised(a, b, mp):
     """a to the b. Odd roots of negative numbers are real, as schools write them: (-8)^{1/3} = -2."""
-    if a == 0:
+    if not a:
         if mp.re(to_mp(b, mp)) > 0:
             return Fraction(0)
         raise Undefined  # 0 to the power 0 or below
+    is_whole = is_exact(b) and b.denominator == 1
+    if is_whole:
+        b = b.numerator
     if abs(b) > _HUGE:
         raise TooBig  # exponent
-    if is_exact(b) and b.denominator == 1:
+    if is_whole:
         if is_exact(a) and (bits(a) - 1) * abs(b) <= MAX_BITS:
-            return exact(a ** int(b))
-        return to_mp(a, mp) ** int(b)
+            return exact(a**b)
+        return to_mp(a, mp) ** b
     if is_exact(b) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
         root = raised(-a, b, mp)
         return -root if b.numerator % 2 else root
@@ -1288,10 +1285,10 @@ def evaluate(node, s):
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[node[1]] * 1
     if kind in ("add", "mul"):
         spend(3 * len(node[1]))
-        value = reduce(
-            partial(plus if kind == "add" else times, mp=mp),
-            [evaluate(item, s) for item in node[1]],
-        )
+        join = plus if kind == "add" else times
+        value, *others = [evaluate(item, s) for item in node[1]]
+        for other in others:
+            value = join(value, other, mp)
     elif kind == "pow":
         value = raised(evaluate(node[1], s), evaluate(node[2], s), mp)
     elif kind == "fn":
@@ -1309,8 +1306,8 @@ def evaluate(node, s):
         raise Undefined  # it has no value
     if not is_exact(value):
         spend(mp.dps / 30)
-    if s.real and not is_real(value):
-        raise Undefined  # not real
+        if s.real and not is_real(value):
+            raise Undefined  # not real
     if s.largest is not None:
         size = scale(value, mp)
         is_rounded_zero = (
@@ -1430,6 +1427,9 @@ _KINDS = set(
 def mapped(part, change):
     """A copy of a node (or of a tuple of nodes) with `change` applied to its direct children."""
 
+    if part[0] in ("num", "sym"):
+        return part
+
     def visit(item):
         if not isinstance(item, tuple):
             return item
@@ -1445,9 +1445,10 @@ def mapped(part, change):
 @lru_cache(maxsize=1 << 14)
 def walk(node):
     """The node and all nodes below it."""
-    below = []
-    mapped(node, below.append)
-    return (node, *itertools.chain.from_iterable(map(walk, below)))
+    found = [node]
+    for part in found:
+        mapped(part, found.append)
+    return tuple(found)
 
 
 def children(node):
@@ -1522,22 +1523,28 @@ def variants(node):
     return [pick(node, 1), pick(node, -1)]
 
 
+_ALGEBRA = set("num sym add mul pow".split())
+
+
+def is_harmless(node):
+    """A power of a number that is not 0, and a power above 0, have a value."""
+    if node[0] != "pow":
+        return True
+    base, exponent = node[1:]
+    return exponent[0] == "num" and (base[0] == "num" and base[1] != 0 or exponent[1] > 0)
+
+
 def is_defined(tree):
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
     if tree[0] in ("num", "sym", "text") or tree == negative(_INFINITY):
+        return True
+    is_algebra = kinds_in(tree) <= _ALGEBRA and _INFINITY not in walk(tree)
+    if is_algebra and all(map(is_harmless, walk(tree))):
         return True
     if tree[0] not in "add mul pow fn pm".split() or has(tree, "matrix", "tuple"):
         return all(map(is_defined, children(canonical(tree) if has(tree, "sum", "prod") else tree)))
     if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or _REALS in walk(tree):
         return True  # R - {0}
-    if all(
-        node[0] in "num sym add mul".split()
-        or node[0] == "pow"
-        and node[2][0] == "num"
-        and node[2][1] > 0
-        for node in walk(tree)
-    ) and _INFINITY not in walk(tree):
-        return True
     names = sorted(unknowns(tree))
     rng = random.Random(1)
     for env in itertools.chain(
@@ -2324,9 +2331,11 @@ def agree(a, b, scope):
     ways = [(True, whole), (True, set(names)), (False, whole)]
     for real, whole in ways[2:] if not names or ("sym", "i") in walk(a) + walk(b) else ways:
         agreed = 0
-        near = [*ordinary_points(names, whole, rng), *runs(a, b, names, whole, rng)]
+        near = itertools.chain(ordinary_points(names, whole, rng), runs(a, b, names, whole, rng))
         far = points_between(a, b, names, whole, rng)
-        for i, env in enumerate(itertools.chain(near, far)):
+        for env, is_far in itertools.chain(
+            zip(near, itertools.repeat(False)), zip(far, itertools.repeat(True))
+        ):
             try:
                 if not same_number(a, b, scope._replace(env=env, real=real)):
                     return False
@@ -2334,7 +2343,7 @@ def agree(a, b, scope):
             except Undefined:
                 continue
             except TooBig:
-                if i >= len(near):  # what happens beyond a switch cannot be seen
+                if is_far:  # what happens beyond a switch cannot be seen
                     return False
         if agreed >= (2 if names else 1):
             return True
@@ -2508,7 +2517,7 @@ def same_answer(a, b) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
     x, y = (list(dict.fromkeys(parameters(node) + constants(node))) for node in (a, b))
     is_free = not (set(x) - set(y)) & unknowns(b) and not (set(y) - set(x)) & unknowns(a)
-    if len(x) == len(y) and is_free:
+    if y and len(x) == len(y) and is_free:
         b = substituted(b, {old: ("sym", new) for old, new in zip(y, x)})
     try:
         return same(a, b)
