@@ -262,7 +262,8 @@ _CLEAN = []
 for _row in _CLEAN_ROWS.replace("\n    ", "").split("\n")[1:]:
     if not _row.startswith("#"):
         _trigger, _pattern, _to = (part.strip(" ").replace("␣", " ") for part in _row.split("⟶"))
-        _CLEAN.append((_trigger, re.compile(_pattern.replace("§", "(?![a-zA-Z])")), _to))
+        _pattern = re.compile(_pattern.replace("§", "(?![a-zA-Z])"))
+        _CLEAN.append((_trigger, _pattern, operator.methodcaller("expand", _to)))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -272,9 +273,8 @@ def clean(text: str) -> str:
         text = re.sub("(?<=\\d) ?m(?=[²³])", r" \\text{m}", text)
         text = _SCRIPTS.sub(latex_script, text)
         text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
-    if (
-        len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
-    ):  # pairs are math delimiters, a single one is money
+    if "$" in text and len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
+        # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"[\s~]+", " ", text)
     text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r" \1\2 ", text))
@@ -299,7 +299,8 @@ def latex_script(match: re.Match) -> str:
 
 def squeeze(text: str) -> str:
     """A cleaned answer without blanks (but those between two digits) and without text commands: the key of layer 1."""
-    text = re.sub(r"\\text *\{([^{}]*)\}", r"\1", text)
+    if "\\text" in text:
+        text = re.sub(r"\\text *\{([^{}]*)\}", r"\1", text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
@@ -418,7 +419,7 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
         value = match[0].lstrip()
         spaced = bool(match["space"])
         before = tokens[-1] if tokens else inside
-        if match["body"] is not None:
+        if kind == "body":
             before = before or Token("begin", "", False)
             tokens += tokenise(match["body"].strip(), separated, before)
             continue
@@ -428,7 +429,7 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
         if match["env"]:
             kind = match["env"]
             value = match["name"]
-        elif match["rep"]:
+        elif kind == "rep":
             kind = "num"
             value = str(repeating_decimal(value))
         elif kind == "num":
@@ -571,6 +572,7 @@ _COUNTED = set(
 #   tuple open close items | rel operators items | ratio items | based digits base | cup/cap/setminus a b | where items
 #   builder template conditions joiner | text words | choice letter node
 
+_ONE = Fraction(1)
 _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be functions
 _OPENERS = "( [ { \\{ ... ⌊ ⌈".split()
 _ANGLES = "sin cos tan cot sec csc cis".split()  # functions of angles
@@ -587,7 +589,7 @@ bracket: ( [ {
 braces: \{
 fence: | ⌊ ⌈""")
 _MATRICES = set("pmatrix bmatrix matrix array Bmatrix smallmatrix".split())
-_NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
+_NUMBER_SETS = dict(zip("RNZQC", "ℝℕℤℚℂ"))
 _MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
 
 
@@ -597,6 +599,7 @@ def number(value):
 
 # Nodes that are asked for by name.
 _MINUS_ONE = number(-1)
+_SIGNS = (number(1), _MINUS_ONE)
 _INFINITY = ("sym", "∞")
 _REALS = ("sym", "ℝ")
 _UNWRITTEN = ("sym", "?")  # the unknown of "> 5"
@@ -634,7 +637,7 @@ def written_out(items):
     if not is_row:
         return items
     first = head[0][1]
-    step = head[1][1] - first if len(head) > 1 else Fraction(1)
+    step = head[1][1] - first if len(head) > 1 else _ONE
     if any(item[1] != first + i * step for i, item in enumerate(head)) or not step:
         return items
     if items[-1][0] != "num":
@@ -788,13 +791,13 @@ class Parser:
         node = self.expression()
         currency = self.take().text if self.is_op(*"$€£¥¢") else self.currency
         base = ""
-        factor = Fraction(1)
+        factor = _ONE
         count = 1
         if self.next.kind == "word" and self.next.text != "to":
             base, factor, count = self.unit()
         node = node if count == 1 else ("mul", (number(count), node))  # 5 million
         if currency and base not in ("°", "%"):  # "$3 million", "$5 each"
-            base, factor = UNITS.get(currency, (currency, Fraction(1)))
+            base, factor = UNITS.get(currency, (currency, _ONE))
         if base in ("°", "%"):
             return ("deg" if base == "°" else "pct", node)
         if base and self.next.kind == "num":  # 2 hours 30 minutes
@@ -802,7 +805,7 @@ class Parser:
             if rest[0] != "unit" or rest[2] != base or rest[3] >= factor:
                 raise Unreadable  # two quantities
             node = ("add", (("mul", (number(factor), node)), ("mul", (number(rest[3]), rest[1]))))
-            factor = Fraction(1)
+            factor = _ONE
         return ("unit", node, base, factor) if base else node
 
     def unit(self):
@@ -811,7 +814,7 @@ class Parser:
         An unknown word is a unit of its own, marked by a question mark: it is never left out.
         """
         parts = []
-        factor = Fraction(1)
+        factor = _ONE
         count = 1
         sign = 1
         power = 1
@@ -835,7 +838,7 @@ class Parser:
                 one = singular(word)
                 base, scale = UNITS.get(word) or (
                     one if one in _COUNTED else f"?{one}",
-                    Fraction(1),
+                    _ONE,
                 )
                 if self.take("^"):
                     exponent = ("-" if self.take("-") else "") + self.raw_group().strip("{}")
@@ -992,7 +995,7 @@ class Parser:
         if parts and parts[0][0] == parts[1][0] == "num" and 0 < parts[0][1] < parts[1][1]:
             return number(int(text) + parts[0][1] / parts[1][1])
         self.at = start
-        return number(text)
+        return number(int(text) if text.isdecimal() else text)
 
     def raw_group(self):
         """The text of a subscript: one token or a braced group, unparsed."""
@@ -1301,7 +1304,7 @@ def evaluate(node, s):
             "pct": s.percent and Fraction(1, 100),
             "unit": node[-1],
         }[kind]
-        value = times(evaluate(node[1], s), read_as or Fraction(1), mp)
+        value = times(evaluate(node[1], s), read_as or _ONE, mp)
     else:
         raise Undefined  # it has no value
     if not is_exact(value):
@@ -1313,7 +1316,8 @@ def evaluate(node, s):
         is_rounded_zero = (
             size > 2.5 * mp.dps and abs(value) < 1 and kind not in ("mul", "pow")
         )  # sin(pi)
-        s.largest[0] = max(s.largest[0], 0 if is_rounded_zero else size)
+        if size > s.largest[0] and not is_rounded_zero:
+            s.largest[0] = size
     return value
 
 
@@ -1340,7 +1344,7 @@ def apply(name, arguments, s):
     real = all(map(is_real, arguments))
     integers = all(is_exact(a) and a.denominator == 1 for a in arguments)
     if name in ("gcd", "lcm") and integers:
-        function = math.gcd if name == "gcd" else math.lcm
+        function = getattr(math, name)
         return reduce(lambda u, v: exact(Fraction(function(int(u), int(v)))), arguments)
     if name in ("max", "min") and real:
         spend(5 * len(arguments))
@@ -1455,9 +1459,7 @@ def children(node):
     """The nodes right below, without factors of 1 and -1."""
     found = []
     mapped(node, found.append)
-    return tuple(
-        child for child in found if node[0] != "mul" or child not in (number(1), _MINUS_ONE)
-    )
+    return tuple(child for child in found if node[0] != "mul" or child not in _SIGNS)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -1466,9 +1468,8 @@ def canonical(node):
     node = mapped(node, canonical)
     if node[0] in ("add", "mul"):
         items = [part for item in node[1] for part in (item[1] if item[0] == node[0] else (item,))]
-        items = [item for item in items if item != number(node[0] == "mul")] or items[
-            :1
-        ]  # 0 + x, 1 x
+        neutral = number(node[0] == "mul")  # 0 + x, 1 x
+        items = [item for item in items if item != neutral] or items[:1]
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
     if node[0] in ("sum", "prod") and node[1][0] == "rel":  # the index has no name
         index = re.escape(node[1][2][0][1])
@@ -1488,7 +1489,6 @@ def unknowns(node):
     return frozenset(names - {"π", "e", "i", "∞"})
 
 
-@lru_cache(maxsize=1 << 14)
 def written(node):
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
@@ -1524,6 +1524,7 @@ def variants(node):
 
 
 _ALGEBRA = set("num sym add mul pow".split())
+_SETS = set("set cup cap setminus sum prod".split())
 
 
 def is_harmless(node):
@@ -1538,12 +1539,13 @@ def is_defined(tree):
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
     if tree[0] in ("num", "sym", "text") or tree == negative(_INFINITY):
         return True
-    is_algebra = kinds_in(tree) <= _ALGEBRA and _INFINITY not in walk(tree)
-    if is_algebra and all(map(is_harmless, walk(tree))):
+    nodes = walk(tree)
+    kinds = {node[0] for node in nodes}
+    if kinds <= _ALGEBRA and _INFINITY not in nodes and all(map(is_harmless, nodes)):
         return True
-    if tree[0] not in "add mul pow fn pm".split() or has(tree, "matrix", "tuple"):
-        return all(map(is_defined, children(canonical(tree) if has(tree, "sum", "prod") else tree)))
-    if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or _REALS in walk(tree):
+    if tree[0] not in "add mul pow fn pm".split() or kinds & {"matrix", "tuple"}:
+        return all(map(is_defined, children(canonical(tree) if kinds & {"sum", "prod"} else tree)))
+    if kinds & _SETS or _REALS in nodes:
         return True  # R - {0}
     names = sorted(unknowns(tree))
     rng = random.Random(1)
@@ -1715,7 +1717,7 @@ def read(text):
         return ()
     if plain_number(text) is not None:
         return (number(plain_number(text)),)
-    note = re.fullmatch(
+    note = "\\text" in text and re.fullmatch(
         r"(.+?) ?(?:\\text ?\{ ?\(([^(){}]+)\) ?\}|\( ?\\text ?\{([^{}]+)\} ?\))", text
     )
     if note and set(read(note[1])) & set(read(note[2] or note[3])):  # 42 (forty-two)
@@ -1737,17 +1739,16 @@ def read(text):
             else choice["rest"].replace("}", "", 1)
         )
     readings = [False]
-    if re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text) and not re.search(
-        r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text
-    ):
+    has_group = "," in text and re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text)
+    if has_group and not re.search(r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text):
         readings = [True] if re.search(r"\d,0\d\d(?!\d)", text) else [True, False]
     trees = []
     for separated in readings:
         with suppress(Unreadable):
             trees.append(Parser(tokenise(text, separated)).answer())
-    if re.fullmatch(r"[-+]?\d+,\d+", text) and readings == [False]:
+    if "," in text and re.fullmatch(r"[-+]?\d+,\d+", text) and readings == [False]:
         trees.append(number(text.replace(",", ".")))  # a decimal comma
-    if re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
+    if "_" in text and re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
         trees += read(text.upper())  # 2a_{16}, if it is no term of a sequence
     if not trees and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
         words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
@@ -2106,7 +2107,7 @@ def matched(xs, ys):
 
 # Relations
 
-_FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+_FLIP = dict(zip("< <= > >= = !=".split(), "> >= < <= = !=".split()))
 
 
 def same_relation(a, b):
@@ -2282,7 +2283,7 @@ def probes(marks):
     if not marks:
         return [Fraction(0)]
     between = [plus(a, b) / 2 for a, b in zip(marks, marks[1:]) if before(a, b)]
-    return marks + between + [plus(marks[0], Fraction(-1)), plus(marks[-1], Fraction(1))]
+    return marks + between + [plus(marks[0], Fraction(-1)), plus(marks[-1], _ONE)]
 
 
 # Layer 4, values at points.
@@ -2516,8 +2517,8 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
 def same_answer(a, b) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
     x, y = (list(dict.fromkeys(parameters(node) + constants(node))) for node in (a, b))
-    is_free = not (set(x) - set(y)) & unknowns(b) and not (set(y) - set(x)) & unknowns(a)
-    if y and len(x) == len(y) and is_free:
+    is_free = len(x) == len(y) > 0 and not (set(x) - set(y)) & unknowns(b)
+    if is_free and not (set(y) - set(x)) & unknowns(a):
         b = substituted(b, {old: ("sym", new) for old, new in zip(y, x)})
     try:
         return same(a, b)
