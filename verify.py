@@ -606,7 +606,7 @@ _UNWRITTEN = ("sym", "?")  # the unknown of "> 5"
 
 
 # Texts that mean a set, or that nothing exists; singular, without articles.
-_PHRASES = {"no solution": ("set", ()), "no real solution": ("set", ())}
+_PHRASES = dict.fromkeys(("no solution", "no real solution"), ("set", ()))
 _PHRASES |= dict.fromkeys(("all real number", "all real", "any real number"), _REALS)
 _PHRASES["doe not exist"] = ("text", "dne")
 
@@ -1532,7 +1532,7 @@ def is_harmless(node):
     if node[0] != "pow":
         return True
     base, exponent = node[1:]
-    return exponent[0] == "num" and (base[0] == "num" and base[1] != 0 or exponent[1] > 0)
+    return exponent[0] == "num" and (base[0] == "num" and base[1] or exponent[1] > 0)
 
 
 def is_defined(tree):
@@ -2334,18 +2334,17 @@ def agree(a, b, scope):
         agreed = 0
         near = itertools.chain(ordinary_points(names, whole, rng), runs(a, b, names, whole, rng))
         far = points_between(a, b, names, whole, rng)
-        for env, is_far in itertools.chain(
-            zip(near, itertools.repeat(False)), zip(far, itertools.repeat(True))
-        ):
-            try:
-                if not same_number(a, b, scope._replace(env=env, real=real)):
-                    return False
-                agreed += 1
-            except Undefined:
-                continue
-            except TooBig:
-                if is_far:  # what happens beyond a switch cannot be seen
-                    return False
+        for envs, is_far in ((near, False), (far, True)):
+            for env in envs:
+                try:
+                    if not same_number(a, b, scope._replace(env=env, real=real)):
+                        return False
+                    agreed += 1
+                except Undefined:
+                    continue
+                except TooBig:
+                    if is_far:  # what happens beyond a switch cannot be seen
+                        return False
         if agreed >= (2 if names else 1):
             return True
     return False
@@ -2366,25 +2365,27 @@ _AS_THEY_ARE = set("num sym text list set tuple unit deg pct based choice".split
 
 @lru_cache(maxsize=4096)
 def expressions(problem):
-    """What a problem states in formulas: as trees with all their parts, and as texts."""
+    """What a problem states in formulas: as trees, these with all their parts, and as texts."""
     texts = [next(filter(None, match.groups())) for match in _MATH.finditer(problem[:MAX_PROBLEM])]
-    trees = {}
+    trees = []
+    parts = {}
+    _work.left = MAX_WORK
     for text in texts:
         for part in dict.fromkeys([text, *_BREAKS.split(text)]):
             with suppress(Unreadable, Undefined, TooBig, TooMuchWork):
-                _work.left = MAX_WORK
                 for tree in read(clean(part)):
-                    trees |= dict.fromkeys(map(canonical, walk(tree)))
-    return trees, tuple(squeeze(clean(text)) for text in texts)
+                    trees.append(canonical(tree))
+                    parts |= dict.fromkeys(map(canonical, walk(tree)))
+    return trees, parts, tuple(squeeze(clean(text)) for text in texts)
 
 
-@lru_cache(maxsize=1 << 16)
 def contains(tree, part):
     """Is everything of `part` still there in the tree, nested as it was?
 
     Other things may stand around and between. Signs, the order of terms and the names of unknowns
     do not matter: 2(x + 1 - 1) - 0y contains x + 1 and y + 1.
     """
+    spend(4)
     below = children(tree)
     wanted = children(part)
     if len(wanted) == 1 and part[0] == "mul":
@@ -2435,14 +2436,14 @@ def is_copied(answer, gold, problem):
     )
     if not repeats and (not wanted.isdisjoint(values) or any(map(is_done, values))):
         return False
-    stated, texts = expressions(problem)
+    stated, parts, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
-    if any(tree in stated for tree in trees + values) or any(map(pattern.search, texts)):
+    if any(tree in parts for tree in trees + values) or any(map(pattern.search, texts)):
         return True
     if repeats:
         return any(repeats.group() in text for text in texts)
     _work.left = MAX_WORK  # `expressions` is remembered: what it took must not count
-    relations = [part for part in stated if part[0] == "rel"]
+    relations = [part for part in parts if part[0] == "rel"]
     for value in values:
         is_chain = value[0] == "rel" and set(value[1]) <= {"=", "~"}  # sin 30° = 1/2 tells more
         sides = [side for side in value[2] if not is_label(side)] if is_chain else [value]
