@@ -277,7 +277,8 @@ def clean(text: str) -> str:
         # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"[\s~]+", " ", text)
-    text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r" \1\2 ", text))
+    if "\\" in text:
+        text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r" \1\2 ", text))
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac: escaped once too often
     for trigger, pattern, replacement in _CLEAN:
@@ -626,7 +627,7 @@ def point(items):
 
 
 def reciprocal(node):
-    return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, _MINUS_ONE)
+    return ("num", 1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, _MINUS_ONE)
 
 
 def written_out(items):
@@ -698,12 +699,13 @@ class Parser:
 
     def take(self, *texts: str):
         """The next token if it is one of these operators; any token if none is named."""
+        token = self.next
         if texts and not self.is_op(*texts):
             return None
-        if self.next.kind == "eof":
+        if token.kind == "eof":
             raise Unreadable  # it breaks off
         self.at += 1
-        return self.tokens[self.at - 1]
+        return token
 
     def need(self, *texts: str):
         token = self.take(*texts)
@@ -761,7 +763,7 @@ class Parser:
             self.take()
             parts.append(self.union())
         if len(parts) == 2 and parts[1][0] == "unit" and parts[1][2] in ("am", "pm"):
-            return ("text", squeeze(repr(parts)))  # 4:40 a.m. is no quotient
+            return ("text", repr(parts))  # 4:40 a.m. is no quotient
         return parts[0] if len(parts) == 1 else ("ratio", tuple(parts))
 
     def union(self):
@@ -1109,7 +1111,7 @@ class Parser:
         if name == "frac":
             top = self.argument()
             over = reciprocal(self.argument())
-            return number(top[1] * over[1]) if top[0] == over[0] == "num" else ("mul", (top, over))
+            return ("num", top[1] * over[1]) if top[0] == over[0] == "num" else ("mul", (top, over))
         if name == "sqrt":
             degree = number(2)
             if self.take("["):
@@ -1208,8 +1210,8 @@ class Scope(NamedTuple):
     )
 
 
-def is_exact(a, b=Fraction()):
-    return isinstance(a, Fraction) and isinstance(b, Fraction)
+def is_exact(value):
+    return isinstance(value, Fraction)
 
 
 def to_mp(value, mp=_MP):
@@ -1229,7 +1231,11 @@ def exact(value):
 
 
 def combined(operation, a, b, mp=_MP):
-    return exact(operation(a, b)) if is_exact(a, b) else operation(to_mp(a, mp), to_mp(b, mp))
+    return (
+        exact(operation(a, b))
+        if is_exact(a) and is_exact(b)
+        else operation(to_mp(a, mp), to_mp(b, mp))
+    )
 
 
 plus = partial(combined, operator.add)
@@ -1242,20 +1248,19 @@ def raised(a, b, mp):
         if mp.re(to_mp(b, mp)) > 0:
             return Fraction(0)
         raise Undefined  # 0 to the power 0 or below
-    is_whole = is_exact(b) and b.denominator == 1
-    if is_whole:
+    root = b.denominator if is_exact(b) else 0
+    if root == 1:
         b = b.numerator
     if abs(b) > _HUGE:
         raise TooBig  # exponent
-    if is_whole:
+    if root == 1:
         if is_exact(a) and (bits(a) - 1) * abs(b) <= MAX_BITS:
             return exact(a**b)
         return to_mp(a, mp) ** b
-    if is_exact(b) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
-        root = raised(-a, b, mp)
-        return -root if b.numerator % 2 else root
-    is_square_root = is_exact(b) and b.denominator == 2
-    spend(mp.dps / 2 if is_square_root else mp.dps**1.5 / 10)
+    if root % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
+        value = raised(-a, b, mp)
+        return -value if b.numerator % 2 else value
+    spend(mp.dps / 2 if root == 2 else mp.dps**1.5 / 10)
     if abs(b) * scale(a, mp) > _HUGE:
         raise TooBig  # power
     return to_mp(a, mp) ** to_mp(b, mp)
@@ -1277,7 +1282,6 @@ def scale(value, mp):
 
 def evaluate(node, s):
     """The value of an expression, a Fraction, mpf or mpc; Undefined if it has none."""
-    spend(1)
     kind = node[0]
     mp = s.mp
     if kind == "num":
@@ -1286,6 +1290,7 @@ def evaluate(node, s):
         return s.env[node[1]]
     if kind == "sym" and node[1] in ("π", "e", "i"):
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[node[1]] * 1
+    spend(1)
     if kind in ("add", "mul"):
         spend(3 * len(node[1]))
         join = plus if kind == "add" else times
@@ -1373,8 +1378,9 @@ def apply(name, arguments, s):
     if name in ("factorial", "fac2") and integers and x <= MAX_FACTORIAL:
         if x < 0:
             raise Undefined  # factorial of a negative number
-        factors = range(int(x), 0, -1 if name == "factorial" else -2)
-        return exact(Fraction(math.prod(factors)))
+        is_single = name == "factorial"
+        product = math.factorial(int(x)) if is_single else math.prod(range(int(x), 0, -2))
+        return exact(Fraction(product))
     spend(mp.dps**1.5 / 15)
     if name in ("ln", "log", "lg"):
         if x == 0:
@@ -1404,7 +1410,7 @@ def same_number(a, b, s):
         at = s._replace(mp=arithmetic(digits), largest=[0])
         x = evaluate(a, at)
         y = evaluate(b, at)
-        if is_exact(x, y):
+        if is_exact(x) and is_exact(y):
             return x == y
         hidden = int((written(a) + written(b) + at.largest[0]) * 0.302) + 1
         x = to_mp(x, at.mp)
@@ -1602,7 +1608,7 @@ def zeros(node, name, env):
         return [zero for item in node[1] for zero in zeros(item, name, env)]
     if node[0] == "pow" and node[2][0] == "num":
         return zeros(node[1], name, env)
-    try:
+    with suppress(Undefined, TooBig):
         c, up, down, test = (
             to_mp(evaluate(node, Scope(env | {name: Fraction(x)}, real=True))).real
             for x in (0, 1, -1, 7)
@@ -1614,15 +1620,13 @@ def zeros(node, name, env):
                 return [-c / b] if abs(b) > 1e-60 else []
             root = abs(b * b - 4 * a * c) ** 0.5
             return [(-b + root) / (2 * a), (-b - root) / (2 * a)]
-    except (Undefined, TooBig):
-        pass
     return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
 
 
 def runs(a, b, names, whole, rng):
     """24 numbers in a row for each unknown: there (-1)^n and \\gcd(n, 12) show their period."""
-    nodes = walk(a) + walk(b)
     for name in names:
+        nodes = walk(a) + walk(b)
         periodic = [node[2] for node in nodes if node[0] == "pow"]
         if name in whole:
             periodic += [node for node in nodes if node[0] == "fn"]
@@ -1635,7 +1639,7 @@ def runs(a, b, names, whole, rng):
 
 def points_between(a, b, names, whole, rng):
     """Points at, and on both sides of, the switches of both trees, one unknown moving at a time; and far out."""
-    expressions = switches(a) + switches(b)
+    expressions = switches(a) + switches(b) if names else ()
     for name in names if expressions else ():
         base = rng.choice(list(ordinary_points(names, whole, rng))[:5])
         marks = {
@@ -2041,6 +2045,7 @@ def same_collection(a, b):
     """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
     xs = [node if node[0] == "set" else simplified(node) for node in elements(a)]
     ys = [node if node[0] == "set" else simplified(node) for node in elements(b)]
+    spend(9 * len(xs + ys))
     names, values = named_values(xs)
     other_names, other_values = named_values(ys)
     has_or = "or" in (a[-1], b[-1])
@@ -2272,7 +2277,7 @@ def endpoint(node):
 def before(a, b):
     """a < b; what is equal within the precision is not before."""
     spend(3)
-    if is_exact(a, b):
+    if is_exact(a) and is_exact(b):
         return a < b
     return to_mp(b) - to_mp(a) > 1e-60  # no for two equal infinities: their difference is no number
 
@@ -2385,15 +2390,15 @@ def contains(tree, part):
     Other things may stand around and between. Signs, the order of terms and the names of unknowns
     do not matter: 2(x + 1 - 1) - 0y contains x + 1 and y + 1.
     """
-    spend(4)
     below = children(tree)
     wanted = children(part)
+    spend(4 + len(below + wanted))
     if len(wanted) == 1 and part[0] == "mul":
         return contains(tree, wanted[0])
     if part[0] == "num":
         is_here = tree[0] == "num" and abs(tree[1]) == abs(part[1])
     elif part[0] == "sym":
-        is_here = tree == part or tree[0] == "sym" and bool(unknowns(part) and unknowns(tree))
+        is_here = tree == part or tree[0] == "sym" and unknowns(part) and unknowns(tree)
     else:
         is_here = tree[0] == part[0] and (part[0] != "fn" or tree[1] == part[1])
         is_here = is_here and all(stands_in(below, child) for child in wanted)
@@ -2457,9 +2462,9 @@ def is_copied(answer, gold, problem):
 def wears(node, parts, golds):
     """Does it contain one of the parts that is equal to the gold, and not in the gold itself?"""
     for part in parts:
+        spend(len(walk(part)))
         if len(walk(part)) > len(walk(node)) or is_done(part):
             continue
-        spend(len(walk(part)))
         is_worn = contains(node, part) and not any(contains(tree, part) for tree in golds)
         if is_worn and any(same_answer(part, tree) for tree in golds):
             return True
