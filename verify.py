@@ -1211,7 +1211,7 @@ class Scope(NamedTuple):
 
 
 def is_exact(value):
-    return isinstance(value, Fraction)
+    return type(value) is Fraction
 
 
 def to_mp(value, mp=_MP):
