@@ -51,7 +51,7 @@ MAX_DIGITS = 4000  # of an irrational value
 MAX_DIGITS_AT_POINTS = 700  # where there are unknowns, since there are other points
 MAX_FACTORIAL = 3000  # largest argument that is computed exactly
 MAX_WORDS = 12  # a longer text is prose: no rule can tell whether two of them agree
-MAX_WORK = 60_000  # units of about a microsecond that one comparison may take
+MAX_WORK = 50_000  # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000  # pairs that `grade` remembers
 TRIES = 10  # deaths of workers on one pair until it counts as crashed
 MAX_STARTS = 100  # signals that may kill a worker while it starts
@@ -262,7 +262,8 @@ _CLEAN = []
 for _row in _CLEAN_ROWS.replace("\n    ", "").split("\n")[1:]:
     if not _row.startswith("#"):
         _trigger, _pattern, _to = (part.strip(" ").replace("␣", " ") for part in _row.split("⟶"))
-        _CLEAN.append((_trigger, re.compile(_pattern.replace("§", "(?![a-zA-Z])")), _to))
+        _pattern = re.compile(_pattern.replace("§", "(?![a-zA-Z])"))
+        _CLEAN.append((_trigger, _pattern, operator.methodcaller("expand", _to)))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -272,9 +273,8 @@ def clean(text: str) -> str:
         text = re.sub("(?<=\\d) ?m(?=[²³])", r" \\text{m}", text)
         text = _SCRIPTS.sub(latex_script, text)
         text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
-    if (
-        len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
-    ):  # pairs are math delimiters, a single one is money
+    if "$" in text and len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
+        # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"[\s~]+", " ", text)
     text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r" \1\2 ", text))
@@ -299,7 +299,8 @@ def latex_script(match: re.Match) -> str:
 
 def squeeze(text: str) -> str:
     """A cleaned answer without blanks (but those between two digits) and without text commands: the key of layer 1."""
-    text = re.sub(r"\\text *\{([^{}]*)\}", r"\1", text)
+    if "\\text" in text:
+        text = re.sub(r"\\text *\{([^{}]*)\}", r"\1", text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
@@ -418,7 +419,7 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
         value = match[0].lstrip()
         spaced = bool(match["space"])
         before = tokens[-1] if tokens else inside
-        if match["body"] is not None:
+        if kind == "body":
             before = before or Token("begin", "", False)
             tokens += tokenise(match["body"].strip(), separated, before)
             continue
@@ -428,7 +429,7 @@ def tokenise(text: str, separated: bool, inside: Token | None = None) -> list[To
         if match["env"]:
             kind = match["env"]
             value = match["name"]
-        elif match["rep"]:
+        elif kind == "rep":
             kind = "num"
             value = str(repeating_decimal(value))
         elif kind == "num":
@@ -571,15 +572,24 @@ _COUNTED = set(
 #   tuple open close items | rel operators items | ratio items | based digits base | cup/cap/setminus a b | where items
 #   builder template conditions joiner | text words | choice letter node
 
-Node = tuple
+_ONE = Fraction(1)
 _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be functions
 _OPENERS = "( [ { \\{ ... ⌊ ⌈".split()
 _ANGLES = "sin cos tan cot sec csc cis".split()  # functions of angles
 _OPAQUE = set("fghFGH")  # f(x) is never f times x
 _RELATIONS = "= < > <= >= != ~ in ≡ mod".split()
 _CLOSERS = ") ] \\} } & cr".split()
+# What reads an atom, by the kind of its first token or, of an operator, by its text.
+_READERS = aliases(r"""
+numeral: num
+symbol: let
+command: cmd
+environment: begin
+bracket: ( [ {
+braces: \{
+fence: | ⌊ ⌈""")
 _MATRICES = set("pmatrix bmatrix matrix array Bmatrix smallmatrix".split())
-_NUMBER_SETS = {"R": "ℝ", "N": "ℕ", "Z": "ℤ", "Q": "ℚ", "C": "ℂ"}
+_NUMBER_SETS = dict(zip("RNZQC", "ℝℕℤℚℂ"))
 _MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
 
 
@@ -589,13 +599,14 @@ def number(value):
 
 # Nodes that are asked for by name.
 _MINUS_ONE = number(-1)
+_SIGNS = (number(1), _MINUS_ONE)
 _INFINITY = ("sym", "∞")
 _REALS = ("sym", "ℝ")
 _UNWRITTEN = ("sym", "?")  # the unknown of "> 5"
 
 
 # Texts that mean a set, or that nothing exists; singular, without articles.
-_PHRASES = {"no solution": ("set", ()), "no real solution": ("set", ())}
+_PHRASES = dict.fromkeys(("no solution", "no real solution"), ("set", ()))
 _PHRASES |= dict.fromkeys(("all real number", "all real", "any real number"), _REALS)
 _PHRASES["doe not exist"] = ("text", "dne")
 
@@ -615,7 +626,7 @@ def point(items):
 
 
 def reciprocal(node):
-    return number(1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, _MINUS_ONE)
+    return ("num", 1 / node[1]) if node[0] == "num" and node[1] else ("pow", node, _MINUS_ONE)
 
 
 def written_out(items):
@@ -626,7 +637,7 @@ def written_out(items):
     if not is_row:
         return items
     first = head[0][1]
-    step = head[1][1] - first if len(head) > 1 else Fraction(1)
+    step = head[1][1] - first if len(head) > 1 else _ONE
     if any(item[1] != first + i * step for i, item in enumerate(head)) or not step:
         return items
     if items[-1][0] != "num":
@@ -687,12 +698,13 @@ class Parser:
 
     def take(self, *texts: str):
         """The next token if it is one of these operators; any token if none is named."""
+        token = self.next
         if texts and not self.is_op(*texts):
             return None
-        if self.next.kind == "eof":
+        if token.kind == "eof":
             raise Unreadable  # it breaks off
         self.at += 1
-        return self.tokens[self.at - 1]
+        return token
 
     def need(self, *texts: str):
         token = self.take(*texts)
@@ -750,7 +762,7 @@ class Parser:
             self.take()
             parts.append(self.union())
         if len(parts) == 2 and parts[1][0] == "unit" and parts[1][2] in ("am", "pm"):
-            return ("text", squeeze(repr(parts)))  # 4:40 a.m. is no quotient
+            return ("text", repr(parts))  # 4:40 a.m. is no quotient
         return parts[0] if len(parts) == 1 else ("ratio", tuple(parts))
 
     def union(self):
@@ -780,13 +792,13 @@ class Parser:
         node = self.expression()
         currency = self.take().text if self.is_op(*"$€£¥¢") else self.currency
         base = ""
-        factor = Fraction(1)
+        factor = _ONE
         count = 1
         if self.next.kind == "word" and self.next.text != "to":
             base, factor, count = self.unit()
         node = node if count == 1 else ("mul", (number(count), node))  # 5 million
         if currency and base not in ("°", "%"):  # "$3 million", "$5 each"
-            base, factor = UNITS.get(currency, (currency, Fraction(1)))
+            base, factor = UNITS.get(currency, (currency, _ONE))
         if base in ("°", "%"):
             return ("deg" if base == "°" else "pct", node)
         if base and self.next.kind == "num":  # 2 hours 30 minutes
@@ -794,7 +806,7 @@ class Parser:
             if rest[0] != "unit" or rest[2] != base or rest[3] >= factor:
                 raise Unreadable  # two quantities
             node = ("add", (("mul", (number(factor), node)), ("mul", (number(rest[3]), rest[1]))))
-            factor = Fraction(1)
+            factor = _ONE
         return ("unit", node, base, factor) if base else node
 
     def unit(self):
@@ -803,7 +815,7 @@ class Parser:
         An unknown word is a unit of its own, marked by a question mark: it is never left out.
         """
         parts = []
-        factor = Fraction(1)
+        factor = _ONE
         count = 1
         sign = 1
         power = 1
@@ -827,7 +839,7 @@ class Parser:
                 one = singular(word)
                 base, scale = UNITS.get(word) or (
                     one if one in _COUNTED else f"?{one}",
-                    Fraction(1),
+                    _ONE,
                 )
                 if self.take("^"):
                     exponent = ("-" if self.take("-") else "") + self.raw_group().strip("{}")
@@ -945,30 +957,15 @@ class Parser:
     @limited
     def atom(self):
         token = self.take()
-        readers = {
-            "num": self.numeral,
-            "let": self.symbol,
-            "cmd": self.command,
-            "begin": self.environment,
-        }
-        if token.kind in readers:
-            return readers[token.kind](token.text)
+        reader = _READERS.get(token.text if token.kind == "op" else token.kind)
+        if reader:
+            return getattr(self, reader)(token.text)
         if (
             token.kind == "word" and token.text.isascii() and token.text.isupper()
         ):  # segments that look like words: NO
             return ("mul", tuple(("sym", letter) for letter in token.text))
-        readers = {
-            "(": self.bracket,
-            "[": self.bracket,
-            "{": self.bracket,
-            "\\{": self.braces,
-            "|": self.fence,
-            "⌊": self.fence,
-            "⌈": self.fence,
-            "...": lambda dots: ("sym", dots),
-        }
-        if token.kind == "op" and token.text in readers:
-            return readers[token.text](token.text)
+        if token.kind == "op" and token.text == "...":
+            return ("sym", "...")
         if token.kind == "op" and token.text in "$€£¥":
             self.currency = token.text
             return self.signed_power()
@@ -999,7 +996,7 @@ class Parser:
         if parts and parts[0][0] == parts[1][0] == "num" and 0 < parts[0][1] < parts[1][1]:
             return number(int(text) + parts[0][1] / parts[1][1])
         self.at = start
-        return number(text)
+        return number(int(text) if text.isdecimal() else text)
 
     def raw_group(self):
         """The text of a subscript: one token or a braced group, unparsed."""
@@ -1113,7 +1110,7 @@ class Parser:
         if name == "frac":
             top = self.argument()
             over = reciprocal(self.argument())
-            return number(top[1] * over[1]) if top[0] == over[0] == "num" else ("mul", (top, over))
+            return ("num", top[1] * over[1]) if top[0] == over[0] == "num" else ("mul", (top, over))
         if name == "sqrt":
             degree = number(2)
             if self.take("["):
@@ -1212,8 +1209,8 @@ class Scope(NamedTuple):
     )
 
 
-def is_exact(a, b=Fraction()):
-    return isinstance(a, Fraction) and isinstance(b, Fraction)
+def is_exact(value):
+    return type(value) is Fraction
 
 
 def to_mp(value, mp=_MP):
@@ -1225,14 +1222,19 @@ def bits(value):
 
 
 def exact(value):
-    if bits(value) > MAX_BITS:
+    size = bits(value)
+    if size > MAX_BITS:
         raise TooBig  # digits
-    spend((bits(value) / 2000) ** 2)
+    spend((size / 2000) ** 2)
     return value
 
 
 def combined(operation, a, b, mp=_MP):
-    return exact(operation(a, b)) if is_exact(a, b) else operation(to_mp(a, mp), to_mp(b, mp))
+    return (
+        exact(operation(a, b))
+        if is_exact(a) and is_exact(b)
+        else operation(to_mp(a, mp), to_mp(b, mp))
+    )
 
 
 plus = partial(combined, operator.add)
@@ -1241,21 +1243,23 @@ times = partial(combined, operator.mul)
 
 def raised(a, b, mp):
     """a to the b. Odd roots of negative numbers are real, as schools write them: (-8)^{1/3} = -2."""
-    if a == 0:
+    if not a:
         if mp.re(to_mp(b, mp)) > 0:
             return Fraction(0)
         raise Undefined  # 0 to the power 0 or below
+    root = b.denominator if is_exact(b) else 0
+    if root == 1:
+        b = b.numerator
     if abs(b) > _HUGE:
         raise TooBig  # exponent
-    if is_exact(b) and b.denominator == 1:
+    if root == 1:
         if is_exact(a) and (bits(a) - 1) * abs(b) <= MAX_BITS:
-            return exact(a ** int(b))
-        return to_mp(a, mp) ** int(b)
-    if is_exact(b) and b.denominator % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
-        root = raised(-a, b, mp)
-        return -root if b.numerator % 2 else root
-    is_square_root = is_exact(b) and b.denominator == 2
-    spend(mp.dps / 2 if is_square_root else mp.dps**1.5 / 10)
+            return exact(a**b)
+        return to_mp(a, mp) ** b
+    if root % 2 and is_real(a) and mp.re(to_mp(a, mp)) < 0:
+        value = raised(-a, b, mp)
+        return -value if b.numerator % 2 else value
+    spend(mp.dps / 2 if root == 2 else mp.dps**1.5 / 10)
     if abs(b) * scale(a, mp) > _HUGE:
         raise TooBig  # power
     return to_mp(a, mp) ** to_mp(b, mp)
@@ -1277,7 +1281,6 @@ def scale(value, mp):
 
 def evaluate(node, s):
     """The value of an expression, a Fraction, mpf or mpc; Undefined if it has none."""
-    spend(1)
     kind = node[0]
     mp = s.mp
     if kind == "num":
@@ -1286,12 +1289,13 @@ def evaluate(node, s):
         return s.env[node[1]]
     if kind == "sym" and node[1] in ("π", "e", "i"):
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[node[1]] * 1
+    spend(1)
     if kind in ("add", "mul"):
         spend(3 * len(node[1]))
-        value = reduce(
-            partial(plus if kind == "add" else times, mp=mp),
-            [evaluate(item, s) for item in node[1]],
-        )
+        join = plus if kind == "add" else times
+        value, *others = [evaluate(item, s) for item in node[1]]
+        for other in others:
+            value = join(value, other, mp)
     elif kind == "pow":
         value = raised(evaluate(node[1], s), evaluate(node[2], s), mp)
     elif kind == "fn":
@@ -1304,19 +1308,20 @@ def evaluate(node, s):
             "pct": s.percent and Fraction(1, 100),
             "unit": node[-1],
         }[kind]
-        value = times(evaluate(node[1], s), read_as or Fraction(1), mp)
+        value = times(evaluate(node[1], s), read_as or _ONE, mp)
     else:
         raise Undefined  # it has no value
     if not is_exact(value):
         spend(mp.dps / 30)
-    if s.real and not is_real(value):
-        raise Undefined  # not real
+        if s.real and not is_real(value):
+            raise Undefined  # not real
     if s.largest is not None:
         size = scale(value, mp)
         is_rounded_zero = (
             size > 2.5 * mp.dps and abs(value) < 1 and kind not in ("mul", "pow")
         )  # sin(pi)
-        s.largest[0] = max(s.largest[0], 0 if is_rounded_zero else size)
+        if size > s.largest[0] and not is_rounded_zero:
+            s.largest[0] = size
     return value
 
 
@@ -1343,7 +1348,7 @@ def apply(name, arguments, s):
     real = all(map(is_real, arguments))
     integers = all(is_exact(a) and a.denominator == 1 for a in arguments)
     if name in ("gcd", "lcm") and integers:
-        function = math.gcd if name == "gcd" else math.lcm
+        function = getattr(math, name)
         return reduce(lambda u, v: exact(Fraction(function(int(u), int(v)))), arguments)
     if name in ("max", "min") and real:
         spend(5 * len(arguments))
@@ -1372,8 +1377,9 @@ def apply(name, arguments, s):
     if name in ("factorial", "fac2") and integers and x <= MAX_FACTORIAL:
         if x < 0:
             raise Undefined  # factorial of a negative number
-        factors = range(int(x), 0, -1 if name == "factorial" else -2)
-        return exact(Fraction(math.prod(factors)))
+        is_single = name == "factorial"
+        product = math.factorial(int(x)) if is_single else math.prod(range(int(x), 0, -2))
+        return exact(Fraction(product))
     spend(mp.dps**1.5 / 15)
     if name in ("ln", "log", "lg"):
         if x == 0:
@@ -1403,7 +1409,7 @@ def same_number(a, b, s):
         at = s._replace(mp=arithmetic(digits), largest=[0])
         x = evaluate(a, at)
         y = evaluate(b, at)
-        if is_exact(x, y):
+        if is_exact(x) and is_exact(y):
             return x == y
         hidden = int((written(a) + written(b) + at.largest[0]) * 0.302) + 1
         x = to_mp(x, at.mp)
@@ -1430,6 +1436,9 @@ _KINDS = set(
 def mapped(part, change):
     """A copy of a node (or of a tuple of nodes) with `change` applied to its direct children."""
 
+    if part[0] in ("num", "sym"):
+        return part
+
     def visit(item):
         if not isinstance(item, tuple):
             return item
@@ -1445,18 +1454,17 @@ def mapped(part, change):
 @lru_cache(maxsize=1 << 14)
 def walk(node):
     """The node and all nodes below it."""
-    below = []
-    mapped(node, below.append)
-    return (node, *itertools.chain.from_iterable(map(walk, below)))
+    found = [node]
+    for part in found:
+        mapped(part, found.append)
+    return tuple(found)
 
 
 def children(node):
     """The nodes right below, without factors of 1 and -1."""
     found = []
     mapped(node, found.append)
-    return tuple(
-        child for child in found if node[0] != "mul" or child not in (number(1), _MINUS_ONE)
-    )
+    return tuple(child for child in found if node[0] != "mul" or child not in _SIGNS)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -1465,9 +1473,8 @@ def canonical(node):
     node = mapped(node, canonical)
     if node[0] in ("add", "mul"):
         items = [part for item in node[1] for part in (item[1] if item[0] == node[0] else (item,))]
-        items = [item for item in items if item != number(node[0] == "mul")] or items[
-            :1
-        ]  # 0 + x, 1 x
+        neutral = number(node[0] == "mul")  # 0 + x, 1 x
+        items = [item for item in items if item != neutral] or items[:1]
         return (node[0], tuple(sorted(items, key=repr))) if len(items) > 1 else items[0]
     if node[0] in ("sum", "prod") and node[1][0] == "rel":  # the index has no name
         index = re.escape(node[1][2][0][1])
@@ -1487,7 +1494,6 @@ def unknowns(node):
     return frozenset(names - {"π", "e", "i", "∞"})
 
 
-@lru_cache(maxsize=1 << 14)
 def written(node):
     """The bits of the numbers in an expression."""
     return sum(bits(n[1]) for n in walk(node) if n[0] == "num")
@@ -1522,22 +1528,28 @@ def variants(node):
     return [pick(node, 1), pick(node, -1)]
 
 
+_ALGEBRA = set("num sym add mul pow".split())
+_SETS = set("set cup cap setminus sum prod".split())
+
+
+def is_harmless(base, exponent):
+    """A power of a number that is not 0, and a power above 0, have a value."""
+    return exponent[0] == "num" and (base[0] == "num" and base[1] or exponent[1] > 0)
+
+
 def is_defined(tree):
     """Has every expression of the tree a value somewhere? 1/0 has none, and is no answer."""
     if tree[0] in ("num", "sym", "text") or tree == negative(_INFINITY):
         return True
-    if tree[0] not in "add mul pow fn pm".split() or has(tree, "matrix", "tuple"):
-        return all(map(is_defined, children(canonical(tree) if has(tree, "sum", "prod") else tree)))
-    if has(tree, "set", "cup", "cap", "setminus", "sum", "prod") or _REALS in walk(tree):
+    nodes = walk(tree)
+    kinds = {node[0] for node in nodes}
+    if kinds <= _ALGEBRA and _INFINITY not in nodes:
+        if all(is_harmless(*node[1:]) for node in nodes if node[0] == "pow"):
+            return True
+    if tree[0] not in "add mul pow fn pm".split() or kinds & {"matrix", "tuple"}:
+        return all(map(is_defined, children(canonical(tree) if kinds & {"sum", "prod"} else tree)))
+    if kinds & _SETS or _REALS in nodes:
         return True  # R - {0}
-    if all(
-        node[0] in "num sym add mul".split()
-        or node[0] == "pow"
-        and node[2][0] == "num"
-        and node[2][1] > 0
-        for node in walk(tree)
-    ) and _INFINITY not in walk(tree):
-        return True
     names = sorted(unknowns(tree))
     rng = random.Random(1)
     for env in itertools.chain(
@@ -1593,7 +1605,7 @@ def zeros(node, name, env):
         return [zero for item in node[1] for zero in zeros(item, name, env)]
     if node[0] == "pow" and node[2][0] == "num":
         return zeros(node[1], name, env)
-    try:
+    with suppress(Undefined, TooBig):
         c, up, down, test = (
             to_mp(evaluate(node, Scope(env | {name: Fraction(x)}, real=True))).real
             for x in (0, 1, -1, 7)
@@ -1605,15 +1617,13 @@ def zeros(node, name, env):
                 return [-c / b] if abs(b) > 1e-60 else []
             root = abs(b * b - 4 * a * c) ** 0.5
             return [(-b + root) / (2 * a), (-b - root) / (2 * a)]
-    except (Undefined, TooBig):
-        pass
     return [sign * Fraction(2) ** k for k in range(-4, 21) for sign in (1, -1)]
 
 
 def runs(a, b, names, whole, rng):
     """24 numbers in a row for each unknown: there (-1)^n and \\gcd(n, 12) show their period."""
-    nodes = walk(a) + walk(b)
     for name in names:
+        nodes = walk(a) + walk(b)
         periodic = [node[2] for node in nodes if node[0] == "pow"]
         if name in whole:
             periodic += [node for node in nodes if node[0] == "fn"]
@@ -2033,6 +2043,7 @@ def same_collection(a, b):
     """Lists and sets, in any order. Beside a tuple or beside `x = 1, y = 2` a list without names is in that order."""
     xs = [node if node[0] == "set" else simplified(node) for node in elements(a)]
     ys = [node if node[0] == "set" else simplified(node) for node in elements(b)]
+    spend(9 * len(xs + ys))
     names, values = named_values(xs)
     other_names, other_values = named_values(ys)
     has_or = "or" in (a[-1], b[-1])
@@ -2099,7 +2110,7 @@ def matched(xs, ys):
 
 # Relations
 
-_FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+_FLIP = dict(zip("< <= > >= = !=".split(), "> >= < <= = !=".split()))
 
 
 def same_relation(a, b):
@@ -2264,7 +2275,7 @@ def endpoint(node):
 def before(a, b):
     """a < b; what is equal within the precision is not before."""
     spend(3)
-    if is_exact(a, b):
+    if is_exact(a) and is_exact(b):
         return a < b
     return to_mp(b) - to_mp(a) > 1e-60  # no for two equal infinities: their difference is no number
 
@@ -2275,7 +2286,7 @@ def probes(marks):
     if not marks:
         return [Fraction(0)]
     between = [plus(a, b) / 2 for a, b in zip(marks, marks[1:]) if before(a, b)]
-    return marks + between + [plus(marks[0], Fraction(-1)), plus(marks[-1], Fraction(1))]
+    return marks + between + [plus(marks[0], Fraction(-1)), plus(marks[-1], _ONE)]
 
 
 # Layer 4, values at points.
@@ -2324,18 +2335,19 @@ def agree(a, b, scope):
     ways = [(True, whole), (True, set(names)), (False, whole)]
     for real, whole in ways[2:] if not names or ("sym", "i") in walk(a) + walk(b) else ways:
         agreed = 0
-        near = [*ordinary_points(names, whole, rng), *runs(a, b, names, whole, rng)]
+        near = itertools.chain(ordinary_points(names, whole, rng), runs(a, b, names, whole, rng))
         far = points_between(a, b, names, whole, rng)
-        for i, env in enumerate(itertools.chain(near, far)):
-            try:
-                if not same_number(a, b, scope._replace(env=env, real=real)):
-                    return False
-                agreed += 1
-            except Undefined:
-                continue
-            except TooBig:
-                if i >= len(near):  # what happens beyond a switch cannot be seen
-                    return False
+        for envs, is_far in ((near, False), (far, True)):
+            for env in envs:
+                try:
+                    if not same_number(a, b, scope._replace(env=env, real=real)):
+                        return False
+                    agreed += 1
+                except Undefined:
+                    continue
+                except TooBig:
+                    if is_far:  # what happens beyond a switch cannot be seen
+                        return False
         if agreed >= (2 if names else 1):
             return True
     return False
@@ -2356,19 +2368,20 @@ _AS_THEY_ARE = set("num sym text list set tuple unit deg pct based choice".split
 
 @lru_cache(maxsize=4096)
 def expressions(problem):
-    """What a problem states in formulas: as trees with all their parts, and as texts."""
+    """What a problem states in formulas: as trees, these with all their parts, and as texts."""
     texts = [next(filter(None, match.groups())) for match in _MATH.finditer(problem[:MAX_PROBLEM])]
-    trees = {}
+    trees = []
+    parts = {}
+    _work.left = MAX_WORK
     for text in texts:
         for part in dict.fromkeys([text, *_BREAKS.split(text)]):
             with suppress(Unreadable, Undefined, TooBig, TooMuchWork):
-                _work.left = MAX_WORK
                 for tree in read(clean(part)):
-                    trees |= dict.fromkeys(map(canonical, walk(tree)))
-    return trees, tuple(squeeze(clean(text)) for text in texts)
+                    trees.append(canonical(tree))
+                    parts |= dict.fromkeys(map(canonical, walk(tree)))
+    return trees, parts, tuple(squeeze(clean(text)) for text in texts)
 
 
-@lru_cache(maxsize=1 << 16)
 def contains(tree, part):
     """Is everything of `part` still there in the tree, nested as it was?
 
@@ -2377,12 +2390,13 @@ def contains(tree, part):
     """
     below = children(tree)
     wanted = children(part)
+    spend(4 + len(below + wanted))
     if len(wanted) == 1 and part[0] == "mul":
         return contains(tree, wanted[0])
     if part[0] == "num":
         is_here = tree[0] == "num" and abs(tree[1]) == abs(part[1])
     elif part[0] == "sym":
-        is_here = tree == part or tree[0] == "sym" and bool(unknowns(part) and unknowns(tree))
+        is_here = tree == part or tree[0] == "sym" and unknowns(part) and unknowns(tree)
     else:
         is_here = tree[0] == part[0] and (part[0] != "fn" or tree[1] == part[1])
         is_here = is_here and all(stands_in(below, child) for child in wanted)
@@ -2425,14 +2439,15 @@ def is_copied(answer, gold, problem):
     )
     if not repeats and (not wanted.isdisjoint(values) or any(map(is_done, values))):
         return False
-    stated, texts = expressions(problem)
+    stated, parts, texts = expressions(problem)
     pattern = re.compile(r"(?<![\w\\.^])" + re.escape(squeeze(answer)) + r"(?![\w.^])")
-    if any(tree in stated for tree in trees + values) or any(map(pattern.search, texts)):
+    if any(tree in parts for tree in trees + values) or any(map(pattern.search, texts)):
         return True
     if repeats:
         return any(repeats.group() in text for text in texts)
     _work.left = MAX_WORK  # `expressions` is remembered: what it took must not count
-    relations = [part for part in stated if part[0] == "rel"]
+    golds = [tree[2][-1] if tree[0] == "rel" and not unknowns(tree) else tree for tree in golds]
+    relations = [part for part in parts if part[0] == "rel"]
     for value in values:
         is_chain = value[0] == "rel" and set(value[1]) <= {"=", "~"}  # sin 30° = 1/2 tells more
         sides = [side for side in value[2] if not is_label(side)] if is_chain else [value]
@@ -2446,9 +2461,9 @@ def is_copied(answer, gold, problem):
 def wears(node, parts, golds):
     """Does it contain one of the parts that is equal to the gold, and not in the gold itself?"""
     for part in parts:
+        spend(len(walk(part)))
         if len(walk(part)) > len(walk(node)) or is_done(part):
             continue
-        spend(len(walk(part)))
         is_worn = contains(node, part) and not any(contains(tree, part) for tree in golds)
         if is_worn and any(same_answer(part, tree) for tree in golds):
             return True
@@ -2507,8 +2522,8 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
 def same_answer(a, b) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
     x, y = (list(dict.fromkeys(parameters(node) + constants(node))) for node in (a, b))
-    is_free = not (set(x) - set(y)) & unknowns(b) and not (set(y) - set(x)) & unknowns(a)
-    if len(x) == len(y) and is_free:
+    is_free = len(x) == len(y) > 0 and not (set(x) - set(y)) & unknowns(b)
+    if is_free and not (set(y) - set(x)) & unknowns(a):
         b = substituted(b, {old: ("sym", new) for old, new in zip(y, x)})
     try:
         return same(a, b)
