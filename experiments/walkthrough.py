@@ -9,6 +9,7 @@ anchor differ. Then each line of `t1.rl_step` is taken by hand, and what it made
 import copy
 import dataclasses
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ def page(out: str = "runs", steps: int = 10) -> str:
     return TEMPLATE.format(
         steps=steps,
         temperature=cfg.temperature,
-        prompt=problem.row["problem"],
+        prompt=textwrap.fill(problem.row["problem"], 100),
         responses="\n".join(f"--- response {i}\n{r.text}" for i, r in enumerate(rollouts, 1)),
         patterns=", ".join(str(r.pattern) for r in rollouts),
         rewards=numbers(rewards[0], 0),
