@@ -134,10 +134,12 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
     NOT IN PAPER: pi is the sampled distribution everywhere, at its temperature and min-p. A target
     is always on its support: rounding, or the anchor's own support, may exclude it."""
     dtype = torch.promote_types(lm_head.dtype, torch.float32)
-    logits = hidden.to(dtype) @ lm_head.to(dtype).T / temperature  # (n, V)
+    logits = hidden.to(dtype) @ lm_head.to(dtype).T  # (n, V)
+    if temperature != 1:
+        logits = logits / temperature
     logp = log_softmax_min_p(logits, min_p, keep=targets)  # (n, V)
-    p_logp = logp.exp() * logp.masked_fill(logp.isinf(), 0)  # (n, V); 0 log 0 = 0
-    return logp.gather(1, targets[:, None])[:, 0], -p_logp.sum(-1)
+    finite = logp.masked_fill(logp.isinf(), 0) if min_p > 0 else logp  # 0 log 0 = 0
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * finite).sum(-1)
 
 
 def paper_loss(logprob, entropy, advantages, weights, entropy_coef: float):
@@ -423,14 +425,8 @@ def sft_step(step: int, steps: int, traces: list[Rollout], policy, optimizer, cf
     lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
     N = sums["tokens"]
-    return dict(
-        step=step,
-        loss=sums["loss"],
-        entropy=sums["entropy"] / N,
-        grad_norm=norm,
-        lr=lr,
-        tokens=N,
-    )
+    nats = dict(loss=sums["loss"], entropy=sums["entropy"] / N)
+    return dict(step=step, **nats, grad_norm=norm, lr=lr, tokens=N)
 
 
 def run_sft(cfg):
@@ -966,9 +962,8 @@ def policy_loss(
     temperature: float = 1.0, min_p: float = 0.0, sampler_logprobs=None, tis_cap: float = 0.0,
     chunk: int = 0,
 ):  # fmt: skip
-    """`policy_loss_reference` -> loss; log-probs and entropies (n,), float32, without gradient. It
-    is that very function where its six (n, V) tensors need no more room than the two of a chunk,
-    else the same chunk by chunk.
+    """`policy_loss_reference` -> loss; log-probs and entropies (n,), float32, without gradient. In
+    chunks, but where the six (n, V) tensors of the plain form need no more room than two chunks.
 
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
