@@ -963,7 +963,7 @@ def policy_loss(
     chunk: int = 0,
 ):  # fmt: skip
     """`policy_loss_reference` -> loss; log-probs and entropies (n,), float32, without gradient. In
-    chunks, but where the six (n, V) tensors of the plain form need no more room than two chunks.
+    chunks, but where the (n, V) tensors of the plain form, at most six, need no more room than two.
 
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a

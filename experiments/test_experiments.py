@@ -408,12 +408,13 @@ def test_seconds_are_those_that_nvidia_measured(shape, gpus, tp, again, length, 
 
 def test_a_step_of_14b_on_eight_gpus_is_a_range_that_holds_the_middle():
     def total(**constants):
-        seconds = step_of(plan.SHAPES["Qwen/Qwen2.5-14B"], 8, 3200, 200, **constants)[2]
+        seconds = step_of(plan.SHAPES["Qwen/Qwen2.5-14B"], 8, 4000, 200, **constants)[2]
         assert set(seconds) == set(plan.PHASES)
         return sum(seconds.values())
 
-    assert 500 < total(**plan.BEST) < 620 < total() < 680
-    assert 680 < total(**plan.WORST) < 900
+    page = (HERE / "docs/cluster.md").read_text(encoding="utf-8")
+    says = f"{total():.0f} | {total(**plan.BEST):.0f}-{total(**plan.WORST):,.0f} |"
+    assert f"| Qwen2.5-14B | 8 | 2 | 33 | 459 k | 461 | 84 | 334 | {says}" in page
     for name in plan.BEST:
         assert total(**{name: plan.BEST[name]}) < total()
         assert total(**{name: plan.WORST[name]}) > total()
