@@ -1640,7 +1640,7 @@ def points_between(a, b, names, whole, rng):
     for name in names if expressions else ():
         base = rng.choice(list(ordinary_points(names, whole, rng))[:5])
         marks = {
-            Fraction(round(zero * 10**12), 10**12)
+            Fraction(float(zero)).limit_denominator(9999)
             for expression in expressions
             for zero in zeros(expression, name, base)
             if abs(zero) < 10**15

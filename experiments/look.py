@@ -30,7 +30,7 @@ def run_config(folder: Path, options: list[str]) -> t1.Config:
         t1.print0(f"--reward {values['reward']} is code: it is used only if it is given here, too")
     names = {option.name for option in dataclasses.fields(t1.Config)} - {"reward", "engine"}
     old = [f"--{name}={value}" for name, value in values.items() if name in names]
-    return dataclasses.replace(t1.parse_args([*old, *options, "--stage=rl"]), answer_tokens=32)
+    return t1.parse_args([*old, *options, "--stage=rl"])
 
 
 def policies_of(folder: Path, cfg, most: int) -> dict[int, Path]:
@@ -146,7 +146,7 @@ class Checkpoint:
         cards = self.cards(records, rows, self.cfg.eval_temperature or 1.0)
         for budget in (2**i for i in range(2, 14)):
             cut = t1.cut_thoughts(self.engine, self.tokenizer, rollouts, thoughts, budget, self.cfg)
-            t1.grade(cut, self.tokenizer)
+            t1.grade(cut)
             for card, whole, r in zip(cards, rollouts, cut):
                 if r is not whole:
                     kept = len(t1.cut_at(whole.ids, budget, self.tokenizer))
