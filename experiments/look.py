@@ -22,7 +22,7 @@ import verify
 
 
 def run_config(folder: Path, options: list[str]) -> t1.Config:
-    """That of RL, with `options` in place of its own; cut thoughts are answered shortly."""
+    """That of RL, with `options` in place of its own."""
     values = data_prep.read_json(folder / "config.json").get("config")
     if not isinstance(values, dict):
         raise t1.Misuse(f"{folder}/config.json: damaged; bring it back")
@@ -88,7 +88,7 @@ class Checkpoint:
     @torch.no_grad()
     def cards(self, records: list[dict], rows: list[tuple], *options) -> list[dict]:
         """Judged responses, each with three numbers for each token, at temperature and min-p."""
-        batch = t1.pack(rows, self.policy.device)
+        batch = self.policy.pack(rows)
         arguments = (self.policy(batch), self.policy.head, batch.targets)
         sizes = [len(ids) for _, ids in rows]
         found = t1.token_logprobs_and_entropy(*arguments, *options)

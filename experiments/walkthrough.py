@@ -82,7 +82,7 @@ def logprob_of(policy, rollouts, cfg) -> torch.Tensor:
 @torch.no_grad()
 def losses(policy, rollouts, advantages, cfg) -> tuple:
     """The loss by `policy_loss_reference` and by `policy_loss`, log pi and H of each token."""
-    batch = t1.pack([t1.row_of(r) for r in rollouts], policy.device)
+    batch = policy.pack([t1.row_of(r) for r in rollouts])
     sizes = torch.tensor([len(r.ids) for r in rollouts])
     A = advantages.repeat_interleave(sizes)
     weights = torch.full_like(A, 1 / len(A))
