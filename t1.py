@@ -37,6 +37,7 @@ import itertools
 import math
 import re
 import unicodedata
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -549,7 +550,7 @@ class Policy(torch.nn.Module):
         """(V, D) without the rows that pad the vocabulary: ids beyond the tokenizer are neither
         sampled nor trained. Read it after a forward: before, FSDP holds a shard."""
         weight = self.lm.get_output_embeddings().weight[: self.vocabulary]
-        return weight.bfloat16() if self.bfloat16 and weight.is_cuda else weight
+        return weight.bfloat16() if self.bfloat16 else weight
 
     def pack(self, rows: "list[Row]") -> "Packed":
         return pack(rows, self.device, ragged=self.bfloat16 and self.device.type == "cuda")
@@ -656,8 +657,13 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
             return out.index_select(0, pack.collect)[None], None
         # Else rows are a padded (B, T) grid. Padding comes last, so that the causal mask hides it.
         q, k, v = (x.unflatten(0, pack.shape).transpose(1, 2) for x in (q, k, v))
-    gqa = heads != kv_heads
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+    dtype = v.dtype
+    if q.requires_grad and q.device.type == "cpu" and q.shape[2] < 256:
+        # The backward pass of short rows takes a CPU half the time of bfloat16.
+        dtype = torch.promote_types(dtype, torch.float32)
+    causal = dict(is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
+    with torch.autocast(q.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **causal)
     out = out.transpose(1, 2)  # (B, T, Hq, Dh)
     if pack is not None:
         out = out.flatten(0, 1).index_select(0, pack.collect)[None]  # (1, n, Hq, Dh)
@@ -880,7 +886,8 @@ class TorchEngine:
         logprobs = torch.zeros(tokens.shape, device=device)
         end = lengths + max_new  # (B,) one past the last token
         end_tokens = torch.tensor(policy.end_ids, device=device)
-        head = float32_head(policy.head)
+        dtype = policy.head.dtype
+        head = cpu_float32(policy.head)
 
         # Prefill what all prompts have in length, once per prompt, and repeat it for the samples.
         B, longest = tokens.shape
@@ -895,7 +902,7 @@ class TorchEngine:
         for t in range(prefix, longest):
             # The token at position t: sampled, or the prompt's where the prompt is longer.
             place = t - lengths[row_of_slot]  # (b,) place in the response; below 0: in the prompt
-            logits = logits_of(hidden.to(head.dtype), head)
+            logits = logits_of(hidden.to(dtype), head)
             draw = uniform[row_of_slot, place.clamp(min=0)]
             token, logprob = sample(logits, temperature, min_p, draw)
             token = torch.where(place < 0, tokens[row_of_slot, t], token)
@@ -984,13 +991,13 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, a, b, temperature, min_p, chunk, mu, tis_cap):
         dtype = torch.promote_types(lm_head.dtype, torch.float32)
-        head = float32_head(lm_head)
+        head = cpu_float32(lm_head)
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head, dtype=dtype)
         logprob = torch.empty(len(targets), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(logprob)
         for s in _chunks(hidden, head, chunk):
-            h = hidden[s].to(head.dtype)
+            h = hidden[s].to(lm_head.dtype)
             y = targets[s]
             z, p, lse, logprob[s], entropy[s] = _chunk_stats(h, head, y, temperature, min_p)
             coefficient = -a[s]
@@ -998,12 +1005,14 @@ class _PolicyLoss(torch.autograd.Function):
                 coefficient = coefficient * (logprob[s] - mu[s]).exp().clamp(max=tis_cap)
             g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, -b[s], temperature)  # (c, V)
             del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
-            g = g.to(h.dtype)
-            grad_hidden[s] = g @ head
-            if g.is_cuda and g.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
+            if g.is_cuda and h.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
+                g = g.to(h.dtype)
+                grad_hidden[s] = g @ head
                 torch.addmm(grad_head, g.T, h, out_dtype=torch.float32, out=grad_head)
             else:
-                grad_head.addmm_(g.T, h)
+                with products_in(h.dtype):
+                    grad_hidden[s] = g @ head
+                    grad_head.addmm_(g.T, h.to(head.dtype))
             del z, g  # before those of the next chunk are made
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(logprob, entropy)
@@ -1023,27 +1032,42 @@ def token_logprobs_and_entropy(
     """(n, D), (V, D), (n,) -> log-prob of each target and entropy of each distribution, (n,) and
     (n,), float32, without gradient. The distribution is the sampled one: softmax(logits /
     temperature), renormalised on the min-p support."""
-    head = float32_head(lm_head)
+    head = cpu_float32(lm_head)
     stats = []
     for s in _chunks(hidden, head, chunk):
-        h = hidden[s].to(head.dtype)
+        h = hidden[s].to(lm_head.dtype)
         stats.append(_chunk_stats(h, head, targets[s], temperature, min_p)[-2:])
     logprobs, entropies = zip(*stats)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def logits_of(hidden, lm_head):
-    """(c, D), (V, D) -> (c, V). Two bfloat16 operands on a GPU are summed, and kept, in float32."""
+def logits_of(hidden, head):
+    """(c, D), (V, D) -> (c, V). Products of bfloat16 are summed, and kept, in float32."""
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-        return torch.mm(hidden, lm_head.T, out_dtype=torch.float32)
-    return hidden @ lm_head.T
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    with products_in(hidden.dtype):
+        return hidden.to(head.dtype) @ head.T
 
 
-def float32_head(lm_head):
-    """Cast a bfloat16 head to float32 on CPUs, which have no bfloat16 product with float32 sums."""
+def cpu_float32(lm_head):
+    """A bfloat16 head in float32 on a CPU: its products take and give one dtype."""
     if lm_head.is_cuda:
         return lm_head
     return lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
+
+
+@contextmanager
+def products_in(dtype):
+    """In bfloat16, a CPU rounds float32 operands to it and sums in float32: the products of the
+    head's gradient are then as coarse as those of all other layers, its logits are exact."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):

@@ -1230,11 +1230,10 @@ def exact(value):
 
 
 def combined(operation, a, b, mp=_MP):
-    return (
-        exact(operation(a, b))
-        if is_exact(a) and is_exact(b)
-        else operation(to_mp(a, mp), to_mp(b, mp))
-    )
+    if is_exact(a) and is_exact(b):
+        return exact(operation(a, b))
+    spend(mp.dps**1.5 / 1500)
+    return operation(to_mp(a, mp), to_mp(b, mp))
 
 
 plus = partial(combined, operator.add)
@@ -1718,7 +1717,7 @@ def read(text):
         return ()
     if plain_number(text) is not None:
         return (number(plain_number(text)),)
-    note = re.fullmatch(
+    note = "\\text" in text and re.fullmatch(
         r"(.+?) ?(?:\\text ?\{ ?\(([^(){}]+)\) ?\}|\( ?\\text ?\{([^{}]+)\} ?\))", text
     )
     if note and set(read(note[1])) & set(read(note[2] or note[3])):  # 42 (forty-two)
@@ -1740,17 +1739,20 @@ def read(text):
             else choice["rest"].replace("}", "", 1)
         )
     readings = [False]
-    if re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text) and not re.search(
-        r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text
+    comma = "," in text
+    if (
+        comma
+        and re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text)
+        and not re.search(r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text)
     ):
         readings = [True] if re.search(r"\d,0\d\d(?!\d)", text) else [True, False]
     trees = []
     for separated in readings:
         with suppress(Unreadable):
             trees.append(Parser(tokenise(text, separated)).answer())
-    if re.fullmatch(r"[-+]?\d+,\d+", text) and readings == [False]:
+    if comma and readings == [False] and re.fullmatch(r"[-+]?\d+,\d+", text):
         trees.append(number(text.replace(",", ".")))  # a decimal comma
-    if re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
+    if "_" in text and re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
         trees += read(text.upper())  # 2a_{16}, if it is no term of a sequence
     if not trees and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
         words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
@@ -2549,6 +2551,8 @@ def constants(node) -> list[str]:
     """Names that a solution may choose: the C of x^2 + C, the t of the line (t, 2t), the c_1 and c_2
     or A and B of y = c_1 e^x + c_2 e^{-x}."""
     names = unknowns(node)
+    if not names:
+        return []
     if node[0] in ("tuple", "matrix") and len(names) == 1:
         return sorted(names & set("tsrk"))
     chosen = [name for name in sorted(names) if re.fullmatch("[CcKk](_[0-9])?", name)]
