@@ -2914,6 +2914,12 @@ def deciding(cfg: Config) -> dict:
     return values
 
 
+def resident_bytes() -> int:
+    """Memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
 class RunFolder:
     """The folder of one stage: config.json; metrics.jsonl (one row per step, the same bits for the
     same seed); timings.jsonl; samples.jsonl; checkpoint-N; curves.png.
@@ -3016,12 +3022,11 @@ class RunFolder:
         step = row["step"]
         self.bar.set_postfix_str(console_words(row, wall), False)
         append_rows(self.path / "metrics.jsonl", [row])
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
         times = dict(
             step=step,
             **wall,
             tokens=row["tokens"],
-            resident=pages * resource.getpagesize(),
+            resident=resident_bytes(),
             gpu_peak=torch.cuda.max_memory_allocated(),
         )
         append_rows(self.path / "timings.jsonl", [times])
@@ -3090,8 +3095,8 @@ class RunFolder:
             shutil.rmtree(beside, ignore_errors=True)
             line = -1 if isinstance(e, dcp.CheckpointException) else 0  # where the reason stands
             reason = f"cannot be written ({reason_of(e, line)}); make room: {RESUMES}"
-            place = self.source or "the start"
-            all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}, {place}"))
+            reason += f", {self.source or 'the start'}"
+            all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}"))
 
     def seal(self, beside: Path, step: int, parts: list[dict]):
         """Manifest, then name, each on the disk before the next; only then old checkpoints go."""

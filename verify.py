@@ -319,7 +319,7 @@ _TOKEN = r"""
 | \\(?P<env>begin|end)\s*\{(?P<name>array(?=\}\{)|[a-zA-Z]+)\*?\}((?<=array\})\{[lcr|\s]*\})?
 | (?P<rep>\d*\.\d*(?:\\(?:overline|bar)\s*\{\d+\}|\\(?:overline|bar)\s*\d|\\dot\s*\{?\d\}?(?:\d*\\dot\s*\{?\d\}?)?
           |\(\d+\)|(?<=\d)\.\.\.))
-| (?P<num>SEPARATED\d[0-9A-F]*[A-F][0-9A-F]*(?=_\{?1[1-9])|\d+(?:\.\d+)?|\.\d+)
+| (?P<num>SEPARATED(?=\d+[A-F])[0-9A-F]++(?=_\{?1[1-9])|\d+(?:\.\d+)?|\.\d+)
 | \\(?P<cmd>[a-zA-Z]+|.) | (?P<word>[A-Za-z]+|[^\W\d_A-Za-z]+) | (?P<op><=|>=|!=|==|:=|\*\*|\.\.\.|\S))"""
 _SEPARATED = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?:\.\d+)?|"  # 1,200 is one number
 _LEXERS = {
@@ -1232,7 +1232,7 @@ def exact(value):
 def combined(operation, a, b, mp=_MP):
     if is_exact(a) and is_exact(b):
         return exact(operation(a, b))
-    spend(mp.dps**1.5 / 1500)
+    spend(mp.dps / 25)
     return operation(to_mp(a, mp), to_mp(b, mp))
 
 
@@ -1415,11 +1415,12 @@ def same_number(a, b, s):
         y = to_mp(y, at.mp)
         gap = abs(x - y)
         size = max(abs(x), abs(y))
-        if 60 + 4 * hidden <= digits:
+        needed = 60 + 4 * hidden
+        if needed <= digits:
             return gap <= at.mp.mpf(10) ** -(3 * hidden + 40)
         if hidden <= 40 and gap > size * 1e-5 and size > 1e-20:
             return False
-        digits = (60 + 4 * hidden) // 50 * 50 + 50
+        digits = needed // 50 * 50 + 50
     raise TooBig  # digits
 
 
@@ -1739,20 +1740,17 @@ def read(text):
             else choice["rest"].replace("}", "", 1)
         )
     readings = [False]
-    comma = "," in text
-    if (
-        comma
-        and re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text)
-        and not re.search(r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text)
+    if re.search(r"(?<!\d)[1-9]\d{0,2},\d{3}(?!\d)", text) and not re.search(
+        r"[(\[][^()\[\]]*\d,\d{3}(?!\d)", text
     ):
         readings = [True] if re.search(r"\d,0\d\d(?!\d)", text) else [True, False]
     trees = []
     for separated in readings:
         with suppress(Unreadable):
             trees.append(Parser(tokenise(text, separated)).answer())
-    if comma and readings == [False] and re.fullmatch(r"[-+]?\d+,\d+", text):
+    if re.fullmatch(r"[-+]?\d+,\d+", text) and readings == [False]:
         trees.append(number(text.replace(",", ".")))  # a decimal comma
-    if "_" in text and re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
+    if re.fullmatch(r"\d[\da-f]*[a-f][\da-f]*_\{?1[1-6]\}?", text):
         trees += read(text.upper())  # 2a_{16}, if it is no term of a sequence
     if not trees and text.count("{") == text.count("}") and not re.search(r"[_\\]{2}|[;#@`]", text):
         words = re.findall(r"[^\W\d_]{3,}", re.sub(r"\\[a-zA-Z]+", " ", text))
@@ -2021,7 +2019,7 @@ def label_of(node):
 def named_values(members):
     """The names in `name = value`, and the values."""
     names = list(dict.fromkeys(filter(None, map(label_of, members))))
-    return names, [member[2][1] if label_of(member) else member for member in members]
+    return names, list(map(value_of, members))
 
 
 def points(members, joiner=","):
