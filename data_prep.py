@@ -91,6 +91,9 @@ HuggingFaceH4/MATH-500          -                        test   -
 HuggingFaceH4/aime_2024         -                        train  -
 KbsdJames/Omni-MATH             -                        test   -
 openai/gsm8k                    main                     test   -
+openai/gsm8k:train              main                     train  -
+ChilleD/SVAMP                   -                        train  -
+ChilleD/SVAMP                   -                        test   -
 math-ai/amc23                   -                        test   -
 """
 HUB = defaultdict(list)  # name -> [(configuration, split, file)]

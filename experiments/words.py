@@ -1,7 +1,8 @@
 """Ground W: grade-school word problems for a small pretrained model. Writes sft.jsonl (traces),
-rl.jsonl (other problems) and test.jsonl into --out.
+rl.jsonl (other problems) and test.jsonl into --out; with --runs the table of docs/results.md.
 
     python -m experiments.words --out data/words
+    python -m experiments.words --runs runs/words0,runs/words1 --out figures
 
 The thought is SVAMP's equation, and the calculations of GSM8K's human solutions, of which those
 with at most two are taken. Each set comes from the hub or from a file of its rows."""
@@ -15,6 +16,7 @@ import t1
 
 from . import Parser, run
 
+LOCAL = ("key", "checkpoint", "test")  # of a machine
 CALCULATION = re.compile("<<(.*?)=(.*?)>>")
 
 
@@ -33,25 +35,52 @@ def gsm8k(row: dict) -> tuple[str, str, str]:
     return row["question"], thought, answer.strip().replace(",", "")
 
 
-def is_short(row: dict) -> bool:
-    return 1 <= len(CALCULATION.findall(row["answer"])) <= 2
-
-
 def trace(name: str, parts: tuple[str, str, str]) -> dict:
     problem, thought, answer = parts
     response = f"<think>\n{thought}\n</think>\nThe answer is \\boxed{{{answer}}}."
     return dict(id=name, problem=problem, response=response, answer=answer)
 
 
+def is_one(row: dict) -> bool:
+    return row["response"].count(" = ") == 1
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("words", __doc__, t1_options=False)
     parser.add_argument("--svamp", default="ChilleD/SVAMP")
     parser.add_argument("--gsm8k", nargs="+", default=["openai/gsm8k:train", "openai/gsm8k"])
+    parser.add_argument("--runs", default="", help="folders of evaluated runs, by commas")
     parser.add_argument("--out", type=Path, required=True)
-    return run(parser, make, argv)
+    return run(parser, lambda args, _: publish(args) if args.runs else make(args), argv)
 
 
-def make(args, options: list[str]):
+def publish(args):
+    """words.jsonl: an entry of results.json for each checkpoint of the runs."""
+    rows = []
+    for folder in map(Path, args.runs.split(",")):
+        for entry in t1.results_of(folder / "eval"):
+            kept = {name: value for name, value in entry.items() if name not in LOCAL}
+            rows.append(dict(run=folder.name, **kept))
+    data_prep.write(args.out / "words.jsonl", map(data_prep.json_line, rows))
+    print(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| run | checkpoint | pass@1 | pass@8 | length | over-long |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        k, chance, error = row["pass_at_k"][-1]
+        cells = [row["run"], row["name"]]
+        cells.append(f"{100 * row['pass_at_1']:.1f} ± {100 * row['standard_error']:.1f} %")
+        cells.append(f"{100 * chance:.1f} ± {100 * error:.1f} %" if k == 8 else "")
+        cells += [f"{row['length']:.0f}", f"{100 * row['overlong']:.1f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def make(args):
     train = []
     test = []
     for where, raw in data_prep.raw_rows(args.svamp):
@@ -62,15 +91,18 @@ def make(args, options: list[str]):
         for number, (where, raw) in enumerate(data_prep.raw_rows(name)):
             row = data_prep.parse(where, raw)
             split = row.get("split") or ("test" if name == "openai/gsm8k" else "train")
-            if is_short(row):
+            if row["answer"].count("<<") in (1, 2):
                 rows = test if split == "test" else train
                 rows.append(trace(f"gsm8k-{split}-{number}", gsm8k(row)))
 
-    # Half of the problems is for SFT, the other for RL. GSM8K's last 223 wait for another use.
-    files = dict(sft=[], rl=[], test=test[:500])
+    # Half of the problems is for SFT, the other for RL. Two calculations teach SFT alone: its model
+    # solves 1 % of them, and a group without a right sample teaches nothing.
+    files = dict(sft=[], rl=[], test=[row for row in test if is_one(row)])
     for row in train:
-        half = "sft" if t1.seed_for(0, row["problem"]) % 2 else "rl"
-        files[half].append(row)
+        if t1.seed_for(0, row["problem"]) % 2:
+            files["sft"].append(row)
+        elif is_one(row):
+            files["rl"].append(row)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         data_prep.write(args.out / f"{name}.jsonl", map(data_prep.json_line, rows))
