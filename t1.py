@@ -959,9 +959,9 @@ class TorchEngine:
 
 
 # The head. Log-probs and entropy of N tokens need N x V logits, 2.5 GB at N = 4,096 and V =
-# 151,936. They are made chunk by chunk of positions. The loss is linear in log p and H, with
-# coefficients a = w A (times the importance weight) and b = w alpha: the backward pass of a chunk
-# runs at once, while its logits exist.
+# 151,936. They are made chunk by chunk of positions. The loss is sum_t a_t log p_t + b_t H_t with
+# a = -w A (times the importance weight) and b = -w alpha: the backward pass of a chunk runs at
+# once, while its logits exist.
 
 
 def policy_loss(
@@ -981,8 +981,8 @@ def policy_loss(
         logprob, entropy = logprob_and_entropy(hidden, lm_head, targets, temperature, min_p)
         loss = paper_loss(logprob, entropy, advantages, weights, entropy_coef)
         return loss, logprob.detach(), entropy.detach()
-    a = advantages * weights
-    b = entropy_coef * weights
+    a = -advantages * weights
+    b = -entropy_coef * weights
     options = (temperature, min_p, chunk, sampler_logprobs, tis_cap)
     return _PolicyLoss.apply(hidden, lm_head, targets, a, b, *options)
 
@@ -1000,10 +1000,10 @@ class _PolicyLoss(torch.autograd.Function):
             h = hidden[s].to(lm_head.dtype)
             y = targets[s]
             z, p, lse, logprob[s], entropy[s] = _chunk_stats(h, head, y, temperature, min_p)
-            coefficient = -a[s]
+            coefficient = a[s]
             if tis_cap:
                 coefficient = coefficient * (logprob[s] - mu[s]).exp().clamp(max=tis_cap)
-            g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, -b[s], temperature)  # (c, V)
+            g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, b[s], temperature)  # (c, V)
             del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
             if g.is_cuda and h.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
                 g = g.to(h.dtype)
@@ -1016,7 +1016,7 @@ class _PolicyLoss(torch.autograd.Function):
             del z, g  # before those of the next chunk are made
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(logprob, entropy)
-        return -(a * logprob + b * entropy).sum(), logprob, entropy
+        return (a * logprob + b * entropy).sum(), logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_loss, *unused):
