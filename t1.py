@@ -3490,6 +3490,7 @@ PANELS = {  # stage -> panels of curves.png: label with unit, and columns of met
 WORDS = dict(
     accuracy="right",
     overlong="over-long",
+    high_perplexity="improbable",
     first_right="at the first try",
     corrected="after another try",
 )
