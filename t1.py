@@ -886,8 +886,8 @@ class TorchEngine:
         logprobs = torch.zeros(tokens.shape, device=device)
         end = lengths + max_new  # (B,) one past the last token
         end_tokens = torch.tensor(policy.end_ids, device=device)
-        dtype = policy.head.dtype
-        head = cpu_float32(policy.head)
+        lm_head = policy.head
+        head = cpu_float32(lm_head)
 
         # Prefill what all prompts have in length, once per prompt, and repeat it for the samples.
         B, longest = tokens.shape
@@ -902,7 +902,7 @@ class TorchEngine:
         for t in range(prefix, longest):
             # The token at position t: sampled, or the prompt's where the prompt is longer.
             place = t - lengths[row_of_slot]  # (b,) place in the response; below 0: in the prompt
-            logits = logits_of(hidden.to(dtype), head)
+            logits = logits_of(hidden.to(lm_head.dtype), head)
             draw = uniform[row_of_slot, place.clamp(min=0)]
             token, logprob = sample(logits, temperature, min_p, draw)
             token = torch.where(place < 0, tokens[row_of_slot, t], token)

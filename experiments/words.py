@@ -24,7 +24,7 @@ def svamp(row: dict) -> tuple[str, str, str]:
     """-> problem, thought, answer"""
     problem = row.get("problem") or f"{row['Body'].strip()} {row['Question'].strip()}"
     equation = str(row.get("equation") or row["Equation"])
-    thought = re.sub(r"^\( | \)$", "", equation).replace(".0", "")
+    thought = re.sub(r"^\( | \)$|\.0(?!\d)", "", equation)
     answer = str(row.get("answer") or row["Answer"]).removesuffix(".0")
     return problem, f"{thought} = {answer}", answer
 
