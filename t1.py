@@ -16,13 +16,17 @@ The objective, with P prompts per step and K samples per prompt:
 LOO is leave-one-out: a value minus the mean of the other K-1. r' is 1 (right), 0 (wrong) or -1
 (over-long, repetitive or garbled). One update per batch: no PPO ratio or clip, no value network.
 
-Letters: B = P*K responses, T positions, N generated tokens of the whole batch over all ranks, V
-vocabulary, D hidden width. From `pack` on, B, N and T are of one micro-batch, T its longest row.
+Letters: B = P*K responses, N generated tokens of the whole batch over all ranks, T positions, V
+vocabulary, D hidden width, n positions that are scored at once.
 
 Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first skip
-part 5 (how it is computed) and all below the banner (what a run needs around it). "(section 2)" is
-the paper's; `NOT IN PAPER` marks what it leaves open. Under torchrun every rank runs this file; the
-result is that of one process."""
+part 5 (how it is computed) and all below the banner (what a run needs around it). From there come
+`cfg`, the options of `Method` and of the run; `RunFolder`, logs and checkpoints; `clock`, which
+times a phase; `x.on_device`, x is on the device inside the `with`; and, since under torchrun every
+rank runs this file with the result of one process: rank() and world(), this process and their
+number; `share_of_rank`, what this one computes; `exchange`, all get the shares of all; `all_sum`
+and `gather`, over ranks; `all_ranks_or_none`, an error of one is raised by all; `local`, its shard.
+"(section 2)" is the paper's; `NOT IN PAPER` marks what it leaves open."""
 
 import signal
 
@@ -37,7 +41,6 @@ import itertools
 import math
 import re
 import unicodedata
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -92,7 +95,9 @@ class Method:
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
     max_nll: float = knob(0.0, "perplexity: largest mean -log-prob, nats; 0: off", zero=True)
     loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
-    tis_cap: float = knob(0.0, "largest importance weight; 0: none", "", "rl", zero=True)
+    tis_cap: float = knob(
+        0.0, "cap of the importance weights; 0: no weighting", "", "rl", zero=True
+    )
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
 
@@ -103,14 +108,14 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
         [[1, 0, 0]] -> [[1, -1/2, -1/2]]
 
-    A baseline without the sample itself adds no bias (the 1/N of the loss does, of order 1/B). GRPO
-    divides by the standard deviation of the group and T1 does not: the division gives most weight
-    to prompts that are nearly always or nearly never solved.
+    A baseline without the sample itself adds no bias (1/N does, of order 1/B: N depends on the
+    samples). GRPO divides by the standard deviation of the group and T1 does not: the division
+    raises most the weight of prompts that are nearly always or nearly never solved.
 
     The KL is a part of the reward, r' - beta d, because E[d grad log pi] is the gradient of
     KL(pi || pi_ref), while that of the sampled d itself, E[grad log pi], is zero. Leave-one-out is
-    T1's on-policy KL normalisation: the mean d of a prompt has no gradient in expectation and would
-    only add variance."""
+    T1's on-policy KL normalisation: what is common to the d of a prompt's samples, times grad log
+    pi, is zero in expectation and would only add variance."""
     K = rewards.shape[1]
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (K - 1)  # (P, K)
     return rewards - baseline
@@ -132,8 +137,9 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
     """hidden (n, D), lm_head (V, D), targets (n,) -> log pi(y_t) and the exact entropy H_t, (n,)
     each, in float32.
 
-    NOT IN PAPER: pi is the sampled distribution everywhere, at its temperature and min-p. A target
-    is always on its support: rounding, or the anchor's own support, may exclude it."""
+    NOT IN PAPER: pi is the sampled distribution everywhere, at its temperature and min-p. The
+    target is kept on the min-p support: rounding, or an anchor whose support differs, could drop
+    it, and its log-prob would be -inf."""
     dtype = torch.promote_types(lm_head.dtype, torch.float32)
     logits = hidden.to(dtype) @ lm_head.to(dtype).T  # (n, V)
     if temperature != 1:
@@ -145,8 +151,8 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
 
 def paper_loss(logprob, entropy, advantages, weights, entropy_coef: float):
     """-sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N: (n,) each -> scalar (section 2). H is
-    differentiated at the sampled prefixes; how the policy could reach others is left out, as in the
-    paper."""
+    differentiated at the sampled prefixes; that the policy also changes which prefixes are sampled
+    is left out, as in the paper."""
     return -(weights * (advantages * logprob + entropy_coef * entropy)).sum()
 
 
@@ -154,8 +160,8 @@ def policy_loss_reference(
     hidden, lm_head, targets, advantages, weights, entropy_coef=0.0, temperature=1.0, min_p=0.0
 ):
     """The loss in plain torch: hidden (n, D), lm_head (V, D); targets, advantages, weights (n,) ->
-    scalar. It trains where its (n, V) tensors are small. Elsewhere (12 GB at n = 4,096 and V =
-    151,936) `policy_loss` computes the same in chunks."""
+    scalar. Its up to six (n, V) tensors take 15 GB at n = 4,096 and V = 151,936. Training calls
+    `policy_loss`: the same where they are small, else in chunks."""
     logprob, entropy = logprob_and_entropy(hidden, lm_head, targets, temperature, min_p)
     return paper_loss(logprob, entropy, advantages, weights, entropy_coef)
 
@@ -226,8 +232,8 @@ CODE = re.compile(r"\[asy\].*?(\[/asy\]|$)|```.*?(```|$)", re.S)
 
 
 def word_salad(text: str, prompt: str) -> bool:
-    """To a prompt in English (with "the" or "and", and another of COMMON_WORDS): 40 words in a row
-    with none of them, 20 different ones of 4 letters or more; code aside."""
+    """Is the prompt English (it has "the" or "and", and another of COMMON_WORDS), while 40 words in
+    a row are none of them, 20 different ones of 4 letters or more among them? Code is ignored."""
     english = COMMON_WORDS.intersection(WORD.findall(prompt.lower()))
     if len(english) < 2 or not english & {"the", "and"}:
         return False
@@ -241,8 +247,8 @@ def word_salad(text: str, prompt: str) -> bool:
 
 def garbled(text: str, prompt: str = "") -> bool:
     """Mixed languages or random characters: more than 1 % of the characters are broken; 60 Latin
-    letters follow each other; at least 5 letters are of a script used neither in mathematics nor in
-    the prompt, and pass 5 % of all or make 3 unlike runs of 2 or more; or a word salad."""
+    letters follow each other; at least 5 letters are of scripts used neither in mathematics nor in
+    the prompt, and are over 5 % of all or form 3 different runs of 2 or more; or a word salad."""
     broken = text.count("\ufffd")  # the replacement character
     for c in text:
         if c < " ":
@@ -353,10 +359,10 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
 def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) -> list[Rollout]:
     """K responses to each problem with the policy's present weights, (P * K,), on every rank."""
     with clock("push"):
-        push_weights(engine, policy, problems[0], cfg)  # if it copies, a check on this one
+        push_weights(engine, policy, problems[0], cfg)  # after a copy both score this problem
     rollouts = []
-    for place, problem in enumerate(problems):
-        seed = seed_for(cfg.seed, "rollout", step, place)
+    for number, problem in enumerate(problems):
+        seed = seed_for(cfg.seed, "rollout", step, number)
         rollouts += [Rollout(problem, seed, sample) for sample in range(cfg.k)]
     with clock("rollout"):
         generate(engine, rollouts, cfg.max_new, cfg.temperature, cfg.min_p)
@@ -369,7 +375,7 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
 
     NOT IN PAPER: the sampler's log-probs stand for the policy's own, which would cost one more
     forward. In float32 the two agree to 1e-6 per token; in bfloat16 their distance, `logprob_gap`,
-    is noise in A. (`kl` of metrics.jsonl takes the trainer's log-probs.)"""
+    is noise in A. (The `kl` of metrics.jsonl is corrected by their mean distance.)"""
     interrupt.check()  # a signal raises here: on large models the phases of a step take minutes
     mine = share_of_rank(rollouts)
     rows = [row_of(rollouts[i]) for i in mine]
@@ -386,7 +392,7 @@ def run_rl(cfg):
     folder = RunFolder(cfg)
     sft = str(folder.path.parent / "sft")
     source = folder.source or latest(cfg.model or sft)
-    if source == sft:  # `latest` found no checkpoint there
+    if source == sft:  # `latest` gives back a folder without checkpoints
         what = "run --stage sft first, or give --model"
         raise Misuse(f"no SFT checkpoint beside {folder.path}: {what}")
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
@@ -406,8 +412,9 @@ def run_rl(cfg):
     for step in folder.steps(start, cfg.rl_steps):
         try:
             row, rollouts = rl_step(step, problems, policy, anchor, engine, optimizer, cfg)
-        except Interrupted:  # before the gradient: after_step saves and raises
+        except Interrupted:  # before the gradient: save, and do this step again on resume
             folder.after_step(step, cfg.rl_steps, policy, optimizer, anchor)
+            raise
         folder.log(row, rollouts)
         warn(row, rollouts)
         folder.after_step(step + 1, cfg.rl_steps, policy, optimizer, anchor)
@@ -465,13 +472,13 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
     """The responses if their thoughts had been cut after `budget` tokens (section 3).
 
     thoughts: `thought_length` of each. A thought that ended within the budget keeps its own answer.
-    For another `answerer`, an engine, writes it: a summary model, or the policy itself, whose
-    thought is closed. The text of these is the answer alone; their ids begin with the cut thought.
+    For a longer one the engine `answerer` writes it: a summary model, or the policy itself, behind
+    CLOSING. The text of these is without the thought; of their ids only the number is used.
     NOT IN PAPER: finished thoughts keep their answer; the policy as answerer; greedy answers."""
     closing = "" if cfg.answer_model else CLOSING
-    end = tokenizer(closing, add_special_tokens=False).input_ids
+    closing_ids = tokenizer(closing, add_special_tokens=False).input_ids
     late = [i for i, thought in enumerate(thoughts) if thought > budget]
-    starts = [cut_at(rollouts[i].ids, budget, tokenizer) + end for i in late]
+    starts = [cut_at(rollouts[i].ids, budget, tokenizer) + closing_ids for i in late]
     answers = []
     for i, start in zip(late, starts):
         problem = rollouts[i].problem
@@ -538,8 +545,8 @@ class Policy(torch.nn.Module):
         self.device = device or device_of(cfg)
         self.bfloat16 = cfg.dtype == "bfloat16"
         self.on_device = Parked()
-        rows = lm.get_input_embeddings().num_embeddings
-        self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, rows)
+        embeddings = lm.get_input_embeddings().num_embeddings
+        self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, embeddings)
         eos = lm.generation_config.eos_token_id  # None, one or several
         eos = eos if isinstance(eos, list) else [eos]
         self.end_ids = [tokenizer.eos_token_id]
@@ -556,7 +563,7 @@ class Policy(torch.nn.Module):
         return pack(rows, self.device, ragged=self.bfloat16 and self.device.type == "cuda")
 
     def forward(self, batch: "Packed") -> torch.Tensor:
-        """-> (N, D), the hidden states that predict the response tokens. transformers hands `pack`
+        """-> (n, D), the hidden states that predict the response tokens. transformers hands `pack`
         on to `attention`."""
         inputs = dict(input_ids=batch.ids, position_ids=batch.position)
         hidden = self.backbone(**inputs, use_cache=False, pack=batch)
@@ -570,23 +577,26 @@ class Policy(torch.nn.Module):
 
 @dataclass
 class Packed:
-    """Rows end to end, without padding: n tokens, of which N predict a response token. A prompt of
-    consecutive rows stands once; each response attends to it and to itself. Example: prompt a b,
-    responses c d E, e E and f E; the last token of a row predicts nothing:
+    """Rows end to end, without padding: M tokens, of which n predict a response token. A prompt
+    shared by consecutive rows is stored once. The last token of a row is only a target. Attention
+    needs whole rows: it copies the tokens into cells, row after row, here a padded grid (ragged:
+    0 1 2 3 / 0 1 4 / 0 1 5). Example: prompt a b, responses c d E, e E and f E:
 
-        ids      a b c d e f         position  0 1 2 3 2 2
-        predict  1 2 3  1 4  1 5     targets   c d E  e E  f E
-        spread   0 1 2 3 / 0 1 4 4 / 0 1 5 5"""
+        ids      a b c d e f                position  0 1 2 3 2 2
+        predict  1 2 3  1 4  1 5            targets   c d E  e E  f E
+        spread   0 1 2 3 / 0 1 4 4 / 0 1 5 5    collect   0 1 2 3 6 10"""
 
-    ids: torch.Tensor  # (1, n)
-    position: torch.Tensor  # (1, n) place in its row
-    predict: torch.Tensor  # (N,) places in 0..n-1 that predict the response tokens
-    targets: torch.Tensor  # (N,) response tokens, the end token included
-    spread: torch.Tensor  # (cells,) the token of each cell of `attention`
-    collect: torch.Tensor  # (n,) the first cell of each token
-    bounds: torch.Tensor  # (B + 1,) int32, where each row begins, and the end
-    shape: tuple[int, int]  # (B, T), T the longest row
-    ragged: bool  # cells are the rows end to end; else a (B, T) grid: short rows repeat a token
+    ids: torch.Tensor  # (1, M)
+    position: torch.Tensor  # (1, M) place in its row
+    predict: torch.Tensor  # (n,) places in 0..M-1 that predict the response tokens
+    targets: torch.Tensor  # (n,) response tokens, the end token included
+    spread: torch.Tensor  # (cells,) the token of each cell
+    collect: (
+        torch.Tensor
+    )  # (M,) first cell of each token: in all rows a prompt's output is the same
+    bounds: torch.Tensor  # (rows + 1,) int32, where each row begins, and the end
+    shape: tuple[int, int]  # rows, and tokens of the longest
+    ragged: bool  # cells are the rows end to end; else a grid: short rows repeat a token
 
 
 def pack(rows: list[Row], device, ragged: bool = False) -> Packed:
@@ -631,9 +641,9 @@ NOT_COMPUTED = "attention_mask softcap s_aux position_bias indices block_indices
 def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others):
     """The attention of every forward in this file, registered with transformers as "t1".
 
-    With `pack`: q (1, Hq, n, Dh), k and v (1, Hkv, n, Dh); each row attends to itself. Without: q
+    With `pack`: q (1, Hq, M, Dh), k and v (1, Hkv, M, Dh); each row attends to itself. Without: q
     (B, Hq, T, Dh) is a prefill from position 0, or one position against a cache. No mask is built
-    and key-value heads are not repeated. -> (B, T, Hq, Dh), packed (1, n, Hq, Dh)"""
+    and key-value heads are not repeated. -> (B, T, Hq, Dh), packed (1, M, Hq, Dh)"""
     others["attention_mask"] = attention_mask
     for name in NOT_COMPUTED:
         if others.get(name) is not None:
@@ -648,25 +658,25 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
     if pack is not None:
         q, k, v = (x[0].transpose(0, 1).index_select(0, pack.spread) for x in (q, k, v))
         if pack.ragged:
-            q = q.bfloat16()  # (cells, H, Dh)
+            q = q.bfloat16()  # (cells, heads, Dh)
             k = k.bfloat16()
             v = v.bfloat16()
-            rows = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
+            bounds = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
             causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
-            out = varlen_attn(q, k, v, *rows, **causal)
+            out = varlen_attn(q, k, v, *bounds, **causal)
             return out.index_select(0, pack.collect)[None], None
-        # Else rows are a padded (B, T) grid. Padding comes last, so that the causal mask hides it.
+        # Else rows are a padded grid. Padding comes last, so that the causal mask hides it.
         q, k, v = (x.unflatten(0, pack.shape).transpose(1, 2) for x in (q, k, v))
     dtype = v.dtype
     if q.requires_grad and q.device.type == "cpu" and q.shape[2] < 256:
-        # The backward pass of short rows takes a CPU half the time of bfloat16.
+        # In float32 a CPU's backward pass over short rows takes half the time of bfloat16.
         dtype = torch.promote_types(dtype, torch.float32)
     causal = dict(is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
     with torch.autocast(q.device.type, enabled=False):
         out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **causal)
     out = out.transpose(1, 2)  # (B, T, Hq, Dh)
     if pack is not None:
-        out = out.flatten(0, 1).index_select(0, pack.collect)[None]  # (1, n, Hq, Dh)
+        out = out.flatten(0, 1).index_select(0, pack.collect)[None]  # (1, M, Hq, Dh)
     return out, None
 
 
@@ -674,10 +684,11 @@ transformers.AttentionInterface.register("t1", attention)
 
 
 def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], float]]:
-    """Row indices in groups of up to `most` tokens, each with weight 1. Rows stand by length, and
-    those of one prompt whose lengths have the same power of two stand together. Sharded layers are
-    gathered by all ranks together, so all run the same number of micro-batches: a rank with fewer
-    repeats its shortest row with weight 0."""
+    """Row indices in groups of up to `most` tokens, each with weight 1. Rows of similar length are
+    together, which saves padding, and of these the rows of one prompt, which is then stored once: a
+    piece has the rows of a prompt between two powers of two. Sharded layers are gathered by all
+    ranks together, so all run the same number of micro-batches: a rank with fewer repeats a short
+    row with weight 0."""
     sizes = [len(prompt) + len(response) for prompt, response in rows]
     pieces = {}
     for i in sorted(range(len(rows)), key=sizes.__getitem__):
@@ -689,7 +700,7 @@ def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], f
         for i in piece:
             if sizes[i] - shared > room:
                 groups.append([])
-                room = most  # a longer row stands alone
+                room = most  # a row of more tokens is a group of its own
                 shared = 0
             groups[-1].append(i)
             room -= sizes[i] - shared
@@ -705,8 +716,8 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
     """Add the gradient of the objective on this rank's responses to .grad (section 2).
 
     advantages (B,), one per response of the whole batch. -> sums over all tokens and ranks; bias
-    and gap are those of log pi - mu and of its magnitude, mu the sampler's log-prob; gap_p99 is the
-    largest of the ranks. Raises Stop on all ranks if a sum is not finite."""
+    and gap are those of log pi - log mu and of its magnitude, mu the sampler's distribution;
+    gap_p99 is the largest of the ranks. Raises Stop on all ranks if a sum is not finite."""
     N = sum(len(r.ids) for r in rollouts)  # of the whole batch and all ranks: the one division
     B = len(rollouts)
     weights = torch.full((B,), 1 / N)  # of each token of a response
@@ -719,44 +730,38 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
     sums = torch.zeros(3, dtype=torch.float64)
     gaps = [torch.zeros(0)]
     with clock("gradient"), all_ranks_or_none():
-        for group, real in micro_batches(policy, rows, cfg.micro_tokens):
+        for group, weight in micro_batches(policy, rows, cfg.micro_tokens):
             packed = policy.pack([rows[i] for i in group])
             sizes = torch.tensor([len(rows[i][1]) for i in group])
             which = [mine[i] for i in group]
-            A = advantages[which].repeat_interleave(sizes).to(policy.device)  # (N,)
-            w = real * ranks * weights[which]
-            w = w.repeat_interleave(sizes).to(policy.device)  # (N,)
-            mu = torch.cat([sampled[i] for i in group]).to(policy.device)  # (N,), or empty in SFT
+            A = advantages[which].repeat_interleave(sizes).to(policy.device)  # (n,)
+            w = weight * ranks * weights[which]
+            w = w.repeat_interleave(sizes).to(policy.device)  # (n,)
+            log_mu = torch.cat([sampled[i] for i in group]).to(policy.device)  # (n,), in SFT empty
             hidden = policy(packed)
-            options = (cfg.entropy_coef, cfg.temperature, cfg.min_p, mu, cfg.tis_cap)
-            arguments = (hidden, policy.head, packed.targets, A, w)
-            loss, logprob, entropy = policy_loss(*arguments, *options)
+            options = (cfg.entropy_coef, cfg.temperature, cfg.min_p, log_mu, cfg.tis_cap)
+            loss, logprob, entropy = policy_loss(
+                hidden, policy.head, packed.targets, A, w, *options
+            )
             loss.backward()
-            if real:
+            if weight:
                 part = torch.stack([loss.detach() / ranks, -logprob.sum(), entropy.sum()])
                 sums += part.double().cpu()
-                if len(mu):
-                    gaps.append((logprob - mu).cpu())
+                if len(log_mu):
+                    gaps.append((logprob - log_mu).cpu())
         if not sums.isfinite().all():
             raise Stop(f"rank {rank()}: loss, log-prob or entropy is not finite: {sums.tolist()}")
-    gaps = torch.cat(gaps)  # log pi of the trainer - log pi of the sampler
+    gaps = torch.cat(gaps)
     noise = torch.stack([gaps.double().sum(), gaps.double().abs().sum()])
     loss, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
     p99 = np.quantile(gaps.abs().numpy(), 0.99).item() if len(gaps) else 0.0
-    return dict(
-        loss=loss,
-        nll=nll,
-        entropy=entropy,
-        bias=bias,
-        gap=gap,
-        gap_p99=max(gather([p99])),
-        tokens=N,
-    )
+    distances = dict(bias=bias, gap=gap, gap_p99=max(gather([p99])))
+    return dict(loss=loss, nll=nll, entropy=entropy, **distances, tokens=N)
 
 
 @torch.no_grad()
 def response_logprobs(policy, rows: list[Row], cfg, temperature: float = 1.0, min_p: float = 0.0):
-    """log pi(y_t | x, y_<t) of each row's response: a list of (T,) tensors, float32, on the CPU."""
+    """log pi(y_t | x, y_<t) of each row's response: a tensor for each, float32, on the CPU."""
     result = [torch.zeros(0)] * len(rows)
     for group, _ in micro_batches(policy, rows, cfg.micro_tokens):
         batch = policy.pack([rows[i] for i in group])
@@ -788,8 +793,9 @@ def update(policy, optimizer, lr: float, cfg) -> float:
     return norm
 
 
-# Sampling. An engine has load(policy) -> True if weights were copied; generate(rollouts, ...),
-# which fills them in; sleep(). `make_engine` chooses TorchEngine or, on GPUs, VLLMEngine.
+# Sampling. An engine has tokenizer; ranks, the processes that share it; load(policy) -> True if
+# weights were copied; generate(rollouts, ...), which fills them in; sleep(). `make_engine` chooses
+# TorchEngine or, on GPUs, VLLMEngine.
 
 
 def sample(logits, temperature: float, min_p: float, uniform):
@@ -831,10 +837,10 @@ def generate(engine, rollouts, max_new: int, temperature: float, min_p=0.0, ende
 
 
 class TorchEngine:
-    """Sampling in plain torch, on any device. Nothing is padded: the shared prompt length is
-    prefilled in one pass, the rest of longer prompts is fed token by token while shorter ones
-    already answer. Rows that ended leave the batch. The random numbers of a sample depend on its
-    seed, number and max_new alone: but for rounding, neither its batch nor the ranks matter."""
+    """Sampling in plain torch, on any device. The model sees no padding: what all prompts have in
+    length is prefilled in one pass, the rest of longer prompts is fed token by token while shorter
+    ones already answer. Rows that ended leave the batch. The random numbers of a sample depend on
+    its seed, number and max_new alone: but for rounding, neither its batch nor the ranks matter."""
 
     ranks = 1  # per engine
 
@@ -875,9 +881,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p, ended):
-        """One batch of B rows, grouped by prompt. `row`, 0..B-1, identifies a sample permanently;
-        `slot`, 0..b-1, is its index among the b that still run. Position t counts from the prompt's
-        start."""
+        """One batch of B rows, grouped by prompt. A row, 0..B-1, is a sample for good; slot s, of
+        the b that still run, holds row_of_slot[s]. Position t counts from the prompt's start."""
         policy = self.policy
         device = policy.device
         rows = [r for group in groups for r in group]
@@ -903,8 +908,8 @@ class TorchEngine:
             # The token at position t: sampled, or the prompt's where the prompt is longer.
             place = t - lengths[row_of_slot]  # (b,) place in the response; below 0: in the prompt
             logits = logits_of(hidden.to(lm_head.dtype), head)
-            draw = uniform[row_of_slot, place.clamp(min=0)]
-            token, logprob = sample(logits, temperature, min_p, draw)
+            u = uniform[row_of_slot, place.clamp(min=0)]
+            token, logprob = sample(logits, temperature, min_p, u)
             token = torch.where(place < 0, tokens[row_of_slot, t], token)
             tokens[row_of_slot, t] = token
             logprobs[row_of_slot, t] = logprob
@@ -970,26 +975,27 @@ def policy_loss(
     chunk: int = 0,
 ):  # fmt: skip
     """`policy_loss_reference` -> loss; log-probs and entropies (n,), float32, without gradient. In
-    chunks, but where the (n, V) tensors of the plain form, at most six, need no more room than two.
+    chunks of c positions, but where the plain form's six (n, V) tensors need no more room than the
+    two (c, V) of a chunk.
 
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
     constant in the gradient. The prefixes stay mu's, which leaves a bias; the cap limits noise. The
     loss that is returned is without these weights."""
-    most = chunk or head_chunk(len(lm_head), hidden.device)
-    if 3 * len(hidden) <= most and not tis_cap:
+    c = chunk or head_chunk(len(lm_head), hidden.device)
+    if 3 * len(hidden) <= c and not tis_cap:
         logprob, entropy = logprob_and_entropy(hidden, lm_head, targets, temperature, min_p)
         loss = paper_loss(logprob, entropy, advantages, weights, entropy_coef)
         return loss, logprob.detach(), entropy.detach()
     a = -advantages * weights
     b = -entropy_coef * weights
-    options = (temperature, min_p, chunk, sampler_logprobs, tis_cap)
+    options = (temperature, min_p, c, sampler_logprobs, tis_cap)
     return _PolicyLoss.apply(hidden, lm_head, targets, a, b, *options)
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, lm_head, targets, a, b, temperature, min_p, chunk, mu, tis_cap):
+    def forward(ctx, hidden, lm_head, targets, a, b, temperature, min_p, chunk, log_mu, tis_cap):
         dtype = torch.promote_types(lm_head.dtype, torch.float32)
         head = cpu_float32(lm_head)
         grad_hidden = torch.empty_like(hidden)
@@ -1002,9 +1008,9 @@ class _PolicyLoss(torch.autograd.Function):
             z, p, lse, logprob[s], entropy[s] = _chunk_stats(h, head, y, temperature, min_p)
             coefficient = a[s]
             if tis_cap:
-                coefficient = coefficient * (logprob[s] - mu[s]).exp().clamp(max=tis_cap)
+                coefficient = coefficient * (logprob[s] - log_mu[s]).exp().clamp(max=tis_cap)
             g = _chunk_gradient(z, p, lse, entropy[s], y, coefficient, b[s], temperature)  # (c, V)
-            del p  # before g is made smaller: with a bfloat16 head that is a third (c, V)
+            del p  # before g.to(bfloat16) makes one more (c, V)
             if g.is_cuda and h.dtype == torch.bfloat16:  # on the tensor cores, summed in float32
                 g = g.to(h.dtype)
                 grad_hidden[s] = g @ head
@@ -1049,27 +1055,6 @@ def logits_of(hidden, head):
         return hidden.to(head.dtype) @ head.T
 
 
-def cpu_float32(lm_head):
-    """A bfloat16 head in float32 on a CPU: its products take and give one dtype."""
-    if lm_head.is_cuda:
-        return lm_head
-    return lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
-
-
-@contextmanager
-def products_in(dtype):
-    """In bfloat16, a CPU rounds float32 operands to it and sums in float32: the products of the
-    head's gradient are then as coarse as those of all other layers, its logits are exact."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if dtype == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
     """One chunk of c positions: z (c, V), logits / temperature with each row's maximum at 0; p =
     exp(z), 0 off the min-p support; lse (c,), the log of p's sum; log-prob of the target and
@@ -1093,8 +1078,8 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
 
 
 def _chunk_gradient(z, p, lse, entropy, targets, of_logp, of_entropy, temperature):
-    """The gradient of of_logp log p_y + of_entropy H, both (c,), in the logits: (c, V), over z.
-    With p = softmax(logits / tau) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / tau:
+    """The gradient of of_logp log p_y + of_entropy H, both (c,), with respect to the logits: (c, V)
+    over z. With p = softmax(logits / tau) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / tau:
         d log p_y / dlogit_v = (1[v=y] - p_v) / tau
         dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / tau
     Here log p = z - lse, and the normalised p is `p` exp(-lse), which is 0 off the min-p
@@ -1104,12 +1089,6 @@ def _chunk_gradient(z, p, lse, entropy, targets, of_logp, of_entropy, temperatur
     z += ((of_entropy * (lse - entropy) - of_logp) * scale)[:, None]
     z *= p
     return z.scatter_add_(1, targets[:, None], (of_logp / temperature)[:, None].to(z.dtype))
-
-
-def head_chunk(vocabulary: int, device) -> int:
-    """Positions per chunk: one float32 buffer (c, V) takes 128 MiB, on a GPU 1 GiB."""
-    bits = 30 if torch.device(device).type == "cuda" else 27
-    return max(1, 2**bits // (4 * vocabulary))
 
 
 def _chunks(hidden, lm_head, chunk: int) -> list[slice]:
@@ -2208,6 +2187,34 @@ class Cache:
 
 
 # ------------------------------------------------------------------------ models and sharding
+def cpu_float32(lm_head):
+    """On a CPU, a bfloat16 head as float32: a product has the dtype of its operands there."""
+    if lm_head.is_cuda:
+        return lm_head
+    return lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def products_in(dtype):
+    """With bfloat16 a CPU rounds float32 operands to it and sums in float32. Logits lose nothing by
+    that, their operands are bfloat16 values; the products of the head's gradient are then as coarse
+    as those of all other layers."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def head_chunk(vocabulary: int, device) -> int:
+    """Positions per chunk: one float32 buffer (c, V) takes 128 MiB, on a GPU 1 GiB."""
+    bits = 30 if torch.device(device).type == "cuda" else 27
+    return max(1, 2**bits // (4 * vocabulary))
+
+
 def device_of(cfg: Config) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

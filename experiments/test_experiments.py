@@ -812,36 +812,40 @@ def test_misuse_is_one_line(name, args, says, tmp_path, capsys):
 def test_word_problems_as_data(tmp_path):
     """Both spellings of SVAMP, three lengths of GSM8K: no problem is in two files, every thought
     ends with the answer, and RL's problems are of one calculation."""
-    problem = "Tom has {} pens and {} cups. How many more pens?"
-    rows = []
+    svamp = []
     for n in (*range(1, 40), 701):
-        rows.append(
-            dict(ID=f"chal-{n}", Body="Tom has", Question=f"{n} pens?", Answer="2.0")
-            | dict(Equation=f"( {n + 2}.0 - {n}.0 )")
-        )
-        text = problem.format(n + 5, n)
-        rows.append(dict(id=f"chal-{n}", problem=text, answer="5", equation=f"( {n + 5} - {n} )"))
-    solution = "He has 1+{0}=<<1+{0}={1}>>{1}."
+        equation = f"( {n + 2}.0 - {n}.0 )"
+        hub = dict(ID=f"chal-{n}", Body="Tom has", Question=f"{n} pens?", Answer="2.0")
+        svamp.append(dict(**hub, Equation=equation))
+        text = f"Tom has {n + 5} pens and {n} cups. How many more pens?"
+        equation = f"( {n + 5} - {n} )"
+        svamp.append(dict(id=f"chal-{n}", problem=text, answer="5", equation=equation))
     gsm8k = []
     for n in range(60):
-        steps = "\n".join(solution.format(n + i, n + i + 1) for i in range(1 + n % 3))
-        answer = f"{steps}\n#### {n + 1 + n % 3}"
+        steps = []
+        for i in range(n, n + 1 + n % 3):
+            steps.append(f"He has 1+{i}=<<1+{i}={i + 1}>>{i + 1}.")
+        answer = "\n".join([*steps, f"#### {i + 1}"])
         split = "test" if n % 4 == 0 else "train"
         gsm8k.append(dict(split=split, question=f"How many are {n}?", answer=answer))
-    for name, some in (("svamp", rows), ("gsm8k", gsm8k)):
-        data_prep.write(tmp_path / f"{name}.jsonl", map(data_prep.json_line, some))
+    data_prep.write(tmp_path / "svamp.jsonl", map(data_prep.json_line, svamp))
+    data_prep.write(tmp_path / "gsm8k.jsonl", map(data_prep.json_line, gsm8k))
     files = ["--svamp", tmp_path / "svamp.jsonl", "--gsm8k", tmp_path / "gsm8k.jsonl"]
-    assert words.main([*map(str, files), "--out", str(tmp_path / "out")]) == 0
-    made = {name: t1.read_log(tmp_path / f"out/{name}.jsonl") for name in ("sft", "rl", "test")}
-    texts = [row["problem"] for some in made.values() for row in some]
-    assert len(texts) == len(set(texts)) and min(map(len, made.values())) >= 7
-    for name, some in made.items():
-        for row in some:
+    assert words.main([*map(str, files), "--out", str(tmp_path)]) == 0
+    texts = set()
+    rows = 0
+    for name in ("sft", "rl", "test"):
+        made = t1.read_log(tmp_path / f"{name}.jsonl")
+        texts |= {row["problem"] for row in made}
+        rows += len(made)
+        assert len(made) >= 7
+        for row in made:
             thought, _, rest = row["response"].partition("\n</think>")
             assert thought.endswith(f" = {row['answer']}") and ".0" not in thought
             assert verify.grade([row["response"]], [row["answer"]])[0]
             assert name == "sft" or row["response"].count(" = ") == 1
             assert (name == "test") == (row["id"] == "svamp-701" or "-test-" in row["id"])
+    assert rows == len(texts)
 
 
 def test_the_page_of_results_is_the_runs():
