@@ -51,7 +51,7 @@ MAX_DIGITS = 4000  # of an irrational value
 MAX_DIGITS_AT_POINTS = 700  # where there are unknowns, since there are other points
 MAX_FACTORIAL = 3000  # largest argument that is computed exactly
 MAX_WORDS = 12  # a longer text is prose: no rule can tell whether two of them agree
-MAX_WORK = 30_000  # units of about a microsecond that one comparison may take
+MAX_WORK = 50_000  # units of about a microsecond that one comparison may take
 CACHE_SIZE = 100_000  # pairs that `grade` remembers
 TRIES = 10  # deaths of workers on one pair until it counts as crashed
 MAX_STARTS = 100  # signals that may kill a worker while it starts
@@ -2390,7 +2390,7 @@ def contains(tree, part):
     """
     below = children(tree)
     wanted = children(part)
-    spend(4 + len(below + wanted))
+    spend(12 + len(below + wanted))
     if len(wanted) == 1 and part[0] == "mul":
         return contains(tree, wanted[0])
     if part[0] == "num":

@@ -341,7 +341,7 @@ def small_policy(cfg, layers, width, vocabulary):
 def test_plans_activations_are_what_autograd_saves(dtype):
     """Of each layer, by torch's hooks on saved tensors, distinct storages that are no parameters: a
     model wholly in the type of the run."""
-    rows = [([i], list(range(2, 129))) for i in range(8)]
+    rows = [([i], list(range(2, 299))) for i in range(4)]  # too long for float32 in `attention`
     n = sum(len(y) for _, y in rows)  # tokens that go in: the last one predicts nothing
 
     def saved(layers):
