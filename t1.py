@@ -1142,8 +1142,8 @@ class Config(Method):
     """All options: those of the method, and those of a run around it."""
 
     stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
-    preset: Literal["", "tiny", "small", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = (
-        knob("", "values for a kind of model; empty: pretrained for --model on own data, else tiny")
+    preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
+        "", "values for a kind of model; empty: pretrained for --model on own data, else tiny"
     )
     name: str = knob("", "name of the run's folder; empty: the preset's name", free=True)
     out: str = knob("runs", "folder that holds all runs", free=True)
@@ -1229,15 +1229,10 @@ PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on
     tis_cap=2.0, keep=2, weight_decay=0.1, sft_lr=1e-5, rl_lr=1e-6, rl_steps=200, ema_decay=0.99,
     repeat_ngram=20, repeat_count=20, rl_save_every=20, budgets="128,256,512,1024",
 )  # fmt: skip
-SMALL = dict(  # NOT IN PAPER: a model of 100 to 500 million parameters, short answers, a laptop
-    max_new=192, dtype="bfloat16", rollout_rows=256, sft_lr=2e-4, sft_steps=60, rl_lr=5e-5,
-    rl_steps=24, warmup=3, rl_save_every=6, keep=4, budgets="8,16,24,32,48,64,192",
-)  # fmt: skip
 GLM_BUDGETS = "1024,2048,4096,7040"  # the context is 8,192 tokens
 LONG_BUDGETS = "1024,2048,4096,8192,16384"
 PRESETS = {
     "tiny": {},
-    "small": SMALL,
     "pretrained": PRETRAINED,
     "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf", max_new=7168, budgets=GLM_BUDGETS),
     "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
