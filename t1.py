@@ -146,7 +146,8 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
         logits = logits / temperature
     logp = log_softmax_min_p(logits, min_p, keep=targets)  # (n, V)
     finite = logp.masked_fill(logp.isinf(), 0) if min_p > 0 else logp  # 0 log 0 = 0
-    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * finite).sum(-1)
+    entropy = -(logp.exp() * finite).sum(-1)
+    return logp.gather(1, targets[:, None])[:, 0], entropy
 
 
 def paper_loss(logprob, entropy, advantages, weights, entropy_coef: float):
