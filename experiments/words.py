@@ -67,14 +67,14 @@ def publish(args):
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| run | checkpoint | pass@1 | pass@8 | length | over-long |",
+        "| run | checkpoint | pass@1 | pass@k (k) | length | over-long |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         k, chance, error = row["pass_at_k"][-1]
         cells = [row["run"], row["name"]]
         cells.append(f"{100 * row['pass_at_1']:.1f} ± {100 * row['standard_error']:.1f} %")
-        cells.append(f"{100 * chance:.1f} ± {100 * error:.1f} %" if k == 8 else "")
+        cells.append(f"{100 * chance:.1f} ± {100 * error:.1f} % ({k})")
         cells += [f"{row['length']:.0f}", f"{100 * row['overlong']:.1f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
