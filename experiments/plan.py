@@ -146,7 +146,7 @@ def activation_plan(shape: Shape, n: int, size: int, machine, cfg) -> dict[str, 
     chunk = t1.head_chunk(shape.vocabulary, "cuda" if machine else "cpu")
     positions = min(chunk, n) * (3 if machine else 2)
     if 3 * n <= chunk and not cfg.tis_cap:
-        positions = 5 * n  # the plain form
+        positions = 6 * n  # the plain form
     return dict(
         activations=shape.layers * per_layer + last_norm + rotary,
         head_gradient=4 * shape.vocabulary * D,
