@@ -141,7 +141,7 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
     target is kept on the min-p support: rounding, or an anchor whose support differs, could drop
     it, and its log-prob would be -inf."""
     dtype = torch.promote_types(lm_head.dtype, torch.float32)
-    logits = hidden.to(dtype) @ lm_head.to(dtype).T  # (n, V)
+    logits = hidden.to(lm_head.dtype).to(dtype) @ lm_head.to(dtype).T  # (n, V)
     if temperature != 1:
         logits = logits / temperature
     logp = log_softmax_min_p(logits, min_p, keep=targets)  # (n, V)
@@ -767,8 +767,8 @@ def response_logprobs(policy, rows: list[Row], cfg, temperature: float = 1.0, mi
     for group, _ in micro_batches(policy, rows, cfg.micro_tokens):
         batch = policy.pack([rows[i] for i in group])
         hidden = policy(batch)
-        options = (temperature, min_p)
-        logprob, _ = token_logprobs_and_entropy(hidden, policy.head, batch.targets, *options)
+        arguments = (hidden, policy.head, batch.targets, temperature, min_p)
+        logprob, _ = token_logprobs_and_entropy(*arguments)
         sizes = [len(rows[i][1]) for i in group]
         for i, part in zip(group, logprob.cpu().split(sizes)):
             result[i] = part
@@ -976,8 +976,7 @@ def policy_loss(
     chunk: int = 0,
 ):  # fmt: skip
     """`policy_loss_reference` -> loss; log-probs and entropies (n,), float32, without gradient. In
-    chunks of c positions, but where the plain form's six (n, V) tensors need no more room than the
-    two (c, V) of a chunk.
+    chunks of c positions, but where its six (n, V) tensors need no more room than two (c, V).
 
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
@@ -990,8 +989,9 @@ def policy_loss(
         return loss, logprob.detach(), entropy.detach()
     a = -advantages * weights
     b = -entropy_coef * weights
-    options = (temperature, min_p, c, sampler_logprobs, tis_cap)
-    return _PolicyLoss.apply(hidden, lm_head, targets, a, b, *options)
+    return _PolicyLoss.apply(
+        hidden, lm_head, targets, a, b, temperature, min_p, c, sampler_logprobs, tis_cap
+    )
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -2197,8 +2197,7 @@ def products_in(dtype):
     as those of all other layers."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    if dtype == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 import data_prep
 import t1
 
-from . import Parser, run
+from . import Parser, claims, run
 
 LOCAL = ("key", "checkpoint", "test")  # of a machine
 CALCULATION = re.compile("<<(.*?)=(.*?)>>")
@@ -66,18 +66,15 @@ def publish(args):
 
 
 def table(rows: list[dict]) -> str:
-    lines = [
-        "| run | checkpoint | pass@1 | pass@k (k) | length | over-long |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         k, chance, error = row["pass_at_k"][-1]
-        cells = [row["run"], row["name"]]
-        cells.append(f"{100 * row['pass_at_1']:.1f} ± {100 * row['standard_error']:.1f} %")
-        cells.append(f"{100 * chance:.1f} ± {100 * error:.1f} % ({k})")
-        cells += [f"{row['length']:.0f}", f"{100 * row['overlong']:.1f} %"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        right = f"{100 * row['pass_at_1']:.1f} ± {100 * row['standard_error']:.1f} %"
+        best = f"{100 * chance:.1f} ± {100 * error:.1f} % ({k})"
+        cut = f"{100 * row['overlong']:.1f} %"
+        lines.append([row["run"], row["name"], right, best, f"{row['length']:.0f}", cut])
+    columns = ["run", "checkpoint", "pass@1", "pass@k (k)", "length", "over-long"]
+    return claims.table_of(columns, lines)
 
 
 def make(args):
