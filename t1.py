@@ -3101,9 +3101,8 @@ class RunFolder:
         except (Exception, dcp.CheckpointException) as e:  # a full disk has many names
             shutil.rmtree(beside, ignore_errors=True)
             line = -1 if isinstance(e, dcp.CheckpointException) else 0  # where the reason stands
-            reason = f"cannot be written ({reason_of(e, line)}); make room: {RESUMES}"
-            reason += f", {self.source or 'the start'}"
-            all_ranks_agree(Stop(f"rank {rank()}: {beside}: {reason}"))
+            what = f"rank {rank()}: {beside}: cannot be written ({reason_of(e, line)}); make room"
+            all_ranks_agree(Stop(f"{what}: {RESUMES}, {self.source or 'the start'}"))
 
     def seal(self, beside: Path, step: int, parts: list[dict]):
         """Manifest, then name, each on the disk before the next; only then old checkpoints go."""
