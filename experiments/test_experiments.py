@@ -832,6 +832,7 @@ def test_word_problems_as_data(tmp_path):
     data_prep.write(tmp_path / "gsm8k.jsonl", map(data_prep.json_line, gsm8k))
     files = ["--svamp", tmp_path / "svamp.jsonl", "--gsm8k", tmp_path / "gsm8k.jsonl"]
     assert words.main([*map(str, files), "--out", str(tmp_path)]) == 0
+    assert words.main(["--svamp", str(files[3]), "--out", str(tmp_path / "none")]) == 2
     texts = set()
     rows = 0
     for name in ("sft", "rl", "test"):

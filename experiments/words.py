@@ -20,13 +20,16 @@ LOCAL = ("key", "checkpoint", "test")  # of a machine
 CALCULATION = re.compile("<<(.*?)=(.*?)>>")
 
 
-def svamp(row: dict) -> tuple[str, str, str]:
+def svamp(row: dict, where) -> tuple[str, str, str]:
     """-> problem, thought, answer"""
-    problem = row.get("problem") or f"{row['Body'].strip()} {row['Question'].strip()}"
-    equation = str(row.get("equation") or row["Equation"])
-    thought = re.sub(r"^\( | \)$|\.0(?!\d)", "", equation)
-    answer = str(row.get("answer") or row["Answer"]).removesuffix(".0")
-    return problem, f"{thought} = {answer}", answer
+    if "Body" in row:  # the hub's spelling
+        data_prep.require(row, ("Question", "Equation", "Answer"), where)
+        row["problem"] = f"{row['Body'].strip()} {row['Question'].strip()}"
+        row |= dict(id=row.get("ID"), equation=row["Equation"], answer=row["Answer"])
+    data_prep.require(row, ("id", "problem", "equation", "answer"), where)
+    thought = re.sub(r"^\( | \)$|\.0(?!\d)", "", row["equation"])
+    answer = row["answer"].removesuffix(".0")
+    return row["problem"], f"{thought} = {answer}", answer
 
 
 def gsm8k(row: dict) -> tuple[str, str, str]:
@@ -82,11 +85,12 @@ def make(args):
     test = []
     for where, raw in data_prep.raw_rows(args.svamp):
         row = data_prep.parse(where, raw)
-        number = int(str(row.get("id") or row["ID"]).removeprefix("chal-"))
-        (train if number <= 700 else test).append(trace(f"svamp-{number}", svamp(row)))
+        parts = svamp(row, where)
+        number = int(row["id"].removeprefix("chal-"))
+        (train if number <= 700 else test).append(trace(f"svamp-{number}", parts))
     for name in args.gsm8k:
         for number, (where, raw) in enumerate(data_prep.raw_rows(name)):
-            row = data_prep.parse(where, raw)
+            row = data_prep.require(data_prep.parse(where, raw), ("question", "answer"), where)
             split = row.get("split") or ("test" if name == "openai/gsm8k" else "train")
             if row["answer"].count("<<") in (1, 2):
                 rows = test if split == "test" else train
