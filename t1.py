@@ -592,9 +592,7 @@ class Packed:
     predict: torch.Tensor  # (n,) places in 0..M-1 that predict the response tokens
     targets: torch.Tensor  # (n,) response tokens, the end token included
     spread: torch.Tensor  # (cells,) the token of each cell
-    collect: (
-        torch.Tensor
-    )  # (M,) first cell of each token: in all rows a prompt's output is the same
+    collect: torch.Tensor  # (M,) first cell of each token: a prompt's output is the same in all
     bounds: torch.Tensor  # (rows + 1,) int32, where each row begins, and the end
     shape: tuple[int, int]  # rows, and tokens of the longest
     ragged: bool  # cells are the rows end to end; else a grid: short rows repeat a token
