@@ -1294,6 +1294,18 @@ def test_logits_are_float32_for_a_bfloat16_model():
     assert torch.allclose(entropy.double(), -(p * p.log()).sum(-1), atol=1e-5)
 
 
+def test_both_forms_of_the_loss_round_the_hidden_state_to_the_heads_type():
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 64)
+    head = torch.randn(33, 64).bfloat16()
+    arguments = (hidden, head, torch.arange(9), torch.randn(9), torch.full((9,), 1 / 9), 0.1)
+    plain = t1.policy_loss(*arguments)
+    chunks = t1.policy_loss(*arguments, chunk=4)
+    unrounded = t1.policy_loss(hidden, head.float(), *arguments[2:])
+    for a, b, c in zip(plain, chunks, unrounded):
+        assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, c, atol=1e-4)
+
+
 def test_parked_tensors_lie_elsewhere_until_they_are_used():
     x = torch.randn(5, 7)
     y = torch.randn(3)
