@@ -4903,8 +4903,9 @@ def test_torchrun_passes_every_option_to_the_script():
 
 # ------------------------------------------------------------------------------------- real weights
 
-# nats per token between engine and trainer; vLLM in float32 measured 1.1e-5
-GAP = dict(float32=2e-5, bfloat16=0.02)
+# nats per token between engine and trainer; measured 1.1e-5, and 0.016 to 0.022 in bfloat16, where
+# each of the two is 0.012 to 0.014 away from a forward in float32
+GAP = dict(float32=2e-5, bfloat16=0.03)
 
 
 def one_step(tolerance, *args):
