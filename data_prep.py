@@ -105,7 +105,7 @@ FILE_BYTES = 1 << 30  # largest .json file, which is read whole
 GZIP_BYTES = 16 << 20  # a gzip file that grows past this and past 200 times its size is a bomb;
 GZIP_RATIO = 200  # problems shrink to a fifth
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz
-NO_ROWS = ("dataset_info.json", "dataset_infos.json", "report.json")  # that lie beside rows
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "report.json", "state.json")  # beside rows
 LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long
 _SPLIT = re.compile(r"(?<![a-z\d])(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z\d])")
 
@@ -124,9 +124,11 @@ def local_files(name: str) -> list[Path]:
     files = {}  # file -> its split
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path).as_posix().lower()
-        data = inside.removesuffix(".gz").endswith(DATA_FILES) and file.name not in NO_ROWS
-        if data and "/." not in f"/{inside}":
-            files[file] = (_SPLIT.findall(inside) or ["other"])[-1]
+        # The last three cannot be read; they are refused, not passed over.
+        data = inside.removesuffix(".gz").endswith((*DATA_FILES, ".arrow", ".tsv", ".zst"))
+        if data and file.name not in NO_ROWS and "/." not in f"/{inside}":
+            shard = re.findall(r"(.+)-\d{5}-of-\d{5}", file.name)  # cot-00000-of-00144
+            files[file] = (shard or _SPLIT.findall(inside) or ["other"])[-1]
     if not files:
         raise Misuse(f"{name}: no {', '.join(DATA_FILES)} file in this folder")
     splits = sorted(set(files.values()))

@@ -278,7 +278,7 @@ LAYERS = {
 # number)
 DENSITY = {
     "t1.py": (10, 3, 6, 0, 0, 28_120),
-    "data_prep.py": (11, 3, 7, 0, 0, 18_800),
+    "data_prep.py": (11, 3, 7, 0, 0, 18_900),
     "verify.py": (12, 15, 9, 5, 133, 22_471),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
     "experiments/*.py": (12, 10, 10, 2, 0, 0),
@@ -4010,6 +4010,26 @@ def test_folders_patterns_and_splits(tmp_path):
     assert [row["id"] for row in rows] == ["data-train-0-1", "data-train-1-1", "more-1"]
     (tmp_path / "more.jsonl").rename(tmp_path / "math_validation.jsonl")
     with pytest.raises(t1.Misuse, match="several splits .train, val."):
+        t1.read_rows(str(tmp_path), "rl")
+
+
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        ("d/cot-00000-of-00002.jsonl d/tir-00000-of-00001.jsonl", "several splits .cot, tir."),
+        ("train-00000-of-00002.jsonl train_1M-00000-of-00001.jsonl", "splits .train, train_1M."),
+        ("all/default-00000-of-00001.jsonl d/train-00000-of-00001.jsonl", "splits .default, train"),
+        ("train-0.jsonl train-1.jsonl.zst", "train-1.jsonl.zst, row 1: not UTF-8"),
+        ("train-0.jsonl train-1.tsv", "train-1.tsv, row 1: not UTF-8"),
+        ("data-00000-of-00001.arrow state.json dataset_info.json", ".arrow, row 1: not UTF-8"),
+    ],
+)
+def test_a_folder_is_never_read_in_part_or_twice(tmp_path, files, says):
+    for name in files.split():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(ROW if name.endswith("jsonl") else b"\xff")
+    with pytest.raises(t1.Misuse, match=says):
         t1.read_rows(str(tmp_path), "rl")
 
 
