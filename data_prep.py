@@ -44,6 +44,7 @@ from difflib import SequenceMatcher
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
 from itertools import chain, combinations, islice, product
+from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
 
@@ -462,8 +463,8 @@ def as_text(value) -> str | None:
         value = value[0]
     if isinstance(value, dict):
         value = value.get("text")  # a part of a turn
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(int(value)) if value == int(value) else str(value)
+    if isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(int(value) if value == int(value) else value)
     return value if isinstance(value, str) else None
 
 
@@ -631,8 +632,8 @@ def to_problem(where, raw, default_source: str) -> dict:
         "answer": said["answer"] or None,
         "solution": said["solution"] or said["response"].rpartition("</think>")[2].strip(),
         "source": source,
-        "level": None if level is None else float(level[1]) if level[2] else int(level[1]),
-        "flags": {name: row[name] for name in (*VALID, "question_type") if name in row},
+        "level": level and (float if level[2] else int)(level[1]),
+        "flags": {name: row.get(name) for name in (*VALID, "question_type")},
     }
 
 
@@ -1016,9 +1017,7 @@ def marked_invalid(row: dict) -> str | None:
         return "proof"
     if kind == "MCQ":
         return "multiple choice"
-    valid = all(
-        row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid")
-    )
+    valid = all(row["flags"].get(name) in (None, "Yes") for name in VALID)
     return None if valid else "marked invalid by its source"
 
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import decimal
 import fcntl
 import gzip
 import http.server
@@ -4031,6 +4032,16 @@ def test_a_folder_is_never_read_in_part_or_twice(tmp_path, files, says):
         path.write_bytes(ROW if name.endswith("jsonl") else b"\xff")
     with pytest.raises(t1.Misuse, match=says):
         t1.read_rows(str(tmp_path), "rl")
+
+
+def test_numbers_and_empty_marks_of_parquet(tmp_path):
+    marks = dict(problem_is_valid=None, solution_is_valid="Yes", question_type=None)
+    row = dict(problem="What is 1 + 1?", answer=decimal.Decimal("2.00"), **marks)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (found,) = t1.read_rows(str(tmp_path / "a.parquet"), "rl")
+    assert found["answer"] == "2"
+    (raw,) = data_prep.raw_rows(str(tmp_path / "a.parquet"))
+    assert data_prep.marked_invalid(data_prep.to_problem(*raw, "")) is None
 
 
 def test_columns_of_other_names(tmp_path):
