@@ -437,6 +437,11 @@ VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
 _WORKED = re.compile(r"\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101}")  # no bare value
 _FINAL = re.compile(r"\\f?box|####|The answer is:")
 LISTED = re.compile(r'\s*\[\s*"([^"\\]|\\.)*"\s*\]\s*')  # JSON in text: Skywork writes ["350"]
+_MARKED_THOUGHT = re.compile(  # OpenThoughts, Bespoke-Stratos, Sky-T1; Magistral; OpenO1
+    r"\s*(?:<\|begin_of_thought\|>|\[THINK\]|<(thinking|thought|reasoning)>)(.*?)"
+    r"(?:<\|end_of_thought\|>|\[/THINK\]|</\1>)(.*)",
+    re.S | re.I,
+)
 
 
 def at(row: dict, path: str):
@@ -513,15 +518,17 @@ def turns_of(value) -> list[tuple[str, str]]:
 
 def with_thought(thought: str, text: str) -> str:
     """A response whose thought stands in a field of its own (the answer may follow it there), or
-    between the marks of OpenThoughts, Bespoke-Stratos and Sky-T1."""
-    if "<|begin_of_thought|>" in text:
-        thought, _, text = text.partition("<|end_of_thought|>")
-        thought = thought.replace("<|begin_of_thought|>", "")
-        text = re.sub(r"<\|(?:begin|end)_of_solution\|>", "", text)
-    if thought.strip() in ("", "on", "off") or "</think>" in text:  # `reasoning: on`
+    between marks of another kind. "" where no answer follows."""
+    if marked := _MARKED_THOUGHT.fullmatch(text):
+        thought = marked[2]
+        text = re.sub(r"<\|(?:begin|end)_of_solution\|>|</?Output>", "", marked[3])
+    if "</think>" in text:
+        return text if "<think>" in text else "<think>\n" + text
+    if thought.strip() in ("", "on", "off"):  # `reasoning: on`
         return text
     inside, _, after = thought.strip().removeprefix("<think>").partition("</think>")
-    return f"<think>\n{inside.strip()}\n</think>\n{after.strip() or text.strip()}"
+    answer = after.strip() or text.strip()
+    return answer and f"<think>\n{inside.strip()}\n</think>\n{answer}"
 
 
 def chat(row: dict, where) -> dict:
@@ -595,9 +602,7 @@ def reading(row: dict, where) -> dict:
         solution = ""
     if len(set(boxes(answer))) < 2:
         answer = final(answer) or answer
-    response = response or solution
-    if response or "</think>" in thought:
-        response = with_thought(thought, response)
+    response = with_thought(thought, response or solution)
     if not answer and not _FINAL.search(solution):
         answer = final(response) or said["label"] or ""
     return said | dict(
