@@ -4034,6 +4034,37 @@ def test_a_folder_is_never_read_in_part_or_twice(tmp_path, files, says):
         t1.read_rows(str(tmp_path), "rl")
 
 
+def test_cells_that_hold_json_mean_what_the_lists_mean(tmp_path):
+    chat = [dict(role="user", content="What is 1 + 1?")]
+    rows = [
+        dict(prompt=chat, reward_model=dict(ground_truth="2"), generations=["3"], correct=[True]),
+        dict(prompt=chat, answer=["2"], generations=["no", "\\boxed{2}"], correct=[False, True]),
+    ]
+    said = []
+    for row in rows:
+        cells = {name: json.dumps(value) for name, value in row.items()}
+        for table in (row, cells):
+            read = data_prep.reading(table, ("a", 1))
+            said.append([read[name] for name in ("problem", "answer", "response")])
+    problem = "What is 1 + 1?"
+    assert said == [[problem, "2", "3"]] * 2 + [[problem, "2", "\\boxed{2}"]] * 2
+    for name in ("prompt", "answer", "generations"):  # as pandas writes them: no JSON
+        cell = str(rows[1][name])
+        with pytest.raises(t1.Misuse, match=f"a, row 1: field '{name}' must be text .*; see --col"):
+            data_prep.reading(rows[1] | {name: cell}, ("a", 1))
+
+
+def test_columns_that_are_named_come_first(tmp_path):
+    row = dict(
+        problem="What is 1 + 1?", final_answer="3", reasoning_content="no", response="It is."
+    )
+    path = str(jsonl(tmp_path / "rows.jsonl", [row | dict(mine="2")]))
+    (found,) = t1.read_rows(path, "rl", "answer=mine")
+    assert found["answer"] == "2" and found["final_answer"] == "3"
+    (found,) = t1.read_rows(path, "sft", "thought=mine")
+    assert found["response"] == "<think>\n2\n</think>\nIt is."
+
+
 def test_numbers_and_empty_marks_of_parquet(tmp_path):
     marks = dict(problem_is_valid=None, solution_is_valid="Yes", question_type=None)
     row = dict(problem="What is 1 + 1?", answer=decimal.Decimal("2.00"), **marks)
