@@ -44,6 +44,7 @@ from difflib import SequenceMatcher
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
 from itertools import chain, combinations, islice, product
+from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,7 @@ FILE_BYTES = 1 << 30  # largest .json file, which is read whole
 GZIP_BYTES = 16 << 20  # a gzip file that grows past this and past 200 times its size is a bomb;
 GZIP_RATIO = 200  # problems shrink to a fifth
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz
-NO_ROWS = ("dataset_info.json", "dataset_infos.json", "report.json")  # that lie beside rows
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "report.json", "state.json")  # beside rows
 LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long
 _SPLIT = re.compile(r"(?<![a-z\d])(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z\d])")
 
@@ -124,9 +125,11 @@ def local_files(name: str) -> list[Path]:
     files = {}  # file -> its split
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path).as_posix().lower()
-        data = inside.removesuffix(".gz").endswith(DATA_FILES) and file.name not in NO_ROWS
-        if data and "/." not in f"/{inside}":
-            files[file] = (_SPLIT.findall(inside) or ["other"])[-1]
+        # The last three cannot be read; they are refused, not passed over.
+        data = inside.removesuffix(".gz").endswith((*DATA_FILES, ".arrow", ".tsv", ".zst"))
+        if data and file.name not in NO_ROWS and "/." not in f"/{inside}":
+            shard = re.findall(r"(.+)-\d{5}-of-\d{5}", file.name)  # cot-00000-of-00144
+            files[file] = (shard or _SPLIT.findall(inside) or ["other"])[-1]
     if not files:
         raise Misuse(f"{name}: no {', '.join(DATA_FILES)} file in this folder")
     splits = sorted(set(files.values()))
@@ -164,7 +167,7 @@ def renamed(where, raw, renames: dict, strict: bool) -> dict:
     row = parse(where, raw)
     for name, column in renames.items():
         if column in row or column.split(".")[0] in row:
-            row[name] = at(row, column)
+            row["=" + name] = at(row, column)
         elif strict:
             raise Misuse(f"{row_at(where)}: --columns {name}={column}: found {', '.join(row)}")
     return row
@@ -317,7 +320,7 @@ def parse(where, raw) -> dict:
     """A raw row of `raw_rows` as a dict. Misuse with file, row and reason if it is none."""
     try:
         row = parse_json(raw) if isinstance(raw, bytes) else raw
-        if isinstance(row, list) and turns_of(row):
+        if isinstance(row, list) and turns_of(row, where):
             row = {"0": row[0], "1": row[-1], "messages": row}  # ORZ: a row is a list of turns
         fault = None if isinstance(row, dict) else "a row must be a JSON object"
     except UnicodeError as e:
@@ -400,68 +403,98 @@ def chunks(rows, size: int) -> Iterator[list]:
 
 # --- What a row says: one table of column names, for t1.py and every command ----------------------
 
-# The first name that holds text counts; `a.b` is field b of column a; capitals do not matter.
+# The first name that holds text counts; `a.b` is field b of column a; capitals and blanks do not
+# matter; `=answer` is what --columns names. An answer that is called final or true comes before
+# `answer`, which may be a whole solution, or a model's.
 # `chat.problem` is the user's turn: OpenThoughts, ShareGPT, tulu, and in `prompt` verl and DAPO.
 # Which set uses which, where it is not plain:
 #   problem   question: GSM8K, LIMO, s1K, DeepMath; prompt: TRL, SYNTHETIC-1; query: MetaMathQA;
 #             instruction: Alpaca; text: the authors' T1; input: AceReason 1.1; 0.value: ORZ;
-#             question.problem: PRM800K
+#             question.problem: PRM800K; squestion: MAWPS; message_1: camel-ai
 #   answer    expected_answer: OpenMathReasoning; final_answer: DeepMath, OlympiadBench;
-#             gt_answer: SimpleRL; reward_model.ground_truth: verl, DAPO, Skywork;
+#             final_ans: MultiArith; answer_number: MGSM; gt_answer: SimpleRL;
+#             reward_model.ground_truth: verl, DAPO, Skywork;
 #             verification_info.ground_truth: SYNTHETIC-1; label: the authors' T1
 #   response  completion: TRL; output: Alpaca; generated_solution: OpenMathReasoning;
 #             generations: OpenR1; attempt: s1K; r1_solution_1: DeepMath
 #   thought   of the response, in a column of its own: s1K, OpenThoughts (metadata), medical-o1
 COLUMNS = {
-    "problem": "problem question chat.problem prompt query instruction text input problem_statement"
-    " question.problem 0.value",
-    "answer": "answer expected_answer final_answer ground_truth gt_answer ground_truth_answer"
-    " reference_answer gold_answer golden_answer reward_model.ground_truth 1.ground_truth.value"
+    "problem": "=problem problem question.problem question chat.problem prompt query instruction"
+    " text input problem_statement 0.value squestion original_text message_1 user",
+    "answer": "=answer expected_answer final_answer final_ans answer_number ground_truth gt_answer"
+    " gt ground_truth_answer reference_answer gold_answer golden_answer answer correct_answer"
+    " answers ans output_answer lsolutions reward_model.ground_truth 1.ground_truth.value"
     " verification_info.ground_truth question.ground_truth_answer",
-    "label": "label target gold result",  # the answer where no text says one
-    "solution": "solution gold_standard_solution question.ground_truth_solution",
-    "response": "response completion output generated_solution llm_response generations generation"
-    " r1_solution_1 chat.response deepseek_solution deepseek_attempt attempt gemini_attempt",
-    "thought": "reasoning_content thinking thought reasoning complex_cot deepseek_reasoning"
-    " deepseek_thinking_trajectory thinking_trajectories gemini_thinking_trajectory",
-    "system": "chat.system system system_prompt",
-    "turn": "content value",  # of a chat
-    "source": "source data_source problem_source source_type source_dataset dataset",
+    "label": "=label label target gold result",  # the answer where no text says one
+    "solution": "=solution solution gold_standard_solution question.ground_truth_solution"
+    " reference_solution solutions",
+    "response": "=response response completion output generated_solution llm_response generations"
+    " generation r1_solution_1 chat.response deepseek_solution deepseek_attempt attempt"
+    " gemini_attempt model_answer reannotated_assistant_content qwq longcot combined_text"
+    " message_2 assistant",
+    "thought": "=thought reasoning_content thinking thought reasoning complex_cot model_reasoning"
+    " deepseek_reasoning deepseek_thinking_trajectory thinking_trajectories chain_of_thought cot"
+    " gemini_thinking_trajectory",
+    "system": "=system chat.system system system_prompt",
+    "turn": "content value parts",  # of a chat
+    "source": "=source source data_source problem_source source_type source_dataset dataset",
 }
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+# What a problem cannot be understood without: its options, pictures, earlier turns, numbers (N_00)
+BESIDE = re.compile(
+    r"(answer_)?(option|choice)s?(_list|_?[a-h\d])?|d|op_?d|(distractor|incorrect_answer)s?_?\d*"
+    r"|(decoded_)?(image|picture)s?(_\d)?|history|prev_messages|numbers"
+)
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
 IDS = ("id", "_id", "unique_id", "uuid", "problem_id", "row")
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
-_WORKED = re.compile(r"\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101}")  # no bare value
+_MARKS = re.compile("correct|reward|verif")  # names of lists beside several responses
+_WORKED = re.compile(  # no bare value, nor a single word
+    r"(?s)\A(?![\s$]*(?:\\text\w*\{)?[A-Za-z]+[\s}$.]*\Z).*?"
+    r"(?:\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101})"
+)
 _FINAL = re.compile(r"\\f?box|####|The answer is:")
-LISTED = re.compile(r'\s*\[\s*"([^"\\]|\\.)*"\s*\]\s*')  # JSON in text: Skywork writes ["350"]
+_PACKED = re.compile(
+    r"""\s*(?:\{\s*["'].*\}|\[\s*(?:["']|\{\s*["']|true|false|null).*\])\s*""", re.S
+)  # JSON in text
+_MARKED_THOUGHT = re.compile(  # OpenThoughts, Bespoke-Stratos, Sky-T1; Magistral; OpenO1
+    r"\s*(?:<\|begin_of_thought\|>|\[THINK\]|<(thinking|thought|reasoning)>)(.*?)"
+    r"(?:<\|end_of_thought\|>|\[/THINK\]|</\1>)(.*)",
+    re.S | re.I,
+)
+
+
+def unpacked(value):
+    """JSON in text as its value (Skywork's ["350"], csv files); [None], which is no text, of a list
+    that is no JSON, such as Python's."""
+    if isinstance(value, str) and _PACKED.fullmatch(value):
+        with suppress(ValueError, RecursionError):
+            return parse_json(value.encode())
+        return [None]
+    return value
 
 
 def at(row: dict, path: str):
-    """The value of a column, or of a field inside one (`reward_model.ground_truth`), which may be
-    JSON in text."""
-    if "." not in path or path in row:
-        return row.get(path)
+    """The value of a column, or of a field inside one (`reward_model.ground_truth`)."""
     value = row
-    for name in path.split("."):
-        if isinstance(value, str) and value.startswith("{"):
-            with suppress(ValueError, RecursionError):
-                value = parse_json(value.encode())
-        value = value.get(name) if isinstance(value, dict) else None
+    for name in [path] if path in row else path.split("."):
+        value = unpacked(value.get(name)) if isinstance(value, dict) else None
     return value
 
 
 def as_text(value) -> str | None:
     """Text as it is, a number as text (27.0 as "27"), the element of a list of one; None of
     anything else."""
-    if isinstance(value, str) and LISTED.fullmatch(value):
-        with suppress(ValueError):
-            value = parse_json(value.encode())
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, dict):
         value = value.get("text")  # a part of a turn
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(int(value)) if value == int(value) else str(value)
+    if isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(int(value) if value == int(value) else value)
     return value if isinstance(value, str) else None
 
 
@@ -470,15 +503,16 @@ def field(row: dict, kind: str, where) -> str | None:
     another value stands."""
     for name in COLUMNS[kind].split():
         value = at(row, name)
-        if value is None:
+        if value is None or name == "label" and not isinstance(value, str):  # a class: KTO
             continue
         text = as_text(value)
         if text and text.strip():
             return text
-        wrong = isinstance(value, (bool, list)) and value != [] and not turns_of(value)
-        if wrong and kind in ("problem", "answer"):
-            what = type(value).__name__
-            raise Misuse(f"{row_at(where)}: field {name!r} must be text or a number, not a {what}")
+        lost = text is None and value != [] and not turns_of(value, where)
+        if lost and kind in ("problem", "answer", "response", "thought"):
+            must = f"must be text or a number, not a {type(value).__name__}"
+            must += f"; found {', '.join(row)}; see --columns"
+            raise Misuse(f"{row_at(where)}: field {name!r} {must}")
     return None
 
 
@@ -493,7 +527,7 @@ def require(row: dict, names, where, found=None) -> dict:
     return row
 
 
-def turns_of(value) -> list[tuple[str, str]]:
+def turns_of(value, where) -> list[tuple[str, str]]:
     """The turns of a chat as (role, text), a thought in its own field as <think> ... </think>; []
     of all else."""
     turns = []
@@ -501,54 +535,56 @@ def turns_of(value) -> list[tuple[str, str]]:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         if not isinstance(role, str):
             return []
-        thought = field(turn, "thought", None) or ""
-        turns.append(
-            (ROLES.get(role, role), with_thought(thought, field(turn, "turn", None) or ""))
-        )
+        role = role.lower()
+        thought = field(turn, "thought", where) or ""
+        text = field(turn, "turn", where) or ""
+        turns.append((ROLES.get(role, role), with_thought(thought, text)))
     return turns
 
 
 def with_thought(thought: str, text: str) -> str:
     """A response whose thought stands in a field of its own (the answer may follow it there), or
-    between the marks of OpenThoughts, Bespoke-Stratos and Sky-T1."""
-    if "<|begin_of_thought|>" in text:
-        thought, _, text = text.partition("<|end_of_thought|>")
-        thought = thought.replace("<|begin_of_thought|>", "")
-        text = re.sub(r"<\|(?:begin|end)_of_solution\|>", "", text)
-    if thought.strip() in ("", "on", "off") or "</think>" in text:  # `reasoning: on`
+    between marks of another kind. "" where no answer follows."""
+    if marked := _MARKED_THOUGHT.fullmatch(text):
+        thought = marked[2]
+        text = re.sub(r"<\|(?:begin|end)_of_solution\|>|</?Output>", "", marked[3])
+    if "</think>" in text:
+        return text if "<think>" in text else "<think>\n" + text
+    if thought.strip() in ("", "on", "off"):  # `reasoning: on`
         return text
     inside, _, after = thought.strip().removeprefix("<think>").partition("</think>")
-    return f"<think>\n{inside.strip()}\n</think>\n{after.strip() or text.strip()}"
+    answer = after.strip() or text.strip()
+    return answer and f"<think>\n{inside.strip()}\n</think>\n{answer}"
 
 
 def chat(row: dict, where) -> dict:
     """The conversation of a row as {"chat.system", "chat.problem", "chat.response"}, {} if there is
     none. Misuse if it is longer: a reply in the middle is neither trained nor forgotten."""
-    turns = []
-    for name in ("messages", "conversations", "conversation"):
-        turns = turns or turns_of(row.get(name))
-    asked = turns_of(row.get("prompt")) or turns_of(row.get("input"))
-    turns = turns or asked + turns_of(row.get("completion"))
+    names = "messages conversations conversation contents prompt input completion"
+    *whole, prompt, asked, completion = (turns_of(at(row, name), where) for name in names.split())
+    turns = next(filter(None, whole), (prompt or asked) + completion)
     roles = [role for role, _ in turns]
     if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
-        found = ", ".join(roles)
-        raise Misuse(
-            f"{row_at(where)}: a conversation must be [system,] user, assistant; found {found}"
-        )
-    parts = dict(turns)
-    names = dict(system="system", user="problem", assistant="response")
-    return {f"chat.{name}": parts[role] for role, name in names.items() if role in parts}
+        must = "a conversation must be [system,] user, assistant"
+        raise Misuse(f"{row_at(where)}: {must}; found {', '.join(roles)}")
+    kinds = dict(system="system", user="problem", assistant="response")
+    return {f"chat.{kinds[role]}": text for role, text in turns}
 
 
 def marked_right(row: dict, texts: list) -> list:
     """Those of several responses that a list beside them marks as right (OpenR1:
-    correctness_math_verify)."""
+    correctness_math_verify, inside `correctness` in its raw form) and whose thought ends."""
     marks = []
-    for name, values in row.items():
-        if "correct" in name and isinstance(values, list) and len(values) == len(texts):
+    for name in [*filter(_MARKS.search, row), "correctness.llama", "correctness.math_verify"]:
+        values = at(row, name)
+        if isinstance(values, list) and len(values) == len(texts):
             marks += [values] if True in values or False in values else []
     marked = zip(*marks) if marks else [[True]] * len(texts)
-    return [text for text, said in zip(texts, marked) if True in said]
+    return [
+        text
+        for text, said in zip(texts, marked)
+        if True in said and "<think>" not in str(text).rpartition("</think>")[2]
+    ]
 
 
 def final(text: str) -> str | None:
@@ -564,37 +600,40 @@ def reading(row: dict, where) -> dict:
     """What a row says, whatever its layout: its problem, answer, solution, response, system message
     and source, empty or None where it has none. An answer in the solution stays there. Misuse where
     it cannot be understood."""
-    row = {name.lower(): value for name, value in row.items()} | row
+    row = {name.lower().replace(" ", "_"): value for name, value in row.items()} | row
     row |= chat(row, where)
-    if row.get("options") or row.get("choices"):
-        raise Misuse(f"{row_at(where)}: options beside the problem; write them into its text")
-    wrong = row.get("is_correct") is False or row.get("correct") is False
+    for name in filter(BESIDE.fullmatch, row):
+        if row[name]:
+            raise Misuse(f"{row_at(where)}: {name!r} beside the problem; write it into its text")
+    marks = [row.get(name) for name in ("is_correct", "correct", "verified", "label")]
+    wrong = any(mark in (False, "False", "false") for mark in marks)
     for name in COLUMNS["response"].split():
-        if isinstance(row.get(name), list) and not turns_of(row[name]):
-            right = marked_right(row, row[name])
-            wrong = wrong or not right and row[name] != []
+        texts = at(row, name)
+        if isinstance(texts, list) and not turns_of(texts, where):
+            right = marked_right(row, texts)
+            wrong = wrong or not right and texts != []
             row[name] = right[:1]
     said = {kind: field(row, kind, where) for kind in COLUMNS}
     problem, answer, solution, response, thought = (
         said[kind] or "" for kind in ("problem", "answer", "solution", "response", "thought")
     )
-    for name in ("context", "input"):  # Dolly; Alpaca
+    for name in ("input", "context", "passage", "table"):  # Alpaca; Dolly; AGIEval; TabMWP
         text = as_text(row.get(name)) or ""
-        if text.strip() and (name == "context" or problem == row.get("instruction")):
+        if problem and text.strip() and (name != "input" or problem == row.get("instruction")):
             problem += "\n\n" + text
-    if body := as_text(row.get("body")):  # SVAMP
+    if problem and (body := as_text(row.get("body"))):  # SVAMP
         problem = f"{body} {problem}"
-    if "####" in answer:
-        solution = solution or answer
+    worked = as_text(row.get("answer")) or ""
+    if "####" in worked:
+        solution = solution or worked
     if answer in ("", solution) and not _WORKED.search(solution):
         # DAPO-processed: the answer itself
         answer = solution
         solution = ""
     if len(set(boxes(answer))) < 2:
         answer = final(answer) or answer
-    response = response or solution
-    if response or "</think>" in thought:
-        response = with_thought(thought, response)
+    response = "" if wrong else response or solution or thought and worked
+    response = with_thought(thought, response)
     if not answer and not _FINAL.search(solution):
         answer = final(response) or said["label"] or ""
     return said | dict(
@@ -629,8 +668,8 @@ def to_problem(where, raw, default_source: str) -> dict:
         "answer": said["answer"] or None,
         "solution": said["solution"] or said["response"].rpartition("</think>")[2].strip(),
         "source": source,
-        "level": None if level is None else float(level[1]) if level[2] else int(level[1]),
-        "flags": {name: row[name] for name in (*VALID, "question_type") if name in row},
+        "level": level and (float if level[2] else int)(level[1]),
+        "flags": {name: row.get(name) for name in (*VALID, "question_type")},
     }
 
 
@@ -1014,9 +1053,7 @@ def marked_invalid(row: dict) -> str | None:
         return "proof"
     if kind == "MCQ":
         return "multiple choice"
-    valid = all(
-        row["flags"].get(name, "Yes") == "Yes" for name in ("problem_is_valid", "solution_is_valid")
-    )
+    valid = all(row["flags"].get(name) in (None, "Yes") for name in VALID)
     return None if valid else "marked invalid by its source"
 
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import decimal
 import fcntl
 import gzip
 import http.server
@@ -278,7 +279,7 @@ LAYERS = {
 # number)
 DENSITY = {
     "t1.py": (10, 3, 6, 0, 0, 28_120),
-    "data_prep.py": (11, 3, 7, 0, 0, 18_800),
+    "data_prep.py": (11, 3, 7, 0, 0, 18_900),
     "verify.py": (12, 15, 9, 5, 133, 22_471),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
     "experiments/*.py": (12, 10, 10, 2, 0, 0),
@@ -4011,6 +4012,67 @@ def test_folders_patterns_and_splits(tmp_path):
     (tmp_path / "more.jsonl").rename(tmp_path / "math_validation.jsonl")
     with pytest.raises(t1.Misuse, match="several splits .train, val."):
         t1.read_rows(str(tmp_path), "rl")
+
+
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        ("d/cot-00000-of-00002.jsonl d/tir-00000-of-00001.jsonl", "several splits .cot, tir."),
+        ("train-00000-of-00002.jsonl train_1M-00000-of-00001.jsonl", "splits .train, train_1M."),
+        ("all/default-00000-of-00001.jsonl d/train-00000-of-00001.jsonl", "splits .default, train"),
+        ("train-0.jsonl train-1.jsonl.zst", "train-1.jsonl.zst, row 1: not UTF-8"),
+        ("train-0.jsonl train-1.tsv", "train-1.tsv, row 1: not UTF-8"),
+        ("data-00000-of-00001.arrow state.json dataset_info.json", ".arrow, row 1: not UTF-8"),
+    ],
+)
+def test_a_folder_is_never_read_in_part_or_twice(tmp_path, files, says):
+    for name in files.split():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(ROW if name.endswith("jsonl") else b"\xff")
+    with pytest.raises(t1.Misuse, match=says):
+        t1.read_rows(str(tmp_path), "rl")
+
+
+def test_cells_that_hold_json_mean_what_the_lists_mean(tmp_path):
+    chat = [dict(role="user", content="What is 1 + 1?")]
+    rows = [
+        dict(prompt=chat, reward_model=dict(ground_truth="2"), generations=["3"], correct=[True]),
+        dict(prompt=chat, answer=["2"], generations=["no", "\\boxed{2}"], correct=[False, True]),
+    ]
+    said = []
+    for row in rows:
+        cells = {name: json.dumps(value) for name, value in row.items()}
+        for table in (row, cells):
+            read = data_prep.reading(table, ("a", 1))
+            said.append([read[name] for name in ("problem", "answer", "response")])
+    problem = "What is 1 + 1?"
+    assert said == [[problem, "2", "3"]] * 2 + [[problem, "2", "\\boxed{2}"]] * 2
+    for name in ("prompt", "answer", "generations"):  # as pandas writes them: no JSON
+        cell = str(rows[1][name])
+        with pytest.raises(t1.Misuse, match=f"a, row 1: field '{name}' must be text .*; see --col"):
+            data_prep.reading(rows[1] | {name: cell}, ("a", 1))
+
+
+def test_columns_that_are_named_come_first(tmp_path):
+    row = dict(
+        problem="What is 1 + 1?", final_answer="3", reasoning_content="no", response="It is."
+    )
+    path = str(jsonl(tmp_path / "rows.jsonl", [row | dict(mine="2")]))
+    (found,) = t1.read_rows(path, "rl", "answer=mine")
+    assert found["answer"] == "2" and found["final_answer"] == "3"
+    (found,) = t1.read_rows(path, "sft", "thought=mine")
+    assert found["response"] == "<think>\n2\n</think>\nIt is."
+
+
+def test_numbers_and_empty_marks_of_parquet(tmp_path):
+    marks = dict(problem_is_valid=None, solution_is_valid="Yes", question_type=None)
+    row = dict(problem="What is 1 + 1?", answer=decimal.Decimal("2.00"), **marks)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (found,) = t1.read_rows(str(tmp_path / "a.parquet"), "rl")
+    assert found["answer"] == "2"
+    (raw,) = data_prep.raw_rows(str(tmp_path / "a.parquet"))
+    assert data_prep.marked_invalid(data_prep.to_problem(*raw, "")) is None
 
 
 def test_columns_of_other_names(tmp_path):
