@@ -5893,7 +5893,7 @@ def test_verify_grade_deadline_is_kept():
 
 
 def test_verify_grade_replaces_dead_workers():
-    """All workers killed between two batches, and one again and again during a batch."""
+    """All workers killed between two batches, and one up to eight times during a batch."""
     verify.grade([r"\boxed{\sqrt{9}}"], ["3"])
     before = verify_workers()
     for pid in before:
@@ -5902,7 +5902,9 @@ def test_verify_grade_replaces_dead_workers():
     done = threading.Event()
 
     def kill_during_the_batch():
-        while not done.wait(0.4):
+        for _ in range(8):  # on a busy machine a new worker may need longer to start than it has
+            if done.wait(0.4):
+                return
             with contextlib.suppress(OSError):
                 os.kill(verify_workers()[0], signal.SIGKILL)
 
