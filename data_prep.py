@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import stat
 import sys
 import threading
@@ -1744,7 +1745,7 @@ class Reply(NamedTuple):
 
     text: str  # without what a server with a reasoning parser has moved out of it; may be empty
     thought: str  # that part
-    cut: bool  # stopped by --max-tokens
+    cut: bool  # stopped by --max-tokens, or by the server's filter
 
     @property
     def answer(self) -> str:
@@ -1757,7 +1758,8 @@ def to_reply(choice) -> Reply:
     said = choice.message
     thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
     text = (said.content or "").strip()
-    return Reply(text, (thought or "").strip(), choice.finish_reason == "length")
+    cut = choice.finish_reason in ("length", "content_filter")
+    return Reply(text, (thought or "").strip(), cut)
 
 
 class Model:
@@ -1809,12 +1811,12 @@ class Model:
                     return list(map(to_reply, completion.choices[:n]))
                 fault = "a reply without choices"
             except self.openai.APIStatusError as e:
-                fault = f"status {e.status_code} for model {self.name!r}"
+                fault = f"status {e.status_code} for model {self.name!r}: {e.body!r:.300}"
                 where = f"--base-url {self.args.base_url}: {fault}"
                 if e.status_code in (401, 403, 404):
                     raise Misuse(f"{where}; check the address, the model's name and OPENAI_API_KEY")
                 if e.status_code < 500 and e.status_code not in (408, 409, 429):
-                    raise Refused(f"{where}: {e.message}")
+                    raise Refused(where)
             except (self.openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:
                 fault = f"no usable reply ({type(e).__name__}: {str(e)[:120]})"
             finally:
@@ -1849,12 +1851,9 @@ class Journal:
         for where, line in file_rows(path) if begun else ():
             if line.endswith(b"\n"):  # not cut by a kill
                 row = require(parse(where, line), ["key"], where)
-                good = row.keys() <= {"key", "outcome", "asked", "replies"}
-                good = good and isinstance(row.get("outcome", {}), dict)
-                good = good and isinstance(row.get("asked", ""), str)
-                replies = row.get("replies", [])
-                good = good and isinstance(replies, list)
-                if not (good and all(is_reply(reply) for reply in replies)):
+                kinds = {"key": str, "outcome": dict, "asked": str, "replies": list}
+                good = all(type(value) is kinds.get(name) for name, value in row.items())
+                if not (good and all(map(is_reply, row.get("replies", [])))):
                     raise Misuse(f"{row_at(where)}: no row of a journal; take another --out")
                 self.keep(**row)
 
@@ -2918,6 +2917,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def show_any_text():
     """A console that knows only ASCII shows other characters as their numbers, and stops
     nothing."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # `2>&-`
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as Python does with stderr
 
@@ -2939,4 +2939,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, whatever a server still owes
     sys.exit(main())
