@@ -4098,6 +4098,18 @@ REWARDS = {
     "none.py:g": ("def f(response, row): return 1\n", 2, "none.py:g: KeyError: 'g'"),
     "bad.py:f": ("def f(response, row): return {}\n", 1, "bad.py:f: TypeError"),
     "missing.py:f": (None, 2, "missing.py:f: FileNotFoundError"),
+    "three.py:f": ("f = 3\n", 2, "three.py:f: AttributeError: 'int' object has no attribute"),
+    "late.py:f": (
+        "import asyncio\ndef f(response, row): raise asyncio.CancelledError('late')\n",
+        1,
+        "late.py:f: CancelledError: late; in",
+    ),
+    "huge.py:f": ("def f(response, row): return 1e39\n", 1, "ValueError: 1e+39 is no reward"),
+    "array.py:f": (
+        "import numpy as np\ndef f(response, row): return np.float64(2.5)\n",
+        0,
+        "reward 2.50",
+    ),
     "low.py:f": ("def f(response, row): return -3\n", 0, "step 0: --reward gave -3: less than"),
     "own.py:f": (
         "import neighbour\n"
