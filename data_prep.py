@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import stat
 import sys
 import threading
@@ -1781,7 +1782,7 @@ class Reply(NamedTuple):
 
     text: str  # without what a server with a reasoning parser has moved out of it; may be empty
     thought: str  # that part
-    cut: bool  # stopped by --max-tokens
+    cut: bool  # stopped by --max-tokens, or by the server's filter
 
     @property
     def answer(self) -> str:
@@ -1794,7 +1795,8 @@ def to_reply(choice) -> Reply:
     said = choice.message
     thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
     text = (said.content or "").strip()
-    return Reply(text, (thought or "").strip(), choice.finish_reason == "length")
+    cut = choice.finish_reason in ("length", "content_filter")
+    return Reply(text, (thought or "").strip(), cut)
 
 
 class Model:
@@ -1846,12 +1848,12 @@ class Model:
                     return list(map(to_reply, completion.choices[:n]))
                 fault = "a reply without choices"
             except self.openai.APIStatusError as e:
-                fault = f"status {e.status_code} for model {self.name!r}"
+                fault = f"status {e.status_code} for model {self.name!r}: {e.body!r:.300}"
                 where = f"--base-url {self.args.base_url}: {fault}"
                 if e.status_code in (401, 403, 404):
                     raise Misuse(f"{where}; check the address, the model's name and OPENAI_API_KEY")
                 if e.status_code < 500 and e.status_code not in (408, 409, 429):
-                    raise Refused(f"{where}: {e.message}")
+                    raise Refused(where)
             except (self.openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:
                 fault = f"no usable reply ({type(e).__name__}: {str(e)[:120]})"
             finally:
@@ -1886,12 +1888,9 @@ class Journal:
         for where, line in file_rows(path) if begun else ():
             if line.endswith(b"\n"):  # not cut by a kill
                 row = require(parse(where, line), ["key"], where)
-                good = row.keys() <= {"key", "outcome", "asked", "replies"}
-                good = good and isinstance(row.get("outcome", {}), dict)
-                good = good and isinstance(row.get("asked", ""), str)
-                replies = row.get("replies", [])
-                good = good and isinstance(replies, list)
-                if not (good and all(is_reply(reply) for reply in replies)):
+                kinds = {"key": str, "outcome": dict, "asked": str, "replies": list}
+                good = all(type(value) is kinds.get(name) for name, value in row.items())
+                if not (good and all(map(is_reply, row.get("replies", [])))):
                     raise Misuse(f"{row_at(where)}: no row of a journal; take another --out")
                 self.keep(**row)
 
@@ -2028,7 +2027,8 @@ Is the solution coherent from beginning to end and in the language of the proble
 calculation right, unless it \
 is taken back later, each step following from what stands before it, nothing said again and \
 again, no sentence broken \
-off? Answer with one word, yes or no."""
+off, and no word of an answer, a remark or a task that somebody else has given? \
+Answer with one word, yes or no."""
 PROMPTS = [ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT, JUDGE]
 
 
@@ -2099,45 +2099,56 @@ def rewritten(reply: Reply) -> str:
 _MARKUP = re.compile(
     r"\\(?:boxed|fbox|text|mathrm|left|right|displaystyle|[,;!:()\[\] ])(?![a-zA-Z])|[$~]|\*\*"
 )
-_ITEM = r"""(?:\\[a-zA-Z]+|\\[{}%]|\d{1,3}(?:,\d{3})+(?!\d)|\d+:\d+|\d*\.?\d+
-        |(?<![a-zA-Z])(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?![a-zA-Z])
-        |(?<![a-zA-Z])(?:sqrt|sin|cos|tan
-        |log|ln|pi)(?![a-zA-Z])
-        |(?<![a-zA-Z])(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))(?![a-zA-Z])
-        |[-+*/^_!%°√πθ∞²³·×÷()\[\]{}|]|,(?=\S))"""
+_ITEM = r"""(?:\\(?!(?:to|Rightarrow|implies|q?quad)(?![a-zA-Z]))[a-zA-Z]+|\\[{}%]
+        |\d{1,3}(?:,\d{3})+(?!\d)|\d+(?::| : )\d+|\d*\.?\d+|(?<=[\w)}])!(?! [-\d\\])
+        |(?<![a-zA-Z])(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve
+        |(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty
+        |sqrt|sin|cos|tan|log|ln|pi)(?![a-zA-Z])
+        |(?<=\d)(?!(?:[ap]m|[ckm]m|k?g|k[mg]|m?l|min|th|st|nd|rd)(?![a-zA-Z]))[a-zA-Z]{1,3}
+        (?![a-zA-Z])
+        |(?<![a-zA-Z'’])(?!(?<=\d[ ])[msghLNJWV]\b)(?:[b-zB-HJ-Z]|[aAI](?=\s?[-+*/^_=<>)\]]))
+        (?![a-zA-Z])
+        |[-+−±*/^_%°√πθ∞²³·×÷½∪()\[\]{}|]|,(?=\S))"""
 _VALUE = pattern(rf"(?>{_ITEM}(?: ?{_ITEM}){{0,99}})")
 _VALUES = pattern(  # several values, or an equation
-    rf"""{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or)\b|\\(?:leq?|geq?
+    rf"""{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or|to)\b|\\(?:leq?|geq?
         |in)\b)\s?{_VALUE.pattern})+"""
 )
 _END = re.compile(r"[.?!](?=\s|$)|\n|\Z")  # of a sentence
 _LEADS = pattern(  # to a result
     r"""\b(?:so|thus|hence|therefore|get|gets|got|gives?|giving|obtain|find|yields?|answer|result
-        |total|finally)\b
+        |total|finally|says?|guess|think|try|maybe|perhaps|suppose|value)\b
         |(?:=|\b(?:is|are|be|equals?|makes?|leaves?))\W*$""",
     re.I,
 )
-_NOTICE = pattern(  # a result is taken back
-    r"""\b(?:wait|hmm+|oops|no(?=[,.;:!])|mistake\w*|wrong\w*|errors?|incorrect\w*|fail(?:s|ed)?
-        |contradict\w*|overlooked|not (?:a )?valid
-        |also counts?|(?:double|over)[- ]?count\w*
-        |forgot\w*|missed|mis\w*count\w*|lost|impossible|re-?check|re-?examine|reconsider
-        |try again|redo
-        |start (?:over|again)|too (?:small|large|big|low|high|many|few|much)
-        |(?:can|could|do|does
-        |did|is|are|was)(?:n't|not| not) (?:be|right|correct|possible|true|work|fit|hold|match|agree
-        |satisfy|add up
-        |make sense|the answer))\b|not right\b""",
+_NOTICE = pattern(  # a result is taken back or doubted
+    r"""\b(?:wait|hmm+|oops|oh|hold on|actually|mistake\w*|wrong\w*|errors?
+        |incorrect\w*|fail(?:s|ed)?
+        |contradict\w*|overlooked|not (?:a )?valid|absurd|nonsens\w+|upside down|backwards|reversed
+        |inverted|swapped|confus\w+|mix(?:ed|es|ing)? (?:up|those|these|the)|slip(?:ped)?|careless
+        |also counts?|(?:double|over|under)[- ]?count\w*
+        |forg[eo]t\w*|missed|neglect\w+|ignor\w+|omit\w*|left out|leaves? out|misread|mis\w*count\w*
+        |lost|impossible|implausible|re-?check|re-?examine|reconsider|rethink
+        |try again|redo|recompute|recount|scratch that|correct(?:ing|ion)
+        |start (?:over|again)|too (?:small|large|big|low|high|many|few|much|long|short|early)
+        |but|however|though|although|not|nor?|never|cannot|should
+        |must|would|rather|instead|still|yet|only|except|of course|whereas|twice|false|suspicious
+        |I (?:need|have) to|dropped|aside
+        |once more|closer|let me (?:see|look|think|consider|re\w+|go back|start|fix)
+        |(?:this|that|it)(?:'s| is| was) (?:the|a|for|just))\b|n't\b|[?!](?!\d|\w)""",
     re.I,
 )
 _VERIFY = pattern(
     r"""\b(?:(?:double-|re-?)?check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*
-        |put(?:ting)? .{0,30}back|test\w*
-        |consistent|holds|to be sure|make sure)\b""",
+        |put(?:ting)? .{0,30}back|test\w*|cross-?check|recomput\w+|(?:an)?other (?:way|route|method)
+        |same (?:number|value|result|answer)
+        |consistent|holds|to be sure|make sure|agrees?|matches|adds? up|satisf\w+)\b|[✓✔]""",
     re.I,
 )
 _VERDICT = pattern(  # of a check: the group is a bad one
-    r"""\b((?:fail(?:s|ed)?|wrong|incorrect|contradict\w*|mistake|no[,.;:!]|cannot be|impossible
+    r"""\b((?:fail(?:s|ed)?|(?<!was )wrong|incorrect|contradict\w*
+        |inconsistent|disagrees?|mistake|mismatch
+        |no[,.;:!]|cannot be|impossible
         |(?:does|do|did|is|are)
         (?:n't| not) (?:right|correct|true|equal|\S*\d|hold|work|fit|match|agree|check|satisf\w+
         |add up|the same))|≠|\\ne)
@@ -2147,24 +2158,34 @@ _VERDICT = pattern(  # of a check: the group is a bad one
     re.I,
 )
 _CONCLUDES = re.compile(
-    r"\b(?:answer|result|final\w*|conclu\w+|(?:so|hence|thus|therefore),? it(?:'s| is| must be))\b",
+    r"\b(?:answer|result|final(?! (?:check|test|step))\w*|conclu\w+"
+    r"|(?:so|hence|thus|therefore),? it(?:'s| is| must be)(?= \W*\d))\b",
     re.I,
 )
 _GIVEN_AWAY = pattern(  # the answer that was given, the critiques, the instructions
-    r"""\bcriti(?:que|c)s?\b|\bverdicts?\b|\brewrit\w+|\binstruct(?:ions?|ed)\b|\bprompts?\b
-        |\battempts? *#?\d
+    r"""\bcriti(?:que|c)s?\b|\bverdicts?\b|\binstruct(?:ions?|ed)\b
+        |\brewriter\b|\brewrit\w+ (?:the|this|these) (?:material|attempts?|solutions?|thoughts?)\b
+        |\bprompts?\b(?! (?:me|us|a)\b)
+        |\bthe (?:grader|reviewer|feedback|hint|key (?:says|has|gives))\b
+        |\bmarked (?:\w+ ){0,2}(?:as )?(?:wrong|right|(?:in)?correct)\b
+        |\b(?:to|with|in) the (?:answer )?(?:key|reference)\b
+        |\b(?:responses?|samples?|candidates?) \#?\d
+        |\b(?:answer|result) (?:is|was) (?:supposed|meant|claimed|said) to\b
+        |\b(?:answer|solution|result) (?:was )?provided\b
+        |\battempts? *(?:\#?\d|one\b|two\b|three\b)
         |\b(?:the|wrong|right|failed|given|provided|correct|these|both|all) attempts?\b(?! to)
         |\bground[- ]truth\b
         |\b(?:given|provided|expected|official|known|stated|supplied|reference|gold
         |target) (?:final )?answer\b
-        |\b(?:reference|official|provided) (?:value|result)\b|\banswer key\b
+        |\b(?:reference|official|provided) (?:value|result)\b|\banswer (?:key|sheet)\b
         |\b(?:answer|solution) says\b|\b(?:given|reference|official|provided) solution\b
         |\bthe reference (?:is|says|gives)\b
         |\b(?:answer|result|solution) (?:is|was|has been|i was) (?:already )?(?:given|provided|known
         |told|supplied)\b
         |\b(?:given|told|know|knowing|known) (?:that )?the (?:right |correct |final 
         |true )?(?:answer|result|solution)\b
-        |\bI(?:'m|'ve| am| was| have)(?: been)? (?:told|given|instructed|shown|informed)\b
+        |\bI(?:'m|'ve| am| was| have)(?: been)? (?:told|given|instructed|shown|informed
+        |asked to (?:show|present|write))\b
         |\bas an? (?:AI|assistant)\b
         |\b(?:language|AI) models?\b|\bthe user\b|\bsystem message\b|\btrain of thought\b
         |\bas requested\b
@@ -2191,14 +2212,15 @@ def named(text: str, answer: str) -> list[tuple[int, int]]:
     """Where a text, without markup, names an answer, in any spelling that verify.py finds equal:
     (start, end), in order."""
     found = []
-    several = re.search(r"[,;=<>]|\\cup|\bor\b|\band\b|\\in\b", answer)
+    several = re.search(r"[,;:=<>]|\\cup|\\pm|\bor\b|\band\b|\\in\b", answer)
     for match in chain(_VALUE.finditer(text), _VALUES.finditer(text) if several else ()):
         value = match[0].strip(" ,*/^_+")
         if len(value) <= 2 * len(answer) + 30 and same_value(value.rstrip("-"), answer):
             found.append(match.span())
     words = _MARKUP.sub("", answer).strip("{} ")
-    if re.search(r"(?<!\\)\b[^\W\d_]{3,}", words):
-        found += [m.span() for m in re.finditer(re.escape(words), text, re.I)]
+    if re.search(r"(?<!\\)\b[^\W\d_]{2,}", words):
+        words = " ?".join(map(re.escape, words.replace(" ", "")))
+        found += [m.span() for m in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.I)]
     return sorted(found)
 
 
@@ -2209,18 +2231,19 @@ def sentence(text: str, start: int, end: int) -> tuple[str, str]:
 
 
 def is_result(text: str, start: int, end: int) -> bool:
-    """Is the value at text[start:end] said as a result: after a word that leads to one, or last in
-    its sentence?"""
+    """Is the value at text[start:end] said as a result: after a word that leads to one, or near the
+    end of its sentence?"""
     before, after = sentence(text, start, end)
-    return bool(_LEADS.search(before)) or not re.search(r"\d", after)
+    goes_on = re.match(r"(?! is the (?:answer|result))(?:.*\d|(?:\W+\w+){7})", after)
+    return bool(_LEADS.search(before)) or not goes_on
 
 
-def ends_elsewhere(text: str, answers: list[str]) -> bool:
-    """Does the last sentence of a text that speaks of a result name values, and none of the
-    answers?"""
+def ends_elsewhere(text: str, answer: str) -> bool:
+    """Does the last sentence of a text that speaks of a result name values, and not the
+    answer?"""
     said = [sentence(text, *match.span())[1] for match in _CONCLUDES.finditer(text)]
     said = [rest for rest in said if re.search(r"\d", rest)]
-    return bool(said) and not any(named(said[-1], answer) for answer in answers)
+    return bool(said) and not named(said[-1], answer)
 
 
 def story_fault(text: str, failed: list[str], answer: str) -> str | None:
@@ -2231,13 +2254,16 @@ def story_fault(text: str, failed: list[str], answer: str) -> str | None:
     at = 0
     for wrong in failed:
         places = [p for p in named(text, wrong) if p[0] >= at and is_result(text, *p)]
-        notice = _NOTICE.search(text, places[0][1]) if places else None
+        start, end = places[0] if places else (len(text), len(text))
+        right = [p for p in told if is_result(text, *p)]
+        later = [p[0] for p in right if p[0] >= end]
+        notice = _NOTICE.search(text, end, min(later, default=len(text)))
         if not notice:
             return "failed attempt not recognised"
-        for start, end in told:
-            if end <= places[0][0] and is_result(text, start, end):
-                checked = _VERIFY.search(text[end : min(end + 60, places[0][0])])
-                if checked or _CONCLUDES.search(sentence(text, start, end)[0]):
+        for first, last in right:
+            if last <= start:
+                checked = _VERIFY.search(text[last : min(last + 60, start)])
+                if checked or _CONCLUDES.search(sentence(text, first, last)[0]):
                     return "right answer before the failed one"
         at = notice.end()
     told = [p for p in told if p[0] >= at]
@@ -2246,10 +2272,14 @@ def story_fault(text: str, failed: list[str], answer: str) -> str | None:
     check = _VERIFY.search(text, told[0][1]) if told else None
     if not check:
         return "no self-verification"
-    verdicts = [match[1] for match in _VERDICT.finditer(text, check.start())]
-    if verdicts and verdicts[-1]:
+    fails = None
+    for match in _VERDICT.finditer(text, check.start()):
+        clause = re.split(r"[.,;:?!] |\n", text[: match.start()])[-1]
+        if not match[1] or named(clause, answer) or not re.search(r"\d", clause):
+            fails = match[1]
+    if fails:
         return "verification fails"
-    if ends_elsewhere(text[at:], [answer, *failed]):
+    if ends_elsewhere(text[at:], answer):
         return "ends at another value"
     numbers = set(re.findall(r"\d+", text)) - set(re.findall(r"\d+", " ".join([answer, *failed])))
     words = set(re.findall(r"[^\W\d_]{3,}", text.lower())) - _EMPTY
@@ -2275,7 +2305,7 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
     if any(m[0].lower() not in row["problem"].lower() for m in _GIVEN_AWAY.finditer(response)):
         return "speaks of what was given"
     thought, solution = (_MARKUP.sub(" ", part) for part in parts.groups())
-    if ends_elsewhere(solution, [row["answer"]]):
+    if ends_elsewhere(solution, row["answer"]):
         return "ends at another value"
     failed = [verify.extract_answer(attempt) for attempt, ok in path if not ok]
     return story_fault(thought, failed, row["answer"])
@@ -2924,6 +2954,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def show_any_text():
     """A console that knows only ASCII shows other characters as their numbers, and stops
     nothing."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # `2>&-`
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as Python does with stderr
 
@@ -2945,4 +2976,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, whatever a server still owes
     sys.exit(main())

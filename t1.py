@@ -1535,8 +1535,8 @@ def reward_function(spec: str):
     file, _, name = spec.rpartition(":")
     try:
         sys.path.insert(0, str(Path(file).resolve().parent))
-        return runpy.run_path(file)[name]
-    except (Exception, SystemExit) as e:
+        return runpy.run_path(file)[name].__call__  # an error here if it has none
+    except BaseException as e:
         reason = f"{type(e).__name__}: {reason_of(e)}"
         raise Misuse(f"--reward {spec}: {reason}; give FILE.py:FUNCTION")
 
@@ -1546,10 +1546,10 @@ def own_reward(spec: str, rollout: Rollout) -> float:
     row = rollout.problem.row
     try:
         value = float(reward_function(spec)(rollout.text, copy.deepcopy(row)))
-        if not math.isfinite(value):
+        if not torch.tensor(value).isfinite():  # as training reads it, in float32
             raise ValueError(f"{value} is no reward")
         return value
-    except (Exception, SystemExit) as e:
+    except BaseException as e:
         reason = f"{type(e).__name__}: {reason_of(e)}"
         raise Stop(f"--reward {spec}: {reason}; in {place_of(row)}")
 

@@ -279,7 +279,7 @@ LAYERS = {
 # number)
 DENSITY = {
     "t1.py": (10, 3, 6, 0, 0, 28_120),
-    "data_prep.py": (11, 3, 7, 0, 0, 18_900),
+    "data_prep.py": (11, 3, 7, 0, 0, 19_000),
     "verify.py": (12, 15, 9, 5, 133, 22_471),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
     "experiments/*.py": (12, 10, 10, 2, 0, 0),
@@ -4160,6 +4160,18 @@ REWARDS = {
     "none.py:g": ("def f(response, row): return 1\n", 2, "none.py:g: KeyError: 'g'"),
     "bad.py:f": ("def f(response, row): return {}\n", 1, "bad.py:f: TypeError"),
     "missing.py:f": (None, 2, "missing.py:f: FileNotFoundError"),
+    "three.py:f": ("f = 3\n", 2, "three.py:f: AttributeError: 'int' object has no attribute"),
+    "late.py:f": (
+        "import asyncio\ndef f(response, row): raise asyncio.CancelledError('late')\n",
+        1,
+        "late.py:f: CancelledError: late; in",
+    ),
+    "huge.py:f": ("def f(response, row): return 1e39\n", 1, "ValueError: 1e+39 is no reward"),
+    "array.py:f": (
+        "import numpy as np\ndef f(response, row): return np.float64(2.5)\n",
+        0,
+        "reward 2.50",
+    ),
     "low.py:f": ("def f(response, row): return -3\n", 0, "step 0: --reward gave -3: less than"),
     "own.py:f": (
         "import neighbour\n"
@@ -6716,6 +6728,15 @@ REPLIES = {
     "json": ('{"choices": [{"mess', "application/json"),
     "empty": ('{"id": "x", "choices": []}', "application/json"),
 }
+REFUSALS = {  # status, body, type -> the server's words, as the user reads them
+    "json": (400, '{"error": {"message": "at most 4096"}}', "application/json", "at most 4096"),
+    "text": (400, "max_tokens is too large", "text/plain", "'max_tokens is too large'"),
+    "html": (400, "<h1>Too\nlong</h1>" + 999 * "x", "text/html", "'<h1>Too\\nlong</h1>xxx"),
+    "detail": (422, '{"detail": [{"msg": "n must be 1"}]}', "application/json", "n must be 1"),
+    "model": (404, '{"error": {"message": "no model m"}}', "application/json", "no model m"),
+    "quota": (429, '{"error": {"message": "quota used"}}', "application/json", "quota used"),
+    "down": (503, "restarting", "text/plain", "'restarting'"),
+}
 WRONG = "987654"
 
 
@@ -6963,7 +6984,7 @@ def test_data_cot_a_refusal_is_an_error_with_the_words_of_the_server(tmp_path, n
     with FakeModel(SUMS[:3], [400] * 9) as server:
         args = cot_args(tmp_path, server)
         code, out, err = data_main(*args)
-        assert code == 2 and "status 400" in err and "Error code: 400 - no" in err
+        assert code == 2 and "status 400" in err and "{'message': 'no'}" in err
         assert "3 of 3 problems are still open" in err and "next:" not in out
         assert not (tmp_path / "o" / "sft.jsonl").exists()
         server.faults = ()
@@ -6989,6 +7010,56 @@ def test_data_cot_a_refusal_is_an_error_with_the_words_of_the_server(tmp_path, n
         args += ("--base-url", server.url, "--processes", 1, "--out", tmp_path / "rates")
         code, out, err = data_main(*args)
         assert code == 1 and "too long" in err and not (tmp_path / "rates" / "rl.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_data_cot_a_server_is_quoted_whatever_it_sends(tmp_path, no_wait, kind):
+    status, body, form, words = REFUSALS[kind]
+
+    def send(handler, *unused):
+        FakeModelHandler.send(handler, status, body, form)
+
+    with FakeModel(SUMS[:1]) as server:
+        handler = type("Refusing", (FakeModelHandler,), {"do_POST": drain_and(send)})
+        server.RequestHandlerClass = handler
+        code, _, err = data_main(*cot_args(tmp_path, server, "--retries", 1))
+    assert code == (1 if status in (429, 503) else 2)
+    last = err.splitlines()[-1]
+    assert words in last and len(last) < 700, err
+
+
+def drain_and(send):
+    """A do_POST that reads the request and answers by `send`."""
+
+    def do_POST(handler):
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        send(handler)
+
+    return do_POST
+
+
+def test_data_cot_ctrl_c_does_not_wait_for_the_server(tmp_path):
+    """Ctrl-C while requests are out: they may take --timeout (600 s), the end does not."""
+    with FakeModel(SUMS[:2], delay=60) as server:
+        command = [sys.executable, HERE / "data_prep.py", *cot_args(tmp_path, server)]
+        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+        while not server.under_way:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == -signal.SIGINT and "Traceback" not in err
+        server.delay = 0
+        succeed(*cot_args(tmp_path, server))
+        assert len(read_jsonl(tmp_path / "o" / "sft.jsonl")) == 2
+
+
+def test_data_prep_without_a_stderr(tmp_path):
+    pool = jsonl(tmp_path / "pool.jsonl", SUMS[:9])
+    options = f"--numina {pool} --processes 1 --out {tmp_path / 'o'}"
+    command = f"{sys.executable} {HERE / 'data_prep.py'} curate {options} 2>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "o" / "rl.jsonl").exists()
 
 
 THOUGHT = "<think>\nI should write a train of thought for the user. </think>\n"
