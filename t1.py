@@ -1494,12 +1494,18 @@ def json_object(text: str) -> dict | None:
 
 def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[Problem]:
     """A prompt is never cut: those longer than max_prompt are counted and left out."""
-    problems = [Problem(row, prompt_ids(row, tokenizer, cfg)) for row in rows]
-    kept = [p for p in problems if 0 < len(p.prompt) <= cfg.max_prompt]
-    if len(kept) < len(rows):
-        first = next(p.row for p in problems if not 0 < len(p.prompt) <= cfg.max_prompt)
-        where = place_of(first)
-        bad = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than"
+    prompts = {}  # traces repeat their problem
+    kept = []
+    left_out = []
+    for row in rows:
+        text = row["problem"], row.get("system")
+        if text not in prompts:
+            prompts[text] = prompt_ids(row, tokenizer, cfg)
+        fits = 0 < len(prompts[text]) <= cfg.max_prompt
+        (kept if fits else left_out).append(Problem(row, prompts[text]))
+    if left_out:
+        where = place_of(left_out[0].row)
+        bad = f"{len(left_out)} of {len(rows)} prompts are empty or longer than"
         bad += f" --max-prompt {cfg.max_prompt}"
         if not kept:
             raise Misuse(f"{bad}, the first is {where}; nothing is left")
@@ -1510,13 +1516,15 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[Problem]:
 def encode_responses(problems: list[Problem], tokenizer, cfg) -> list[Rollout]:
     """Traces as rollouts that are already there. Those longer than max_new are counted and left
     out."""
-    traces = []
+    texts = []
     for problem in problems:
         response = problem.row["response"]
         if opens_thought(problem.prompt, tokenizer):  # the prompt has written the tag
             response = response.removeprefix("<think>").lstrip("\n")
-        ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        traces.append(Rollout(problem, ids=ids, finished=True))
+        texts.append(response)
+    end = [tokenizer.eos_token_id]
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    traces = [Rollout(p, ids=ids + end, finished=True) for p, ids in zip(problems, encoded)]
     kept = [trace for trace in traces if len(trace.ids) <= cfg.max_new]
     if not kept:
         shortest = min(len(trace.ids) for trace in traces)
@@ -1537,8 +1545,7 @@ def reward_function(spec: str):
         sys.path.insert(0, str(Path(file).resolve().parent))
         return runpy.run_path(file)[name].__call__  # an error here if it has none
     except BaseException as e:
-        reason = f"{type(e).__name__}: {reason_of(e)}"
-        raise Misuse(f"--reward {spec}: {reason}; give FILE.py:FUNCTION")
+        raise Misuse(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; give FILE.py:FUNCTION")
 
 
 def own_reward(spec: str, rollout: Rollout) -> float:
@@ -1550,8 +1557,7 @@ def own_reward(spec: str, rollout: Rollout) -> float:
             raise ValueError(f"{value} is no reward")
         return value
     except BaseException as e:
-        reason = f"{type(e).__name__}: {reason_of(e)}"
-        raise Stop(f"--reward {spec}: {reason}; in {place_of(row)}")
+        raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {place_of(row)}")
 
 
 def place_of(row: dict) -> str:
@@ -3497,8 +3503,7 @@ WORDS = dict(
 
 def column(rows: list[dict], name: str) -> np.ndarray:
     """A column of metrics.jsonl; NaN where it is empty."""
-    values = [row.get(name) for row in rows]
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
+    return np.array([row.get(name) for row in rows], dtype=float)  # None becomes NaN
 
 
 def draw_steps(folder: Path, suffix: str = ".png"):
@@ -3697,7 +3702,7 @@ def check_config(cfg: Config):
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
     vllm = "not installed here: pip install vllm==0.32.0"
     need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
     need(not cfg.vllm_tp or cfg.engine != "torch", "vllm_tp", "only with --engine vllm")
     need(ranks % (cfg.vllm_tp or 1) == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")

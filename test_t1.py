@@ -5714,7 +5714,7 @@ def calls_of(work):
     return sum(entry.callcount for entry in profile.getstats())
 
 
-@pytest.mark.parametrize("text", SLOWEST)
+@pytest.mark.parametrize("text", SLOWEST, ids=range(len(SLOWEST)))
 def test_verify_work_is_counted(text):
     """0.3 s are more than two million calls."""
     for gold in ("5", "x+\\sqrt2", text[:-1]):
