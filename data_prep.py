@@ -120,8 +120,9 @@ def local_files(name: str) -> list[Path]:
     if not os.path.isdir(name):
         found = [name] if os.path.lexists(name) else glob.glob(name, recursive=True)
         if not found:
-            known = ", ".join(HUB)
-            raise Misuse(f"{name}: no such file, and not one of the data sets of the hub ({known})")
+            raise Misuse(
+                f"{name}: no such file, and not one of the data sets of the hub ({', '.join(HUB)})"
+            )
         return sorted(map(Path, found))
     files = {}  # file -> its split
     for file in sorted(path.rglob("*")):
@@ -142,7 +143,7 @@ def local_files(name: str) -> list[Path]:
     return list(files)
 
 
-def raw_rows(name: str, columns: str | None = None, strict: bool = True) -> Iterator[tuple]:
+def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tuple]:
     """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be
     read.
 
@@ -153,9 +154,12 @@ def raw_rows(name: str, columns: str | None = None, strict: bool = True) -> Iter
         parts = [hub_rows(name)]
     else:
         parts = map(file_rows, local_files(name))
-    renames = dict(part.partition("=")[::2] for part in (columns or "").split(",") if part)
-    if unknown := [f"{a}={b}" for a, b in renames.items() if a not in COLUMNS or not b]:
-        raise Misuse(f"--columns {unknown[0]}: must be one of {', '.join(COLUMNS)}, =, a column")
+    renames = dict(part.partition("=")[::2] for part in columns.split(",") if part)
+    for kind, column in renames.items():
+        if kind not in COLUMNS or not column:
+            raise Misuse(
+                f"--columns {kind}={column}: must be one of {', '.join(COLUMNS)}, =, a column"
+            )
     row = None
     for row in chain.from_iterable(parts):
         yield (row[0], renamed(*row, renames, strict)) if renames else row
@@ -203,8 +207,10 @@ def file_rows(path: Path) -> Iterator[tuple]:
     except Misuse:
         raise
     except Exception as e:  # a damaged file makes the libraries raise almost anything
-        reason = f"{type(e).__name__}: {getattr(e, 'strerror', None) or e}"
-        raise Misuse(f"{path}: cannot be read as {kind[1:]} (after row {number}: {reason})")
+        raise Misuse(
+            f"{path}: cannot be read as {kind[1:]} (after row {number}: {type(e).__name__}: "
+            f"{getattr(e, 'strerror', None) or e})"
+        )
 
 
 def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
@@ -223,8 +229,10 @@ def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
                     f"{path}, row {number}: longer than {longest >> 20} MiB; rows end with \\n"
                 )
             if most < 0:
-                grows = f"the gzip file grows to more than {GZIP_RATIO} times its size"
-                raise Misuse(f"{path}, row {number}: {grows}")
+                raise Misuse(
+                    f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times "
+                    "its size"
+                )
             yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
@@ -323,14 +331,14 @@ def parse(where, raw) -> dict:
         row = parse_json(raw) if isinstance(raw, bytes) else raw
         if isinstance(row, list) and turns_of(row, where):
             row = {"0": row[0], "1": row[-1], "messages": row}  # ORZ: a row is a list of turns
-        fault = None if isinstance(row, dict) else "a row must be a JSON object"
+        if isinstance(row, dict):
+            return row
+        fault = "a row must be a JSON object"
     except UnicodeError as e:
         fault = f"not UTF-8 text ({e}); save the file as UTF-8, or repair the line"
     except (ValueError, RecursionError) as e:
         fault = f"not JSON ({e}); repair or remove the line"
-    if fault:
-        raise Misuse(f"{row_at(where)}: {fault}")
-    return row
+    raise Misuse(f"{row_at(where)}: {fault}")
 
 
 def json_line(row: dict) -> str:
@@ -521,9 +529,9 @@ def require(row: dict, names, where, found=None) -> dict:
     """The row, if all those fields hold text."""
     for name in names:
         if not isinstance(row.get(name), str) or not row[name].strip():
-            there = ", ".join(found or row)
             raise Misuse(
-                f"{row_at(where)}: field {name!r} is missing or empty; found {there}; see --columns"
+                f"{row_at(where)}: field {name!r} is missing or empty; found "
+                f"{', '.join(found or row)}; see --columns"
             )
     return row
 
@@ -670,17 +678,17 @@ def to_problem(where, raw, default_source: str) -> dict:
         "solution": said["solution"] or said["response"].rpartition("</think>")[2].strip(),
         "source": source,
         "level": level and (float if level[2] else int)(level[1]),
-        "flags": {name: row.get(name) for name in (*VALID, "question_type")},
+        "flags": row,
     }
 
 
 def too_long(row: dict) -> bool:
-    return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
+    return any(len(row[name] or "") > LONGEST for name in "problem solution answer".split())
 
 
 def problem_row(row: dict) -> dict:
     """A row of `to_problem` as it is written: without the fields that are empty."""
-    names = ("id", "problem", "answer", "source", "level", "solution")
+    names = "id problem answer source level solution".split()
     return {
         name: row[name] for name in names if name in ("id", "answer") or row[name] not in (None, "")
     }
@@ -691,8 +699,10 @@ def checked_problem(where, raw, default_source: str) -> dict:
     drops it from a pool."""
     row = to_problem(where, raw, default_source)
     if too_long(row):
-        what = f"problem, solution or answer of more than {LONGEST:,} characters; shorten it"
-        raise Misuse(f"{row_at(where)}: {what}")
+        raise Misuse(
+            f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; "
+            "shorten it"
+        )
     return row
 
 
@@ -712,7 +722,7 @@ def gradable(answer: str) -> bool:
     return len(words) < 12 and verify.is_readable(answer)
 
 
-def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
+def read_rows(path: str, stage: str, columns: str = "") -> list[dict]:
     """Rows of a data set for a stage: traces (sft: "problem", "response") or problems (rl, eval:
     "problem", "answer"), with "system", where the row has one, "where", and all columns of the file
     as they are. Misuse, with the row, where one of these texts is missing. columns: see `raw_rows`;
@@ -728,7 +738,7 @@ def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
             continue
         require(said, ["problem", "response" if stage == "sft" else "answer"], where, row)
         row = {} if stage == "sft" else row  # all columns are for --reward
-        names = ("id", "problem", "answer", "solution", "response", "system", "source")
+        names = "id problem answer solution response system source".split()
         row |= {name: said[name] for name in names if said[name]}
         rows.append(row | dict(where=row_at(where)))
     bad = [] if stage == "sft" else [row for row in rows if not gradable(row["answer"])]
@@ -824,7 +834,8 @@ def tokens(text: str) -> list[str]:
     text = _THOUSANDS.sub("", _BULLET.sub(" ", _SHORT_FRACTION.sub(r"\1 \2 ", text)))
     text = _ENVIRONMENT.sub(" ", _BLANK.sub(" ", _WORD_HYPHEN.sub(" ", text)))
     text = _CAPITALS.sub(lambda m: m[1] or m[0].lower(), text)  # `\Gamma` is not `\gamma`
-    found, last = [], ""
+    found = []
+    last = ""
     for token in _TOKEN.findall(text):
         if token in "!'" and (len(last) == 1 and last.isalnum() or last.isdigit() or last == ")"):
             found.append(token)  # n! and f'(x) are no punctuation
@@ -843,15 +854,9 @@ def key(words: list[str]) -> str:
 
 
 _SIGN = re.compile(r"[\d.]*\d|\\[a-zA-Z]+|[-+/=<>^!%|*']")
-_QUIET = {
-    "\\cdot",
-    "*",
-    "\\dots",
-    "\\circ",
-    "^",
-    "|",
-}  # written or left out by taste: a b, a \cdot b; |S|, #S
-_BRACKETS = set("()[]|") | {"\\{", "\\}"}
+# written or left out by taste: a b, a \cdot b; |S|, #S
+_QUIET = set(r"\cdot * \dots \circ ^ |".split())
+_BRACKETS = set(r"( ) [ ] | \{ \}".split())
 CLAUSE = 6  # tokens. NOT IN PAPER: a longer insertion is a clause of its own (a hint, a credit)
 
 
@@ -987,7 +992,8 @@ def repair(text: str) -> str:
 
 def boxes(text: str) -> list[str | None]:
     """The content of every outermost box, in order; None for a box whose braces do not close."""
-    found, end = [], 0
+    found = []
+    end = 0
     for match in _BOX.finditer(text):
         at = match.end()
         depth = 0
@@ -1512,7 +1518,7 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
 
 
 def read_pools(
-    pools: list[tuple[str, str]], shared: tuple, processes: int, columns: str | None = None
+    pools: list[tuple[str, str]], shared: tuple, processes: int, columns: str = ""
 ) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in
     order. shared: of `prepare`."""
@@ -1683,7 +1689,7 @@ def curate(args, out: Path) -> int:
     pools += [(name, Path(name).name.split(".")[0]) for name in args.numina]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
-        known = [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
+        known = [BENCHMARKS[name] for name in "math500 aime24 omni".split()]
         args.decontaminate = args.decontaminate or known
     if args.pass_rate:
         args.pass_rate = bounds(args.pass_rate)
@@ -1725,9 +1731,8 @@ def write_report(out: Path, report: dict, counts: Counter):
     """The funnel on the console, as report.json, and in the data card. counts: of (source, "read",
     "answer only", "kept" or reason)."""
     names = ("read", "answer only", "kept", *REASONS)
-    sources = sorted({source for source, _ in counts})
-    by_source = {source: {} for source in sources}
-    for source, name in product(sources, names):
+    by_source = defaultdict(dict)
+    for source, name in product(sorted({source for source, _ in counts}), names):
         if counts[source, name]:
             by_source[source][name] = counts[source, name]
     total = sum(map(Counter, by_source.values()), Counter())
@@ -2345,7 +2350,7 @@ def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], 
     }
 
 
-def read_problems(name: str, columns: str | None = None) -> list[dict]:
+def read_problems(name: str, columns: str = "") -> list[dict]:
     """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct
     ids."""
     rows = {}
@@ -2361,7 +2366,7 @@ def read_problems(name: str, columns: str | None = None) -> list[dict]:
                 f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each "
                 "problem its own"
             )
-        rows[row["id"]] = {k: row[k] for k in ("id", "problem", "answer", "source")}
+        rows[row["id"]] = {k: row[k] for k in "id problem answer source".split()}
     return list(rows.values())
 
 
@@ -2398,9 +2403,8 @@ def cot(args, out: Path) -> int:
         if outcome and outcome["response"]
     ]
     report = {"settings": settings, "problems": len(done), "outcomes": dict(why.most_common())}
-    write_json(
-        out / "report.json", report | {"attempts": attempts, "with a failed attempt": reflecting}
-    )
+    report |= {"attempts": attempts, "with a failed attempt": reflecting}
+    write_json(out / "report.json", report)
     print("attempts: " + ", ".join(f"{n:,} {kind}" for kind, n in attempts.most_common()))
     print("\n".join(f"{n:8,}  {reason}" for reason, n in why.most_common()))
     if not traces:
@@ -2421,7 +2425,8 @@ def write_traces(out: Path, traces: list[dict], remark: str) -> int:
 def read_authors(name: str, columns: str, out: Path) -> int:
     """The authors' sft.jsonl, whose columns are not documented, or any other traces -> trace
     rows."""
-    traces, without_box = [], 0
+    traces = []
+    without_box = 0
     for number, row in enumerate(read_rows(name, "sft", columns), 1):
         response = row["response"]
         if not (answer := verify.extract_answer(response)):
@@ -2433,8 +2438,15 @@ def read_authors(name: str, columns: str, out: Path) -> int:
                 thought = response
                 rest = f"\\boxed{{{answer}}}"
             response = f"<think>\n{thought.strip()}\n</think>\n{rest.strip()}"
-        about = dict(id=f"t1-sft-{number}", problem=row["problem"])
-        traces.append(about | dict(response=response, answer=answer, source="t1-sft"))
+        traces.append(
+            dict(
+                id=f"t1-sft-{number}",
+                problem=row["problem"],
+                response=response,
+                answer=answer,
+                source="t1-sft",
+            )
+        )
     if not traces:
         raise Misuse(f"{name}: no rows with a boxed answer")
     return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
@@ -2454,7 +2466,7 @@ BENCHMARKS = {  # option, also the source's name -> name on the hub
 OMNI = 500
 
 
-def benchmark_rows(source: str, name: str, columns: str | None = None) -> list[dict]:
+def benchmark_rows(source: str, name: str, columns: str = "") -> list[dict]:
     """A benchmark's rows as problem rows."""
     rows = []
     for where, raw in raw_rows(name, columns):
@@ -2476,12 +2488,13 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns in another file),
     options shuffled by seed. Its authors ask that no example be published: nothing of it is in this
     repository."""
-    columns = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)), "Question"]
+    columns = "Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Question"
+    columns = columns.split(",")
     rows = []
     for where, raw in raw_rows(path):
         row = parse(where, raw)
         texts = {column: as_text(row.get(column)) for column in columns}
-        *options, question = (require(texts, columns, where, row)[name].strip() for name in columns)
+        *options, question = map(str.strip, require(texts, columns, where, row).values())
         order = random.Random(f"{seed} {texts['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
         problem = (
@@ -2503,10 +2516,11 @@ def benchmarks(args, out: Path) -> int:
     Omni-MATH."""
     report = {"seed": args.seed, "benchmarks": {}}
     contents = {}
-    names = {source: getattr(args, source) for source in BENCHMARKS if getattr(args, source)}
-    for source, name in (
-        names or {source: name for source, name in BENCHMARKS.items() if name}
-    ).items():
+    given = {source: getattr(args, source) for source in BENCHMARKS}
+    names = given if any(given.values()) else BENCHMARKS
+    for source, name in names.items():
+        if not name:
+            continue
         rows = (
             gpqa_rows(name, args.seed)
             if source == "gpqa"
@@ -2515,9 +2529,8 @@ def benchmarks(args, out: Path) -> int:
         bad = ungradable([r["answer"] for r in rows])
         unreadable = [r["id"] for r in rows if r["answer"] in bad]
         entry = {"from": name, "rows": len(rows), "unreadable": unreadable}
-        if (
-            source == "omni"
-        ):  # drawn from golds that a rule can grade: on the others no response would be right
+        if source == "omni":
+            # drawn from golds that a rule can grade: on the others no response would be right
             fit = [r for r in rows if r["answer"] not in bad]
             rows = [
                 fit[i]
@@ -2530,12 +2543,11 @@ def benchmarks(args, out: Path) -> int:
         contents[path] = rows
         report["benchmarks"][source] = entry
         listed = f": {', '.join(unreadable[:5])}" if unreadable else ""
-        golds = f"{len(unreadable)} of {entry['rows']:,} golds not readable{listed}"
-        print(f"{len(rows):6,} problems for {path}; {golds}")
-    for (
-        path,
-        rows,
-    ) in contents.items():  # only after all have been read: a misuse leaves none of them
+        print(
+            f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not "
+            f"readable{listed}"
+        )
+    for path, rows in contents.items():  # after all have been read: a misuse leaves none of them
         write(path, map(json_line, rows))
     write_json(out / "report.json", report)
     return 0
@@ -2647,11 +2659,8 @@ def coins(ground: Ground) -> Iterator[Puzzle]:
             yield congruence(min(3, b - 2), words, "leaves", -a, total, b, 0)
 
 
-FAMILIES = {
-    remainders: 2,
-    multiples: 1,
-    coins: 1,
-}  # family -> its share of the test set and of the traces
+# family -> its share of the test set and of the traces
+FAMILIES = {remainders: 2, multiples: 1, coins: 1}
 
 
 def verdicts(checks: list[tuple[str, int, int]]) -> str:
@@ -2684,7 +2693,8 @@ def response_of(puzzle: Puzzle, tried: list[int]) -> str:
 def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
     """Training and test problems, each (row, puzzle). The split never changes: it does not depend
     on a run's seed."""
-    train, test = [], []
+    train = []
+    test = []
     for family, share in FAMILIES.items():
         puzzles = list(family(ground))
         random.Random(family.__name__).shuffle(puzzles)
@@ -2856,7 +2866,7 @@ def positive(text: str) -> int:
 
 
 FILES = ()  # one or more data sets
-NAMES = ("--columns", None, "columns of other names: problem=COLUMN,answer=COLUMN")
+NAMES = ("--columns", "", "columns of other names: problem=COLUMN,answer=COLUMN")
 SERVER = [  # (option, default, help); the type is that of the default, None: text
     ("--base-url", "http://localhost:8000/v1", "of the server; OPENAI_API_KEY"),
     ("--temperature", 1.0, "of every sample"),
