@@ -106,10 +106,14 @@ ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of
 FILE_BYTES = 1 << 30  # largest .json file, which is read whole
 GZIP_BYTES = 16 << 20  # a gzip file that grows past this and past 200 times its size is a bomb;
 GZIP_RATIO = 200  # problems shrink to a fifth
-DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz
-NO_ROWS = ("dataset_info.json", "dataset_infos.json", "report.json", "state.json")  # beside rows
+DATA_FILES = ".jsonl .ndjson .json .csv .parquet".split()  # all but the last also with .gz
+UNREAD = ".arrow .tsv .zst .xz .bz2".split()  # of a folder: not passed over
+NO_ROWS = "dataset_info.json dataset_infos.json report.json state.json".split()  # beside rows
 LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long
-_SPLIT = re.compile(r"(?<![a-z\d])(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z\d])")
+_SPLIT = re.compile(
+    r"(?<![a-z\d])(train|test|val|dev|eval|hold|held|bench)"
+    r"(?:ing|id|idation|uation|s|set|_?data|_?out|mark|marks)?\d*(?![a-z\d])"
+)
 
 
 def local_files(name: str) -> list[Path]:
@@ -127,8 +131,7 @@ def local_files(name: str) -> list[Path]:
     files = {}  # file -> its split
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path).as_posix().lower()
-        # The last three cannot be read; they are refused, not passed over.
-        data = inside.removesuffix(".gz").endswith((*DATA_FILES, ".arrow", ".tsv", ".zst"))
+        data = inside.removesuffix(".gz").endswith((*DATA_FILES, *UNREAD))
         if data and file.name not in NO_ROWS and "/." not in f"/{inside}":
             shard = re.findall(r"(.+)-\d{5}-of-\d{5}", file.name)  # cot-00000-of-00144
             files[file] = (shard or _SPLIT.findall(inside) or ["other"])[-1]
@@ -196,7 +199,7 @@ def open_file(path: Path):
 def file_rows(path: Path) -> Iterator[tuple]:
     """(where, raw) of each row of a file, read by the end of its name: parquet, csv, a JSON array,
     else JSON lines."""
-    kind = Path(path.name.removesuffix(".gz")).suffix
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
     read = {".parquet": parquet_rows, ".csv": csv_rows, ".json": json_rows}.get(kind, byte_lines)
     number = 0
     try:
@@ -261,7 +264,7 @@ def csv_rows(path: Path) -> Iterator[tuple]:
         if cells and len(cells) != len(header):
             raise ValueError(f"row {number} has {len(cells)} cells, the header {len(header)}")
         if cells:
-            yield number, {k: v for k, v in _unique(zip(header, cells)).items() if v}
+            yield number, _unique(zip(header, (cell or None for cell in cells)))
 
 
 def parquet_rows(path: Path) -> Iterator[tuple]:
