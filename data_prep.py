@@ -787,7 +787,11 @@ _SIGNS = r"""² ^2 ³ ^3 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≦ \leq ≧ \geq �
     γ \gamma θ \theta λ \lambda ω \omega ° ^\circ ∞ \infty √ \sqrt ∠ \angle △ \triangle
     ∈ \in … \dots""".split()
 _UNICODE = {ord(sign): name + " " for sign, name in zip(_SIGNS[::2], _SIGNS[1::2])}
-_UNICODE |= str.maketrans("\u2014\u2032\u2019\u2018\u201c\u201d", " '''\"\"")
+_UNICODE |= str.maketrans(  # the last have no width
+    "\u2014\u2032\u2019\u2018\u201c\u201d０１２３４５６７８９＋－＝（）",
+    " '''\"\"0123456789+-=()",
+    "\u200b\u200c\u200d\u2060\ufeff\u00ad",
+)
 # One name for a token that is written in several ways; an empty name drops the token.
 _SYNONYMS = r"""
     \frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to;

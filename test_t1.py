@@ -4166,7 +4166,9 @@ def test_golds_that_cannot_be_read(tmp_path, capsys):
 
 def test_held_out_problems_are_not_trained_on_in_another_spelling(tmp_path, capsys):
     problems = [f"Find $x^2$ if $x = {i}$ and $y={i + 1}$." for i in range(400)]
-    other = [p.replace("$", "").replace("Find", " find ") + " \n" for p in problems]
+    digits = str.maketrans("0123456789", "０１２３４５６７８９")
+    other = [p.replace("$", "").replace("Find", " find\u200b ") + " \n" for p in problems]
+    other = [p.translate(digits) if i % 2 else p for i, p in enumerate(other)]
     rows = [dict(problem=p, answer="1", response="\\boxed{1}") for p in problems + other]
     data = jsonl(tmp_path / "data.jsonl", rows)
     held = {}
