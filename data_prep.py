@@ -418,7 +418,7 @@ def chunks(rows, size: int) -> Iterator[list]:
 # The first name that holds text counts; `a.b` is field b of column a; capitals and blanks do not
 # matter; `=answer` is what --columns names. An answer that is called final or true comes before
 # `answer`, which may be a whole solution, or a model's.
-# `chat.problem` is the user's turn: OpenThoughts, ShareGPT, tulu, and in `prompt` verl and DAPO.
+# `chat.user` is the user's turn: OpenThoughts, ShareGPT, tulu, and in `prompt` verl and DAPO.
 # Which set uses which, where it is not plain:
 #   problem   question: GSM8K, LIMO, s1K, DeepMath; prompt: TRL, SYNTHETIC-1; query: MetaMathQA;
 #             instruction: Alpaca; text: the authors' T1; input: AceReason 1.1; 0.value: ORZ;
@@ -431,7 +431,7 @@ def chunks(rows, size: int) -> Iterator[list]:
 #             generations: OpenR1; attempt: s1K; r1_solution_1: DeepMath
 #   thought   of the response, in a column of its own: s1K, OpenThoughts (metadata), medical-o1
 COLUMNS = {
-    "problem": "=problem problem question.problem question chat.problem prompt query instruction"
+    "problem": "=problem problem question.problem question chat.user prompt query instruction"
     " text input problem_statement 0.value squestion original_text message_1 user",
     "answer": "=answer expected_answer final_answer final_ans answer_number ground_truth gt_answer"
     " gt ground_truth_answer reference_answer gold_answer golden_answer answer correct_answer"
@@ -441,30 +441,38 @@ COLUMNS = {
     "solution": "=solution solution gold_standard_solution question.ground_truth_solution"
     " reference_solution solutions",
     "response": "=response response completion output generated_solution llm_response generations"
-    " generation r1_solution_1 chat.response deepseek_solution deepseek_attempt attempt"
+    " generation r1_solution_1 chat.assistant deepseek_solution deepseek_attempt attempt"
     " gemini_attempt model_answer reannotated_assistant_content qwq longcot combined_text"
     " message_2 assistant",
     "thought": "=thought reasoning_content thinking thought reasoning complex_cot model_reasoning"
     " deepseek_reasoning deepseek_thinking_trajectory thinking_trajectories chain_of_thought cot"
     " gemini_thinking_trajectory",
     "system": "=system chat.system system system_prompt",
+    "chat": "=chat messages conversations conversation contents",
     "turn": "content value parts",  # of a chat
     "source": "=source source data_source problem_source source_type source_dataset dataset",
 }
-# What a problem cannot be understood without: its options, pictures, earlier turns, numbers (N_00)
+# What a problem cannot be understood without: its options, pictures, earlier turns; and places in
+# its text that stand for such (MAWPS: N_00), or a reply that its text goes on with
 BESIDE = re.compile(
-    r"(answer_)?(option|choice)s?(_list|_?[a-h\d])?|d|op_?d|(distractor|incorrect_answer)s?_?\d*"
-    r"|(decoded_)?(image|picture)s?(_\d)?|history|prev_messages|numbers"
+    r"(answer_)?(option|choice)s?(_list|_?[a-h\d])?|op_?d|(distractor|incorrect_answer)s?_?\d*"
+    r"|(decoded_)?(image|picture)s?(_\d|_(path|url|file|base64)s?)?|history|prev_messages"
 )
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "developer": "system",
-}
-IDS = ("id", "_id", "unique_id", "uuid", "problem_id", "row")
+CONTEXT = ("context", "passage", "table")  # Dolly; AGIEval; TabMWP
+_CUT = re.compile(r"<think>(?!.*</think>)", re.S)  # a thought that does not end
+_HOLE = re.compile(
+    r"<image>|\bN_0\d|\bnumber0|(?:<\|im_start\|>assistant|assistant<\|end_header_id\|>|\[/INST\]"
+    r"|### (?:Response|Answer|Solution):)\s*(?!<think>\s*\Z|Let's think)\S"
+)
+_NOTHING = re.compile(r"(?i)(?:[][{},\s]|'\w+':|none|nan|null)*")  # at any depth
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+IDS = "id _id unique_id uuid problem_id row".split()
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
-_MARKS = re.compile("correct|reward|verif")  # names of lists beside several responses
+_MARKS = re.compile(  # columns that say whether a response, or each of several, is right
+    r"(\w+_)?(correct|right|verified|passed)|correctness(_\w+)?|rewards?|scores?|\w*verif[iy]\w*"
+)
+VERDICTS = dict.fromkeys("true 1 1.0".split(), True)
+VERDICTS |= dict.fromkeys("false 0 0.0".split(), False)
 _WORKED = re.compile(  # no bare value, nor a single word
     r"(?s)\A(?![\s$]*(?:\\text\w*\{)?[A-Za-z]+[\s}$.]*\Z).*?"
     r"(?:\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101})"
@@ -473,21 +481,27 @@ _FINAL = re.compile(r"\\f?box|####|The answer is:")
 _PACKED = re.compile(
     r"""\s*(?:\{\s*["'].*\}|\[\s*(?:["']|\{\s*["']|true|false|null).*\])\s*""", re.S
 )  # JSON in text
-_MARKED_THOUGHT = re.compile(  # OpenThoughts, Bespoke-Stratos, Sky-T1; Magistral; OpenO1
-    r"\s*(?:<\|begin_of_thought\|>|\[THINK\]|<(thinking|thought|reasoning)>)(.*?)"
-    r"(?:<\|end_of_thought\|>|\[/THINK\]|</\1>)(.*)",
+_MARKED_THOUGHT = re.compile(  # OpenThoughts, Bespoke-Stratos, Sky-T1; Magistral; gpt-oss; OpenO1
+    r"\s*(?:<\|begin_of_thought\|>|\[THINK\]|<\|channel\|>analysis<\|message\|>"
+    r"|<(thinking|thought|reasoning|seed:think)>)(.*?)(?:<\|end_of_thought\|>|\[/THINK\]|</\1>"
+    r"|<\|end\|>(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>)(.*)",
     re.S | re.I,
 )
 
 
 def unpacked(value):
-    """JSON in text as its value (Skywork's ["350"], csv files); [None], which is no text, of a list
-    that is no JSON, such as Python's."""
+    """JSON in text as its value (Skywork's ["350"], csv files); {"": text}, which is no text, of a
+    list that is no JSON, such as Python's."""
     if isinstance(value, str) and _PACKED.fullmatch(value):
         with suppress(ValueError, RecursionError):
             return parse_json(value.encode())
-        return [None]
+        return {"": value}
     return value
+
+
+def truth(mark) -> bool | None:
+    """What a mark says of a response; None of anything else, such as a share."""
+    return VERDICTS.get(str(mark).lower())
 
 
 def at(row: dict, path: str):
@@ -503,29 +517,32 @@ def as_text(value) -> str | None:
     anything else."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() <= {"type", "text"}:
         value = value.get("text")  # a part of a turn
-    if isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, Number) and not isinstance(value, bool) and abs(value) < math.inf:
         value = str(int(value) if value == int(value) else value)
     return value if isinstance(value, str) else None
 
 
-def field(row: dict, kind: str, where) -> str | None:
-    """The text of the first column of a kind that holds some; None if none does; Misuse where
-    another value stands."""
+def field(row: dict, kind: str, where) -> str:
+    """The text of the first column of a kind that holds some; "" if none does; Misuse where another
+    value stands."""
     for name in COLUMNS[kind].split():
         value = at(row, name)
-        if value is None or name == "label" and not isinstance(value, str):  # a class: KTO
+        if value is None or kind == "thought" and isinstance(value, bool):  # a switch
+            continue
+        if name == "label" and not isinstance(value, str):  # a class: KTO
             continue
         text = as_text(value)
         if text and text.strip():
             return text
-        lost = text is None and value != [] and not turns_of(value, where)
-        if lost and kind in ("problem", "answer", "response", "thought"):
-            must = f"must be text or a number, not a {type(value).__name__}"
-            must += f"; found {', '.join(row)}; see --columns"
-            raise Misuse(f"{row_at(where)}: field {name!r} {must}")
-    return None
+        lost = text is None and not turns_of(value, where) and not _NOTHING.fullmatch(str(value))
+        if lost and kind not in ("label", "solution", "source"):
+            raise Misuse(
+                f"{row_at(where)}: field {name!r} must be text or a number, not a "
+                f"{type(value).__name__}; found {', '.join(row)}; see --columns"
+            )
+    return ""
 
 
 def require(row: dict, names, where, found=None) -> dict:
@@ -548,9 +565,8 @@ def turns_of(value, where) -> list[tuple[str, str]]:
         if not isinstance(role, str):
             return []
         role = role.lower()
-        thought = field(turn, "thought", where) or ""
-        text = field(turn, "turn", where) or ""
-        turns.append((ROLES.get(role, role), with_thought(thought, text)))
+        said = with_thought(field(turn, "thought", where), field(turn, "turn", where))
+        turns.append((ROLES.get(role, role), said))
     return turns
 
 
@@ -559,7 +575,7 @@ def with_thought(thought: str, text: str) -> str:
     between marks of another kind. "" where no answer follows."""
     if marked := _MARKED_THOUGHT.fullmatch(text):
         thought = marked[2]
-        text = re.sub(r"<\|(?:begin|end)_of_solution\|>|</?Output>", "", marked[3])
+        text = re.sub(r"<\|(?:(?:begin|end)_of_solution|return|end)\|>|</?Output>", "", marked[3])
     if "</think>" in text:
         return text if "<think>" in text else "<think>\n" + text
     if thought.strip() in ("", "on", "off"):  # `reasoning: on`
@@ -570,32 +586,38 @@ def with_thought(thought: str, text: str) -> str:
 
 
 def chat(row: dict, where) -> dict:
-    """The conversation of a row as {"chat.system", "chat.problem", "chat.response"}, {} if there is
+    """The conversation of a row as {"chat.system", "chat.user", "chat.assistant"}, {} if there is
     none. Misuse if it is longer: a reply in the middle is neither trained nor forgotten."""
-    names = "messages conversations conversation contents prompt input completion"
-    *whole, prompt, asked, completion = (turns_of(at(row, name), where) for name in names.split())
+    names = f"{COLUMNS['chat']} prompt input completion".split()
+    *whole, prompt, asked, completion = (turns_of(at(row, name), where) for name in names)
     turns = next(filter(None, whole), (prompt or asked) + completion)
     roles = [role for role, _ in turns]
     if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
-        must = "a conversation must be [system,] user, assistant"
-        raise Misuse(f"{row_at(where)}: {must}; found {', '.join(roles)}")
-    kinds = dict(system="system", user="problem", assistant="response")
-    return {f"chat.{kinds[role]}": text for role, text in turns}
+        raise Misuse(
+            f"{row_at(where)}: a conversation must be [system,] user, assistant; found "
+            f"{', '.join(roles)}"
+        )
+    return {f"chat.{role}": text for role, text in turns}
 
 
-def marked_right(row: dict, texts: list) -> list:
+def marked_right(row: dict, texts: list, where) -> list:
     """Those of several responses that a list beside them marks as right (OpenR1:
     correctness_math_verify, inside `correctness` in its raw form) and whose thought ends."""
     marks = []
-    for name in [*filter(_MARKS.search, row), "correctness.llama", "correctness.math_verify"]:
+    for name in [*filter(_MARKS.fullmatch, row), "correctness.llama", "correctness.math_verify"]:
         values = at(row, name)
-        if isinstance(values, list) and len(values) == len(texts):
-            marks += [values] if True in values or False in values else []
-    marked = zip(*marks) if marks else [[True]] * len(texts)
+        said = list(map(truth, values)) if isinstance(values, list) else []
+        if True in said or False in said:
+            marks.append(said)
+            if len(said) != len(texts):
+                raise Misuse(
+                    f"{row_at(where)}: {len(said)} marks in {name!r} of {len(texts)} responses; "
+                    "they must be as many"
+                )
     return [
         text
-        for text, said in zip(texts, marked)
-        if True in said and "<think>" not in str(text).rpartition("</think>")[2]
+        for text, *said in zip(texts, *(marks or [[True] * len(texts)]))
+        if True in said and text and not _CUT.search(str(text))
     ]
 
 
@@ -610,31 +632,32 @@ def final(text: str) -> str | None:
 
 def reading(row: dict, where) -> dict:
     """What a row says, whatever its layout: its problem, answer, solution, response, system message
-    and source, empty or None where it has none. An answer in the solution stays there. Misuse where
+    and source, empty where it has none. An answer in the solution stays there. Misuse where
     it cannot be understood."""
-    row = {name.lower().replace(" ", "_"): value for name, value in row.items()} | row
+    row = {re.sub(r"[ -]+", "_", name.strip().lower()): row[name] for name in row} | row
     row |= chat(row, where)
-    for name in filter(BESIDE.fullmatch, row):
-        if row[name]:
+    for name, value in row.items():
+        lost = name in CONTEXT and as_text(value) is None or name == "c" and "b" in row  # C-Eval
+        if (lost or BESIDE.fullmatch(name)) and value and not _NOTHING.fullmatch(str(value)):
             raise Misuse(f"{row_at(where)}: {name!r} beside the problem; write it into its text")
-    marks = [row.get(name) for name in ("is_correct", "correct", "verified", "label")]
-    wrong = any(mark in (False, "False", "false") for mark in marks)
+    wrong = any(truth(row[name]) is False for name in filter(_MARKS.fullmatch, row))
+    wrong |= str(row.get("label")).lower() == "false"
     for name in COLUMNS["response"].split():
         texts = at(row, name)
         if isinstance(texts, list) and not turns_of(texts, where):
-            right = marked_right(row, texts)
-            wrong = wrong or not right and texts != []
+            right = marked_right(row, texts, where)
+            wrong |= not right and texts != []
             row[name] = right[:1]
     said = {kind: field(row, kind, where) for kind in COLUMNS}
-    problem, answer, solution, response, thought = (
-        said[kind] or "" for kind in ("problem", "answer", "solution", "response", "thought")
-    )
-    for name in ("input", "context", "passage", "table"):  # Alpaca; Dolly; AGIEval; TabMWP
+    problem, answer, label, solution, response, thought, *_ = said.values()
+    for name in ("input", *CONTEXT):  # Alpaca
         text = as_text(row.get(name)) or ""
         if problem and text.strip() and (name != "input" or problem == row.get("instruction")):
             problem += "\n\n" + text
     if problem and (body := as_text(row.get("body"))):  # SVAMP
         problem = f"{body} {problem}"
+    if hole := _HOLE.search(problem):
+        raise Misuse(f"{row_at(where)}: {hole[0]!r} in the problem; write what is meant, or cut it")
     worked = as_text(row.get("answer")) or ""
     if "####" in worked:
         solution = solution or worked
@@ -644,10 +667,12 @@ def reading(row: dict, where) -> dict:
         solution = ""
     if len(set(boxes(answer))) < 2:
         answer = final(answer) or answer
-    response = "" if wrong else response or solution or thought and worked
-    response = with_thought(thought, response)
+    response = with_thought(thought, response or solution or thought and worked)
+    if wrong or _CUT.search(response):
+        response = ""
+        wrong = True
     if not answer and not _FINAL.search(solution):
-        answer = final(response) or said["label"] or ""
+        answer = final(response) or label
     return said | dict(
         id=next((row[name] for name in IDS if row.get(name) is not None), None),
         problem=problem,
