@@ -106,10 +106,14 @@ ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of
 FILE_BYTES = 1 << 30  # largest .json file, which is read whole
 GZIP_BYTES = 16 << 20  # a gzip file that grows past this and past 200 times its size is a bomb;
 GZIP_RATIO = 200  # problems shrink to a fifth
-DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz
-NO_ROWS = ("dataset_info.json", "dataset_infos.json", "report.json", "state.json")  # beside rows
+DATA_FILES = ".jsonl .ndjson .json .csv .parquet".split()  # all but the last also with .gz
+UNREAD = ".arrow .tsv .zst .xz .bz2".split()  # of a folder: not passed over
+NO_ROWS = "dataset_info.json dataset_infos.json report.json state.json".split()  # beside rows
 LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long
-_SPLIT = re.compile(r"(?<![a-z\d])(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z\d])")
+_SPLIT = re.compile(
+    r"(?<![a-z\d])(train|test|val|dev|eval|hold|held|bench)"
+    r"(?:ing|id|idation|uation|s|set|_?data|_?out|mark|marks)?\d*(?![a-z\d])"
+)
 
 
 def local_files(name: str) -> list[Path]:
@@ -120,14 +124,14 @@ def local_files(name: str) -> list[Path]:
     if not os.path.isdir(name):
         found = [name] if os.path.lexists(name) else glob.glob(name, recursive=True)
         if not found:
-            known = ", ".join(HUB)
-            raise Misuse(f"{name}: no such file, and not one of the data sets of the hub ({known})")
+            raise Misuse(
+                f"{name}: no such file, and not one of the data sets of the hub ({', '.join(HUB)})"
+            )
         return sorted(map(Path, found))
     files = {}  # file -> its split
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path).as_posix().lower()
-        # The last three cannot be read; they are refused, not passed over.
-        data = inside.removesuffix(".gz").endswith((*DATA_FILES, ".arrow", ".tsv", ".zst"))
+        data = inside.removesuffix(".gz").endswith((*DATA_FILES, *UNREAD))
         if data and file.name not in NO_ROWS and "/." not in f"/{inside}":
             shard = re.findall(r"(.+)-\d{5}-of-\d{5}", file.name)  # cot-00000-of-00144
             files[file] = (shard or _SPLIT.findall(inside) or ["other"])[-1]
@@ -142,7 +146,7 @@ def local_files(name: str) -> list[Path]:
     return list(files)
 
 
-def raw_rows(name: str, columns: str | None = None, strict: bool = True) -> Iterator[tuple]:
+def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tuple]:
     """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be
     read.
 
@@ -153,9 +157,12 @@ def raw_rows(name: str, columns: str | None = None, strict: bool = True) -> Iter
         parts = [hub_rows(name)]
     else:
         parts = map(file_rows, local_files(name))
-    renames = dict(part.partition("=")[::2] for part in (columns or "").split(",") if part)
-    if unknown := [f"{a}={b}" for a, b in renames.items() if a not in COLUMNS or not b]:
-        raise Misuse(f"--columns {unknown[0]}: must be one of {', '.join(COLUMNS)}, =, a column")
+    renames = dict(part.partition("=")[::2] for part in columns.split(",") if part)
+    for kind, column in renames.items():
+        if kind not in COLUMNS or not column:
+            raise Misuse(
+                f"--columns {kind}={column}: must be one of {', '.join(COLUMNS)}, =, a column"
+            )
     row = None
     for row in chain.from_iterable(parts):
         yield (row[0], renamed(*row, renames, strict)) if renames else row
@@ -192,7 +199,7 @@ def open_file(path: Path):
 def file_rows(path: Path) -> Iterator[tuple]:
     """(where, raw) of each row of a file, read by the end of its name: parquet, csv, a JSON array,
     else JSON lines."""
-    kind = Path(path.name.removesuffix(".gz")).suffix
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
     read = {".parquet": parquet_rows, ".csv": csv_rows, ".json": json_rows}.get(kind, byte_lines)
     number = 0
     try:
@@ -203,8 +210,10 @@ def file_rows(path: Path) -> Iterator[tuple]:
     except Misuse:
         raise
     except Exception as e:  # a damaged file makes the libraries raise almost anything
-        reason = f"{type(e).__name__}: {getattr(e, 'strerror', None) or e}"
-        raise Misuse(f"{path}: cannot be read as {kind[1:]} (after row {number}: {reason})")
+        raise Misuse(
+            f"{path}: cannot be read as {kind[1:]} (after row {number}: {type(e).__name__}: "
+            f"{getattr(e, 'strerror', None) or e})"
+        )
 
 
 def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
@@ -223,8 +232,10 @@ def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
                     f"{path}, row {number}: longer than {longest >> 20} MiB; rows end with \\n"
                 )
             if most < 0:
-                grows = f"the gzip file grows to more than {GZIP_RATIO} times its size"
-                raise Misuse(f"{path}, row {number}: {grows}")
+                raise Misuse(
+                    f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times "
+                    "its size"
+                )
             yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
@@ -253,7 +264,7 @@ def csv_rows(path: Path) -> Iterator[tuple]:
         if cells and len(cells) != len(header):
             raise ValueError(f"row {number} has {len(cells)} cells, the header {len(header)}")
         if cells:
-            yield number, {k: v for k, v in _unique(zip(header, cells)).items() if v}
+            yield number, _unique(zip(header, (cell or None for cell in cells)))
 
 
 def parquet_rows(path: Path) -> Iterator[tuple]:
@@ -323,14 +334,14 @@ def parse(where, raw) -> dict:
         row = parse_json(raw) if isinstance(raw, bytes) else raw
         if isinstance(row, list) and turns_of(row, where):
             row = {"0": row[0], "1": row[-1], "messages": row}  # ORZ: a row is a list of turns
-        fault = None if isinstance(row, dict) else "a row must be a JSON object"
+        if isinstance(row, dict):
+            return row
+        fault = "a row must be a JSON object"
     except UnicodeError as e:
         fault = f"not UTF-8 text ({e}); save the file as UTF-8, or repair the line"
     except (ValueError, RecursionError) as e:
         fault = f"not JSON ({e}); repair or remove the line"
-    if fault:
-        raise Misuse(f"{row_at(where)}: {fault}")
-    return row
+    raise Misuse(f"{row_at(where)}: {fault}")
 
 
 def json_line(row: dict) -> str:
@@ -407,7 +418,7 @@ def chunks(rows, size: int) -> Iterator[list]:
 # The first name that holds text counts; `a.b` is field b of column a; capitals and blanks do not
 # matter; `=answer` is what --columns names. An answer that is called final or true comes before
 # `answer`, which may be a whole solution, or a model's.
-# `chat.problem` is the user's turn: OpenThoughts, ShareGPT, tulu, and in `prompt` verl and DAPO.
+# `chat.user` is the user's turn: OpenThoughts, ShareGPT, tulu, and in `prompt` verl and DAPO.
 # Which set uses which, where it is not plain:
 #   problem   question: GSM8K, LIMO, s1K, DeepMath; prompt: TRL, SYNTHETIC-1; query: MetaMathQA;
 #             instruction: Alpaca; text: the authors' T1; input: AceReason 1.1; 0.value: ORZ;
@@ -420,7 +431,7 @@ def chunks(rows, size: int) -> Iterator[list]:
 #             generations: OpenR1; attempt: s1K; r1_solution_1: DeepMath
 #   thought   of the response, in a column of its own: s1K, OpenThoughts (metadata), medical-o1
 COLUMNS = {
-    "problem": "=problem problem question.problem question chat.problem prompt query instruction"
+    "problem": "=problem problem question.problem question chat.user prompt query instruction"
     " text input problem_statement 0.value squestion original_text message_1 user",
     "answer": "=answer expected_answer final_answer final_ans answer_number ground_truth gt_answer"
     " gt ground_truth_answer reference_answer gold_answer golden_answer answer correct_answer"
@@ -430,30 +441,38 @@ COLUMNS = {
     "solution": "=solution solution gold_standard_solution question.ground_truth_solution"
     " reference_solution solutions",
     "response": "=response response completion output generated_solution llm_response generations"
-    " generation r1_solution_1 chat.response deepseek_solution deepseek_attempt attempt"
+    " generation r1_solution_1 chat.assistant deepseek_solution deepseek_attempt attempt"
     " gemini_attempt model_answer reannotated_assistant_content qwq longcot combined_text"
     " message_2 assistant",
     "thought": "=thought reasoning_content thinking thought reasoning complex_cot model_reasoning"
     " deepseek_reasoning deepseek_thinking_trajectory thinking_trajectories chain_of_thought cot"
     " gemini_thinking_trajectory",
     "system": "=system chat.system system system_prompt",
+    "chat": "=chat messages conversations conversation contents",
     "turn": "content value parts",  # of a chat
     "source": "=source source data_source problem_source source_type source_dataset dataset",
 }
-# What a problem cannot be understood without: its options, pictures, earlier turns, numbers (N_00)
+# What a problem cannot be understood without: its options, pictures, earlier turns; and places in
+# its text that stand for such (MAWPS: N_00), or a reply that its text goes on with
 BESIDE = re.compile(
-    r"(answer_)?(option|choice)s?(_list|_?[a-h\d])?|d|op_?d|(distractor|incorrect_answer)s?_?\d*"
-    r"|(decoded_)?(image|picture)s?(_\d)?|history|prev_messages|numbers"
+    r"(answer_)?(option|choice)s?(_list|_?[a-h\d])?|op_?d|(distractor|incorrect_answer)s?_?\d*"
+    r"|(decoded_)?(image|picture)s?(_\d|_(path|url|file|base64)s?)?|history|prev_messages"
 )
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "developer": "system",
-}
-IDS = ("id", "_id", "unique_id", "uuid", "problem_id", "row")
+CONTEXT = ("context", "passage", "table")  # Dolly; AGIEval; TabMWP
+_CUT = re.compile(r"<think>(?!.*</think>)", re.S)  # a thought that does not end
+_HOLE = re.compile(
+    r"<image>|\bN_0\d|\bnumber0|(?:<\|im_start\|>assistant|assistant<\|end_header_id\|>|\[/INST\]"
+    r"|### (?:Response|Answer|Solution):)\s*(?!<think>\s*\Z|Let's think)\S"
+)
+_NOTHING = re.compile(r"(?i)(?:[][{},\s]|'\w+':|none|nan|null)*")  # at any depth
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+IDS = "id _id unique_id uuid problem_id row".split()
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
-_MARKS = re.compile("correct|reward|verif")  # names of lists beside several responses
+_MARKS = re.compile(  # columns that say whether a response, or each of several, is right
+    r"(\w+_)?(correct|right|verified|passed)|correctness(_\w+)?|rewards?|scores?|\w*verif[iy]\w*"
+)
+VERDICTS = dict.fromkeys("true 1 1.0".split(), True)
+VERDICTS |= dict.fromkeys("false 0 0.0".split(), False)
 _WORKED = re.compile(  # no bare value, nor a single word
     r"(?s)\A(?![\s$]*(?:\\text\w*\{)?[A-Za-z]+[\s}$.]*\Z).*?"
     r"(?:\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101})"
@@ -462,21 +481,27 @@ _FINAL = re.compile(r"\\f?box|####|The answer is:")
 _PACKED = re.compile(
     r"""\s*(?:\{\s*["'].*\}|\[\s*(?:["']|\{\s*["']|true|false|null).*\])\s*""", re.S
 )  # JSON in text
-_MARKED_THOUGHT = re.compile(  # OpenThoughts, Bespoke-Stratos, Sky-T1; Magistral; OpenO1
-    r"\s*(?:<\|begin_of_thought\|>|\[THINK\]|<(thinking|thought|reasoning)>)(.*?)"
-    r"(?:<\|end_of_thought\|>|\[/THINK\]|</\1>)(.*)",
+_MARKED_THOUGHT = re.compile(  # OpenThoughts, Bespoke-Stratos, Sky-T1; Magistral; gpt-oss; OpenO1
+    r"\s*(?:<\|begin_of_thought\|>|\[THINK\]|<\|channel\|>analysis<\|message\|>"
+    r"|<(thinking|thought|reasoning|seed:think)>)(.*?)(?:<\|end_of_thought\|>|\[/THINK\]|</\1>"
+    r"|<\|end\|>(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>)(.*)",
     re.S | re.I,
 )
 
 
 def unpacked(value):
-    """JSON in text as its value (Skywork's ["350"], csv files); [None], which is no text, of a list
-    that is no JSON, such as Python's."""
+    """JSON in text as its value (Skywork's ["350"], csv files); {"": text}, which is no text, of a
+    list that is no JSON, such as Python's."""
     if isinstance(value, str) and _PACKED.fullmatch(value):
         with suppress(ValueError, RecursionError):
             return parse_json(value.encode())
-        return [None]
+        return {"": value}
     return value
+
+
+def truth(mark) -> bool | None:
+    """What a mark says of a response; None of anything else, such as a share."""
+    return VERDICTS.get(str(mark).lower())
 
 
 def at(row: dict, path: str):
@@ -492,38 +517,41 @@ def as_text(value) -> str | None:
     anything else."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() <= {"type", "text"}:
         value = value.get("text")  # a part of a turn
-    if isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, Number) and not isinstance(value, bool) and abs(value) < math.inf:
         value = str(int(value) if value == int(value) else value)
     return value if isinstance(value, str) else None
 
 
-def field(row: dict, kind: str, where) -> str | None:
-    """The text of the first column of a kind that holds some; None if none does; Misuse where
-    another value stands."""
+def field(row: dict, kind: str, where) -> str:
+    """The text of the first column of a kind that holds some; "" if none does; Misuse where another
+    value stands."""
     for name in COLUMNS[kind].split():
         value = at(row, name)
-        if value is None or name == "label" and not isinstance(value, str):  # a class: KTO
+        if value is None or kind == "thought" and isinstance(value, bool):  # a switch
+            continue
+        if name == "label" and not isinstance(value, str):  # a class: KTO
             continue
         text = as_text(value)
         if text and text.strip():
             return text
-        lost = text is None and value != [] and not turns_of(value, where)
-        if lost and kind in ("problem", "answer", "response", "thought"):
-            must = f"must be text or a number, not a {type(value).__name__}"
-            must += f"; found {', '.join(row)}; see --columns"
-            raise Misuse(f"{row_at(where)}: field {name!r} {must}")
-    return None
+        lost = text is None and not turns_of(value, where) and not _NOTHING.fullmatch(str(value))
+        if lost and kind not in ("label", "solution", "source"):
+            raise Misuse(
+                f"{row_at(where)}: field {name!r} must be text or a number, not a "
+                f"{type(value).__name__}; found {', '.join(row)}; see --columns"
+            )
+    return ""
 
 
 def require(row: dict, names, where, found=None) -> dict:
     """The row, if all those fields hold text."""
     for name in names:
         if not isinstance(row.get(name), str) or not row[name].strip():
-            there = ", ".join(found or row)
             raise Misuse(
-                f"{row_at(where)}: field {name!r} is missing or empty; found {there}; see --columns"
+                f"{row_at(where)}: field {name!r} is missing or empty; found "
+                f"{', '.join(found or row)}; see --columns"
             )
     return row
 
@@ -537,9 +565,8 @@ def turns_of(value, where) -> list[tuple[str, str]]:
         if not isinstance(role, str):
             return []
         role = role.lower()
-        thought = field(turn, "thought", where) or ""
-        text = field(turn, "turn", where) or ""
-        turns.append((ROLES.get(role, role), with_thought(thought, text)))
+        said = with_thought(field(turn, "thought", where), field(turn, "turn", where))
+        turns.append((ROLES.get(role, role), said))
     return turns
 
 
@@ -548,7 +575,7 @@ def with_thought(thought: str, text: str) -> str:
     between marks of another kind. "" where no answer follows."""
     if marked := _MARKED_THOUGHT.fullmatch(text):
         thought = marked[2]
-        text = re.sub(r"<\|(?:begin|end)_of_solution\|>|</?Output>", "", marked[3])
+        text = re.sub(r"<\|(?:(?:begin|end)_of_solution|return|end)\|>|</?Output>", "", marked[3])
     if "</think>" in text:
         return text if "<think>" in text else "<think>\n" + text
     if thought.strip() in ("", "on", "off"):  # `reasoning: on`
@@ -559,32 +586,38 @@ def with_thought(thought: str, text: str) -> str:
 
 
 def chat(row: dict, where) -> dict:
-    """The conversation of a row as {"chat.system", "chat.problem", "chat.response"}, {} if there is
+    """The conversation of a row as {"chat.system", "chat.user", "chat.assistant"}, {} if there is
     none. Misuse if it is longer: a reply in the middle is neither trained nor forgotten."""
-    names = "messages conversations conversation contents prompt input completion"
-    *whole, prompt, asked, completion = (turns_of(at(row, name), where) for name in names.split())
+    names = f"{COLUMNS['chat']} prompt input completion".split()
+    *whole, prompt, asked, completion = (turns_of(at(row, name), where) for name in names)
     turns = next(filter(None, whole), (prompt or asked) + completion)
     roles = [role for role, _ in turns]
     if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
-        must = "a conversation must be [system,] user, assistant"
-        raise Misuse(f"{row_at(where)}: {must}; found {', '.join(roles)}")
-    kinds = dict(system="system", user="problem", assistant="response")
-    return {f"chat.{kinds[role]}": text for role, text in turns}
+        raise Misuse(
+            f"{row_at(where)}: a conversation must be [system,] user, assistant; found "
+            f"{', '.join(roles)}"
+        )
+    return {f"chat.{role}": text for role, text in turns}
 
 
-def marked_right(row: dict, texts: list) -> list:
+def marked_right(row: dict, texts: list, where) -> list:
     """Those of several responses that a list beside them marks as right (OpenR1:
     correctness_math_verify, inside `correctness` in its raw form) and whose thought ends."""
     marks = []
-    for name in [*filter(_MARKS.search, row), "correctness.llama", "correctness.math_verify"]:
+    for name in [*filter(_MARKS.fullmatch, row), "correctness.llama", "correctness.math_verify"]:
         values = at(row, name)
-        if isinstance(values, list) and len(values) == len(texts):
-            marks += [values] if True in values or False in values else []
-    marked = zip(*marks) if marks else [[True]] * len(texts)
+        said = list(map(truth, values)) if isinstance(values, list) else []
+        if True in said or False in said:
+            marks.append(said)
+            if len(said) != len(texts):
+                raise Misuse(
+                    f"{row_at(where)}: {len(said)} marks in {name!r} of {len(texts)} responses; "
+                    "they must be as many"
+                )
     return [
         text
-        for text, said in zip(texts, marked)
-        if True in said and "<think>" not in str(text).rpartition("</think>")[2]
+        for text, *said in zip(texts, *(marks or [[True] * len(texts)]))
+        if True in said and text and not _CUT.search(str(text))
     ]
 
 
@@ -599,31 +632,32 @@ def final(text: str) -> str | None:
 
 def reading(row: dict, where) -> dict:
     """What a row says, whatever its layout: its problem, answer, solution, response, system message
-    and source, empty or None where it has none. An answer in the solution stays there. Misuse where
+    and source, empty where it has none. An answer in the solution stays there. Misuse where
     it cannot be understood."""
-    row = {name.lower().replace(" ", "_"): value for name, value in row.items()} | row
+    row = {re.sub(r"[ -]+", "_", name.strip().lower()): row[name] for name in row} | row
     row |= chat(row, where)
-    for name in filter(BESIDE.fullmatch, row):
-        if row[name]:
+    for name, value in row.items():
+        lost = name in CONTEXT and as_text(value) is None or name == "c" and "b" in row  # C-Eval
+        if (lost or BESIDE.fullmatch(name)) and value and not _NOTHING.fullmatch(str(value)):
             raise Misuse(f"{row_at(where)}: {name!r} beside the problem; write it into its text")
-    marks = [row.get(name) for name in ("is_correct", "correct", "verified", "label")]
-    wrong = any(mark in (False, "False", "false") for mark in marks)
+    wrong = any(truth(row[name]) is False for name in filter(_MARKS.fullmatch, row))
+    wrong |= str(row.get("label")).lower() == "false"
     for name in COLUMNS["response"].split():
         texts = at(row, name)
         if isinstance(texts, list) and not turns_of(texts, where):
-            right = marked_right(row, texts)
-            wrong = wrong or not right and texts != []
+            right = marked_right(row, texts, where)
+            wrong |= not right and texts != []
             row[name] = right[:1]
     said = {kind: field(row, kind, where) for kind in COLUMNS}
-    problem, answer, solution, response, thought = (
-        said[kind] or "" for kind in ("problem", "answer", "solution", "response", "thought")
-    )
-    for name in ("input", "context", "passage", "table"):  # Alpaca; Dolly; AGIEval; TabMWP
+    problem, answer, label, solution, response, thought, *_ = said.values()
+    for name in ("input", *CONTEXT):  # Alpaca
         text = as_text(row.get(name)) or ""
         if problem and text.strip() and (name != "input" or problem == row.get("instruction")):
             problem += "\n\n" + text
     if problem and (body := as_text(row.get("body"))):  # SVAMP
         problem = f"{body} {problem}"
+    if hole := _HOLE.search(problem):
+        raise Misuse(f"{row_at(where)}: {hole[0]!r} in the problem; write what is meant, or cut it")
     worked = as_text(row.get("answer")) or ""
     if "####" in worked:
         solution = solution or worked
@@ -633,10 +667,12 @@ def reading(row: dict, where) -> dict:
         solution = ""
     if len(set(boxes(answer))) < 2:
         answer = final(answer) or answer
-    response = "" if wrong else response or solution or thought and worked
-    response = with_thought(thought, response)
+    response = with_thought(thought, response or solution or thought and worked)
+    if wrong or _CUT.search(response):
+        response = ""
+        wrong = True
     if not answer and not _FINAL.search(solution):
-        answer = final(response) or said["label"] or ""
+        answer = final(response) or label
     return said | dict(
         id=next((row[name] for name in IDS if row.get(name) is not None), None),
         problem=problem,
@@ -670,17 +706,17 @@ def to_problem(where, raw, default_source: str) -> dict:
         "solution": said["solution"] or said["response"].rpartition("</think>")[2].strip(),
         "source": source,
         "level": level and (float if level[2] else int)(level[1]),
-        "flags": {name: row.get(name) for name in (*VALID, "question_type")},
+        "flags": row,
     }
 
 
 def too_long(row: dict) -> bool:
-    return any(len(row[name] or "") > LONGEST for name in ("problem", "solution", "answer"))
+    return any(len(row[name] or "") > LONGEST for name in "problem solution answer".split())
 
 
 def problem_row(row: dict) -> dict:
     """A row of `to_problem` as it is written: without the fields that are empty."""
-    names = ("id", "problem", "answer", "source", "level", "solution")
+    names = "id problem answer source level solution".split()
     return {
         name: row[name] for name in names if name in ("id", "answer") or row[name] not in (None, "")
     }
@@ -691,8 +727,10 @@ def checked_problem(where, raw, default_source: str) -> dict:
     drops it from a pool."""
     row = to_problem(where, raw, default_source)
     if too_long(row):
-        what = f"problem, solution or answer of more than {LONGEST:,} characters; shorten it"
-        raise Misuse(f"{row_at(where)}: {what}")
+        raise Misuse(
+            f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; "
+            "shorten it"
+        )
     return row
 
 
@@ -712,7 +750,7 @@ def gradable(answer: str) -> bool:
     return len(words) < 12 and verify.is_readable(answer)
 
 
-def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
+def read_rows(path: str, stage: str, columns: str = "") -> list[dict]:
     """Rows of a data set for a stage: traces (sft: "problem", "response") or problems (rl, eval:
     "problem", "answer"), with "system", where the row has one, "where", and all columns of the file
     as they are. Misuse, with the row, where one of these texts is missing. columns: see `raw_rows`;
@@ -728,7 +766,7 @@ def read_rows(path: str, stage: str, columns: str | None = None) -> list[dict]:
             continue
         require(said, ["problem", "response" if stage == "sft" else "answer"], where, row)
         row = {} if stage == "sft" else row  # all columns are for --reward
-        names = ("id", "problem", "answer", "solution", "response", "system", "source")
+        names = "id problem answer solution response system source".split()
         row |= {name: said[name] for name in names if said[name]}
         rows.append(row | dict(where=row_at(where)))
     bad = [] if stage == "sft" else [row for row in rows if not gradable(row["answer"])]
@@ -774,7 +812,11 @@ _SIGNS = r"""² ^2 ³ ^3 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≦ \leq ≧ \geq �
     γ \gamma θ \theta λ \lambda ω \omega ° ^\circ ∞ \infty √ \sqrt ∠ \angle △ \triangle
     ∈ \in … \dots""".split()
 _UNICODE = {ord(sign): name + " " for sign, name in zip(_SIGNS[::2], _SIGNS[1::2])}
-_UNICODE |= str.maketrans("\u2014\u2032\u2019\u2018\u201c\u201d", " '''\"\"")
+_UNICODE |= str.maketrans(  # the last have no width
+    "\u2014\u2032\u2019\u2018\u201c\u201d０１２３４５６７８９＋－＝（）",
+    " '''\"\"0123456789+-=()",
+    "\u200b\u200c\u200d\u2060\ufeff\u00ad",
+)
 # One name for a token that is written in several ways; an empty name drops the token.
 _SYNONYMS = r"""
     \frac \dfrac \tfrac \cfrac; \leq \le \leqslant; \geq \ge \geqslant; \neq \ne; \rightarrow \to;
@@ -824,7 +866,8 @@ def tokens(text: str) -> list[str]:
     text = _THOUSANDS.sub("", _BULLET.sub(" ", _SHORT_FRACTION.sub(r"\1 \2 ", text)))
     text = _ENVIRONMENT.sub(" ", _BLANK.sub(" ", _WORD_HYPHEN.sub(" ", text)))
     text = _CAPITALS.sub(lambda m: m[1] or m[0].lower(), text)  # `\Gamma` is not `\gamma`
-    found, last = [], ""
+    found = []
+    last = ""
     for token in _TOKEN.findall(text):
         if token in "!'" and (len(last) == 1 and last.isalnum() or last.isdigit() or last == ")"):
             found.append(token)  # n! and f'(x) are no punctuation
@@ -843,15 +886,9 @@ def key(words: list[str]) -> str:
 
 
 _SIGN = re.compile(r"[\d.]*\d|\\[a-zA-Z]+|[-+/=<>^!%|*']")
-_QUIET = {
-    "\\cdot",
-    "*",
-    "\\dots",
-    "\\circ",
-    "^",
-    "|",
-}  # written or left out by taste: a b, a \cdot b; |S|, #S
-_BRACKETS = set("()[]|") | {"\\{", "\\}"}
+# written or left out by taste: a b, a \cdot b; |S|, #S
+_QUIET = set(r"\cdot * \dots \circ ^ |".split())
+_BRACKETS = set(r"( ) [ ] | \{ \}".split())
 CLAUSE = 6  # tokens. NOT IN PAPER: a longer insertion is a clause of its own (a hint, a credit)
 
 
@@ -987,7 +1024,8 @@ def repair(text: str) -> str:
 
 def boxes(text: str) -> list[str | None]:
     """The content of every outermost box, in order; None for a box whose braces do not close."""
-    found, end = [], 0
+    found = []
+    end = 0
     for match in _BOX.finditer(text):
         at = match.end()
         depth = 0
@@ -1512,7 +1550,7 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
 
 
 def read_pools(
-    pools: list[tuple[str, str]], shared: tuple, processes: int, columns: str | None = None
+    pools: list[tuple[str, str]], shared: tuple, processes: int, columns: str = ""
 ) -> tuple[Counter, list]:
     """Streams every pool through the rules -> counts of (source, reason), and the candidates in
     order. shared: of `prepare`."""
@@ -1683,7 +1721,7 @@ def curate(args, out: Path) -> int:
     pools += [(name, Path(name).name.split(".")[0]) for name in args.numina]
     if not pools:  # the paper's sources, without what it is evaluated on
         pools = [("EleutherAI/hendrycks_math", "math"), ("AI-MO/NuminaMath-CoT", "numina")]
-        known = [BENCHMARKS[name] for name in ("math500", "aime24", "omni")]
+        known = [BENCHMARKS[name] for name in "math500 aime24 omni".split()]
         args.decontaminate = args.decontaminate or known
     if args.pass_rate:
         args.pass_rate = bounds(args.pass_rate)
@@ -1725,9 +1763,8 @@ def write_report(out: Path, report: dict, counts: Counter):
     """The funnel on the console, as report.json, and in the data card. counts: of (source, "read",
     "answer only", "kept" or reason)."""
     names = ("read", "answer only", "kept", *REASONS)
-    sources = sorted({source for source, _ in counts})
-    by_source = {source: {} for source in sources}
-    for source, name in product(sources, names):
+    by_source = defaultdict(dict)
+    for source, name in product(sorted({source for source, _ in counts}), names):
         if counts[source, name]:
             by_source[source][name] = counts[source, name]
     total = sum(map(Counter, by_source.values()), Counter())
@@ -2345,7 +2382,7 @@ def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], 
     }
 
 
-def read_problems(name: str, columns: str | None = None) -> list[dict]:
+def read_problems(name: str, columns: str = "") -> list[dict]:
     """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct
     ids."""
     rows = {}
@@ -2361,7 +2398,7 @@ def read_problems(name: str, columns: str | None = None) -> list[dict]:
                 f"{row_at(where)}: field 'id': {row['id']!r} is there twice; give each "
                 "problem its own"
             )
-        rows[row["id"]] = {k: row[k] for k in ("id", "problem", "answer", "source")}
+        rows[row["id"]] = {k: row[k] for k in "id problem answer source".split()}
     return list(rows.values())
 
 
@@ -2398,9 +2435,8 @@ def cot(args, out: Path) -> int:
         if outcome and outcome["response"]
     ]
     report = {"settings": settings, "problems": len(done), "outcomes": dict(why.most_common())}
-    write_json(
-        out / "report.json", report | {"attempts": attempts, "with a failed attempt": reflecting}
-    )
+    report |= {"attempts": attempts, "with a failed attempt": reflecting}
+    write_json(out / "report.json", report)
     print("attempts: " + ", ".join(f"{n:,} {kind}" for kind, n in attempts.most_common()))
     print("\n".join(f"{n:8,}  {reason}" for reason, n in why.most_common()))
     if not traces:
@@ -2421,7 +2457,8 @@ def write_traces(out: Path, traces: list[dict], remark: str) -> int:
 def read_authors(name: str, columns: str, out: Path) -> int:
     """The authors' sft.jsonl, whose columns are not documented, or any other traces -> trace
     rows."""
-    traces, without_box = [], 0
+    traces = []
+    without_box = 0
     for number, row in enumerate(read_rows(name, "sft", columns), 1):
         response = row["response"]
         if not (answer := verify.extract_answer(response)):
@@ -2433,8 +2470,15 @@ def read_authors(name: str, columns: str, out: Path) -> int:
                 thought = response
                 rest = f"\\boxed{{{answer}}}"
             response = f"<think>\n{thought.strip()}\n</think>\n{rest.strip()}"
-        about = dict(id=f"t1-sft-{number}", problem=row["problem"])
-        traces.append(about | dict(response=response, answer=answer, source="t1-sft"))
+        traces.append(
+            dict(
+                id=f"t1-sft-{number}",
+                problem=row["problem"],
+                response=response,
+                answer=answer,
+                source="t1-sft",
+            )
+        )
     if not traces:
         raise Misuse(f"{name}: no rows with a boxed answer")
     return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
@@ -2454,7 +2498,7 @@ BENCHMARKS = {  # option, also the source's name -> name on the hub
 OMNI = 500
 
 
-def benchmark_rows(source: str, name: str, columns: str | None = None) -> list[dict]:
+def benchmark_rows(source: str, name: str, columns: str = "") -> list[dict]:
     """A benchmark's rows as problem rows."""
     rows = []
     for where, raw in raw_rows(name, columns):
@@ -2476,12 +2520,13 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     """GPQA-diamond from the user's own copy (gpqa_diamond.csv, or its columns in another file),
     options shuffled by seed. Its authors ask that no example be published: nothing of it is in this
     repository."""
-    columns = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)), "Question"]
+    columns = "Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Question"
+    columns = columns.split(",")
     rows = []
     for where, raw in raw_rows(path):
         row = parse(where, raw)
         texts = {column: as_text(row.get(column)) for column in columns}
-        *options, question = (require(texts, columns, where, row)[name].strip() for name in columns)
+        *options, question = map(str.strip, require(texts, columns, where, row).values())
         order = random.Random(f"{seed} {texts['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
         problem = (
@@ -2503,10 +2548,11 @@ def benchmarks(args, out: Path) -> int:
     Omni-MATH."""
     report = {"seed": args.seed, "benchmarks": {}}
     contents = {}
-    names = {source: getattr(args, source) for source in BENCHMARKS if getattr(args, source)}
-    for source, name in (
-        names or {source: name for source, name in BENCHMARKS.items() if name}
-    ).items():
+    given = {source: getattr(args, source) for source in BENCHMARKS}
+    names = given if any(given.values()) else BENCHMARKS
+    for source, name in names.items():
+        if not name:
+            continue
         rows = (
             gpqa_rows(name, args.seed)
             if source == "gpqa"
@@ -2515,9 +2561,8 @@ def benchmarks(args, out: Path) -> int:
         bad = ungradable([r["answer"] for r in rows])
         unreadable = [r["id"] for r in rows if r["answer"] in bad]
         entry = {"from": name, "rows": len(rows), "unreadable": unreadable}
-        if (
-            source == "omni"
-        ):  # drawn from golds that a rule can grade: on the others no response would be right
+        if source == "omni":
+            # drawn from golds that a rule can grade: on the others no response would be right
             fit = [r for r in rows if r["answer"] not in bad]
             rows = [
                 fit[i]
@@ -2530,12 +2575,11 @@ def benchmarks(args, out: Path) -> int:
         contents[path] = rows
         report["benchmarks"][source] = entry
         listed = f": {', '.join(unreadable[:5])}" if unreadable else ""
-        golds = f"{len(unreadable)} of {entry['rows']:,} golds not readable{listed}"
-        print(f"{len(rows):6,} problems for {path}; {golds}")
-    for (
-        path,
-        rows,
-    ) in contents.items():  # only after all have been read: a misuse leaves none of them
+        print(
+            f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not "
+            f"readable{listed}"
+        )
+    for path, rows in contents.items():  # after all have been read: a misuse leaves none of them
         write(path, map(json_line, rows))
     write_json(out / "report.json", report)
     return 0
@@ -2647,11 +2691,8 @@ def coins(ground: Ground) -> Iterator[Puzzle]:
             yield congruence(min(3, b - 2), words, "leaves", -a, total, b, 0)
 
 
-FAMILIES = {
-    remainders: 2,
-    multiples: 1,
-    coins: 1,
-}  # family -> its share of the test set and of the traces
+# family -> its share of the test set and of the traces
+FAMILIES = {remainders: 2, multiples: 1, coins: 1}
 
 
 def verdicts(checks: list[tuple[str, int, int]]) -> str:
@@ -2684,7 +2725,8 @@ def response_of(puzzle: Puzzle, tried: list[int]) -> str:
 def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
     """Training and test problems, each (row, puzzle). The split never changes: it does not depend
     on a run's seed."""
-    train, test = [], []
+    train = []
+    test = []
     for family, share in FAMILIES.items():
         puzzles = list(family(ground))
         random.Random(family.__name__).shuffle(puzzles)
@@ -2856,7 +2898,7 @@ def positive(text: str) -> int:
 
 
 FILES = ()  # one or more data sets
-NAMES = ("--columns", None, "columns of other names: problem=COLUMN,answer=COLUMN")
+NAMES = ("--columns", "", "columns of other names: problem=COLUMN,answer=COLUMN")
 SERVER = [  # (option, default, help); the type is that of the default, None: text
     ("--base-url", "http://localhost:8000/v1", "of the server; OPENAI_API_KEY"),
     ("--temperature", 1.0, "of every sample"),

@@ -4024,6 +4024,14 @@ def test_folders_patterns_and_splits(tmp_path):
         ("all/default-00000-of-00001.jsonl d/train-00000-of-00001.jsonl", "splits .default, train"),
         ("train-0.jsonl train-1.jsonl.zst", "train-1.jsonl.zst, row 1: not UTF-8"),
         ("train-0.jsonl train-1.tsv", "train-1.tsv, row 1: not UTF-8"),
+        ("train-0.jsonl train-1.jsonl.xz", "train-1.jsonl.xz, row 1: not UTF-8"),
+        ("train-0.jsonl train-1.jsonl.bz2", "train-1.jsonl.bz2, row 1: not UTF-8"),
+        ("train.jsonl test2.jsonl", "several splits .test, train."),
+        ("train12k.jsonl test500.jsonl", "several splits .other, test."),
+        ("TrainSet.jsonl TestSet.jsonl", "several splits .test, train."),
+        ("data/a.jsonl tests/a.jsonl", "several splits .other, test."),
+        ("train.jsonl held_out.jsonl", "several splits .held, train."),
+        ("train.jsonl benchmarks/a.jsonl", "several splits .bench, train."),
         ("data-00000-of-00001.arrow state.json dataset_info.json", ".arrow, row 1: not UTF-8"),
     ],
 )
@@ -4065,6 +4073,47 @@ def test_columns_that_are_named_come_first(tmp_path):
     assert found["answer"] == "2" and found["final_answer"] == "3"
     (found,) = t1.read_rows(path, "sft", "thought=mine")
     assert found["response"] == "<think>\n2\n</think>\nIt is."
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("A.CSV", b"problem,answer,mine\nWhat is 1 + 1?,2,\nWhat is 1 + 1?,2,Be.\n"),
+        (
+            "a.csv",
+            b"\xef\xbb\xbfproblem, answer ,mine\r\nWhat is 1 + 1?,2,\r\nWhat is 1 + 1?,2,Be.",
+        ),
+        (
+            "folder/a.ndjson",
+            b'{"Problem": "What is 1 + 1?", "answer": 2, "mine": null}\n'
+            b'{"problem": "What is 1 + 1?", "Answer": [2.0], "mine": "Be."}',
+        ),
+    ],
+)
+def test_a_column_may_be_empty_in_some_rows(tmp_path, name, content):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).write_bytes(content)
+    rows = t1.read_rows(str((tmp_path / name).parent), "rl", "system=mine")
+    assert [(row["answer"], row.get("system")) for row in rows] == [("2", None), ("2", "Be.")]
+
+
+def test_columns_without_anything_in_them_are_no_columns(tmp_path):
+    nan = pa.array([math.nan])
+    picture = pa.array([dict(bytes=None)], pa.struct([("bytes", pa.binary())]))
+    table = dict(problem=["What is 1 + 1?"], answer=nan, solution=["It is \\boxed{2}."], cot=nan)
+    table = pa.table(table | dict(options=nan, history=pa.nulls(1), image=picture, system=nan))
+    pq.write_table(table, tmp_path / "a.parquet")
+    (row,) = t1.read_rows(str(tmp_path / "a.parquet"), "sft")
+    assert row["response"] == "It is \\boxed{2}." and row["answer"] == "2"
+
+
+def test_a_conversation_in_a_column_of_another_name(tmp_path):
+    chat = [dict(role="user", content="What is 1 + 1?"), dict(role="assistant", content="2")]
+    path = str(jsonl(tmp_path / "rows.jsonl", [dict(dialog=chat)]))
+    with pytest.raises(t1.Misuse, match="row 1: field 'problem' is missing or empty; found dialog"):
+        t1.read_rows(path, "sft")
+    (row,) = t1.read_rows(path, "sft", "chat=dialog")
+    assert (row["problem"], row["response"]) == ("What is 1 + 1?", "2")
 
 
 def test_numbers_and_empty_marks_of_parquet(tmp_path):
@@ -4119,7 +4168,9 @@ def test_golds_that_cannot_be_read(tmp_path, capsys):
 
 def test_held_out_problems_are_not_trained_on_in_another_spelling(tmp_path, capsys):
     problems = [f"Find $x^2$ if $x = {i}$ and $y={i + 1}$." for i in range(400)]
-    other = [p.replace("$", "").replace("Find", " find ") + " \n" for p in problems]
+    digits = str.maketrans("0123456789", "０１２３４５６７８９")
+    other = [p.replace("$", "").replace("Find", " find\u200b ") + " \n" for p in problems]
+    other = [p.translate(digits) if i % 2 else p for i, p in enumerate(other)]
     rows = [dict(problem=p, answer="1", response="\\boxed{1}") for p in problems + other]
     data = jsonl(tmp_path / "data.jsonl", rows)
     held = {}
