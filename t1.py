@@ -394,8 +394,7 @@ def run_rl(cfg):
     sft = str(folder.path.parent / "sft")
     source = folder.source or latest(cfg.model or sft)
     if source == sft:  # `latest` gives back a folder without checkpoints
-        what = "run --stage sft first, or give --model"
-        raise Misuse(f"no SFT checkpoint beside {folder.path}: {what}")
+        raise Misuse(f"no SFT checkpoint beside {folder.path}: --stage sft first, or give --model")
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
     print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
 
@@ -1268,9 +1267,7 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     if not rest:
         print0(f"{cfg.data}: no row is left beside the problems of the test: nothing is held out")
         return rows, tests if cfg.test else []
-    what = "held out for evaluation (--test for others)"
-    if cfg.test:
-        what = "are problems of --test"
+    what = "are problems of --test" if cfg.test else "held out for evaluation (--test for others)"
     print0(f"{cfg.data}: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
     return rest, tests
 
@@ -1306,8 +1303,10 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
     """(name, problems, samples per problem) of the benchmarks, or of the run's own test set."""
     if not cfg.benchmarks:
         if cfg.preset != "tiny" and not (cfg.test or cfg.data):
-            what = "on which problems? Give --test FILE, --benchmarks NAMES or the run's --data"
-            raise Misuse(f"--stage eval: {what}")
+            raise Misuse(
+                "--stage eval: on which problems? Give --test FILE, --benchmarks NAMES or the"
+                " run's --data"
+            )
         name = cfg.test or cfg.data or "embedded"
         _, problems = read_data(cfg)
         if not problems:
@@ -1318,8 +1317,10 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
         path = BENCHMARKS / f"{name}.jsonl"
         if not path.exists():
             extra = "--gpqa YOUR_COPY.csv " if name == "gpqa" else ""
-            command = f"python data_prep.py benchmarks {extra}--out {BENCHMARKS}"
-            raise Misuse(f"there is no {path}; write it: {command}")
+            raise Misuse(
+                f"there is no {path}; write it: python data_prep.py benchmarks {extra}--out"
+                f" {BENCHMARKS}"
+            )
         usual = 32 if name.startswith("aime") else 1
         sets.append((name, read_rows(str(path), "eval"), cfg.eval_samples or usual))
     return sets
@@ -1404,8 +1405,10 @@ def summary_prompt(row: dict, thought: str, answerer) -> list[int]:
     ids = prompt_ids(row | dict(problem=text, system=""), answerer.tokenizer, answerer.cfg)
     half = answerer.cfg.max_prompt // 2
     if len(ids) > 2 * half:
-        what = "too long for --answer-model, its middle is left out; raise --max-prompt"
-        print0(f"{place_of(row)}: {what}")
+        print0(
+            f"{place_of(row)}: too long for --answer-model, its middle is left out; raise"
+            " --max-prompt"
+        )
         del ids[half:-half]
     return ids
 
@@ -1424,9 +1427,10 @@ def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
     Misuse where these cannot have the wanted effect. -> its text, which resuming compares."""
     first = problems[0]
     text = tokenizer.decode(first.prompt)
-    about = f"the first of {len(problems)} prompts, {len(first.prompt)} tokens"
-    print0(f"{about}: {shortened(repr(text))}")
-    print0(f"its ids: {shortened(str(first.prompt))}")
+    print0(
+        f"the first of {len(problems)} prompts, {len(first.prompt)} tokens:"
+        f" {shortened(repr(text))}\nits ids: {shortened(str(first.prompt))}"
+    )
     template = "" if cfg.prompt_template else tokenizer.chat_template
     check_prompt_options(first, text, template, tokenizer, cfg)
 
@@ -1438,8 +1442,10 @@ def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
         marks.append(after.strip())
     for mark in marks:
         if mark and mark in problem and text.count(mark) > problem.count(mark):
-            what = f"the first problem holds {mark!r}, as a prompt with a template does"
-            raise Misuse(f"{what}; give bare problems, or --prompt-template '{{problem}}'")
+            raise Misuse(
+                f"the first problem holds {mark!r}, as a prompt with a template does; give bare"
+                " problems, or --prompt-template '{problem}'"
+            )
     check_open_thought(problems, text, cfg)
     return text
 
@@ -1468,14 +1474,17 @@ def check_open_thought(problems: list[Problem], text: str, cfg: Config):
     responses = [p.row["response"] for p in problems if cfg.stage == "sft"]
     endless = sum("</think>" not in response for response in responses)
     if text.rstrip().endswith("<think>") and endless:
-        what = f"the prompt ends in <think>, and {endless} of {len(problems)} responses have no"
-        raise Misuse(f"{what} </think>: their answers would be thoughts; see --prompt-template")
+        raise Misuse(
+            f"the prompt ends in <think>, and {endless} of {len(problems)} responses have no"
+            " </think>: their answers would be thoughts; see --prompt-template"
+        )
     if text.rstrip().endswith("</think>"):
         what = "the prompt ends in a thought that is closed"
         if any("<think>" in response for response in responses):
-            kwargs = """--chat-template-kwargs '{"enable_thinking": true}'"""
-            what += ", and the traces have thoughts"
-            raise Misuse(f"{what}; give --prompt-template, or for many models {kwargs}")
+            raise Misuse(
+                f"{what}, and the traces have thoughts; give --prompt-template, or for many models"
+                """ --chat-template-kwargs '{"enable_thinking": true}'"""
+            )
         print0(f"{what}: responses are answers without a thought")
 
 
@@ -1523,8 +1532,10 @@ def encode_responses(problems: list[Problem], tokenizer, cfg) -> list[Rollout]:
         what = f"every response is longer than --max-new {cfg.max_new} tokens"
         raise Misuse(f"{what} (the shortest has {shortest})")
     if len(kept) < len(traces):
-        what = f"{len(traces) - len(kept)} of {len(traces)} responses are longer than"
-        print0(f"{what} --max-new {cfg.max_new} tokens: left out")
+        print0(
+            f"{len(traces) - len(kept)} of {len(traces)} responses are longer than --max-new"
+            f" {cfg.max_new} tokens, or hold {tokenizer.eos_token} before their end: left out"
+        )
     return kept
 
 
@@ -1537,8 +1548,7 @@ def reward_function(spec: str):
         sys.path.insert(0, str(Path(file).resolve().parent))
         return runpy.run_path(file)[name].__call__  # an error here if it has none
     except BaseException as e:
-        reason = f"{type(e).__name__}: {reason_of(e)}"
-        raise Misuse(f"--reward {spec}: {reason}; give FILE.py:FUNCTION")
+        raise Misuse(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; give FILE.py:FUNCTION")
 
 
 def own_reward(spec: str, rollout: Rollout) -> float:
@@ -1550,8 +1560,7 @@ def own_reward(spec: str, rollout: Rollout) -> float:
             raise ValueError(f"{value} is no reward")
         return value
     except BaseException as e:
-        reason = f"{type(e).__name__}: {reason_of(e)}"
-        raise Stop(f"--reward {spec}: {reason}; in {place_of(row)}")
+        raise Stop(f"--reward {spec}: {type(e).__name__}: {reason_of(e)}; in {place_of(row)}")
 
 
 def place_of(row: dict) -> str:
@@ -1850,8 +1859,10 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
         rl = from_rank0(on_rank0(checkpoints, run / "rl"))
         paths = [str(path) for path in sft[-1:] + rl]
     if not paths:
-        what = "run --stage sft and --stage rl first, or give --checkpoint or --model"
-        raise Misuse(f"no checkpoint in {run}: {what}")
+        raise Misuse(
+            f"no checkpoint in {run}: run --stage sft and --stage rl first, or give --checkpoint"
+            " or --model"
+        )
     for path in paths:
         check_model_folder(path)
     names = []
@@ -1895,9 +1906,11 @@ def answer_engine(engine, cfg: Config):
 
 def report(result: dict):
     """The console line of a checkpoint and test set."""
-    line = f"{result['checkpoint']}, {result['test']}: pass@1 {result['pass_at_1']:.1%}"
-    line += f" ± {result['standard_error'] or 0:.1%}, {result['length']:.0f} tokens"
-    line += f", over-long {result['overlong']:.1%}"
+    line = (
+        f"{result['checkpoint']}, {result['test']}: pass@1 {result['pass_at_1']:.1%}"
+        f" ± {result['standard_error'] or 0:.1%}, {result['length']:.0f} tokens"
+        f", over-long {result['overlong']:.1%}"
+    )
     for budget, value, *_ in result.get("scaling", []):
         line += f", {value:.1%} within {budget} tokens"
     print0(line)
@@ -1911,9 +1924,11 @@ def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: st
         engine.load(policy)
         rollouts = evaluate(engine, problems, 1, cfg)
         value, error = mean_and_error([[r.right] for r in rollouts])
-        what = f"{len(problems)} problems of {cfg.test or cfg.data or 'the embedded test set'}"
-        what += f", one sample each at T = {cfg.eval_temperature}"
-        print0(f"held-out pass@1 {value:.1%} ± {error or 0:.1%} ({what})")
+        print0(
+            f"held-out pass@1 {value:.1%} ± {error or 0:.1%} ({len(problems)} problems of"
+            f" {cfg.test or cfg.data or 'the embedded test set'}, one sample each at"
+            f" T = {cfg.eval_temperature})"
+        )
         if rank() == 0:
             some = rollouts[:: max(1, len(rollouts) // 8)]
             rows = [dict(step=folder.last, kind="held-out", **record_of(r)) for r in some]
@@ -2131,8 +2146,10 @@ def check_push(engine, policy, prompt: list[int], cfg: Config):
     tolerance = PUSH_TOLERANCE[cfg.dtype]
     error = None
     if not gap <= tolerance:
-        what = f"{gap:.2g} nats per token apart after a push of weights (tolerance {tolerance})"
-        error = Stop(f"rank {rank()}: engine and trainer are {what}: it failed, or they differ")
+        error = Stop(
+            f"rank {rank()}: engine and trainer are {gap:.2g} nats per token apart after a push of"
+            f" weights (tolerance {tolerance}): it failed, or they differ"
+        )
     all_ranks_agree(error)
 
 
@@ -2241,10 +2258,11 @@ def load_policy(folder: str, cfg: Config, device=None):
     except (
         BaseException
     ) as e:  # of the libraries, on a damaged folder (a Rust panic is no Exception)
-        what = "no model (config, weights, tokenizer) that can be loaded"
         if no_more_processes(e):
             raise Stop(failure_of(e))
-        raise Misuse(f"{folder}: {what}: {reason_of(e)}")
+        raise Misuse(
+            f"{folder}: no model (config, weights, tokenizer) that can be loaded: {reason_of(e)}"
+        )
 
 
 def check_model_folder(folder: str):
@@ -2282,14 +2300,16 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
     for i in (*sorted(words), *policy.end_ids):
         if not (isinstance(i, int) and 0 <= i < rows):
             word = words.get(i, "an end token")
-            what = f"{word!r} has id {i}, but the model has {rows} tokens"
-            raise Misuse(f"{folder}: {what}: tokenizer and model are not of one kind")
+            raise Misuse(
+                f"{folder}: {word!r} has id {i}, but the model has {rows} tokens: tokenizer and"
+                " model are not of one kind"
+            )
     context = getattr(lm.config, "max_position_embeddings", None) or math.inf
     if cfg.max_prompt + cfg.max_new > context:
-        what = (
-            f"its context of {context} tokens is shorter than --max-prompt and --max-new together"
+        raise Misuse(
+            f"{folder}: its context of {context} tokens is shorter than --max-prompt and --max-new"
+            " together; lower them"
         )
-        raise Misuse(f"{folder}: {what}; lower them")
     check_model(policy.to(policy.device), tokenizer, folder, cfg)
     return policy
 
@@ -2301,8 +2321,10 @@ def mend_generation_config(policy, folder: str):
     try:
         lm.generation_config.validate(strict=True)
     except ValueError as e:
-        kept = "checkpoints keep the end tokens alone of generation_config.json"
-        print0(f"{folder}: {kept}: {shortened(' '.join(str(e).split()))}")
+        print0(
+            f"{folder}: checkpoints keep the end tokens alone of generation_config.json:"
+            f" {shortened(' '.join(str(e).split()))}"
+        )
         lm.generation_config = transformers.GenerationConfig(eos_token_id=policy.end_ids)
 
 
@@ -2379,8 +2401,9 @@ def unfit_config(lm, longest: int) -> str:
             return f"it has {name}"
     window = shortest_window(lm.config)
     if window < longest:
-        both = f"--max-prompt and --max-new are {longest} together"
-        return f"a token sees only {window} others, {both}"
+        return (
+            f"a token sees only {window} others, --max-prompt and --max-new are {longest} together"
+        )
     return ""
 
 
@@ -2576,8 +2599,8 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
     reason."""
     lm = policy.lm
     dtype = getattr(torch, cfg.dtype)
-    size = dtype.itemsize * number_of_parameters(policy)
-    weights = exported_weights(policy, dtype) if size <= limit else {}
+    small = dtype.itemsize * number_of_parameters(policy) <= limit
+    weights = exported_weights(policy, dtype) if small else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_model(folder, lm, tokenizer, weights, dtype)
@@ -2598,8 +2621,7 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
             raise ValueError("the tokenizer is another one when it is read back")
     except Exception as e:  # of any library
-        what = "a checkpoint of this model could not be saved and read back"
-        raise Misuse(f"{what}: {reason_of(e)}")
+        raise Misuse(f"a checkpoint of this model could not be saved and read back: {reason_of(e)}")
 
 
 def make_optimizer(policy, cfg: Config):
@@ -2704,8 +2726,10 @@ def refuse_damage(folder: str):
         manifest = from_rank0(on_rank0(manifest_of, path))
         damaged = damaged_file(path, model_files(manifest)) if manifest else MANIFEST
         if damaged:
-            mend = f"take another checkpoint, or remove {MANIFEST} if you changed it yourself"
-            raise Misuse(f"{path}: damaged ({damaged} is not what was saved); {mend}")
+            raise Misuse(
+                f"{path}: damaged ({damaged} is not what was saved); take another checkpoint, or"
+                f" remove {MANIFEST} if you changed it yourself"
+            )
 
 
 def manifests(stage_folder: Path) -> dict[Path, dict]:
@@ -2762,9 +2786,11 @@ def sound_checkpoint(stage_folder: Path, at: int = 0) -> str:
     if found or at:
         asked = f" of step {at}" if at else ""
         there = ", ".join(map(str, sorted(steps))) or "none"
-        what = f"{stage_folder}: no checkpoint{asked} is whole and has the trainer's state"
-        mend = "choose another --name (and --model CHECKPOINT: the weights of one are a start)"
-        raise Misuse(f"{what}; there are: {there}; {mend}")
+        raise Misuse(
+            f"{stage_folder}: no checkpoint{asked} is whole and has the trainer's state; there"
+            f" are: {there}; choose another --name (and --model CHECKPOINT: the weights of one"
+            " are a start)"
+        )
     return ""
 
 
@@ -2858,8 +2884,9 @@ def locked_folder(path: Path):
         print(os.getpid(), time.time_ns(), file=lock, flush=True)  # see `wait_for_rank0`
         os.fsync(lock)
     except BlockingIOError:
-        what = "another process works in this folder; wait for it, or choose another --name"
-        raise Misuse(f"{path}: {what}")
+        raise Misuse(
+            f"{path}: another process works in this folder; wait for it, or choose another --name"
+        )
     except OSError as e:
         raise Misuse(f"{path}: cannot be written ({e.strerror}); choose another --out")
     return lock
@@ -2874,9 +2901,10 @@ def wait_for_rank0(lock: Path):
             break
         time.sleep(1)
     else:
-        what = f"rank {rank()} does not see what rank 0 writes there"
-        mend = "--out must lie on a file system that all nodes share"
-        error = Misuse(f"{lock.parent}: {what}; {mend}")
+        error = Misuse(
+            f"{lock.parent}: rank {rank()} does not see what rank 0 writes there; --out must lie"
+            " on a file system that all nodes share"
+        )
     all_ranks_agree(error)
 
 
@@ -2945,8 +2973,10 @@ class RunFolder:
         if os.path.lexists(self.path / "config.json"):
             self.compare_values()
         elif manifests(self.path):
-            what = "checkpoints without config.json; bring it back, or choose another --name"
-            raise Misuse(f"{self.path}: {what}")
+            raise Misuse(
+                f"{self.path}: checkpoints without config.json; bring it back, or choose another"
+                " --name"
+            )
         self.source = sound_checkpoint(self.path)
         if cfg.resume_from and not self.source:
             self.source = sound_checkpoint(origin, cfg.resume_from)
@@ -2963,8 +2993,10 @@ class RunFolder:
             if before.get(name) != value and not of_content:
                 changed.append(f"{name} ({before.get(name)!r} there, {value!r} now)")
         if changed:
-            mend = "choose another --name, or branch with --resume-from"
-            raise Misuse(f"{self.path} holds a run of other values: {', '.join(changed)}; {mend}")
+            raise Misuse(
+                f"{self.path} holds a run of other values: {', '.join(changed)}; choose another"
+                " --name, or branch with --resume-from"
+            )
 
     def create(self, source: str, problems, tests, prompt: str, steps: int):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
@@ -3057,8 +3089,9 @@ class RunFolder:
         if done > self.step and (now or done % save_every == 0):
             self.save(done, policy, optimizer, anchor)
         if signalled:
-            what = f"{signalled}: stopped after step {done} of {steps}"
-            print0(f"{what}; the same command resumes there")
+            print0(
+                f"{signalled}: stopped after step {done} of {steps}; the same command resumes there"
+            )
             raise Interrupted
 
     def save(self, step: int, policy, optimizer, anchor=None):
@@ -3168,8 +3201,10 @@ class RunFolder:
                 cut_log(self.path / name, path, keep, self.path / f"{name}.cut-{self.step}")
             missing = sorted(set(range(self.step)) - seen)
             if once and missing:
-                what = f"{len(missing)} of {self.step} steps are missing"
-                print0(f"{path}: {what}, the first is {missing[0]}")
+                print0(
+                    f"{path}: {len(missing)} of {self.step} steps are missing, the first is"
+                    f" {missing[0]}"
+                )
 
 
 @contextlib.contextmanager
@@ -3196,10 +3231,12 @@ def console_words(row: dict, wall: dict) -> str:
     speed = f"{row['tokens'] / total:,.0f} tokens/s ({shares})"
     if "loss" in row:
         return f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {speed}"
-    words = f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f}"
-    words += f" entropy {row['entropy']:.3f} kl {row['kl']:.2f} overlong {row['overlong']:.2f}"
-    words += f" repeat {row['repetition']:.2f} flat {row['flat_groups']:.2f}"
-    return words + f" ungraded {row['ungraded']:.2f} gap {row['logprob_gap']:.0e} {speed}"
+    return (
+        f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f}"
+        f" entropy {row['entropy']:.3f} kl {row['kl']:.2f} overlong {row['overlong']:.2f}"
+        f" repeat {row['repetition']:.2f} flat {row['flat_groups']:.2f}"
+        f" ungraded {row['ungraded']:.2f} gap {row['logprob_gap']:.0e} {speed}"
+    )
 
 
 # --------------------------------------------------------------------- ranks, the clock, signals
@@ -3616,11 +3653,6 @@ def truth(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def options_with(rule: str) -> set[str]:
-    """The names of the options whose `knob` sets this rule."""
-    return {f.name for f in dataclasses.fields(Config) if f.metadata[rule]}
-
-
 def settings_before(args) -> dict:
     """The config of the stage that produced this stage's input model, {} if no stage did."""
     given = (args.checkpoint or args.model).split(",")[0]
@@ -3648,8 +3680,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
     if given.stage != "sft":
         values.pop("model", None)  # where SFT starts; later stages take the run's checkpoints
     if before.get("preset") == preset:
-        for name in options_with("inherit") & set(before):
-            values[name] = before[name]
+        for option in dataclasses.fields(Config):
+            if option.metadata["inherit"] and option.name in before:
+                values[option.name] = before[option.name]
     parser.set_defaults(**values)
     values = vars(parser.parse_args(argv))
     cfg = Config(**values | dict(preset=preset))
@@ -3770,8 +3803,10 @@ def number_of_ranks() -> int:
     ranks = os.environ.get("WORLD_SIZE", "1")
     beside = ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
     if ranks != "1" and not (ranks.isdecimal() and set(beside) <= set(os.environ)):
-        what = f"WORLD_SIZE is {ranks!r}, and torchrun sets {', '.join(beside)} beside it"
-        raise Misuse(f"{what}: start several ranks by torchrun")
+        raise Misuse(
+            f"WORLD_SIZE is {ranks!r}, and torchrun sets {', '.join(beside)} beside it: start"
+            " several ranks by torchrun"
+        )
     return int(ranks)
 
 
