@@ -1168,7 +1168,9 @@ class Config(Method):
     chat_template_kwargs: str = knob(
         "", 'the template\'s variables, JSON, such as {"enable_thinking": true}', inherit=True
     )
-    reward: str = knob("", "FILE.py:FUNCTION(response, row) -> float in place of right or wrong")
+    reward: str = knob(
+        "", "FILE.py:FUNCTION(response, row) -> float in place of right or wrong", "", "rl"
+    )
     # numerics
     dtype: Literal["float32", "bfloat16"] = knob(
         "float32", "activations; weights, log-probs, entropy stay float32", inherit=True
@@ -1852,8 +1854,8 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
 
 def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
     """Path -> name in the pictures."""
-    given = cfg.checkpoint or cfg.model
-    paths = [latest(name) for name in given.split(",") if name]
+    given = cfg.checkpoint.split(",") if cfg.checkpoint else [cfg.model]
+    paths = [latest(name) for name in given if name]
     if not paths:
         sft = from_rank0(on_rank0(checkpoints, run / "sft"))
         rl = from_rank0(on_rank0(checkpoints, run / "rl"))
@@ -3655,7 +3657,7 @@ def truth(text: str) -> bool:
 
 def settings_before(args) -> dict:
     """The config of the stage that produced this stage's input model, {} if no stage did."""
-    given = (args.checkpoint or args.model).split(",")[0]
+    given = args.model or args.checkpoint.split(",")[0]
     run = Path(args.out) / (args.name or args.preset or "tiny")
     folders = [run / "rl", run / "sft"]
     if given:
@@ -3715,9 +3717,11 @@ def check_config(cfg: Config):
     need(cfg.min_p < 1, "min_p", "must be below 1")
     need(cfg.ema_decay <= 1, "ema_decay", "must be at most 1")
     need(cfg.repeat_count > 1, "repeat_count", "must be at least 2: every block occurs once")
-    numbers = r"([1-9]\d*(,[1-9]\d*)*)?"
+    numbers = r"([1-9]\d{0,8}(,[1-9]\d{0,8})*)?"
     need(
-        re.fullmatch(numbers, cfg.budgets), "budgets", "must be whole numbers, with commas between"
+        re.fullmatch(numbers, cfg.budgets),
+        "budgets",
+        "must be whole numbers below 10^9, with commas between",
     )
     names = r"([\w-]+(,[\w-]+)*)?"
     need(re.fullmatch(names, cfg.benchmarks), "benchmarks", "must be names, with commas between")
@@ -3731,6 +3735,7 @@ def check_config(cfg: Config):
     vllm = "not installed here: pip install vllm==0.32.0"
     need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    need(not (cfg.checkpoint and cfg.model), "checkpoint", "or --model, not both")
     need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
     need(not cfg.vllm_tp or cfg.engine != "torch", "vllm_tp", "only with --engine vllm")
     need(ranks % (cfg.vllm_tp or 1) == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")

@@ -3670,7 +3670,11 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl", "--stage sft first"),
     ("--stage eval", "--stage sft"),
     ("--stage eval --budgets 1,x", "--budgets '1,x': must be whole numbers"),
+    ("--stage eval --budgets 16,1000000000", "must be whole numbers below 10^9"),
     ("--stage eval --checkpoint nowhere", "nowhere"),
+    ("--stage eval --checkpoint model --model model", "or --model, not both"),
+    ("--stage eval --model model,nowhere", "model,nowhere"),
+    ("--stage eval --reward good.jsonl:f", "only --stage rl uses it"),
     (
         "--stage eval --model model --benchmarks math500",
         "python data_prep.py benchmarks --out benchmarks",
