@@ -2237,23 +2237,22 @@ def load_policy(folder: str, cfg: Config, device=None):
     """-> a Policy in float32 on `device` (the run's by default), and its tokenizer. Misuse where
     anything is amiss."""
     try:
+        for file in sorted(Path(folder).glob("adapter_*")):
+            raise Misuse(f"{file}: adapters are not supported; merge it into the weights")
         check_model_folder(folder)
-        adapters = sorted(Path(folder).glob("adapter_*"))
-        if adapters:
-            raise Misuse(f"{adapters[0]}: adapters are not supported; merge it into the weights")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # `check_model` goes on with "t1".
         options = dict(dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
         options["output_loading_info"] = True
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-        missing = sorted(info["missing_keys"])
-        if missing:
-            what = f"{len(missing)} weights are missing, the first is {missing[0]}"
-            raise Misuse(f"{folder}: {what}")
-        unexpected = sorted(info["unexpected_keys"])
-        if unexpected:
-            what = f"{len(unexpected)} weights that the model has no place for"
-            raise Misuse(f"{folder}: {what}, the first is {unexpected[0]}; is config.json its own?")
+        faults = dict(missing="are missing", unexpected="that the model has no place for")
+        for kind, what in faults.items():
+            names = sorted(info[f"{kind}_keys"])
+            if names:
+                raise Misuse(
+                    f"{folder}: {len(names)} weights {what}, the first is {names[0]}; is"
+                    " config.json its own?"
+                )
         return checked_policy(lm, tokenizer, folder, cfg, device), tokenizer
     except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
@@ -2281,6 +2280,10 @@ def check_model_folder(folder: str):
     if (path / "generation_config.json").exists():
         read_json(path / "generation_config.json")  # the library would ignore a damaged one
     for key, value in read_json(path / "config.json").items():
+        if key == "quantization_config":
+            raise Misuse(
+                f"{folder}: quantised weights are not supported; take those they were made of"
+            )
         most = 4096 if key.startswith(("num_", "n_")) else 1 << 27
         if isinstance(value, int) and value > most:
             raise Misuse(
@@ -2396,8 +2399,12 @@ def unfit_config(lm, longest: int) -> str:
     """What a config says that this file does not compute, or the empty string."""
     if not isinstance(getattr(lm.base_model, "layers", None), torch.nn.ModuleList):
         return "its layers are not in base_model.layers"
-    if lm.get_output_embeddings().bias is not None:
+    head = lm.get_output_embeddings()
+    if head.bias is not None:
         return "its output layer has a bias"
+    # The library unties a head that has other weights, and keeps a config that says the opposite.
+    if lm.config.tie_word_embeddings and head.weight is not lm.get_input_embeddings().weight:
+        return "tie_word_embeddings is true, but its head is not its embedding; make it false"
     for name, value in vars(lm.config).items():
         if "softcap" in name and value:  # hardly seen in the log-probs while logits are flat
             return f"it has {name}"

@@ -4642,7 +4642,19 @@ def appending_the_end(folder):
     tokenizer.save_pretrained(folder)
 
 
-def plus_rows(answer_only=False, rendered=False):
+def other_head(folder):
+    """A head that is not the embedding, where config.json says that it is."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = -weights["model.embed_tokens.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", dict(format="pt"))
+
+
+def adapter_alone(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def plus_rows(answer_only=False, rendered=False, end="", system=""):
+    """end: behind every second response; system: of all rows but the first."""
     rows = []
     for a, b in zip(range(3, 45), range(50, 8, -1)):
         thought = "" if answer_only else f"<think>\n{a} + {b} = {a + b}\n</think>\n"
@@ -4650,7 +4662,12 @@ def plus_rows(answer_only=False, rendered=False):
         if rendered:
             problem = f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
         response = f"{thought}The answer is \\boxed{{{a + b}}}."
-        rows.append(dict(problem=problem, answer=str(a + b), response=response))
+        if len(rows) % 2:
+            response += end
+        row = dict(problem=problem, answer=str(a + b), response=response)
+        if rows and system:
+            row["system"] = system
+        rows.append(row)
     return rows
 
 
@@ -4658,6 +4675,12 @@ ANSWERS = dict(answer_only=True)
 RENDERED = dict(rendered=True)
 SYSTEM = ["--system", "Box it."]
 THINK = ["--chat-template-kwargs", '{"enable_thinking": true}']
+FRENCH = dict(system="Answer in French.")
+OF_PARTS = (
+    "{% for part in messages[-1].content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_start|>assistant\n"
+)
+PADDED = ["--chat-template-kwargs", '{"padding": "max_length", "max_length": 99}']
 USERS = [  # change of the folder, rows, options -> exit code, a part of what is said
     (None, {}, [], 0, r"the first of 40 prompts, 18 tokens: 'What is 3 plus 50?\n'"),
     (None, {}, SYSTEM, 2, "--system is not in the prompt: there is no chat template"),
@@ -4681,6 +4704,15 @@ USERS = [  # change of the folder, rows, options -> exit code, a part of what is
     (ending_in(""), RENDERED, ["--prompt-template", "{problem}"], 0, "the first of 40"),
     (template("{{ messages[-1].content }}"), {}, SYSTEM, 2, "--system is not in the prompt"),
     (template("{{ raise_exception('no roles') }}"), {}, [], 2, "no roles"),
+    (
+        template("<|im_start|>user\nA question"),
+        {},
+        [],
+        2,
+    ),
+    (other_head, {}, [], 2, "tie_word_embeddings is true, but its head is not its embedding"),
+    (adapter_alone, {}, [], 2, "adapters are not supported"),
+    (json_of("config.json", quantization_config=dict(quant_method="x")), {}, [], 2, "quantised"),
     (template(OWN_SYSTEM), {}, [], 0, "the system prompt is the chat template's own"),
     (template(DATED), {}, [], 0, "writes a date: in every run it is 26 Jul 2024"),
     (ending_in("<think>\n"), {}, [], 0, r"assistant\n<think>\n'"),
