@@ -1345,6 +1345,7 @@ def prompt_ids(row: dict, tokenizer, cfg: Config) -> list[int]:
             tokenize=True,
             return_dict=False,
             truncation=False,
+            padding=False,
             add_generation_prompt=True,
             strftime_now=ONE_DAY.strftime,
         )
@@ -1434,11 +1435,11 @@ def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
         f" {shortened(repr(text))}\nits ids: {shortened(str(first.prompt))}"
     )
     template = "" if cfg.prompt_template else tokenizer.chat_template
-    check_prompt_options(first, text, template, tokenizer, cfg)
+    problem = first.row["problem"]
+    before, _, after = text.rpartition(problem)
+    check_prompt_options(first, before, template, tokenizer, cfg)
 
     # A template around a prompt that has one already.
-    problem = first.row["problem"]
-    _, _, after = text.rpartition(problem)
     marks = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     if template:
         marks.append(after.strip())
@@ -1452,19 +1453,15 @@ def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
     return text
 
 
-def check_prompt_options(first: Problem, text: str, template, tokenizer, cfg: Config):
-    """Say or refuse options that change nothing in the prompt."""
-    system = first.row.get("system") or unescaped(cfg.system)
-    if "".join(system.split()) not in "".join(text.split()):
-        what = "--system is not in the prompt: there is no chat template, or it takes none"
-        raise Misuse(f"{what}; write it into --prompt-template 'TEXT\\n{{problem}}\\n'")
+def check_prompt_options(first: Problem, before: str, template, tokenizer, cfg: Config):
+    """Say or refuse options that change nothing in the prompt; --system: see `is_whole`."""
     if cfg.chat_template_kwargs:
         if not template:
             raise Misuse("--chat-template-kwargs: these prompts come from no chat template")
         plain = dataclasses.replace(cfg, chat_template_kwargs="")
         if prompt_ids(first.row, tokenizer, plain) == first.prompt:
             print0("--chat-template-kwargs changes nothing in this prompt")
-    before, _, _ = text.rpartition(first.row["problem"])
+    system = first.row.get("system") or cfg.system
     if template and not system and "system" in before.lower():
         print0("the system prompt is the chat template's own; --system TEXT for another")
     if "strftime_now" in str(template):
@@ -1504,35 +1501,61 @@ def json_object(text: str) -> dict | None:
 
 
 def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[Problem]:
-    """A prompt is never cut: those longer than max_prompt are counted and left out."""
-    problems = [Problem(row, prompt_ids(row, tokenizer, cfg)) for row in rows]
-    kept = [p for p in problems if 0 < len(p.prompt) <= cfg.max_prompt]
-    if len(kept) < len(rows):
-        first = next(p.row for p in problems if not 0 < len(p.prompt) <= cfg.max_prompt)
-        where = place_of(first)
-        bad = f"{len(rows) - len(kept)} of {len(rows)} prompts are empty or longer than"
-        bad += f" --max-prompt {cfg.max_prompt}"
+    """A prompt is never cut: those that are not whole are counted and left out."""
+    kept = []
+    gone = []
+    for row in rows:
+        problem = Problem(row, prompt_ids(row, tokenizer, cfg))
+        (kept if is_whole(problem, tokenizer, cfg) else gone).append(problem)
+    if gone:
+        bad = (
+            f"{len(gone)} of {len(rows)} prompts are empty or longer than --max-prompt"
+            f" {cfg.max_prompt}, or do not hold the problem as it was given, the first is"
+            f" {place_of(gone[0].row)}"
+        )
         if not kept:
-            raise Misuse(f"{bad}, the first is {where}; nothing is left")
-        print0(f"{bad} tokens, the first is {where}: left out")
+            raise Misuse(f"{bad}; nothing is left")
+        print0(f"{bad}: left out")
     return kept
 
 
+def is_whole(problem: Problem, tokenizer, cfg: Config) -> bool:
+    """Is the whole problem in its prompt, and that within max_prompt? Misuse for a system message
+    that is not."""
+    row = problem.row
+    text = bare(tokenizer.decode(problem.prompt))
+    if bare(row.get("system") or unescaped(cfg.system)) not in text:
+        raise Misuse(
+            f"{place_of(row)}: --system is not in the prompt: there is no chat template, or it"
+            " takes none; write it into --prompt-template 'TEXT\\n{problem}\\n'"
+        )
+    return bare(row["problem"]) in text and len(problem.prompt) <= cfg.max_prompt
+
+
+def bare(text: str) -> str:
+    """What a tokenizer keeps of a text: not all keep white space and forms of characters."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
 def encode_responses(problems: list[Problem], tokenizer, cfg) -> list[Rollout]:
-    """Traces as rollouts that are already there. Those longer than max_new are counted and left
-    out."""
+    """Traces as rollouts that are already there. Those longer than max_new, and those that would
+    teach to go on after an end token, are counted and left out."""
     traces = []
     for problem in problems:
         response = problem.row["response"]
         if opens_thought(problem.prompt, tokenizer):  # the prompt has written the tag
             response = response.removeprefix("<think>").lstrip("\n")
+        response = response.removesuffix(tokenizer.eos_token)
         ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         traces.append(Rollout(problem, ids=ids, finished=True))
-    kept = [trace for trace in traces if len(trace.ids) <= cfg.max_new]
+    end = tokenizer.eos_token_id
+    kept = [t for t in traces if t.ids.index(end) + 1 == len(t.ids) <= cfg.max_new]
     if not kept:
         shortest = min(len(trace.ids) for trace in traces)
-        what = f"every response is longer than --max-new {cfg.max_new} tokens"
-        raise Misuse(f"{what} (the shortest has {shortest})")
+        raise Misuse(
+            f"every response is longer than --max-new {cfg.max_new} tokens"
+            f" (the shortest has {shortest}), or holds {tokenizer.eos_token} before its end"
+        )
     if len(kept) < len(traces):
         print0(
             f"{len(traces) - len(kept)} of {len(traces)} responses are longer than --max-new"
@@ -2293,9 +2316,12 @@ def check_model_folder(folder: str):
 
 def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Policy:
     """Validate model and tokenizer, and move the model to its device."""
-    if tokenizer.eos_token_id is None or not prompt_ids({"problem": "1 + 1"}, tokenizer, cfg):
-        what = "the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
-        raise Misuse(f"{folder}: {what}")
+    if tokenizer.eos_token_id is None or not prompt_ids(
+        dict(problem="1 + 1", where=folder), tokenizer, cfg
+    ):
+        raise Misuse(
+            f"{folder}: the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
+        )
     policy = Policy(lm, tokenizer, cfg, device)
     mend_generation_config(policy, folder)
     rows = lm.get_input_embeddings().num_embeddings

@@ -3710,7 +3710,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --data noanswer.jsonl --model model", "noanswer.jsonl, row 2: field 'answer'"),
     (
         "--stage rl --preset tiny --data good.jsonl --model model --max-prompt 3",
-        "longer than --max-prompt 3, the",
+        "longer than --max-prompt 3, or",
     ),
 ]
 
@@ -4703,13 +4703,22 @@ USERS = [  # change of the folder, rows, options -> exit code, a part of what is
     (ending_in(""), RENDERED, [], 2, "problem holds '<|im_end|>\\n<|im_start|>assi"),
     (ending_in(""), RENDERED, ["--prompt-template", "{problem}"], 0, "the first of 40"),
     (template("{{ messages[-1].content }}"), {}, SYSTEM, 2, "--system is not in the prompt"),
-    (template("{{ raise_exception('no roles') }}"), {}, [], 2, "no roles"),
+    (template("{{ raise_exception('no roles') }}"), {}, [], 2, "model: refused by the chat temp"),
+    (template("{{ messages[-1].content }}"), FRENCH, [], 2, "test.jsonl, row 1: --system is not"),
+    (ending_in(""), FRENCH, [], 0, "the first of 40"),
     (
         template("<|im_start|>user\nA question"),
         {},
         [],
         2,
+        "do not hold the problem as it was given",
     ),
+    (template("{{ messages[-1].content[:9] }}"), {}, [], 2, "do not hold the problem"),
+    (template(OF_PARTS), {}, [], 2, "2 of 2 prompts are empty or longer than --max-prompt 256, or"),
+    (template("{{ messages[-1].content | trim }} "), {}, [], 0, "the first of 40"),
+    (ending_in(""), {}, PADDED, 0, "--chat-template-kwargs changes nothing in this prompt"),
+    (None, dict(end="<|endoftext|>"), [], 0, "40 traces, 1 steps"),
+    (None, dict(end="<|endoftext|> So."), [], 0, "20 of 40 responses are longer than --max-new"),
     (other_head, {}, [], 2, "tie_word_embeddings is true, but its head is not its embedding"),
     (adapter_alone, {}, [], 2, "adapters are not supported"),
     (json_of("config.json", quantization_config=dict(quant_method="x")), {}, [], 2, "quantised"),
