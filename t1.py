@@ -394,8 +394,7 @@ def run_rl(cfg):
     sft = str(folder.path.parent / "sft")
     source = folder.source or latest(cfg.model or sft)
     if source == sft:  # `latest` gives back a folder without checkpoints
-        what = "run --stage sft first, or give --model"
-        raise Misuse(f"no SFT checkpoint beside {folder.path}: {what}")
+        raise Misuse(f"no SFT checkpoint beside {folder.path}: --stage sft first, or give --model")
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
     print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
 
@@ -782,8 +781,10 @@ def update(policy, optimizer, lr: float, cfg) -> float:
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not math.isfinite(norm):
-            what = f"rank {rank()}: the gradient's norm is {norm}"
-            raise Stop(f"{what}: stopped before the weights changed; lower the rate")
+            raise Stop(
+                f"rank {rank()}: the gradient's norm is {norm}: stopped before the weights changed;"
+                " lower the rate"
+            )
         for group in optimizer.param_groups:
             group["lr"] = lr
         with optimizer.on_device:
@@ -830,8 +831,7 @@ def generate(engine, rollouts, max_new: int, temperature: float, min_p=0.0, ende
     with all_ranks_or_none():
         engine.generate(share, max_new, temperature, min_p, ended)
         if not all(math.isfinite(sum(r.logprobs)) for r in share):
-            what = "the policy's log-probs are not finite; lower the rate"
-            raise Stop(f"rank {rank()}: {what}; {RESUMES}")
+            raise Stop(f"rank {rank()}: log-probs are not finite; lower the rate; {RESUMES}")
     exchange(rollouts, share, engine.ranks)
 
 
@@ -1169,7 +1169,9 @@ class Config(Method):
     chat_template_kwargs: str = knob(
         "", 'the template\'s variables, JSON, such as {"enable_thinking": true}', inherit=True
     )
-    reward: str = knob("", "FILE.py:FUNCTION(response, row) -> float in place of right or wrong")
+    reward: str = knob(
+        "", "FILE.py:FUNCTION(response, row) -> float in place of right or wrong", "", "rl"
+    )
     # numerics
     dtype: Literal["float32", "bfloat16"] = knob(
         "float32", "activations; weights, log-probs, entropy stay float32", inherit=True
@@ -1268,9 +1270,7 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     if not rest:
         print0(f"{cfg.data}: no row is left beside the problems of the test: nothing is held out")
         return rows, tests if cfg.test else []
-    what = "held out for evaluation (--test for others)"
-    if cfg.test:
-        what = "are problems of --test"
+    what = "are problems of --test" if cfg.test else "held out for evaluation (--test for others)"
     print0(f"{cfg.data}: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
     return rest, tests
 
@@ -1306,8 +1306,10 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
     """(name, problems, samples per problem) of the benchmarks, or of the run's own test set."""
     if not cfg.benchmarks:
         if cfg.preset != "tiny" and not (cfg.test or cfg.data):
-            what = "on which problems? Give --test FILE, --benchmarks NAMES or the run's --data"
-            raise Misuse(f"--stage eval: {what}")
+            raise Misuse(
+                "--stage eval: on which problems? Give --test FILE, --benchmarks NAMES or the"
+                " run's --data"
+            )
         name = cfg.test or cfg.data or "embedded"
         _, problems = read_data(cfg)
         if not problems:
@@ -1318,8 +1320,10 @@ def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
         path = BENCHMARKS / f"{name}.jsonl"
         if not path.exists():
             extra = "--gpqa YOUR_COPY.csv " if name == "gpqa" else ""
-            command = f"python data_prep.py benchmarks {extra}--out {BENCHMARKS}"
-            raise Misuse(f"there is no {path}; write it: {command}")
+            raise Misuse(
+                f"there is no {path}; write it: python data_prep.py benchmarks {extra}--out"
+                f" {BENCHMARKS}"
+            )
         usual = 32 if name.startswith("aime") else 1
         sets.append((name, read_rows(str(path), "eval"), cfg.eval_samples or usual))
     return sets
@@ -1342,6 +1346,7 @@ def prompt_ids(row: dict, tokenizer, cfg: Config) -> list[int]:
             tokenize=True,
             return_dict=False,
             truncation=False,
+            padding=False,
             add_generation_prompt=True,
             strftime_now=ONE_DAY.strftime,
         )
@@ -1404,8 +1409,10 @@ def summary_prompt(row: dict, thought: str, answerer) -> list[int]:
     ids = prompt_ids(row | dict(problem=text, system=""), answerer.tokenizer, answerer.cfg)
     half = answerer.cfg.max_prompt // 2
     if len(ids) > 2 * half:
-        what = "too long for --answer-model, its middle is left out; raise --max-prompt"
-        print0(f"{place_of(row)}: {what}")
+        print0(
+            f"{place_of(row)}: too long for --answer-model, its middle is left out; raise"
+            " --max-prompt"
+        )
         del ids[half:-half]
     return ids
 
@@ -1424,39 +1431,38 @@ def look_at_prompt(problems: list[Problem], tokenizer, cfg: Config) -> str:
     Misuse where these cannot have the wanted effect. -> its text, which resuming compares."""
     first = problems[0]
     text = tokenizer.decode(first.prompt)
-    about = f"the first of {len(problems)} prompts, {len(first.prompt)} tokens"
-    print0(f"{about}: {shortened(repr(text))}")
-    print0(f"its ids: {shortened(str(first.prompt))}")
+    print0(
+        f"the first of {len(problems)} prompts, {len(first.prompt)} tokens:"
+        f" {shortened(repr(text))}\nits ids: {shortened(str(first.prompt))}"
+    )
     template = "" if cfg.prompt_template else tokenizer.chat_template
-    check_prompt_options(first, text, template, tokenizer, cfg)
+    problem = first.row["problem"]
+    before, _, after = text.rpartition(problem)
+    check_prompt_options(first, before, template, tokenizer, cfg)
 
     # A template around a prompt that has one already.
-    problem = first.row["problem"]
-    _, _, after = text.rpartition(problem)
     marks = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     if template:
         marks.append(after.strip())
     for mark in marks:
         if mark and mark in problem and text.count(mark) > problem.count(mark):
-            what = f"the first problem holds {mark!r}, as a prompt with a template does"
-            raise Misuse(f"{what}; give bare problems, or --prompt-template '{{problem}}'")
+            raise Misuse(
+                f"the first problem holds {mark!r}, as a prompt with a template does; give bare"
+                " problems, or --prompt-template '{problem}'"
+            )
     check_open_thought(problems, text, cfg)
     return text
 
 
-def check_prompt_options(first: Problem, text: str, template, tokenizer, cfg: Config):
-    """Say or refuse options that change nothing in the prompt."""
-    system = first.row.get("system") or unescaped(cfg.system)
-    if "".join(system.split()) not in "".join(text.split()):
-        what = "--system is not in the prompt: there is no chat template, or it takes none"
-        raise Misuse(f"{what}; write it into --prompt-template 'TEXT\\n{{problem}}\\n'")
+def check_prompt_options(first: Problem, before: str, template, tokenizer, cfg: Config):
+    """Say or refuse options that change nothing in the prompt; --system: see `is_whole`."""
     if cfg.chat_template_kwargs:
         if not template:
             raise Misuse("--chat-template-kwargs: these prompts come from no chat template")
         plain = dataclasses.replace(cfg, chat_template_kwargs="")
         if prompt_ids(first.row, tokenizer, plain) == first.prompt:
             print0("--chat-template-kwargs changes nothing in this prompt")
-    before, _, _ = text.rpartition(first.row["problem"])
+    system = first.row.get("system") or cfg.system
     if template and not system and "system" in before.lower():
         print0("the system prompt is the chat template's own; --system TEXT for another")
     if "strftime_now" in str(template):
@@ -1468,14 +1474,17 @@ def check_open_thought(problems: list[Problem], text: str, cfg: Config):
     responses = [p.row["response"] for p in problems if cfg.stage == "sft"]
     endless = sum("</think>" not in response for response in responses)
     if text.rstrip().endswith("<think>") and endless:
-        what = f"the prompt ends in <think>, and {endless} of {len(problems)} responses have no"
-        raise Misuse(f"{what} </think>: their answers would be thoughts; see --prompt-template")
+        raise Misuse(
+            f"the prompt ends in <think>, and {endless} of {len(problems)} responses have no"
+            " </think>: their answers would be thoughts; see --prompt-template"
+        )
     if text.rstrip().endswith("</think>"):
         what = "the prompt ends in a thought that is closed"
         if any("<think>" in response for response in responses):
-            kwargs = """--chat-template-kwargs '{"enable_thinking": true}'"""
-            what += ", and the traces have thoughts"
-            raise Misuse(f"{what}; give --prompt-template, or for many models {kwargs}")
+            raise Misuse(
+                f"{what}, and the traces have thoughts; give --prompt-template, or for many models"
+                """ --chat-template-kwargs '{"enable_thinking": true}'"""
+            )
         print0(f"{what}: responses are answers without a thought")
 
 
@@ -1493,46 +1502,70 @@ def json_object(text: str) -> dict | None:
 
 
 def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[Problem]:
-    """A prompt is never cut: those longer than max_prompt are counted and left out."""
-    prompts = {}  # traces repeat their problem
+    """A prompt is never cut: those that are not whole are counted and left out."""
+    prompts = {}  # ids and `is_whole` of a text: traces repeat their problem
     kept = []
-    left_out = []
+    gone = []
     for row in rows:
         text = row["problem"], row.get("system")
         if text not in prompts:
-            prompts[text] = prompt_ids(row, tokenizer, cfg)
-        fits = 0 < len(prompts[text]) <= cfg.max_prompt
-        (kept if fits else left_out).append(Problem(row, prompts[text]))
-    if left_out:
-        where = place_of(left_out[0].row)
-        bad = f"{len(left_out)} of {len(rows)} prompts are empty or longer than"
-        bad += f" --max-prompt {cfg.max_prompt}"
+            ids = prompt_ids(row, tokenizer, cfg)
+            prompts[text] = ids, is_whole(row, ids, tokenizer, cfg)
+        ids, whole = prompts[text]
+        (kept if whole else gone).append(Problem(row, ids))
+    if gone:
+        bad = (
+            f"{len(gone)} of {len(rows)} prompts are empty or longer than --max-prompt"
+            f" {cfg.max_prompt}, or do not hold the problem as it was given, the first is"
+            f" {place_of(gone[0].row)}"
+        )
         if not kept:
-            raise Misuse(f"{bad}, the first is {where}; nothing is left")
-        print0(f"{bad} tokens, the first is {where}: left out")
+            raise Misuse(f"{bad}; nothing is left")
+        print0(f"{bad}: left out")
     return kept
 
 
+def is_whole(row: dict, ids: list[int], tokenizer, cfg: Config) -> bool:
+    """Is the whole problem in its prompt, and that within max_prompt? Misuse for a system message
+    that is not."""
+    text = bare(tokenizer.decode(ids))
+    if bare(row.get("system") or unescaped(cfg.system)) not in text:
+        raise Misuse(
+            f"{place_of(row)}: --system is not in the prompt: there is no chat template, or it"
+            " takes none; write it into --prompt-template 'TEXT\\n{problem}\\n'"
+        )
+    return bare(row["problem"]) in text and len(ids) <= cfg.max_prompt
+
+
+def bare(text: str) -> str:
+    """What a tokenizer keeps of a text: not all keep white space and forms of characters."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
 def encode_responses(problems: list[Problem], tokenizer, cfg) -> list[Rollout]:
-    """Traces as rollouts that are already there. Those longer than max_new are counted and left
-    out."""
+    """Traces as rollouts that are already there. Those longer than max_new, and those that would
+    teach to go on after an end token, are counted and left out."""
     texts = []
     for problem in problems:
         response = problem.row["response"]
         if opens_thought(problem.prompt, tokenizer):  # the prompt has written the tag
             response = response.removeprefix("<think>").lstrip("\n")
-        texts.append(response)
-    end = [tokenizer.eos_token_id]
+        texts.append(response.removesuffix(tokenizer.eos_token))
+    end = tokenizer.eos_token_id
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
-    traces = [Rollout(p, ids=ids + end, finished=True) for p, ids in zip(problems, encoded)]
-    kept = [trace for trace in traces if len(trace.ids) <= cfg.max_new]
+    traces = [Rollout(p, ids=[*ids, end], finished=True) for p, ids in zip(problems, encoded)]
+    kept = [t for t in traces if t.ids.index(end) + 1 == len(t.ids) <= cfg.max_new]
     if not kept:
         shortest = min(len(trace.ids) for trace in traces)
-        what = f"every response is longer than --max-new {cfg.max_new} tokens"
-        raise Misuse(f"{what} (the shortest has {shortest})")
+        raise Misuse(
+            f"every response is longer than --max-new {cfg.max_new} tokens"
+            f" (the shortest has {shortest}), or holds {tokenizer.eos_token} before its end"
+        )
     if len(kept) < len(traces):
-        what = f"{len(traces) - len(kept)} of {len(traces)} responses are longer than"
-        print0(f"{what} --max-new {cfg.max_new} tokens: left out")
+        print0(
+            f"{len(traces) - len(kept)} of {len(traces)} responses are longer than --max-new"
+            f" {cfg.max_new} tokens, or hold {tokenizer.eos_token} before their end: left out"
+        )
     return kept
 
 
@@ -1849,15 +1882,17 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
 
 def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
     """Path -> name in the pictures."""
-    given = cfg.checkpoint or cfg.model
-    paths = [latest(name) for name in given.split(",") if name]
+    given = cfg.checkpoint.split(",") if cfg.checkpoint else [cfg.model]
+    paths = [latest(name) for name in given if name]
     if not paths:
         sft = from_rank0(on_rank0(checkpoints, run / "sft"))
         rl = from_rank0(on_rank0(checkpoints, run / "rl"))
         paths = [str(path) for path in sft[-1:] + rl]
     if not paths:
-        what = "run --stage sft and --stage rl first, or give --checkpoint or --model"
-        raise Misuse(f"no checkpoint in {run}: {what}")
+        raise Misuse(
+            f"no checkpoint in {run}: run --stage sft and --stage rl first, or give --checkpoint"
+            " or --model"
+        )
     for path in paths:
         check_model_folder(path)
     names = []
@@ -1901,9 +1936,11 @@ def answer_engine(engine, cfg: Config):
 
 def report(result: dict):
     """The console line of a checkpoint and test set."""
-    line = f"{result['checkpoint']}, {result['test']}: pass@1 {result['pass_at_1']:.1%}"
-    line += f" ± {result['standard_error'] or 0:.1%}, {result['length']:.0f} tokens"
-    line += f", over-long {result['overlong']:.1%}"
+    line = (
+        f"{result['checkpoint']}, {result['test']}: pass@1 {result['pass_at_1']:.1%}"
+        f" ± {result['standard_error'] or 0:.1%}, {result['length']:.0f} tokens"
+        f", over-long {result['overlong']:.1%}"
+    )
     for budget, value, *_ in result.get("scaling", []):
         line += f", {value:.1%} within {budget} tokens"
     print0(line)
@@ -1917,9 +1954,11 @@ def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: st
         engine.load(policy)
         rollouts = evaluate(engine, problems, 1, cfg)
         value, error = mean_and_error([[r.right] for r in rollouts])
-        what = f"{len(problems)} problems of {cfg.test or cfg.data or 'the embedded test set'}"
-        what += f", one sample each at T = {cfg.eval_temperature}"
-        print0(f"held-out pass@1 {value:.1%} ± {error or 0:.1%} ({what})")
+        print0(
+            f"held-out pass@1 {value:.1%} ± {error or 0:.1%} ({len(problems)} problems of"
+            f" {cfg.test or cfg.data or 'the embedded test set'}, one sample each at"
+            f" T = {cfg.eval_temperature})"
+        )
         if rank() == 0:
             some = rollouts[:: max(1, len(rollouts) // 8)]
             rows = [dict(step=folder.last, kind="held-out", **record_of(r)) for r in some]
@@ -2137,8 +2176,10 @@ def check_push(engine, policy, prompt: list[int], cfg: Config):
     tolerance = PUSH_TOLERANCE[cfg.dtype]
     error = None
     if not gap <= tolerance:
-        what = f"{gap:.2g} nats per token apart after a push of weights (tolerance {tolerance})"
-        error = Stop(f"rank {rank()}: engine and trainer are {what}: it failed, or they differ")
+        error = Stop(
+            f"rank {rank()}: engine and trainer are {gap:.2g} nats per token apart after a push of"
+            f" weights (tolerance {tolerance}): it failed, or they differ"
+        )
     all_ranks_agree(error)
 
 
@@ -2224,33 +2265,33 @@ def load_policy(folder: str, cfg: Config, device=None):
     """-> a Policy in float32 on `device` (the run's by default), and its tokenizer. Misuse where
     anything is amiss."""
     try:
+        for file in sorted(Path(folder).glob("adapter_*")):
+            raise Misuse(f"{file}: adapters are not supported; merge it into the weights")
         check_model_folder(folder)
-        adapters = sorted(Path(folder).glob("adapter_*"))
-        if adapters:
-            raise Misuse(f"{adapters[0]}: adapters are not supported; merge it into the weights")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # `check_model` goes on with "t1".
         options = dict(dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
         options["output_loading_info"] = True
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-        missing = sorted(info["missing_keys"])
-        if missing:
-            what = f"{len(missing)} weights are missing, the first is {missing[0]}"
-            raise Misuse(f"{folder}: {what}")
-        unexpected = sorted(info["unexpected_keys"])
-        if unexpected:
-            what = f"{len(unexpected)} weights that the model has no place for"
-            raise Misuse(f"{folder}: {what}, the first is {unexpected[0]}; is config.json its own?")
+        faults = dict(missing="are missing", unexpected="that the model has no place for")
+        for kind, what in faults.items():
+            names = sorted(info[f"{kind}_keys"])
+            if names:
+                raise Misuse(
+                    f"{folder}: {len(names)} weights {what}, the first is {names[0]}; is"
+                    " config.json its own?"
+                )
         return checked_policy(lm, tokenizer, folder, cfg, device), tokenizer
     except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
     except (
         BaseException
     ) as e:  # of the libraries, on a damaged folder (a Rust panic is no Exception)
-        what = "no model (config, weights, tokenizer) that can be loaded"
         if no_more_processes(e):
             raise Stop(failure_of(e))
-        raise Misuse(f"{folder}: {what}: {reason_of(e)}")
+        raise Misuse(
+            f"{folder}: no model (config, weights, tokenizer) that can be loaded: {reason_of(e)}"
+        )
 
 
 def check_model_folder(folder: str):
@@ -2267,6 +2308,10 @@ def check_model_folder(folder: str):
     if (path / "generation_config.json").exists():
         read_json(path / "generation_config.json")  # the library would ignore a damaged one
     for key, value in read_json(path / "config.json").items():
+        if key == "quantization_config":
+            raise Misuse(
+                f"{folder}: quantised weights are not supported; take those they were made of"
+            )
         most = 4096 if key.startswith(("num_", "n_")) else 1 << 27
         if isinstance(value, int) and value > most:
             raise Misuse(
@@ -2276,9 +2321,12 @@ def check_model_folder(folder: str):
 
 def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Policy:
     """Validate model and tokenizer, and move the model to its device."""
-    if tokenizer.eos_token_id is None or not prompt_ids({"problem": "1 + 1"}, tokenizer, cfg):
-        what = "the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
-        raise Misuse(f"{folder}: {what}")
+    if tokenizer.eos_token_id is None or not prompt_ids(
+        dict(problem="1 + 1", where=folder), tokenizer, cfg
+    ):
+        raise Misuse(
+            f"{folder}: the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
+        )
     policy = Policy(lm, tokenizer, cfg, device)
     mend_generation_config(policy, folder)
     rows = lm.get_input_embeddings().num_embeddings
@@ -2288,14 +2336,16 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
     for i in (*sorted(words), *policy.end_ids):
         if not (isinstance(i, int) and 0 <= i < rows):
             word = words.get(i, "an end token")
-            what = f"{word!r} has id {i}, but the model has {rows} tokens"
-            raise Misuse(f"{folder}: {what}: tokenizer and model are not of one kind")
+            raise Misuse(
+                f"{folder}: {word!r} has id {i}, but the model has {rows} tokens: tokenizer and"
+                " model are not of one kind"
+            )
     context = getattr(lm.config, "max_position_embeddings", None) or math.inf
     if cfg.max_prompt + cfg.max_new > context:
-        what = (
-            f"its context of {context} tokens is shorter than --max-prompt and --max-new together"
+        raise Misuse(
+            f"{folder}: its context of {context} tokens is shorter than --max-prompt and --max-new"
+            " together; lower them"
         )
-        raise Misuse(f"{folder}: {what}; lower them")
     check_model(policy.to(policy.device), tokenizer, folder, cfg)
     return policy
 
@@ -2307,8 +2357,10 @@ def mend_generation_config(policy, folder: str):
     try:
         lm.generation_config.validate(strict=True)
     except ValueError as e:
-        kept = "checkpoints keep the end tokens alone of generation_config.json"
-        print0(f"{folder}: {kept}: {shortened(' '.join(str(e).split()))}")
+        print0(
+            f"{folder}: checkpoints keep the end tokens alone of generation_config.json:"
+            f" {shortened(' '.join(str(e).split()))}"
+        )
         lm.generation_config = transformers.GenerationConfig(eos_token_id=policy.end_ids)
 
 
@@ -2378,15 +2430,20 @@ def unfit_config(lm, longest: int) -> str:
     """What a config says that this file does not compute, or the empty string."""
     if not isinstance(getattr(lm.base_model, "layers", None), torch.nn.ModuleList):
         return "its layers are not in base_model.layers"
-    if lm.get_output_embeddings().bias is not None:
+    head = lm.get_output_embeddings()
+    if head.bias is not None:
         return "its output layer has a bias"
+    # The library unties a head that has other weights, and keeps a config that says the opposite.
+    if lm.config.tie_word_embeddings and head.weight is not lm.get_input_embeddings().weight:
+        return "tie_word_embeddings is true, but its head is not its embedding; make it false"
     for name, value in vars(lm.config).items():
         if "softcap" in name and value:  # hardly seen in the log-probs while logits are flat
             return f"it has {name}"
     window = shortest_window(lm.config)
     if window < longest:
-        both = f"--max-prompt and --max-new are {longest} together"
-        return f"a token sees only {window} others, {both}"
+        return (
+            f"a token sees only {window} others, --max-prompt and --max-new are {longest} together"
+        )
     return ""
 
 
@@ -2582,8 +2639,8 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
     reason."""
     lm = policy.lm
     dtype = getattr(torch, cfg.dtype)
-    size = dtype.itemsize * number_of_parameters(policy)
-    weights = exported_weights(policy, dtype) if size <= limit else {}
+    small = dtype.itemsize * number_of_parameters(policy) <= limit
+    weights = exported_weights(policy, dtype) if small else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_model(folder, lm, tokenizer, weights, dtype)
@@ -2604,8 +2661,7 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
             raise ValueError("the tokenizer is another one when it is read back")
     except Exception as e:  # of any library
-        what = "a checkpoint of this model could not be saved and read back"
-        raise Misuse(f"{what}: {reason_of(e)}")
+        raise Misuse(f"a checkpoint of this model could not be saved and read back: {reason_of(e)}")
 
 
 def make_optimizer(policy, cfg: Config):
@@ -2613,11 +2669,7 @@ def make_optimizer(policy, cfg: Config):
     on the CPU with --offload or a sleeping engine. NOT IN PAPER: betas, one weight decay for
     all."""
     optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=0.0,
-        betas=(0.9, 0.95),
-        weight_decay=cfg.weight_decay,
-        fused=True,
+        policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
     )
     moments = []
     for p in policy.parameters():
@@ -2710,8 +2762,10 @@ def refuse_damage(folder: str):
         manifest = from_rank0(on_rank0(manifest_of, path))
         damaged = damaged_file(path, model_files(manifest)) if manifest else MANIFEST
         if damaged:
-            mend = f"take another checkpoint, or remove {MANIFEST} if you changed it yourself"
-            raise Misuse(f"{path}: damaged ({damaged} is not what was saved); {mend}")
+            raise Misuse(
+                f"{path}: damaged ({damaged} is not what was saved); take another checkpoint, or"
+                f" remove {MANIFEST} if you changed it yourself"
+            )
 
 
 def manifests(stage_folder: Path) -> dict[Path, dict]:
@@ -2768,9 +2822,11 @@ def sound_checkpoint(stage_folder: Path, at: int = 0) -> str:
     if found or at:
         asked = f" of step {at}" if at else ""
         there = ", ".join(map(str, sorted(steps))) or "none"
-        what = f"{stage_folder}: no checkpoint{asked} is whole and has the trainer's state"
-        mend = "choose another --name (and --model CHECKPOINT: the weights of one are a start)"
-        raise Misuse(f"{what}; there are: {there}; {mend}")
+        raise Misuse(
+            f"{stage_folder}: no checkpoint{asked} is whole and has the trainer's state; there"
+            f" are: {there}; choose another --name (and --model CHECKPOINT: the weights of one"
+            " are a start)"
+        )
     return ""
 
 
@@ -2864,8 +2920,9 @@ def locked_folder(path: Path):
         print(os.getpid(), time.time_ns(), file=lock, flush=True)  # see `wait_for_rank0`
         os.fsync(lock)
     except BlockingIOError:
-        what = "another process works in this folder; wait for it, or choose another --name"
-        raise Misuse(f"{path}: {what}")
+        raise Misuse(
+            f"{path}: another process works in this folder; wait for it, or choose another --name"
+        )
     except OSError as e:
         raise Misuse(f"{path}: cannot be written ({e.strerror}); choose another --out")
     return lock
@@ -2880,9 +2937,10 @@ def wait_for_rank0(lock: Path):
             break
         time.sleep(1)
     else:
-        what = f"rank {rank()} does not see what rank 0 writes there"
-        mend = "--out must lie on a file system that all nodes share"
-        error = Misuse(f"{lock.parent}: {what}; {mend}")
+        error = Misuse(
+            f"{lock.parent}: rank {rank()} does not see what rank 0 writes there; --out must lie"
+            " on a file system that all nodes share"
+        )
     all_ranks_agree(error)
 
 
@@ -2951,8 +3009,10 @@ class RunFolder:
         if os.path.lexists(self.path / "config.json"):
             self.compare_values()
         elif manifests(self.path):
-            what = "checkpoints without config.json; bring it back, or choose another --name"
-            raise Misuse(f"{self.path}: {what}")
+            raise Misuse(
+                f"{self.path}: checkpoints without config.json; bring it back, or choose another"
+                " --name"
+            )
         self.source = sound_checkpoint(self.path)
         if cfg.resume_from and not self.source:
             self.source = sound_checkpoint(origin, cfg.resume_from)
@@ -2969,8 +3029,10 @@ class RunFolder:
             if before.get(name) != value and not of_content:
                 changed.append(f"{name} ({before.get(name)!r} there, {value!r} now)")
         if changed:
-            mend = "choose another --name, or branch with --resume-from"
-            raise Misuse(f"{self.path} holds a run of other values: {', '.join(changed)}; {mend}")
+            raise Misuse(
+                f"{self.path} holds a run of other values: {', '.join(changed)}; choose another"
+                " --name, or branch with --resume-from"
+            )
 
     def create(self, source: str, problems, tests, prompt: str, steps: int):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
@@ -3063,8 +3125,9 @@ class RunFolder:
         if done > self.step and (now or done % save_every == 0):
             self.save(done, policy, optimizer, anchor)
         if signalled:
-            what = f"{signalled}: stopped after step {done} of {steps}"
-            print0(f"{what}; the same command resumes there")
+            print0(
+                f"{signalled}: stopped after step {done} of {steps}; the same command resumes there"
+            )
             raise Interrupted
 
     def save(self, step: int, policy, optimizer, anchor=None):
@@ -3084,10 +3147,11 @@ class RunFolder:
             all_ranks_agree()
             with trainer_state(policy, optimizer, anchor) as state:
                 finite = finite and all(local(x).isfinite().all() for x in state.values())
-                what = (
-                    "weights, AdamW's state or log-probs are not finite: not saved; lower the rate"
+                error = Stop(
+                    f"rank {rank()}: weights, AdamW's state or log-probs are not finite: not saved;"
+                    f" lower the rate; {RESUMES}"
                 )
-                all_ranks_agree(None if finite else Stop(f"rank {rank()}: {what}; {RESUMES}"))
+                all_ranks_agree(None if finite else error)
                 # A file of 32 tensors is held in memory, then written.
                 files = {name: 1 + i // 32 for i, name in enumerate(state)}
                 place = str(beside / "trainer")
@@ -3105,8 +3169,12 @@ class RunFolder:
         except (Exception, dcp.CheckpointException) as e:  # a full disk has many names
             shutil.rmtree(beside, ignore_errors=True)
             line = -1 if isinstance(e, dcp.CheckpointException) else 0  # where the reason stands
-            what = f"rank {rank()}: {beside}: cannot be written ({reason_of(e, line)}); make room"
-            all_ranks_agree(Stop(f"{what}: {RESUMES}, {self.source or 'the start'}"))
+            all_ranks_agree(
+                Stop(
+                    f"rank {rank()}: {beside}: cannot be written ({reason_of(e, line)}); make room:"
+                    f" {RESUMES}, {self.source or 'the start'}"
+                )
+            )
 
     def seal(self, beside: Path, step: int, parts: list[dict]):
         """Manifest, then name, each on the disk before the next; only then old checkpoints go."""
@@ -3174,8 +3242,10 @@ class RunFolder:
                 cut_log(self.path / name, path, keep, self.path / f"{name}.cut-{self.step}")
             missing = sorted(set(range(self.step)) - seen)
             if once and missing:
-                what = f"{len(missing)} of {self.step} steps are missing"
-                print0(f"{path}: {what}, the first is {missing[0]}")
+                print0(
+                    f"{path}: {len(missing)} of {self.step} steps are missing, the first is"
+                    f" {missing[0]}"
+                )
 
 
 @contextlib.contextmanager
@@ -3202,10 +3272,12 @@ def console_words(row: dict, wall: dict) -> str:
     speed = f"{row['tokens'] / total:,.0f} tokens/s ({shares})"
     if "loss" in row:
         return f"loss {row['loss']:.3f} entropy {row['entropy']:.3f} {speed}"
-    words = f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f}"
-    words += f" entropy {row['entropy']:.3f} kl {row['kl']:.2f} overlong {row['overlong']:.2f}"
-    words += f" repeat {row['repetition']:.2f} flat {row['flat_groups']:.2f}"
-    return words + f" ungraded {row['ungraded']:.2f} gap {row['logprob_gap']:.0e} {speed}"
+    return (
+        f"reward {row['reward']:.2f} right {row['accuracy']:.2f} length {row['length']:.0f}"
+        f" entropy {row['entropy']:.3f} kl {row['kl']:.2f} overlong {row['overlong']:.2f}"
+        f" repeat {row['repetition']:.2f} flat {row['flat_groups']:.2f}"
+        f" ungraded {row['ungraded']:.2f} gap {row['logprob_gap']:.0e} {speed}"
+    )
 
 
 # --------------------------------------------------------------------- ranks, the clock, signals
@@ -3513,9 +3585,10 @@ def draw_steps(folder: Path, suffix: str = ".png"):
     if not rows:
         return
     panels = []
-    for label, names in PANELS[folder.name].items():
-        if not np.isnan(column(rows, names.split()[0])).all():
-            panels.append((label, names.split()))
+    for label, text in PANELS[folder.name].items():
+        names = text.split()
+        if not np.isnan(column(rows, names[0])).all():
+            panels.append((label, names))
     height = math.ceil(len(panels) / 3)
     window = max(1, len(rows) // 20)
     steps = column(rows, "step") + 1
@@ -3557,11 +3630,7 @@ def draw_results(folder: Path, suffix: str = ".png"):
                 color=colormaps["viridis_r"]((i + 1) / len(entries)),  # darker with each checkpoint
                 capsize=2,
             )
-        axis.set(
-            xscale="log",
-            xlabel="thinking budget (tokens)",
-            ylabel="pass@1 (%)",
-        )
+        axis.set(xscale="log", xlabel="thinking budget (tokens)", ylabel="pass@1 (%)")
         axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets], rotation=45)
         axis.minorticks_off()
         axis.legend(fontsize=8, title="checkpoint")
@@ -3591,18 +3660,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self):
         raw = argparse.RawDescriptionHelpFormatter
-        about = dict(description=__doc__, formatter_class=raw, allow_abbrev=False)
-        super().__init__(prog="t1.py", **about)
+        super().__init__(prog="t1.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
         for option in dataclasses.fields(Config):
             names = {f"--{option.name.replace('_', '-')}", f"--{option.name}"}
             choices = get_args(option.type)  # of a Literal
             rules = dict(help=option.metadata["help"], default=option.default)
             if choices:
-                rules |= dict(choices=choices)
+                rules["choices"] = choices
             elif option.type is bool:
                 rules |= dict(type=truth, nargs="?", const=True)
             else:
-                rules |= dict(type=option.type)
+                rules["type"] = option.type
             self.add_argument(*sorted(names), **rules)
 
     def error(self, message):
@@ -3621,14 +3689,9 @@ def truth(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def options_with(rule: str) -> set[str]:
-    """The names of the options whose `knob` sets this rule."""
-    return {f.name for f in dataclasses.fields(Config) if f.metadata[rule]}
-
-
 def settings_before(args) -> dict:
     """The config of the stage that produced this stage's input model, {} if no stage did."""
-    given = (args.checkpoint or args.model).split(",")[0]
+    given = args.model or args.checkpoint.split(",")[0]
     run = Path(args.out) / (args.name or args.preset or "tiny")
     folders = [run / "rl", run / "sft"]
     if given:
@@ -3653,8 +3716,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
     if given.stage != "sft":
         values.pop("model", None)  # where SFT starts; later stages take the run's checkpoints
     if before.get("preset") == preset:
-        for name in options_with("inherit") & set(before):
-            values[name] = before[name]
+        for option in dataclasses.fields(Config):
+            if option.metadata["inherit"] and option.name in before:
+                values[option.name] = before[option.name]
     parser.set_defaults(**values)
     values = vars(parser.parse_args(argv))
     cfg = Config(**values | dict(preset=preset))
@@ -3687,14 +3751,16 @@ def check_config(cfg: Config):
     need(cfg.min_p < 1, "min_p", "must be below 1")
     need(cfg.ema_decay <= 1, "ema_decay", "must be at most 1")
     need(cfg.repeat_count > 1, "repeat_count", "must be at least 2: every block occurs once")
-    numbers = r"([1-9]\d*(,[1-9]\d*)*)?"
+    numbers = r"([1-9]\d{0,8}(,[1-9]\d{0,8})*)?"
     need(
-        re.fullmatch(numbers, cfg.budgets), "budgets", "must be whole numbers, with commas between"
+        re.fullmatch(numbers, cfg.budgets),
+        "budgets",
+        "must be whole numbers below 10^9, with commas between",
     )
     names = r"([\w-]+(,[\w-]+)*)?"
     need(re.fullmatch(names, cfg.benchmarks), "benchmarks", "must be names, with commas between")
-    template = cfg.prompt_template
-    need(not template or "{problem}" in template, "prompt_template", "must contain {problem}")
+    template = cfg.prompt_template or "{problem}"
+    need("{problem}" in template, "prompt_template", "must contain {problem}")
     values = json_object(cfg.chat_template_kwargs)
     need(values is not None, "chat_template_kwargs", "must be a JSON object")
     if cfg.reward:
@@ -3703,6 +3769,7 @@ def check_config(cfg: Config):
     vllm = "not installed here: pip install vllm==0.32.0"
     need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
     compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
+    need(not (cfg.checkpoint and cfg.model), "checkpoint", "or --model, not both")
     need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
     need(not cfg.vllm_tp or cfg.engine != "torch", "vllm_tp", "only with --engine vllm")
     need(ranks % (cfg.vllm_tp or 1) == 0, "vllm_tp", f"must divide the number of ranks, {ranks}")
@@ -3745,10 +3812,11 @@ def main(argv: list[str] | None = None) -> int:
 def changes_of(cfg: Config) -> str:
     """The options that differ from those of the preset `tiny`."""
     usual = Config(stage=cfg.stage, preset=cfg.preset)
-    values = []
-    for name, value in dataclasses.asdict(cfg).items():
-        if value != getattr(usual, name):
-            values.append(f"{name} {value}")
+    values = [
+        f"{name} {value}"
+        for name, value in dataclasses.asdict(cfg).items()
+        if value != getattr(usual, name)
+    ]
     return ": " + ", ".join(values) if values else ""
 
 
@@ -3775,8 +3843,10 @@ def number_of_ranks() -> int:
     ranks = os.environ.get("WORLD_SIZE", "1")
     beside = ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
     if ranks != "1" and not (ranks.isdecimal() and set(beside) <= set(os.environ)):
-        what = f"WORLD_SIZE is {ranks!r}, and torchrun sets {', '.join(beside)} beside it"
-        raise Misuse(f"{what}: start several ranks by torchrun")
+        raise Misuse(
+            f"WORLD_SIZE is {ranks!r}, and torchrun sets {', '.join(beside)} beside it: start"
+            " several ranks by torchrun"
+        )
     return int(ranks)
 
 

@@ -3672,7 +3672,11 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl", "--stage sft first"),
     ("--stage eval", "--stage sft"),
     ("--stage eval --budgets 1,x", "--budgets '1,x': must be whole numbers"),
+    ("--stage eval --budgets 16,1000000000", "must be whole numbers below 10^9"),
     ("--stage eval --checkpoint nowhere", "nowhere"),
+    ("--stage eval --checkpoint model --model model", "or --model, not both"),
+    ("--stage eval --model model,nowhere", "model,nowhere"),
+    ("--stage eval --reward good.jsonl:f", "only --stage rl uses it"),
     (
         "--stage eval --model model --benchmarks math500",
         "python data_prep.py benchmarks --out benchmarks",
@@ -3708,7 +3712,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl --data noanswer.jsonl --model model", "noanswer.jsonl, row 2: field 'answer'"),
     (
         "--stage rl --preset tiny --data good.jsonl --model model --max-prompt 3",
-        "longer than --max-prompt 3, the",
+        "longer than --max-prompt 3, or",
     ),
 ]
 
@@ -4691,7 +4695,19 @@ def appending_the_end(folder):
     tokenizer.save_pretrained(folder)
 
 
-def plus_rows(answer_only=False, rendered=False):
+def other_head(folder):
+    """A head that is not the embedding, where config.json says that it is."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = -weights["model.embed_tokens.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", dict(format="pt"))
+
+
+def adapter_alone(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def plus_rows(answer_only=False, rendered=False, end="", system=""):
+    """end: behind every second response; system: of all rows but the first."""
     rows = []
     for a, b in zip(range(3, 45), range(50, 8, -1)):
         thought = "" if answer_only else f"<think>\n{a} + {b} = {a + b}\n</think>\n"
@@ -4699,7 +4715,12 @@ def plus_rows(answer_only=False, rendered=False):
         if rendered:
             problem = f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
         response = f"{thought}The answer is \\boxed{{{a + b}}}."
-        rows.append(dict(problem=problem, answer=str(a + b), response=response))
+        if len(rows) % 2:
+            response += end
+        row = dict(problem=problem, answer=str(a + b), response=response)
+        if rows and system:
+            row["system"] = system
+        rows.append(row)
     return rows
 
 
@@ -4707,6 +4728,12 @@ ANSWERS = dict(answer_only=True)
 RENDERED = dict(rendered=True)
 SYSTEM = ["--system", "Box it."]
 THINK = ["--chat-template-kwargs", '{"enable_thinking": true}']
+FRENCH = dict(system="Answer in French.")
+OF_PARTS = (
+    "{% for part in messages[-1].content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_start|>assistant\n"
+)
+PADDED = ["--chat-template-kwargs", '{"padding": "max_length", "max_length": 99}']
 USERS = [  # change of the folder, rows, options -> exit code, a part of what is said
     (None, {}, [], 0, r"the first of 40 prompts, 18 tokens: 'What is 3 plus 50?\n'"),
     (None, {}, SYSTEM, 2, "--system is not in the prompt: there is no chat template"),
@@ -4729,7 +4756,25 @@ USERS = [  # change of the folder, rows, options -> exit code, a part of what is
     (ending_in(""), RENDERED, [], 2, "problem holds '<|im_end|>\\n<|im_start|>assi"),
     (ending_in(""), RENDERED, ["--prompt-template", "{problem}"], 0, "the first of 40"),
     (template("{{ messages[-1].content }}"), {}, SYSTEM, 2, "--system is not in the prompt"),
-    (template("{{ raise_exception('no roles') }}"), {}, [], 2, "no roles"),
+    (template("{{ raise_exception('no roles') }}"), {}, [], 2, "model: refused by the chat temp"),
+    (template("{{ messages[-1].content }}"), FRENCH, [], 2, "test.jsonl, row 1: --system is not"),
+    (ending_in(""), FRENCH, [], 0, "the first of 40"),
+    (
+        template("<|im_start|>user\nA question"),
+        {},
+        [],
+        2,
+        "do not hold the problem as it was given",
+    ),
+    (template("{{ messages[-1].content[:9] }}"), {}, [], 2, "do not hold the problem"),
+    (template(OF_PARTS), {}, [], 2, "2 of 2 prompts are empty or longer than --max-prompt 256, or"),
+    (template("{{ messages[-1].content | trim }} "), {}, [], 0, "the first of 40"),
+    (ending_in(""), {}, PADDED, 0, "--chat-template-kwargs changes nothing in this prompt"),
+    (None, dict(end="<|endoftext|>"), [], 0, "40 traces, 1 steps"),
+    (None, dict(end="<|endoftext|> So."), [], 0, "20 of 40 responses are longer than --max-new"),
+    (other_head, {}, [], 2, "tie_word_embeddings is true, but its head is not its embedding"),
+    (adapter_alone, {}, [], 2, "adapters are not supported"),
+    (json_of("config.json", quantization_config=dict(quant_method="x")), {}, [], 2, "quantised"),
     (template(OWN_SYSTEM), {}, [], 0, "the system prompt is the chat template's own"),
     (template(DATED), {}, [], 0, "writes a date: in every run it is 26 Jul 2024"),
     (ending_in("<think>\n"), {}, [], 0, r"assistant\n<think>\n'"),
