@@ -471,8 +471,7 @@ VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
 _MARKS = re.compile(  # columns that say whether a response, or each of several, is right
     r"(\w+_)?(correct|right|verified|passed)|correctness(_\w+)?|rewards?|scores?|\w*verif[iy]\w*"
 )
-VERDICTS = dict.fromkeys("true 1 1.0".split(), True)
-VERDICTS |= dict.fromkeys("false 0 0.0".split(), False)
+VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _WORKED = re.compile(  # no bare value, nor a single word
     r"(?s)\A(?![\s$]*(?:\\text\w*\{)?[A-Za-z]+[\s}$.]*\Z).*?"
     r"(?:\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101})"
@@ -640,13 +639,16 @@ def reading(row: dict, where) -> dict:
         lost = name in CONTEXT and as_text(value) is None or name == "c" and "b" in row  # C-Eval
         if (lost or BESIDE.fullmatch(name)) and value and not _NOTHING.fullmatch(str(value)):
             raise Misuse(f"{row_at(where)}: {name!r} beside the problem; write it into its text")
-    wrong = any(truth(row[name]) is False for name in filter(_MARKS.fullmatch, row))
+    # A mark says that its response is wrong; a score may count votes.
+    wrong = any(
+        truth(row[name]) is False for name in filter(_MARKS.fullmatch, row) if name != "score"
+    )
     wrong |= str(row.get("label")).lower() == "false"
     for name in COLUMNS["response"].split():
         texts = at(row, name)
         if isinstance(texts, list) and not turns_of(texts, where):
             right = marked_right(row, texts, where)
-            wrong |= not right and texts != []
+            wrong = wrong or texts and not right
             row[name] = right[:1]
     said = {kind: field(row, kind, where) for kind in COLUMNS}
     problem, answer, label, solution, response, thought, *_ = said.values()
@@ -697,7 +699,7 @@ def to_problem(where, raw, default_source: str) -> dict:
     )
     folder, file = os.path.split(where[0])
     stem = file.split(".")[0]
-    if _SPLIT.match(stem):  # train-00000-of-00001 of each folder
+    if folder and _SPLIT.match(stem):  # train-00000-of-00001 of each folder
         stem = f"{os.path.basename(folder)}-{stem}"
     return {
         "id": own if isinstance(own, str) else f"{stem}-{own}",
@@ -2521,12 +2523,11 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     options shuffled by seed. Its authors ask that no example be published: nothing of it is in this
     repository."""
     columns = "Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Question"
-    columns = columns.split(",")
     rows = []
     for where, raw in raw_rows(path):
         row = parse(where, raw)
-        texts = {column: as_text(row.get(column)) for column in columns}
-        *options, question = map(str.strip, require(texts, columns, where, row).values())
+        texts = {column: as_text(row.get(column)) for column in columns.split(",")}
+        *options, question = map(str.strip, require(texts, texts, where, row).values())
         order = random.Random(f"{seed} {texts['Question']}").sample(range(4), 4)
         listed = "\n".join(f"({letter}) {options[i]}" for letter, i in zip("ABCD", order))
         problem = (
