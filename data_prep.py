@@ -7,9 +7,9 @@
     python data_prep.py benchmarks --out DIR            the evaluation sets
     python data_prep.py embedded --out DIR              the embedded problems
 
-A data set is a local file (.jsonl, .json, .csv, each also .gz; .parquet), a pattern in quotes, a
-folder, or a name of the hub listed in HUB. Column names of the usual sets are known (COLUMNS);
---columns names others.
+A data set is a local file (.jsonl, .ndjson, .json, .csv, each also .gz; .parquet), a pattern in
+quotes, a folder, or a name of the hub listed in HUB. Column names of the usual sets are known
+(COLUMNS); --columns names others.
 Models answer behind an OpenAI-compatible server (`vllm serve`, `transformers serve`).
 
 Rows are JSON lines:  problem {"id", "problem", "answer", "source", "level"?, "solution"?}

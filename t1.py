@@ -14,7 +14,7 @@ The objective, with P prompts per step and K samples per prompt:
   loss = -(1/N) sum_i sum_t [ A_i log pi_theta(y_it | x, y_i<t) + alpha H(pi_theta(. | x, y_i<t)) ]
 
 LOO is leave-one-out: a value minus the mean of the other K-1. r' is 1 (right), 0 (wrong) or -1
-(over-long, repetitive or garbled). One update per batch: no PPO ratio or clip, no value network.
+(over-long, repetitive, garbled, improbable). One update per batch: no PPO ratio, no value network.
 
 Letters: B = P*K responses, N generated tokens of the whole batch over all ranks, T positions, V
 vocabulary, D hidden width, n positions that are scored at once.

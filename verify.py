@@ -1,7 +1,7 @@
 """Is this answer right?  The answer checker that is the reward of RL (NOT IN PAPER: the authors had an LLM judge).
 
     python verify.py '\\frac12' 0.5             prints True and exits 0 (False: 1, misuse: 2)
-    python verify.py --jsonl rows.jsonl         rows {"pred", "gold"[, "equal"]}: accuracy, throughput, timeouts
+    python verify.py --jsonl rows.jsonl         rows {"pred", "gold"[, "equal", "category"]}: shares, misses, rows/s
 
 Three names matter: `extract_answer` (the last complete box), `is_equal` (two answers, pure) and `grade` (a batch of
 responses, in worker processes under a deadline and a memory limit). The text of an answer is data: it is never

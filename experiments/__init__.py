@@ -1,5 +1,5 @@
-"""Programs that measure the method: `python -m experiments.NAME --help`. They import t1; t1 imports
-none of them."""
+"""Programs that measure the method; `python -m experiments.NAME --help` explains bench, ledger,
+look, plan, stress and words. They import t1; t1 imports none of them."""
 
 import argparse
 import contextlib

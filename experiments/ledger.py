@@ -29,7 +29,7 @@ import t1
 from experiments.claims import GONE, VARIANTS, write_ledger
 
 SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8"
-BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; garbage has about 600 tokens
+BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; garbage has 487 tokens
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
 # Gradient estimates at one checkpoint, for each K, of so many prompts
 DRAWS = 8

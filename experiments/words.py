@@ -1,5 +1,5 @@
 """Ground W: grade-school word problems for a small pretrained model. Writes sft.jsonl (traces),
-rl.jsonl (other problems) and test.jsonl into --out; with --runs the table of docs/results.md.
+rl.jsonl (other problems) and test.jsonl into --out; with --runs words.jsonl and results.md's table.
 
     python -m experiments.words --out data/words
     python -m experiments.words --runs runs/words0,runs/words1 --out figures
