@@ -3506,8 +3506,8 @@ class Interrupt:
         self.stepping = False
         before = {}
         for number in SIGNALS:
-            ignored = signal.getsignal(number) == signal.SIG_IGN
-            if not (number == signal.SIGHUP and ignored):  # nohup stays nohup
+            # nohup stays nohup
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, self.hear)
         mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.outer.append((before, mask))
@@ -3803,7 +3803,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             return complain(reason, 1)
         finally:
-            if "vllm" in sys.modules:  # its groups first: it would look for them at exit
+            if dist.is_initialized() and "vllm" in sys.modules:
+                # Its groups first: it would look for them at exit.
                 sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
             if dist.is_initialized():
                 dist.destroy_process_group()
