@@ -498,7 +498,7 @@ def unpacked(value):
     return value
 
 
-def truth(mark) -> bool | None:
+def says_right(mark) -> bool | None:
     """What a mark says of a response; None of anything else, such as a share."""
     return VERDICTS.get(str(mark).lower())
 
@@ -605,7 +605,7 @@ def marked_right(row: dict, texts: list, where) -> list:
     marks = []
     for name in [*filter(_MARKS.fullmatch, row), "correctness.llama", "correctness.math_verify"]:
         values = at(row, name)
-        said = list(map(truth, values)) if isinstance(values, list) else []
+        said = list(map(says_right, values)) if isinstance(values, list) else []
         if True in said or False in said:
             marks.append(said)
             if len(said) != len(texts):
@@ -641,14 +641,14 @@ def reading(row: dict, where) -> dict:
             raise Misuse(f"{row_at(where)}: {name!r} beside the problem; write it into its text")
     # A mark says that its response is wrong; a score may count votes.
     wrong = any(
-        truth(row[name]) is False for name in filter(_MARKS.fullmatch, row) if name != "score"
+        says_right(row[name]) is False for name in filter(_MARKS.fullmatch, row) if name != "score"
     )
     wrong |= str(row.get("label")).lower() == "false"
     for name in COLUMNS["response"].split():
         texts = at(row, name)
         if isinstance(texts, list) and not turns_of(texts, where):
             right = marked_right(row, texts, where)
-            wrong = wrong or texts and not right
+            wrong |= bool(texts) and not right
             row[name] = right[:1]
     said = {kind: field(row, kind, where) for kind in COLUMNS}
     problem, answer, label, solution, response, thought, *_ = said.values()

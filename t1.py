@@ -1528,16 +1528,16 @@ def encode_prompts(rows: list[dict], tokenizer, cfg: Config) -> list[Problem]:
 def is_whole(row: dict, ids: list[int], tokenizer, cfg: Config) -> bool:
     """Is the whole problem in its prompt, and that within max_prompt? Misuse for a system message
     that is not."""
-    text = bare(tokenizer.decode(ids))
-    if bare(row.get("system") or unescaped(cfg.system)) not in text:
+    text = letters_of(tokenizer.decode(ids))
+    if letters_of(row.get("system") or unescaped(cfg.system)) not in text:
         raise Misuse(
             f"{place_of(row)}: --system is not in the prompt: there is no chat template, or it"
             " takes none; write it into --prompt-template 'TEXT\\n{problem}\\n'"
         )
-    return bare(row["problem"]) in text and len(ids) <= cfg.max_prompt
+    return letters_of(row["problem"]) in text and len(ids) <= cfg.max_prompt
 
 
-def bare(text: str) -> str:
+def letters_of(text: str) -> str:
     """What a tokenizer keeps of a text: not all keep white space and forms of characters."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
