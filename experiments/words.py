@@ -1,7 +1,9 @@
 """Ground W: grade-school word problems for a small pretrained model. Writes sft.jsonl (traces),
-rl.jsonl (other problems) and test.jsonl into --out; with --runs words.jsonl and results.md's table.
+rl.jsonl (other problems) and test.jsonl into --out; with --responses chosen.jsonl, the problems of
+rl.jsonl that are solved sometimes; with --runs words.jsonl and results.md's table.
 
     python -m experiments.words --out data/words
+    python -m experiments.words --responses runs/words0/eval/responses.jsonl --out data/words
     python -m experiments.words --runs runs/words0,runs/words1 --out figures
 
 The thought is SVAMP's equation, and the calculations of GSM8K's human solutions, of which those
@@ -54,10 +56,26 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--svamp", default="ChilleD/SVAMP")
     parser.add_argument("--gsm8k", nargs="+", default=["openai/gsm8k:train", "openai/gsm8k"])
     parser.add_argument("--runs", default="", help="folders of evaluated runs, by commas")
+    parser.add_argument("--responses", type=Path, help="of an evaluation on rl.jsonl")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    command = publish if args.runs else make
-    command(args)
+    if args.runs:
+        publish(args)
+    elif args.responses:
+        choose(args)
+    else:
+        make(args)
+
+
+def choose(args):
+    """chosen.jsonl: the problems of rl.jsonl with right and with wrong responses."""
+    grades = {}
+    for row in data_prep.read_log(args.responses):
+        grades.setdefault(row["problem"], set()).add(row["right"])
+    rows = data_prep.read_log(args.out / "rl.jsonl")
+    kept = [row for row in rows if len(grades.get(row["problem"], ())) == 2]
+    data_prep.write(args.out / "chosen.jsonl", map(data_prep.json_line, kept))
+    print(f"{args.out / 'chosen.jsonl'}: {len(kept)} of {len(rows)} rows")
 
 
 def publish(args):
