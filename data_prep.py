@@ -480,7 +480,7 @@ _WORKED = re.compile(  # no bare value, nor a single word
     r"(?s)\A(?![\s$]*(?:\\text\w*\{)?[A-Za-z]+[\s}$.]*\Z).*?"
     r"(?:\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101})"
 )
-_FINAL = re.compile(r"\\f?box|####|The answer is:")
+
 _PACKED = re.compile(
     r"""\s*(?:\{\s*["'].*\}|\[\s*(?:["']|\{\s*["']|true|false|null).*\])\s*""", re.S
 )  # JSON in text
@@ -637,8 +637,6 @@ def choose_response(row: dict, where) -> bool:
 def final(text: str) -> str | None:
     """The value that a worked text ends in: its last box, or what its last #### (GSM8K) or words
     (MetaMathQA) say."""
-    if not _FINAL.search(text):
-        return None
     said = re.findall(r"(?:####|The answer is:)[ \t]*([^\n]+)", text)
     return verify.extract_answer(text) or (said[-1].rstrip(" .") if said else None)
 
@@ -677,7 +675,7 @@ def reading(row: dict, where) -> dict:
     if wrong or _CUT.search(response):
         response = ""
         wrong = True
-    if not answer and not _FINAL.search(solution):
+    if not answer and not final(solution):
         answer = final(response) or label
     return said | dict(
         id=next((row[name] for name in IDS if row.get(name) is not None), None),
@@ -690,7 +688,7 @@ def reading(row: dict, where) -> dict:
 
 
 def to_problem(where, row: dict, default_source: str) -> dict:
-    """A row as {"id", "problem", "answer" (None: look into the solution), "solution", "source",
+    """A row as {"id", "problem", "answer" ("": look into the solution), "solution", "source",
     "level", "flags"}."""
     said = require(reading(row, where), ["problem"], where, row)
     own = where[1] if said["id"] is None else said["id"]
@@ -707,7 +705,7 @@ def to_problem(where, row: dict, default_source: str) -> dict:
     return {
         "id": own if isinstance(own, str) else f"{stem}-{own}",
         "problem": said["problem"],
-        "answer": said["answer"] or None,
+        "answer": said["answer"],
         "solution": said["solution"] or said["response"].rpartition("</think>")[2].strip(),
         "source": source,
         "level": level and (float if level[2] else int)(level[1]),
@@ -716,7 +714,7 @@ def to_problem(where, row: dict, default_source: str) -> dict:
 
 
 def too_long(row: dict) -> bool:
-    return any(len(row[name] or "") > LONGEST for name in "problem solution answer".split())
+    return any(len(row[name]) > LONGEST for name in "problem solution answer".split())
 
 
 def problem_row(row: dict) -> dict:
@@ -727,16 +725,17 @@ def problem_row(row: dict) -> dict:
     }
 
 
-def checked_problem(where, row: dict, default_source: str) -> dict:
-    """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate`
-    drops it from a pool."""
-    row = to_problem(where, row, default_source)
-    if too_long(row):
-        raise Misuse(
-            f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; "
-            "shorten it"
-        )
-    return row
+def all_problems(name: str, default_source: str, columns: str = "") -> Iterator[tuple[tuple, dict]]:
+    """(where, row) of `to_problem` for a data set whose every row counts: an over-long row is
+    Misuse, where `curate` drops it from a pool."""
+    for where, row in raw_rows(name, columns):
+        row = to_problem(where, row, default_source)
+        if too_long(row):
+            raise Misuse(
+                f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} "
+                "characters; shorten it"
+            )
+        yield where, row
 
 
 def left_out(row: dict, said: dict, stage: str) -> str | None:
@@ -1120,7 +1119,7 @@ _OPTIONS_ASKED = pattern(  # the question means nothing without its options
         |\b(?:must|could|may|might|cannot) (?:not |always )?(?:be|equal|have).{0,9}\Z|\b(?:between
         |interval|range)\W*\Z"""
 )
-_DECIMAL_COMMA = re.compile(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))")
+
 
 _WORD = pattern(
     r"""(?<![\\a-z])(?!(?:and|or|sin|cos|tan|log|cm|sqrt|feet|inches|cents|meters|miles|minutes
@@ -1145,7 +1144,8 @@ def value_of(answer: str, problem: str) -> str:
             value = "".join(value.rsplit("}", 1))
         if value.strip("{} ") and not _WORD.search(value):
             answer = value
-    if _DECIMAL_COMMA.search(problem + answer) and not re.search(r"[(\[]|\\\{", answer):
+    decimal_comma = re.search(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))", problem + answer)
+    if decimal_comma and not re.search(r"[(\[]|\\\{", answer):
         answer = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", ".", answer)
     left, _, right = answer.partition("=")
     whole = len(left.strip()) > 1 and left.count("{") == left.count("}") and "=" not in right
@@ -1161,10 +1161,10 @@ def find_answer(row: dict) -> str | None:
     (paper: answers extracted). Returns why there is none, or none that can be trusted."""
     raw = boxes(row["solution"])
     found = [bare(box or "") for box in raw] or [""]
-    if row["answer"] is not None:
+    if row["answer"]:
         row["answer"] = bare(row["answer"])
-        letter = pattern(_LETTER, re.S).search(plain_text(found[-1]))
-        if found[-1] and not letter and not same_answer(found[-1], row["answer"]):
+        is_letter = pattern(_LETTER, re.S).search(plain_text(found[-1]))
+        if found[-1] and not is_letter and not same_answer(found[-1], row["answer"]):
             return "answer and box differ"
     elif not raw or None in raw:
         return "no box"
@@ -1206,14 +1206,13 @@ _LIST_OF_TASKS = pattern(  # Calculate: (1) ... (2) ..., also at the end of a lo
         (?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b)[^.?]{0,80}\Z""",
     re.I | re.S,
 )
-_QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
 
 
 def several_questions(row: dict) -> str | None:
     """Parts that each ask something, or two sentences that do."""
     head, *parts = _PART.split(row["words"])
     asked = sum(
-        s.endswith("?") and bool(_QUESTION.search(s))
+        s.endswith("?") and bool(re.search(r"\b(?:what|how|find|who|when|where|which)\b", s))
         for s in re.split(r"(?<=[?.!])\s+", row["lower"])
     )
     tasks = sum(bool(_TASK.search(part)) for part in parts)
@@ -1460,8 +1459,8 @@ class Benchmarks:
         for i, row in enumerate(rows):
             words = tokens(repair(row["problem"]))
             plain = spoken(words)
-            gold = row["answer"] or (boxes(row["solution"]) or [""])[-1] or ""
-            self.rows.append((row["id"], plain, key(plain), bare(gold)))
+            gold = bare(row["answer"] or final(row["solution"]) or "")
+            self.rows.append((row["id"], plain, key(plain), gold))
             self.ids.setdefault(key(plain), row["id"])
             for gram in self.grams(words, plain):
                 owners[gram].add(i)
@@ -1587,26 +1586,28 @@ def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]
     found = set()
     for i in alive:
         found |= {(first.setdefault(x, i), i) for x in (rows[i].text, *rows[i].buckets.tolist())}
-
-    @lru_cache(1 << 12)
-    def shingles(i: int) -> tuple[str, list[str], set[int]]:
-        problem = json.loads(rows[i].line)["problem"]
-        words = tokens(problem)
-        return drawing(problem), words, set(gram_hashes(words, SHINGLE).tolist())
-
-    def same(a: int, b: int) -> bool:
-        if rows[a].text == rows[b].text:
-            return True
-        drawing_a, words_a, grams_a = shingles(a)
-        drawing_b, words_b, grams_b = shingles(b)
-        if len(grams_a & grams_b) < NEAR * len(grams_a | grams_b):
-            return False
-        equal = same_answer(rows[a].answer, rows[b].answer)
-        return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
-
     found = sorted((a, b) for a, b in found if a != b)
     bar = tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1)
-    return [pair for pair in bar if same(*pair)]
+    return [(a, b) for a, b in bar if is_near(rows[a], rows[b])]
+
+
+@lru_cache(1 << 12)
+def comparable(line: bytes) -> tuple[str, list[str], set[int]]:
+    """A candidate's drawings, tokens and shingles."""
+    problem = json.loads(line)["problem"]
+    words = tokens(problem)
+    return drawing(problem), words, set(gram_hashes(words, SHINGLE).tolist())
+
+
+def is_near(a: Candidate, b: Candidate) -> bool:
+    if a.text == b.text:
+        return True
+    drawing_a, words_a, grams_a = comparable(a.line)
+    drawing_b, words_b, grams_b = comparable(b.line)
+    if len(grams_a & grams_b) < NEAR * len(grams_a | grams_b):
+        return False
+    equal = same_answer(a.answer, b.answer)
+    return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
 
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
@@ -1717,9 +1718,7 @@ def curate(args, out: Path) -> int:
     if args.pass_rate:
         args.pass_rate = bounds(args.pass_rate)
         Server(args, args.pass_rate[0])  # does it answer?
-    benchmarks = [
-        checked_problem(*row, "benchmark") for name in args.decontaminate for row in raw_rows(name)
-    ]
+    benchmarks = [row for name in args.decontaminate for _, row in all_problems(name, "benchmark")]
     if not benchmarks:
         print(
             "data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems",
@@ -2289,8 +2288,6 @@ def story_fault(text: str, failed: list[str], answer: str) -> str | None:
                     return "right answer before the failed one"
         at = notice.end()
     told = [p for p in told if p[0] >= at]
-    if failed and not told:
-        return "failed attempt not recognised"
     check = _VERIFY.search(text, told[0][1]) if told else None
     if not check:
         return "no self-verification"
@@ -2370,8 +2367,7 @@ def read_problems(name: str, columns: str = "") -> list[dict]:
     """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct
     ids."""
     rows = {}
-    for where, row in raw_rows(name, columns):
-        row = checked_problem(where, row, "local")
+    for where, row in all_problems(name, "local", columns):
         if find_answer(row):
             raise Misuse(
                 f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a "
@@ -2486,10 +2482,10 @@ OMNI = 500
 def benchmark_rows(source: str, name: str, columns: str = "") -> list[dict]:
     """A benchmark's rows as problem rows."""
     rows = []
-    for where, given in raw_rows(name, columns):
+    for _, row in all_problems(name, source, columns):
+        given = row["flags"]
         if given.get("split", "test") != "test":  # a local file may hold both splits of GSM8K
             continue
-        row = checked_problem(where, given, source)
         answer = bare(row["answer"] or final(row["solution"]) or "")
         if source == "aime24" and re.fullmatch(r"\d{1,9}", answer):
             answer = str(int(answer))  # "025"
@@ -2581,8 +2577,8 @@ class Puzzle:
     level: int  # 1 to 3
     words: str
     answer: int
-    candidates: range  # what a methodical solver tries, in order; the last one is the answer
-    guesses: range  # what a careless solver draws from
+    size: int  # a careless solver draws from 1 to size
+    step: int  # between the candidates of a methodical solver, of which the last is the answer
     conditions: list[tuple[str, int, int, int, int]]  # (verb, a, c, m, r): a n + c mod m is r
 
 
@@ -2626,16 +2622,14 @@ def remainders(ground: Ground) -> Iterator[Puzzle]:
             listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
             words = f"Find the smallest positive integer n that leaves {listed}."
             level = 3 if len(moduli) == 3 else 1 if step <= 7 else 2
-            candidates = range(answer % step or step, answer + 1, step)
             conditions = [("", 1, 0, m, answer % m) for m in order]
-            yield Puzzle(level, words, answer, candidates, range(1, size + 1), conditions)
+            yield Puzzle(level, words, answer, size, step, conditions)
 
 
 def congruence(level: int, words: str, verb: str, a: int, c: int, m: int, r: int) -> Puzzle:
     """The smallest n >= 1 for which a n + c leaves remainder r when divided by m."""
     answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
-    conditions = [(verb, a, c, m, r)]
-    return Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), conditions)
+    return Puzzle(level, words, answer, size=m, step=1, conditions=[(verb, a, c, m, r)])
 
 
 def multiples(ground: Ground) -> Iterator[Puzzle]:
@@ -2682,9 +2676,11 @@ def verdicts(puzzle: Puzzle, n: int) -> str:
 def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
     """The candidates that a teacher tries, the answer last: none (jump: the answer comes out of the
     blue and is only verified), any in any order (wander), or the methodical ones (orderly)."""
-    if habit != "wander":
-        return list(puzzle.candidates) if habit == "orderly" else []
-    drawn = rng.sample(puzzle.guesses, len(puzzle.guesses))
+    if habit == "jump":
+        return []
+    if habit == "orderly":
+        return list(range(puzzle.answer, 0, -puzzle.step))[::-1]
+    drawn = rng.sample(range(1, puzzle.size + 1), puzzle.size)
     return drawn[: drawn.index(puzzle.answer) + 1]
 
 
