@@ -713,8 +713,9 @@ def to_problem(where, row: dict, default_source: str) -> dict:
     }
 
 
-def too_long(row: dict) -> bool:
-    return any(len(row[name]) > LONGEST for name in "problem solution answer".split())
+def too_long(row: dict) -> str | None:
+    long = any(len(row[name] or "") > LONGEST for name in "problem solution answer".split())
+    return "too long" if long else None
 
 
 def problem_row(row: dict) -> dict:
@@ -1073,22 +1074,25 @@ def plain_text(answer: str) -> str:
     return _FONTS.sub(" ", answer).strip(" .")
 
 
-def searched(
-    reason: str, part: str, *patterns: str, unless: tuple[str, str] | None = None
-) -> Callable:
-    """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern
-    found there)."""
-    compiled = [pattern(text, re.S) for text in patterns]
-    excuse = unless and pattern(unless[1])
+def found_in(row: dict, patterns: dict[str, re.Pattern]) -> bool:
+    return any(wanted.search(row[part]) for part, wanted in patterns.items())
+
+
+def searched(reason: str, unless: dict[str, str] | None = None, **patterns: str) -> Callable:
+    """A rule: rejects a row if a pattern is found in the part of the row that it names, unless an
+    excuse is."""
+    wanted = {part: pattern(text, re.S) for part, text in patterns.items()}
+    excuses = {part: pattern(text) for part, text in (unless or {}).items()}
 
     def rule(row: dict) -> str | None:
-        found = any(wanted.search(row[part]) for wanted in compiled)
-        return reason if found and not (excuse and excuse.search(row[unless[0]])) else None
+        rejected = found_in(row, wanted) and not found_in(row, excuses)
+        return reason if rejected else None
 
     return rule
 
 
 def empty_problem(row: dict) -> str | None:
+    row["problem"] = repair(row["problem"])
     # the rules on wording must not read the labels of a drawing
     row["words"] = _DRAWING.sub(" ", row["problem"])
     row["lower"] = row["words"].lower()
@@ -1258,14 +1262,14 @@ _VALUE_WORDS = """and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|s
 
 
 RULES = (  # in the order of the funnel; the rule on scripts stands between the two parts
+    too_long,
     empty_problem,
     marked_invalid,
-    searched("link or missing figure", "lower", r"https?:|!\["),
-    searched("answer given", "problem", r"\\boxed\s*\{[^{}_?]*[0-9][^_?]*\}\W*\Z"),
-    searched(
+    searched("link or missing figure", lower=r"https?:|!\["),
+    searched("answer given", problem=r"\\boxed\s*\{[^{}_?]*[0-9][^_?]*\}\W*\Z"),
+    searched(  # spoken of, but not there as code or as a table
         "link or missing figure",
-        "lower",  # spoken of, but not there as code or as a table
-        r"""\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure
+        lower=r"""\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure
             |diagram|picture
             |graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?
             (?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured
@@ -1274,127 +1278,101 @@ RULES = (  # in the order of the funnel; the rule on scripts stands between the 
             |\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown
             |below|above
             |indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b""",
-        unless=(
-            "problem",
-            r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|",
-        ),
+        unless={
+            "problem": r"""\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)
+            |\|[^|\n]+\|[^|\n]+\|"""
+        },
     ),
     searched(
         "proof",
-        "lower",
-        r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
-        r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b",
+        lower=r"""\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b
+            |(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b""",
     ),
     find_answer,
 )
 LATER_RULES = (
     searched(
         "multiple choice",
-        "words",  # at least three options, in order
-        r"""(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Z
-            a-z\\])\(\s*C\s*\)""",
-        r"""(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,40
-            0}?\s(?:\*\*)?
-            \(?C\s*[).:、]""",
-    ),
-    searched(
-        "multiple choice",
-        "lower",
-        r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
-        r"""\bamong the following\b|\bthe following (?:statement|conclusion|proposition
-            |option)s?\b""",
-    ),
-    searched(  # also where the options are gone, and the numbers of statements
-        "multiple choice", "plain", _LETTER, r"[\u2460-\u2473]", r"\A(?:\(\d\)\W*){2,}\Z"
+        # at least three options, in order
+        words=r"""(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?
+            (?<![A-Za-z\\])\(\s*C\s*\)
+            |(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、]
+            .{1,400}?\s(?:\*\*)?\(?C\s*[).:、]""",
+        lower=r"""\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b
+            |\bamong the following\b
+            |\bthe following (?:statement|conclusion|proposition|option)s?\b""",
+        # also where the options are gone, and the numbers of statements
+        plain=rf"{_LETTER}|[\u2460-\u2473]|\A(?:\(\d\)\W*){{2,}}\Z",
     ),
     searched(
         "yes or no, true or false",
-        "lower",
-        r"""\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate
-            |examine)\s+(?:whether|if it)\b""",
-        r"""(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true
+        lower=r"""\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate
+            |examine)\s+(?:whether|if it)\b
+            |(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true
             |necessar\w+|always))\b""",
-    ),
-    searched(
-        "yes or no, true or false",
-        "plain",
-        r"""(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false
+        plain=r"""(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false
             |(?:in)?correct
             |(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?
             |it is (?:im)?possible)\b""",
     ),
     several_questions,
-    searched(
+    searched(  # two quantities, one answer; two problems in one row
         "several questions",
-        "lower",  # two quantities, one answer; two problems in one row
-        r"""\b(?:find|determine|calculate|compute|what (?:is
+        lower=r"""\b(?:find|determine|calculate|compute|what (?:is
             |are)) the (?:[a-z]+ ){1,2}and (?:the )?
             [a-z]+(?: [a-z]+){0,2} (?:of|for)\b|\n\s*-{3,}\s*\n""",
-        unless=("plain", r",|;|\band\b|\bor\b"),
+        unless={"plain": r",|;|\band\b|\bor\b"},
     ),
     searched(
         "several questions",
-        "lower",  # two tasks in one sentence
-        r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
-        r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
+        # two tasks in one sentence
+        lower=r"""\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b
+            |\balso,?\s+(?:find|determine|calculate|compute|give|what)\b""",
+        # two blanks to fill, roman parts
+        words=r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}|\(?Ⅰ.*Ⅱ|\(I\).*\(II\)",
     ),
-    searched(
-        "several questions",
-        "words",
-        r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}",
-        r"\(?Ⅰ.*Ⅱ|\(I\).*\(II\)",
-    ),  # two blanks to fill, roman parts
     long_answer,
     searched(
         "answer in prose",
-        "plain",  # three words; a rule can compare statements only letter by letter
-        rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
+        # three words; a rule can compare statements only letter by letter
+        plain=rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
+        answer=r"""answer|\\[lc]?dots|\.\.\.
+            |\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow
+            |nmid)(?![a-zA-Z])
+            |(?i:\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b)""",
     ),
-    searched(
-        "answer in prose",
-        "answer",
-        r"answer|\\[lc]?dots|\.\.\.",
-        r"""\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow
-            |nmid)(?![a-zA-Z])""",
-        r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b",
-    ),
-    searched(
+    searched(  # where an exact one is asked for; eighths and sixteenths are exact
         "rounded answer",
-        "answer",  # where an exact one is asked for; eighths and sixteenths are exact
-        r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
-        unless=(
-            "lower",
-            r"""\bround|nearest|decimal|estimate|significant|accura|scientific|\.\d.*probab
-                |probab.*\.\d""",
-        ),
+        answer=r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
+        unless={
+            "lower": r"""\bround|nearest|decimal|estimate|significant|accura|scientific
+                |\.\d.*probab|probab.*\.\d"""
+        },
     ),
     unknown_letter,
-    searched("ungradable", "answer", r"\[\s*-?\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
-    searched(
+    searched("ungradable", answer=r"\[\s*-?\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
+    searched(  # many right answers
         "nothing definite asked",
-        "lower",  # many right answers
-        r"""\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example
+        lower=r"""\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example
             |set of)
             |any|some|\d+\s+(?:natural|positive|different|distinct))\b
             |\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b""",
-        unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b"),
+        unless={"lower": r"smallest|largest|least|greatest|unique|only|all\b"},
     ),
-    searched(
+    searched(  # a statement instead of a question
         "nothing definite asked",
-        "lower",
-        "",
-        unless=(  # a statement instead of a question
-            "lower",
-            r"""\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z|\?|formulat
-                |find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give
+        lower="",
+        unless={
+            "lower": r"""\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z
+                |\?|formulat|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give
                 |which|who|when
                 |where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce
                 |perform|round
                 |add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_
                 |\\q?quad
                 |answer|\\boxed|value|number|[=:]\W*$
-                |\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$""",
-        ),
+                |\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$"""
+        },
     ),
 )
 
@@ -1416,8 +1394,8 @@ solved too seldom; solved too often; beyond the target""".replace("\n", "; ").sp
 # --- curate: benchmark problems and near-duplicates -----------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
 
-N_GRAM = 13  # tokens: the usual length of decontamination, here on LaTeX-aware tokens
-SHORT = 8  # tokens, for short or reworded problems; finds candidates, `same_problem` decides
+N_GRAM = 8  # tokens; usual is 13, where an n-gram alone decides
+WHOLE = 13  # tokens of a benchmark problem that may stand inside a longer one
 PHRASE = 12  # an n-gram in more benchmark problems is a phrase ("relatively prime positive")
 SHINGLE = 4  # tokens, for near-duplicates
 SKETCH = 8  # the shingles with the least hashes make up the sketch of a row
@@ -1450,7 +1428,7 @@ def sketch(words: list[str]) -> np.ndarray:
 
 class Benchmarks:
     """Finds the benchmark problem that a row repeats, on plain text: equal, or inside the row, or a
-    common 13-gram (or 8-gram), after which `same_problem` or `reworded` decides."""
+    common 8-gram, after which `same_problem` or `reworded` decides."""
 
     def __init__(self, rows: list[dict]):
         self.rows = []  # (id, words, their key, gold answer)
@@ -1467,8 +1445,7 @@ class Benchmarks:
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
 
     def grams(self, words: list[str], plain: list[str]) -> list[int]:
-        hashes = [gram_hashes(skeleton(words), SHORT)]
-        hashes += [gram_hashes(plain, size) for size in (SHORT, N_GRAM)]
+        hashes = [gram_hashes(part, N_GRAM) for part in (skeleton(words), plain)]
         return np.concatenate(hashes).tolist()
 
     def find(self, words: list[str], answer: str) -> str | None:
@@ -1480,7 +1457,7 @@ class Benchmarks:
         grams = self.grams(words, plain)
         for i in sorted({i for gram in grams for i in self.owners.get(gram, ())}):
             name, other, inside, gold = self.rows[i]
-            if len(other) >= N_GRAM and inside in text:
+            if len(other) >= WHOLE and inside in text:
                 return name
             if same_problem(plain, other, same_answer(answer, gold)) or reworded(plain, other):
                 return name
@@ -1508,7 +1485,7 @@ def prepare(benchmarks: list[dict], scripts: tuple[str, ...], solutions_only: bo
     """Gives a process what it needs to judge rows."""
     checks = rules(scripts)
     if solutions_only:
-        checks = (*checks, searched("no solution", "solution", r"\A[^ ]{0,80}\Z"))
+        checks = (*checks, searched("no solution", solution=r"\A[^ ]{0,80}\Z"))
     _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=checks)
 
 
@@ -1522,10 +1499,7 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
         row = to_problem(where, row, default_source)
         counts[row["source"], "read"] += 1
         counts[row["source"], "answer only"] += not row["solution"].strip(" $\n")
-        reason = "too long" if too_long(row) else None
-        if not reason:
-            row["problem"] = repair(row["problem"])
-            reason = next(filter(None, (rule(row) for rule in _WORKER["rules"])), None)
+        reason = next(filter(None, (rule(row) for rule in _WORKER["rules"])), None)
         if reason:
             counts[row["source"], reason] += 1
             continue
@@ -1574,7 +1548,7 @@ def read_pools(
 def ungradable(answers: list[str]) -> set[str]:
     """Answers that verify.py cannot read or does not find equal to themselves; each has its own
     deadline there."""
-    different = sorted(a for a in set(answers) if not re.fullmatch(r"-?\d{1,15}", a))
+    different = sorted(set(answers))
     equal = verify.grade(["\\boxed{" + a + "}" for a in different], different)
     return {a for a, ok in zip(different, equal, strict=True) if not ok}
 
@@ -1620,16 +1594,15 @@ def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
         if group_of[a] is not group_of[b]:
             merged = sorted(group_of[a] + group_of[b])
             group_of |= dict.fromkeys(merged, merged)
-    for first, *others in {group[0]: group for group in group_of.values()}.values():
-        if any(rows[i].hit for i in (first, *others)):
-            gone |= dict.fromkeys([first, *others], "in a benchmark")
-        elif not all(same_answer(rows[i].answer, rows[first].answer) for i in others):
-            gone |= dict.fromkeys([first, *others], "same problem, different answers")
+    for group in {group[0]: group for group in group_of.values()}.values():
+        first = rows[group[0]]
+        if any(rows[i].hit for i in group):
+            gone |= dict.fromkeys(group, "in a benchmark")
+        elif not all(same_answer(rows[i].answer, first.answer) for i in group):
+            gone |= dict.fromkeys(group, "same problem, different answers")
         else:
-            gone |= {
-                i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate"
-                for i in others
-            }
+            for i in group[1:]:
+                gone[i] = "duplicate" if rows[i].text == first.text else "near-duplicate"
     return gone
 
 
@@ -1672,8 +1645,9 @@ def draw(rows: list[Candidate], order: list[int], args, gone: dict[int, str]) ->
     seen = Counter()
     names = {}  # two sources may use one id
     for i in sorted(order):
-        seen[rows[i].id] += 1
-        names[i] = rows[i].id if seen[rows[i].id] == 1 else f"{rows[i].id}~{seen[rows[i].id]}"
+        name = rows[i].id
+        seen[name] += 1
+        names[i] = name if seen[name] == 1 else f"{name}~{seen[name]}"
     problems = (json.loads(rows[i].line) | {"id": names[i]} for i in order)
     low, high = 0.0, 1.0
     if args.pass_rate:
@@ -2229,32 +2203,34 @@ def same_value(text: str, answer: str) -> bool:
     return bool(text) and verify.is_equal(text, answer)
 
 
-def named(text: str, answer: str) -> list[tuple[int, int]]:
-    """Where a text, without markup, names an answer, in any spelling that verify.py finds equal:
-    (start, end), in order."""
+def named(text: str, answer: str) -> list[re.Match]:
+    """Where a text, without markup, names an answer, in any spelling that verify.py finds equal, in
+    order."""
     found = []
     several = re.search(r"[,;:=<>]|\\cup|\\pm|\bor\b|\band\b|\\in\b", answer)
     for match in chain(_VALUE.finditer(text), _VALUES.finditer(text) if several else ()):
         value = match[0].strip(" ,*/^_+")
         if len(value) <= 2 * len(answer) + 30 and same_value(value.rstrip("-"), answer):
-            found.append(match.span())
+            found.append(match)
     words = _MARKUP.sub("", answer).strip("{} ")
     if re.search(r"(?<!\\)\b[^\W\d_]{2,}", words):
         words = " ?".join(map(re.escape, words.replace(" ", "")))
-        found += [m.span() for m in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.I)]
-    return sorted(found)
+        found += re.finditer(rf"(?<!\w){words}(?!\w)", text, re.I)
+    return sorted(found, key=re.Match.span)
 
 
-def sentence(text: str, start: int, end: int) -> tuple[str, str]:
-    """What stands before and after text[start:end] in its sentence."""
+def sentence(match: re.Match) -> tuple[str, str]:
+    """What stands before and after a match in its sentence."""
+    text = match.string
+    start, end = match.span()
     first = max(text.rfind(mark, 0, start) for mark in (". ", "? ", "! ", "\n")) + 1
     return text[first:start], text[end : _END.search(text, end).start()]
 
 
-def is_result(text: str, start: int, end: int) -> bool:
-    """Is the value at text[start:end] said as a result: after a word that leads to one, or near the
-    end of its sentence?"""
-    before, after = sentence(text, start, end)
+def is_result(value: re.Match) -> bool:
+    """Is a value said as a result: after a word that leads to one, or near the end of its
+    sentence?"""
+    before, after = sentence(value)
     goes_on = re.match(r"(?! is the (?:answer|result))(?:.*\d|(?:\W+\w+){7})", after)
     return bool(_LEADS.search(before)) or not goes_on
 
@@ -2262,7 +2238,7 @@ def is_result(text: str, start: int, end: int) -> bool:
 def ends_elsewhere(text: str, answer: str) -> bool:
     """Does the last sentence of a text that speaks of a result name values, and not the
     answer?"""
-    said = [sentence(text, *match.span())[1] for match in _CONCLUDES.finditer(text)]
+    said = [sentence(match)[1] for match in _CONCLUDES.finditer(text)]
     said = [rest for rest in said if re.search(r"\d", rest)]
     return bool(said) and not named(said[-1], answer)
 
@@ -2272,23 +2248,27 @@ def story_fault(text: str, failed: list[str], answer: str) -> str | None:
     verify that, and end with it? Why not, or None. NOT IN PAPER: rules in place of a reader; the
     judge reads what passes them."""
     told = named(text, answer)
-    right = [p for p in told if is_result(text, *p)]
+    right = list(filter(is_result, told))
     at = 0
     for wrong in failed:
-        places = [p for p in named(text, wrong) if p[0] >= at and is_result(text, *p)]
-        start, end = places[0] if places else (len(text), len(text))
-        later = [p[0] for p in right if p[0] >= end]
+        places = [place for place in named(text, wrong) if place.start() >= at and is_result(place)]
+        if not places:
+            return "failed attempt not recognised"
+        start, end = places[0].span()
+        later = [place.start() for place in right if place.start() >= end]
         notice = _NOTICE.search(text, end, min(later, default=len(text)))
         if not notice:
             return "failed attempt not recognised"
-        for first, last in right:
-            if last <= start:
-                checked = _VERIFY.search(text[last : min(last + 60, start)])
-                if checked or _CONCLUDES.search(sentence(text, first, last)[0]):
+        for place in right:
+            if place.end() <= start:
+                checked = _VERIFY.search(text[place.end() : min(place.end() + 60, start)])
+                if checked or _CONCLUDES.search(sentence(place)[0]):
                     return "right answer before the failed one"
         at = notice.end()
-    told = [p for p in told if p[0] >= at]
-    check = _VERIFY.search(text, told[0][1]) if told else None
+    told = [place for place in told if place.start() >= at]
+    if failed and not told:
+        return "failed attempt not recognised"
+    check = _VERIFY.search(text, told[0].end()) if told else None
     if not check:
         return "no self-verification"
     fails = None
