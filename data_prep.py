@@ -192,13 +192,14 @@ def open_file(path: Path):
 
 def file_rows(path: Path) -> Iterator[tuple]:
     """(where, raw) of each row of a file, read by the end of its name: parquet, csv, a JSON array,
-    else JSON lines. raw: a line of JSON as bytes, or a value; `parse` takes both."""
+    else JSON lines. raw: a line of JSON as bytes, or a value; `parse` takes both. Blank lines count
+    as rows, but are none."""
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     read = {".parquet": parquet_rows, ".csv": csv_rows, ".json": json_rows}.get(kind, byte_lines)
     number = 0
     try:
         str(path).encode()  # an id may hold the name
-        for number, row in read(path):
+        for number, row in enumerate(read(path), 1):
             if not isinstance(row, bytes) or row.strip():
                 yield (str(path), number), row
     except Misuse:
@@ -210,9 +211,8 @@ def file_rows(path: Path) -> Iterator[tuple]:
         )
 
 
-def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
-    """(number, line) of each line, plain or gzipped whatever the name, without byte order mark;
-    memory is bounded."""
+def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[bytes]:
+    """Lines, plain or gzipped whatever the name, without byte order mark; memory is bounded."""
     with open_file(path) as plain:
         file = plain
         most = math.inf
@@ -230,13 +230,13 @@ def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
                     f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times "
                     "its size"
                 )
-            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def json_rows(path: Path) -> Iterator[tuple]:
-    """(number, row) of a .json file: an array of rows, one row, or JSON lines after all."""
+def json_rows(path: Path) -> Iterator | list:
+    """The rows of a .json file: an array of rows, one row, or JSON lines after all."""
     text = bytearray()
-    for _, line in byte_lines(path, FILE_BYTES):
+    for line in byte_lines(path, FILE_BYTES):
         text += line
         if len(text) > FILE_BYTES:
             raise Misuse(f"{path}: larger than {FILE_BYTES >> 20} MiB; write JSON lines (.jsonl)")
@@ -246,28 +246,27 @@ def json_rows(path: Path) -> Iterator[tuple]:
         if e.msg != "Extra data":
             raise
         return byte_lines(path)
-    return enumerate(value if isinstance(value, list) else [value], 1)
+    return value if isinstance(value, list) else [value]
 
 
-def csv_rows(path: Path) -> Iterator[tuple]:
-    """(number, row) of a csv file with a header, which is row 1; an empty cell is no value."""
+def csv_rows(path: Path) -> Iterator[dict | bytes]:
+    """The rows of a csv file with a header, which is row 1; an empty cell is no value."""
     csv.field_size_limit(ROW_BYTES)
-    table = csv.reader((line.decode() for _, line in byte_lines(path)), strict=True)
+    table = csv.reader(map(bytes.decode, byte_lines(path)), strict=True)
     header = next(table, [])
+    yield b""
     for number, cells in enumerate(table, 2):
         if cells and len(cells) != len(header):
             raise ValueError(f"row {number} has {len(cells)} cells, the header {len(header)}")
-        if cells:
-            yield number, _unique(zip(header, (cell or None for cell in cells)))
+        yield _unique(zip(header, (cell or None for cell in cells))) if cells else b""
 
 
-def parquet_rows(path: Path) -> Iterator[tuple]:
-    """(number, row) of a parquet file."""
+def parquet_rows(path: Path) -> Iterator[dict]:
     import pyarrow.parquet as pq
 
     with open_file(path) as file:
-        batches = pq.ParquetFile(file).iter_batches(200)
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+        for batch in pq.ParquetFile(file).iter_batches(200):
+            yield from batch.to_pylist()
 
 
 def hub_rows(name: str) -> Iterator[tuple]:
@@ -628,9 +627,11 @@ def choose_response(row: dict, where) -> bool:
                     "they must be as many"
                 )
         right = list(map(any, zip(*marks.values()))) or [True] * len(texts)
-        whole = [text and not _CUT.search(str(text)) for text in texts]
-        row[name] = [text for text, *good in zip(texts, right, whole) if all(good)][:1]
-        wrong |= bool(texts) and not row[name]
+        kept = [
+            text for text, ok in zip(texts, right) if ok and text and not _CUT.search(str(text))
+        ]
+        wrong |= bool(texts) and not kept
+        row[name] = kept[:1]
     return wrong
 
 
@@ -647,6 +648,7 @@ def reading(row: dict, where) -> dict:
     it cannot be understood."""
     row = {re.sub(r"[ -]+", "_", name.strip().lower()): row[name] for name in row} | row
     row |= chat(row, where)
+    # Nothing that the problem needs may stand beside it.
     for name, value in row.items():
         lost = name in CONTEXT and as_text(value) is None or name == "c" and "b" in row  # C-Eval
         if (lost or BESIDE.fullmatch(name)) and value and not _NOTHING.fullmatch(str(value)):
@@ -654,6 +656,7 @@ def reading(row: dict, where) -> dict:
     wrong = choose_response(row, where)
     said = {kind: field(row, kind, where) for kind in COLUMNS}
     problem, answer, label, solution, response, thought, *_ = said.values()
+    # The problem is joined with its context.
     for name in ("input", *CONTEXT):  # Alpaca
         text = as_text(row.get(name)) or ""
         if problem and text.strip() and (name != "input" or problem == row.get("instruction")):
@@ -662,15 +665,16 @@ def reading(row: dict, where) -> dict:
         problem = f"{body} {problem}"
     if hole := _HOLE.search(problem):
         raise Misuse(f"{row_at(where)}: {hole[0]!r} in the problem; write what is meant, or cut it")
+    # A column for the answer may hold a whole solution, and one for the solution a bare answer.
     worked = as_text(row.get("answer")) or ""
     if "####" in worked:
         solution = solution or worked
-    if answer in ("", solution) and not _WORKED.search(solution):
-        # DAPO-processed: the answer itself
+    if answer in ("", solution) and not _WORKED.search(solution):  # DAPO-processed
         answer = solution
         solution = ""
     if len(set(boxes(answer))) < 2:
         answer = final(answer) or answer
+    # Without a response the solution is one; without an answer the response may name it.
     response = with_thought(thought, response or solution or thought and worked)
     if wrong or _CUT.search(response):
         response = ""
@@ -1364,13 +1368,11 @@ LATER_RULES = (
         lower="",
         unless={
             "lower": r"""\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z
-                |\?|formulat|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give
-                |which|who|when
-                |where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce
-                |perform|round
-                |add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_
-                |\\q?quad
-                |answer|\\boxed|value|number|[=:]\W*$
+                |\?|formulat|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express
+                |writ|give|which|who|when|where|name|list|estimat|convert|factor|expand|enter
+                |count|obtain|decide|reduce|perform|round|add|subtract|multipl|divid|represent
+                |graph|plot|state|rationaliz|describe|use|_|\\q?quad|answer|\\boxed|value|number
+                |[=:]\W*$
                 |\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$"""
         },
     ),
@@ -1707,16 +1709,16 @@ def curate(args, out: Path) -> int:
     order = stratified_order(left, [row.source for row in rows], args.seed, args.mix)
     chosen = draw(rows, order, args, gone)
     traces = [i for number, i in enumerate(chosen) if number % 7 in (3, 6)]  # 2 of 7
-    files = {out / "sft_problems.jsonl": traces, out / "rl.jsonl": chosen.keys() - set(traces)}
-    for path, members in files.items():
-        write(path, (json_line(chosen[i]) for i in sorted(members)))
+    files = {"sft_problems.jsonl": traces, "rl.jsonl": chosen.keys() - set(traces)}
+    for name, members in files.items():
+        write(out / name, (json_line(chosen[i]) for i in sorted(members)))
     counts.update((rows[i].source, reason) for i, reason in gone.items())
     counts.update((rows[i].source, "kept") for i in chosen)
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
     names = """math numina decontaminate columns target seed mix scripts solutions_only
         pass_rate""".split()
     settings = {name: getattr(args, name) for name in names}
-    sizes = {path.name: len(members) for path, members in files.items()}
+    sizes = {name: len(members) for name, members in files.items()}
     write_report(out, {"settings": settings, "rows": sizes, "in a benchmark": removed}, counts)
     if not chosen:
         raise Stop(f"no row was kept; the table above and {out}/report.json say why")
@@ -2672,27 +2674,24 @@ def response_of(puzzle: Puzzle, tried: list[int]) -> str:
 
 
 @cache
-def _embedded(ground: Ground) -> dict[str, dict[Callable, list]]:
-    """Split, "train" or "test" -> family -> its problems, each (row, puzzle). The split never
-    changes: it does not depend on a run's seed."""
-    splits = {"train": {}, "test": {}}
-    for family, share in FAMILIES.items():
-        puzzles = list(family(ground))
-        random.Random(family.__name__).shuffle(puzzles)
-        rows = []
-        for i, puzzle in enumerate(puzzles):
-            row = dict(id=f"{family.__name__}/{i}", problem=puzzle.words, answer=str(puzzle.answer))
-            rows.append((row | dict(source="embedded", level=puzzle.level), puzzle))
-        cut = 256 * share // sum(FAMILIES.values())
-        splits["test"][family] = rows[:cut]
-        splits["train"][family] = rows[cut:]
-    return splits
+def _rows_of(family: Callable, ground: Ground) -> tuple[list, list]:
+    """Training and test problems of a family, each (row, puzzle). The split never changes: it does
+    not depend on a run's seed."""
+    puzzles = list(family(ground))
+    random.Random(family.__name__).shuffle(puzzles)
+    rows = []
+    for i, puzzle in enumerate(puzzles):
+        row = dict(id=f"{family.__name__}/{i}", problem=puzzle.words, answer=str(puzzle.answer))
+        rows.append((row | dict(source="embedded", level=puzzle.level), puzzle))
+    cut = 256 * FAMILIES[family] // sum(FAMILIES.values())
+    return rows[cut:], rows[:cut]
 
 
 def embedded_problems(split: str, ground: Ground = EASY) -> list[dict]:
     """Problem rows of the split "train" (1,792; hard: 2,950) or "test" (256); no problem is in
     both."""
-    return [dict(row) for row, _ in chain.from_iterable(_embedded(ground)[split].values())]
+    pairs = chain.from_iterable(_rows_of(family, ground)[split == "test"] for family in FAMILIES)
+    return [dict(row) for row, _ in pairs]
 
 
 def embedded_traces(
@@ -2706,7 +2705,7 @@ def embedded_traces(
     traces = []
     while len(traces) < count:
         family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
-        row, puzzle = rng.choice(_embedded(ground)["train"][family])
+        row, puzzle = rng.choice(_rows_of(family, ground)[0])
         habit = rng.choices(list(habits), list(habits.values()))[0]
         tried = tries(puzzle, habit, rng)
         if len(tried) <= ground.longest:
