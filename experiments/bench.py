@@ -11,12 +11,11 @@ The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, on
 float32, random weights. Up to 128 new tokens the model has one end token, so nearly all responses
 have the full length; above, one token in 64 is an end token: lengths differ, 64 on average. Both
 sides get the same folder, problems, K, lengths, type and threads; after each of TRL's steps one of
-ours is run, so that both see the same machine. Other options are t1.py's.
-"""
+ours is run, so that both see the same machine. Other options are t1.py's."""
 
 import copy
+import dataclasses
 import importlib.metadata
-import importlib.util
 import math
 import os
 import platform
@@ -25,8 +24,9 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,36 +37,12 @@ import experiments
 import t1
 from experiments import gpu
 
-BENCH = dict(  # the job, on top of the preset tiny
-    max_new=128,
-    temperature=1.0,
-    prompts=16,
-    k=16,
-    kl_coef=0.05,
-    ema_decay=0.99,
-    rl_lr=1e-4,
-    sft_lr=1e-4,
-    sft_batch=64,
-)
+BENCH = """--prompts 16 --k 16 --max-new 128 --temperature 1 --kl-coef 0.05 --ema-decay 0.99
+    --rl-lr 1e-4 --sft-lr 1e-4 --sft-batch 64"""  # the job, on top of the preset tiny
 MODEL = dict(layers=4, width=256)  # of the job
 TRL_ROWS = 64  # rows of one of RLOOTrainer's micro-batches; 8 of a model of yours
 TRL_PACK = (1024, 4)  # SFTTrainer packs to rows of so many tokens, so many rows per step
 RL, SFT = "step of RL", "step of SFT"
-
-
-@dataclass
-class Job:
-    """A model with random weights, and what it is trained on."""
-
-    cfg: t1.Config  # of stage rl
-    sft_cfg: t1.Config
-    policy: t1.Policy
-    anchor: t1.Policy
-    engine: object
-    optimizer: torch.optim.Optimizer
-    tokenizer: object
-    problems: list[t1.Problem]
-    traces: list[t1.Rollout]
 
 
 @dataclass
@@ -75,7 +51,6 @@ class Timing:
 
     tokens: int
     seconds: dict[str, tuple[float, float]]
-    row: dict = field(default_factory=dict)  # of metrics.jsonl
 
     def rate(self, clock: int, phase: str = "") -> float:
         """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the whole
@@ -84,84 +59,71 @@ class Timing:
         return self.tokens / sum(seconds[clock] for seconds in phases)
 
 
-# --------------------------------------------------------------------------------------------------
-# Our side: the very steps of t1.py
-# --------------------------------------------------------------------------------------------------
+# --- Our side: the very steps of t1.py ------------------------------------------------------------
 
 
-def make_job(folder: str, pairs: int, cfg: t1.Config, sft_cfg: t1.Config) -> Job:
-    """The model, saved to `folder` for the other side, and problems and traces for pairs + 1
+class Job:
+    """A model, saved to `folder` for the other side, and problems and traces for pairs + 1
     steps."""
-    policy, tokenizer = model_of(cfg)
-    policy.lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
+    def __init__(self, folder: Path, pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
+        self.folder = folder
+        self.pairs = pairs
+        self.cfg = cfg  # of stage rl
+        self.sft_cfg = sft_cfg
+        self.policy = model_of(cfg)
+        tokenizer = self.policy.tokenizer
+        self.policy.lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        self.anchor = copy.deepcopy(self.policy).requires_grad_(False)
+        self.engine = t1.make_engine(str(folder), self.policy, tokenizer, cfg)
+        self.optimizer = t1.make_optimizer(self.policy, cfg)
+        self.problems = []
+        rng = np.random.default_rng(cfg.seed)
+        for a, b in rng.integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist():
+            row = dict(id=f"{a} {b}", problem=f"{a}+{b}=", answer=str(a + b))
+            prompt = tokenizer(row["problem"], add_special_tokens=False).input_ids
+            self.problems.append(t1.Problem(row, prompt))
+        if cfg.data:
+            rows = t1.read_rows(cfg.data, "rl")[: len(self.problems)]
+            self.problems = t1.encode_prompts(rows, tokenizer, cfg)
+        rows = data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]  # TRL packs them
+        of_traces = t1.encode_prompts(rows, tokenizer, cfg)
+        unlimited = dataclasses.replace(sft_cfg, max_new=10**9)
+        self.traces = t1.encode_responses(of_traces, tokenizer, unlimited)
 
-    problems = []
-    rng = np.random.default_rng(cfg.seed)
-    for a, b in rng.integers(1, 1000, (cfg.prompts * (pairs + 1), 2)).tolist():
-        row = dict(id=f"{a} {b}", problem=f"{a}+{b}=", answer=str(a + b))
-        problems.append(t1.Problem(row, ids(row["problem"])))
-    if cfg.data:
-        rows = t1.read_rows(cfg.data, "rl")[: len(problems)]
-        problems = t1.encode_prompts(rows, tokenizer, cfg)
-    traces = []
-    for row in data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]:  # TRL packs them
-        problem = t1.Problem(row, t1.prompt_ids(row, tokenizer, cfg))
-        response = ids(row["response"]) + [tokenizer.eos_token_id]
-        traces.append(t1.Rollout(problem, ids=response, finished=True))
-    return Job(
-        cfg=cfg,
-        sft_cfg=sft_cfg,
-        policy=policy,
-        anchor=copy.deepcopy(policy).requires_grad_(False),
-        engine=t1.make_engine(folder, policy, tokenizer, cfg),
-        optimizer=t1.make_optimizer(policy, cfg),
-        tokenizer=tokenizer,
-        problems=problems,
-        traces=traces,
-    )
+    def rl_step(self, step: int) -> Timing:
+        t1.clock.take()
+        models = self.policy, self.anchor, self.engine, self.optimizer
+        row, _ = t1.rl_step(step, self.problems, *models, self.cfg)
+        return Timing(row["tokens"], t1.clock.take())
 
-
-def model_of(cfg: t1.Config):
-    """The model of --model, or the job's own with random weights, and its tokenizer."""
-    if cfg.model:
-        policy, tokenizer = t1.load_policy(cfg.model, cfg)
-        return policy.requires_grad_(True), tokenizer
-    with experiments.embedded_model(**MODEL):
-        policy, tokenizer = t1.tiny_policy(cfg)
-    ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
-    policy.end_ids = [tokenizer.eos_token_id, *range(20, 19 + ends)]
-    policy.lm.generation_config.eos_token_id = policy.end_ids
-    return policy, tokenizer
+    def sft_step(self, step: int) -> Timing:
+        t1.clock.take()
+        steps = len(self.traces) // self.sft_cfg.sft_batch
+        row = t1.sft_step(step, steps, self.traces, self.policy, self.optimizer, self.sft_cfg)
+        return Timing(row["tokens"], t1.clock.take())
 
 
-def our_rl_step(job: Job, step: int) -> Timing:
-    t1.clock.take()
-    models = job.policy, job.anchor, job.engine, job.optimizer
-    row, _ = t1.rl_step(step, job.problems, *models, job.cfg)
-    return Timing(row["tokens"], t1.clock.take(), row)
+def model_of(cfg: t1.Config) -> t1.Policy:
+    """The model of --model, or the job's own with random weights."""
+    with mock.patch.dict(t1.TINY, MODEL):
+        policy, tokenizer = t1.load_whole(cfg.model, cfg)
+    if not cfg.model:
+        ends = len(tokenizer) // 64 if cfg.max_new > 128 else 1
+        policy.end_ids = [tokenizer.eos_token_id, *range(20, 19 + ends)]
+        policy.lm.generation_config.eos_token_id = policy.end_ids
+    return policy
 
 
-def our_sft_step(job: Job, step: int) -> Timing:
-    t1.clock.take()
-    steps = len(job.traces) // job.sft_cfg.sft_batch
-    row = t1.sft_step(step, steps, job.traces, job.policy, job.optimizer, job.sft_cfg)
-    return Timing(row["tokens"], t1.clock.take())
+# --- The other side: TRL's trainers ---------------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------
-# The other side: TRL's trainers
-# --------------------------------------------------------------------------------------------------
-
-
-def trl_options(folder: str, pairs: int, cfg: t1.Config) -> dict:
+def trl_options(job: Job, cfg: t1.Config) -> dict:
     """What both of TRL's trainers are told."""
     return dict(
-        output_dir=folder + "/trl",
-        max_steps=pairs + 1,
+        output_dir=f"{job.folder}/trl",
+        max_steps=job.pairs + 1,
         lr_scheduler_type="constant",
         max_grad_norm=cfg.grad_clip,
         bf16=cfg.dtype == "bfloat16",
@@ -180,27 +142,28 @@ def trl_reward(completions, answer, **unused) -> list[float]:
     return [float(c.strip().startswith(a)) for c, a in zip(completions, answer)]
 
 
-def trl_trainer(make, folder: str, settings, rows: list[dict], **more):
+def trl_trainer(make, job: Job, settings, rows: list[dict], **more):
     """One of TRL's trainers on the bench's model and rows."""
     import datasets
 
     datasets.disable_progress_bars()
     return make(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        model=transformers.AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32),
+        processing_class=transformers.AutoTokenizer.from_pretrained(job.folder),
         args=settings,
         train_dataset=datasets.Dataset.from_list(rows),
         **more,
     )
 
 
-def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
+def trl_rloo(job: Job):
     """TRL's RLOOTrainer on the bench's job, and the list in which it counts its trained tokens."""
     import trl
 
+    cfg = job.cfg
     micro = math.gcd(cfg.prompts * cfg.k, 8 if cfg.model else TRL_ROWS)
     settings = trl.RLOOConfig(
-        **trl_options(folder, pairs, cfg),
+        **trl_options(job, cfg),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=cfg.prompts * cfg.k // micro,
         num_generations=cfg.k,
@@ -213,8 +176,11 @@ def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
         ref_model_mixup_alpha=1 - cfg.ema_decay,
         shuffle_dataset=False,
     )
-    rows = [dict(prompt=p["prompt"], answer=p["answer"]) for p in problems]
-    trainer = trl_trainer(trl.RLOOTrainer, folder, settings, rows, reward_funcs=trl_reward)
+    rows = []
+    for problem in job.problems:
+        prompt = job.policy.tokenizer.decode(problem.prompt)
+        rows.append(dict(prompt=prompt, answer=problem.row["answer"]))
+    trainer = trl_trainer(trl.RLOOTrainer, job, settings, rows, reward_funcs=trl_reward)
     tokens, generate = [], trainer._generate_single_turn
 
     def counted(*args, **kwargs):
@@ -226,21 +192,24 @@ def trl_rloo(folder: str, problems: list[dict], pairs: int, cfg: t1.Config):
     return trainer, tokens
 
 
-def trl_sft(folder: str, traces: list[dict], pairs: int, cfg: t1.Config):
+def trl_sft(job: Job):
     """TRL's SFTTrainer with packing, and the list in which it counts its trained tokens."""
     import trl
 
-    length, rows = TRL_PACK
+    length, packed = TRL_PACK
     settings = trl.SFTConfig(
-        **trl_options(folder, pairs, cfg),
+        **trl_options(job, job.sft_cfg),
         packing=True,
         max_length=length,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=rows,
-        learning_rate=cfg.sft_lr,
+        gradient_accumulation_steps=packed,
+        learning_rate=job.sft_cfg.sft_lr,
     )
-    examples = [dict(prompt=t["problem"] + "\n", completion=t["response"]) for t in traces]
-    trainer = trl_trainer(trl.SFTTrainer, folder, settings, examples)
+    rows = []
+    for trace in job.traces:
+        row = trace.problem.row
+        rows.append(dict(prompt=row["problem"] + "\n", completion=row["response"]))
+    trainer = trl_trainer(trl.SFTTrainer, job, settings, rows)
     tokens, loss = [], trainer.compute_loss
 
     def counted(model, inputs, *args, **kwargs):
@@ -281,9 +250,7 @@ def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, 
     return results[1:]
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------------------
 
 
 def median_of(values) -> str:
@@ -301,10 +268,8 @@ def peak_memory() -> float:
 
 def about_machine() -> str:
     """Processor, cores, load, threads and versions."""
-    names = []
-    if os.path.exists("/proc/cpuinfo"):
-        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    packages = filter(t1.installed, ("torch", "transformers", "trl"))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     cpu = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
     return f"{cpu}, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} thread(s); {versions}"
@@ -337,94 +302,84 @@ def report_pairs(name: str, pairs: list[tuple[Timing, Timing]]):
 def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
     """Measure `pairs` steps of each kind after one to warm up, and print the table."""
     with tempfile.TemporaryDirectory() as folder:
-        job = make_job(folder, pairs, cfg, sft_cfg)
-        size = sum(p.numel() for p in job.policy.parameters()) / 1e6
+        job = Job(Path(folder), pairs, cfg, sft_cfg)
+        size = t1.number_of_parameters(job.policy) / 1e6
         t1.print0(about_machine())
         of_job = f"{cfg.prompts} prompts x {cfg.k} samples, at most {cfg.max_new} new tokens"
         t1.print0(f"{size:.2f} M parameters, V {job.policy.vocabulary}, {of_job}, {cfg.dtype}")
         t1.print0(f"{pairs} steps and one to warm up: median (min-max)")
-        if importlib.util.find_spec("trl") is None:
-            rl = [our_rl_step(job, step) for step in range(pairs + 1)][1:]
-            sft = [our_sft_step(job, step) for step in range(pairs + 1)][1:]
+        if not t1.installed("trl"):
+            rl = [job.rl_step(step) for step in range(pairs + 1)][1:]
+            sft = [job.sft_step(step) for step in range(pairs + 1)][1:]
             report(rl, sft, peak_memory())
             t1.print0(
                 "TRL is not installed here (pip install trl==1.16.0): nothing to compare with"
             )
             return
-        our_rl_step(job, 0), our_sft_step(job, 0)
+        job.rl_step(0)
+        job.sft_step(0)
         memory = peak_memory()
-        problems = []
-        for p in job.problems:
-            prompt = job.tokenizer.decode(p.prompt)
-            problems.append(dict(prompt=prompt, answer=p.row["answer"]))
-        traces = [trace.problem.row for trace in job.traces]
-        rl_trainer, rl_tokens = trl_rloo(folder, problems, pairs, cfg)
-        sft_trainer, sft_tokens = trl_sft(folder, traces, pairs, sft_cfg)
-        rl = in_turn(rl_trainer, rl_tokens, lambda step: our_rl_step(job, step), pairs)
-        sft = in_turn(sft_trainer, sft_tokens, lambda step: our_sft_step(job, step), pairs)
+        rl_trainer = trl_rloo(job)
+        sft_trainer = trl_sft(job)
+        rl = in_turn(*rl_trainer, job.rl_step, pairs)
+        sft = in_turn(*sft_trainer, job.sft_step, pairs)
     report([a for a, _ in rl], [a for a, _ in sft], memory)
     report_pairs("RLOOTrainer", rl)
     report_pairs("SFTTrainer, packing", sft)
     t1.print0(f"peak memory with TRL in the same process {peak_memory():.2f} GiB")
 
 
-# --------------------------------------------------------------------------------------------------
-# What a prompt that stands once saves
-# --------------------------------------------------------------------------------------------------
+# --- What a prompt that stands once saves ---------------------------------------------------------
 
 
 def measure_sharing(case: str, pairs: int, cfg: t1.Config):
     """Gradient and anchor's log-probs of K responses to each of 4 prompts, of random ids, in turn
     with the same rows whose prompts differ in their first id, so that none is shared."""
     prompt, response, K = map(int, case.split(","))
-    policy, _ = model_of(cfg)
+    policy = model_of(cfg)
     rng = np.random.default_rng(cfg.seed)
-    rollouts = {True: [], False: []}
+    shared = []
+    apart = []
     for _ in range(4):
         ids = rng.integers(0, policy.vocabulary, prompt).tolist()
         for i, n in enumerate(rng.integers(0.4 * response, 1.6 * response, K).tolist()):
             answer = rng.integers(0, policy.vocabulary, n + 1).tolist()
-            for shared, some in rollouts.items():
-                first = ids[0] if shared else i
-                problem = t1.Problem({}, [first, *ids[1:]])
-                some.append(t1.Rollout(problem, ids=answer, logprobs=[0.0] * len(answer)))
+            sampled = dict(ids=answer, logprobs=[0.0] * len(answer))
+            shared.append(t1.Rollout(t1.Problem({}, ids), **sampled))
+            apart.append(t1.Rollout(t1.Problem({}, [i, *ids[1:]]), **sampled))
     advantages = torch.randn(4 * K)
 
-    def seconds(some) -> list[float]:
+    def seconds(rollouts) -> list[float]:
         t1.clock.take()
-        t1.accumulate_gradient(policy, some, advantages, cfg)
+        t1.accumulate_gradient(policy, rollouts, advantages, cfg)
         policy.zero_grad()
         with t1.clock("anchor"):
-            t1.response_logprobs(policy, [t1.row_of(r) for r in some], cfg)
+            t1.response_logprobs(policy, list(map(t1.row_of, rollouts)), cfg)
         return [cpu for cpu, _ in t1.clock.take().values()]
 
     ratios = []
     for _ in range(pairs + 1):
-        once = seconds(rollouts[True])
-        apart = seconds(rollouts[False])
-        ratios.append([a / b for a, b in zip(apart, once)])
-        said = f"gradient {apart[0]:.2f} and {once[0]:.2f} CPU s, anchor"
-        t1.print0(f"apart and shared: {said} {apart[1]:.2f} and {once[1]:.2f}")
+        once = seconds(shared)
+        again = seconds(apart)
+        ratios.append([a / b for a, b in zip(again, once)])
+        said = f"gradient {again[0]:.2f} and {once[0]:.2f} CPU s, anchor"
+        t1.print0(f"apart and shared: {said} {again[1]:.2f} and {once[1]:.2f}")
     for name, values in zip(("gradient", "anchor"), zip(*ratios[1:])):
         t1.print0(f"{case}, {name}: shared prompts are {median_of(values)} times as fast")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
+@experiments.program
+def main(argv: list[str] | None = None):
     parser = experiments.Parser("bench", __doc__)
     add = parser.add_argument
     add("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
     add("--shared", default="", help="PROMPT,RESPONSE,K: measure the shared prompt (default: off)")
     add("--gpu", action="store_true", help="measure this machine's GPU instead (default: off)")
     add("--json", default="bench-gpu.json", help="--gpu: file of numbers (default: %(default)s)")
-    return experiments.run(parser, bench_command, argv)
-
-
-def bench_command(own, options: list[str]):
+    own, options = parser.parse_known_args(argv)
     if own.pairs < 1:
         raise t1.Misuse("--pairs must be above 0")
     if own.gpu and options:
@@ -433,18 +388,20 @@ def bench_command(own, options: list[str]):
         raise t1.Misuse("--gpu: torch sees no GPU here")
     if own.gpu:
         about = f"{torch.cuda.get_device_name()}; {about_machine()}"
-        return gpu.run_gpu(gpu.Sizes(), about, own.json)
+        return gpu.run_gpu(gpu.Sizes(), about, Path(own.json))
+    cfg, sft_cfg = configs_of(options)
     if own.shared:
         if not re.fullmatch(r"[1-9]\d*,[1-9]\d+,[1-9]\d*", own.shared):
             raise t1.Misuse("--shared: PROMPT,RESPONSE,K, such as 95,31,8")
         t1.print0(about_machine())
-        return measure_sharing(own.shared, own.pairs, job_config("rl", options))
-    run_bench(own.pairs, *(job_config(stage, options) for stage in ("rl", "sft")))
+        return measure_sharing(own.shared, own.pairs, cfg)
+    run_bench(own.pairs, cfg, sft_cfg)
 
 
-def job_config(stage: str, options: list[str]) -> t1.Config:
-    job = [f"--{name.replace('_', '-')}={value}" for name, value in BENCH.items()]
-    return t1.parse_args(experiments.stage_options(stage, [*job, *options]))
+def configs_of(options: list[str]) -> list[t1.Config]:
+    """Those of RL and of SFT."""
+    job = [*BENCH.split(), *options]
+    return [t1.parse_args(experiments.stage_options(stage, job)) for stage in ("rl", "sft")]
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ it pay (held-out pass@1)? Both are differences paired by seed, with a 95 % inter
 and a p-value that is corrected for the number of questions (Holm)."""
 
 import functools
+import json
 import math
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import namedtuple
 from pathlib import Path
 
 import mpmath
@@ -24,47 +24,35 @@ PUBLISHED = Path(__file__).parent.parent / "figures" / "ledger.jsonl"
 
 # --- What is run ----------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A run: RL from the SFT variant `start` of its seed, with changes in t1.Config; with `traces`
-    it is SFT alone."""
-
-    changes: dict = field(default_factory=dict)
-    start: str = "sft"
-    traces: str = ""
-
-
-STRONG = dict(kl_coef=5e-2)
-LONG = dict(rl_steps=240)
-GARBAGE = dict(start="sft-garbage")
-VARIANTS = {  # in the order in which they are run
-    "sft": Variant(traces="traces"),
-    "base": Variant(),
-    "alpha1e-2": Variant(dict(entropy_coef=1e-2)),
-    "beta5e-2": Variant(STRONG),
-    "beta5e-2-fixed": Variant(STRONG | dict(ema_decay=1.0)),
-    "beta5e-2-uncentred": Variant(STRONG),
-    "k4": Variant(dict(k=4)),
-    "t0.8": Variant(dict(temperature=0.8)),
-    "sft-garbage": Variant(traces="garbage"),
-    "garbage": Variant(**GARBAGE),
-    "garbage-unpunished": Variant(dict(penalties=False), **GARBAGE),
-    "alpha0": Variant(dict(entropy_coef=0.0)),
-    "alpha1e-1": Variant(dict(entropy_coef=1e-1)),
-    "t1.3": Variant(dict(temperature=1.3)),
-    "t1.3-minp": Variant(dict(temperature=1.3, min_p=0.05)),
-    "unpunished": Variant(dict(penalties=False)),
-    "beta0": Variant(dict(kl_coef=0.0)),
-    "beta1e-2": Variant(dict(kl_coef=1e-2)),
-    "k4-samples": Variant(dict(k=4, prompts=32)),
-    "k64-samples": Variant(dict(k=64, prompts=2)),
-    "long": Variant(LONG),
-    "long-t0.8": Variant(LONG | dict(temperature=0.8)),
-    "long-alpha0": Variant(LONG | dict(entropy_coef=0.0)),
-    "long-beta5e-2": Variant(LONG | STRONG),
-    "long-beta5e-2-fixed": Variant(LONG | STRONG | dict(ema_decay=1.0)),
+VARIANTS = {  # name -> options of t1.py's stage rl, in the order in which they are run
+    "sft": "",
+    "base": "",
+    "alpha1e-2": "--entropy-coef 0.01",
+    "beta5e-2": "--kl-coef 0.05",
+    "beta5e-2-fixed": "--kl-coef 0.05 --ema-decay 1",
+    "beta5e-2-uncentred": "--kl-coef 0.05",
+    "k4": "--k 4",
+    "t0.8": "--temperature 0.8",
+    "sft-garbage": "",
+    "garbage": "",
+    "garbage-unpunished": "--penalties false",
+    "alpha0": "--entropy-coef 0",
+    "alpha1e-1": "--entropy-coef 0.1",
+    "t1.3": "--temperature 1.3",
+    "t1.3-minp": "--temperature 1.3 --min-p 0.05",
+    "unpunished": "--penalties false",
+    "beta0": "--kl-coef 0",
+    "beta1e-2": "--kl-coef 0.01",
+    "k4-samples": "--k 4 --prompts 32",
+    "k64-samples": "--k 64 --prompts 2",
+    "long": "--rl-steps 240",
+    "long-t0.8": "--rl-steps 240 --temperature 0.8",
+    "long-alpha0": "--rl-steps 240 --entropy-coef 0",
+    "long-beta5e-2": "--rl-steps 240 --kl-coef 0.05",
+    "long-beta5e-2-fixed": "--rl-steps 240 --kl-coef 0.05 --ema-decay 1",
 }
+TRACES = {"sft": "traces", "sft-garbage": "garbage"}  # these are SFT alone, on these traces
+STARTS = {"garbage": "sft-garbage", "garbage-unpunished": "sft-garbage"}  # the others: sft
 GONE = "beta5e-2-uncentred"  # its runs are published, its switch (--kl-center false) is gone
 
 # --- What a run shows: one record -----------------------------------------------------------------
@@ -93,7 +81,7 @@ def record_of(base: Path, name: str, seed: int) -> dict:
     record = dict(variant=name, seed=seed)
     if (run / "stopped.json").exists():
         return record | dict(stopped=data_prep.read_json(run / "stopped.json")["reason"])
-    end = data_prep.read_json(run / "eval/results.json")["checkpoints"][-1]
+    end = t1.results_of(run / "eval")[-1]
     rows = [row for row in t1.read_log(run / "eval/responses.jsonl") if row["key"] == end["key"]]
     record |= {column: end[column] for column in HELD_OUT}
     record["samples"] = [end["problems"], end["samples"]]
@@ -108,17 +96,8 @@ def record_of(base: Path, name: str, seed: int) -> dict:
         for column in STEPS:
             values = [[row[column] for row in part] for part in tenths]
             record["steps"][column] = [float(np.mean(part)) for part in values]
-    return rounded(record | data_prep.read_json(run / "measures.json"))
-
-
-def rounded(value):
-    """Every float in it to six significant digits: a table from the file equals one from
-    folders."""
-    if isinstance(value, dict):
-        return {name: rounded(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [rounded(x) for x in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    record |= data_prep.read_json(run / "measures.json")
+    return json.loads(json.dumps(record), parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
 # --- What is asked --------------------------------------------------------------------------------
@@ -126,7 +105,7 @@ def rounded(value):
 
 def at_budget(record: dict, budget: int) -> float:
     """Accuracy of the thoughts cut at this budget."""
-    return dict(map(tuple, record["scaling"]))[budget]
+    return dict(record["scaling"])[budget]
 
 
 def entropy_at(record: dict, accuracy: float) -> float:
@@ -135,10 +114,8 @@ def entropy_at(record: dict, accuracy: float) -> float:
     right = record["steps"]["accuracy"]
     entropy = record["steps"]["entropy"]
     i = next(i for i, value in enumerate(right) if value >= accuracy)
-    if i == 0:
-        return entropy[0]
-    share = (accuracy - right[i - 1]) / (right[i] - right[i - 1])
-    return entropy[i - 1] + share * (entropy[i] - entropy[i - 1])
+    around = slice(max(0, i - 1), i + 1)
+    return float(np.interp(accuracy, right[around], entropy[around]))
 
 
 def entropy_difference(a: dict, b: dict) -> float:
@@ -152,7 +129,7 @@ def mean_advantage(record: dict) -> float:
     """Leave-one-out rewards sum to zero, so do centred KLs; the rest is -beta times the mean KL."""
     if record["variant"] != GONE:
         return 0.0
-    return -STRONG["kl_coef"] * float(np.mean(record["steps"]["kl"]))
+    return -0.05 * float(np.mean(record["steps"]["kl"]))  # its beta
 
 
 def log_slope(noise: dict[str, float]) -> float:
@@ -162,18 +139,12 @@ def log_slope(noise: dict[str, float]) -> float:
         return float(np.polyfit(np.log(sizes), np.log(variances), 1)[0])
 
 
-@dataclass(frozen=True)
-class Measure:
-    """of: a record -> its value; or two records -> their difference. Printed times `scale`."""
-
-    of: Callable
-    scale: float = 1
-    digits: int = 3
-    paired: bool = False
+# of: a record -> its value; if paired, two records -> their difference. Printed times `scale`.
+Measure = namedtuple("Measure", "of scale digits paired", defaults=(1, 3, False))
 
 
-def points(of: Callable) -> Measure:
-    return Measure(of, 100, 1)
+def points(of) -> Measure:
+    return Measure(of, scale=100, digits=1)
 
 
 def last_tenth(record: dict, column: str) -> float:
@@ -187,10 +158,6 @@ def rise(record: dict) -> float:
     return np.mean(reward[-2:]) - np.mean(reward[:2])
 
 
-def distance(record: dict) -> float:
-    return record["distance"] if record["steps"] else math.nan
-
-
 MEASURES = {  # name, with the unit if it has one
     "pass@1, points": points(lambda r: r["pass_at_1"]),
     "pass@8, points": points(lambda r: r["pass_at_8"]),
@@ -201,7 +168,7 @@ MEASURES = {  # name, with the unit if it has one
     "spread 1.3 - 1.1, points": points(lambda r: r["spread"]["1.3"] - r["spread"]["1.1"]),
     "spread, points": points(lambda r: r["spread"]["1.3, min-p 0.05"] - r["spread"]["1.3"]),
     "garbage, points": points(lambda r: r["overlong"] + r["repetition"]),
-    "KL from SFT, nats": Measure(distance, 1, 2),  # per response
+    "KL from SFT, nats": Measure(lambda r: r.get("distance", math.nan), 1, 2),  # a response
     "entropy, nats": Measure(entropy_difference, 1, 3, True),  # per token, at equal accuracy
     "last entropy": Measure(lambda r: last_tenth(r, "entropy")),  # no accuracy is common to both
     "flat groups, points": points(lambda r: last_tenth(r, "flat_groups")),
@@ -215,25 +182,11 @@ MEASURES = {  # name, with the unit if it has one
 }
 
 
-@dataclass(frozen=True)
-class Test:
-    """`measure` of `variant` minus that of `against` (empty: minus zero), and the claimed sign; 0:
-    none."""
-
-    measure: str
-    variant: str
-    against: str
-    sign: int
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A row of the ledger. does: what the part is for; pays: what it brings."""
-
-    paper: str  # which of the paper's nine claims it belongs to
-    text: str
-    does: Test | None
-    pays: Test | None
+# `measure` of `variant` minus that of `against` (empty: minus zero), and the claimed sign; 0: none
+Test = namedtuple("Test", "measure variant against sign")
+# A row of the ledger. paper: which of the paper's nine claims it belongs to; does, pays: the Test,
+# or None, of what the part is for and of what it brings
+Claim = namedtuple("Claim", "paper text does pays")
 
 
 def parse_test(text: str, measure: str = "pass@1, points") -> Test | None:

@@ -2,13 +2,10 @@
 weights, no download.
 
 Every function runs on a CPU, too, with smaller Sizes (test_experiments.py), so that nothing is new
-on a GPU but the device. An item that fails is a row of the table; the others go on.
-"""
+on a GPU but the device. An item that fails is a row of the table; the others go on."""
 
 import contextlib
-import importlib.util
 import io
-import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ import transformers
 
 import data_prep
 import t1
-from experiments import answered
 from experiments.plan import PHASES, Shape, update_flop
 
 
@@ -47,20 +43,22 @@ class Sizes:
 
 def timed(sizes: Sizes, work, repeats: int = 3) -> tuple[float, float]:
     """-> median wall seconds of work() after one call to warm up, and GiB that it took beside what
-    was there (GPU)."""
+    was there (0 on a CPU)."""
     seconds = []
+    memory = 0
     gpu = sizes.device == "cuda"
     for _ in range(1 + repeats):
         if gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        before, start = torch.cuda.memory_allocated() if gpu else 0, time.perf_counter()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
         work()
         if gpu:
             torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() - before
         seconds.append(time.perf_counter() - start)
-    memory = (torch.cuda.max_memory_allocated() - before) / 2**30 if gpu else math.nan
-    return float(np.median(seconds[1:])), memory
+    return float(np.median(seconds[1:])), memory / 2**30
 
 
 def gpu_config(sizes: Sizes, *options) -> t1.Config:
@@ -99,9 +97,11 @@ def random_rows(sizes: Sizes, vocabulary: int, even: bool = True) -> list[tuple]
     return [(x[:8], x[8:end]) for x, end in zip(ids, ends)]
 
 
-def gradient_of(policy, rows, cfg: t1.Config):
+def gradient_of(policy, rows: list[tuple], cfg: t1.Config):
+    """That of rows (ids of a prompt, ids of a response), each with the advantage 1, in .grad."""
     policy.zero_grad()
-    t1.accumulate_gradient(policy, answered(rows), torch.ones(len(rows)), cfg)
+    rollouts = [t1.Rollout(t1.Problem({}, prompt), ids=ids) for prompt, ids in rows]
+    t1.accumulate_gradient(policy, rollouts, torch.ones(len(rows)), cfg)
 
 
 def flat_gradient(policy) -> torch.Tensor:
@@ -115,9 +115,11 @@ def measure_card(sizes: Sizes) -> dict:
     a = torch.randn(n, n, device=where, dtype=torch.bfloat16)
     host = torch.empty(sizes.copied, dtype=torch.uint8, pin_memory=where == "cuda")
     b = host.to(where)
-    works = {"TFLOP/s": lambda: a @ a, "memory TB/s": b.clone, "host GB/s": lambda: b.copy_(host)}
-    amounts = dict(zip(works, (2e-12 * n**3, 2e-12 * sizes.copied, 1e-9 * sizes.copied)))
-    return {name: amounts[name] / timed(sizes, work)[0] for name, work in works.items()}
+    return {
+        "TFLOP/s": 2e-12 * n**3 / timed(sizes, lambda: a @ a)[0],
+        "memory TB/s": 2e-12 * sizes.copied / timed(sizes, b.clone)[0],
+        "host GB/s": 1e-9 * sizes.copied / timed(sizes, lambda: b.copy_(host))[0],
+    }
 
 
 def compare_with_float32(sizes: Sizes) -> dict:
@@ -160,19 +162,14 @@ def compare_with_float32(sizes: Sizes) -> dict:
 def measure_head(sizes: Sizes) -> dict:
     """`policy_loss` forward and backward, and the reference that holds all logits."""
     n, D, V = sizes.head
-    like = dict(dtype=torch.bfloat16, device=sizes.device)
-    hidden, head = (torch.empty(m, D, **like).normal_(0, D**-0.25).requires_grad_() for m in (n, V))
-    y = torch.randint(V, (n,)).to(sizes.device)
-    A = torch.randn(n).to(sizes.device)
-    w = torch.full((n,), 1 / n).to(sizes.device)
-
-    def chunks():
-        t1.policy_loss(hidden, head, y, A, w, 1e-3, 1.2)[0].backward()
-
-    def whole():
-        t1.policy_loss_reference(hidden, head, y, A, w, 1e-3, 1.2).backward()
-
-    (ours, memory), (reference, more) = timed(sizes, chunks), timed(sizes, whole, 1)
+    inputs = []
+    with torch.device(sizes.device):
+        for rows in (n, V):  # hidden states and head: logits of variance 1
+            matrix = torch.empty(rows, D, dtype=torch.bfloat16).normal_(0, D**-0.25)
+            inputs.append(matrix.requires_grad_())
+        inputs += [torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n), 1e-3, 1.2]
+    ours, memory = timed(sizes, lambda: t1.policy_loss(*inputs)[0].backward())
+    reference, more = timed(sizes, lambda: t1.policy_loss_reference(*inputs).backward(), 1)
     return {
         "ms": 1e3 * ours,
         "GiB": memory,
@@ -181,11 +178,9 @@ def measure_head(sizes: Sizes) -> dict:
     }
 
 
-def measure_update(sizes: Sizes, name: str, compiled: bool) -> dict:
-    """Gradient and AdamW at the shape of one of sizes.models, rows of sizes.row tokens; AdamW's
-    state parked or not."""
+def measure_update(sizes: Sizes, shape: Shape, compiled: bool) -> dict:
+    """Gradient and AdamW of a model, rows of sizes.row tokens; AdamW's state parked or not."""
     cfg = gpu_config(sizes, "--dtype", "bfloat16", "--checkpointing", "--compile", compiled)
-    shape = dict(sizes.models)[name]
     policy, rows = random_policy(shape, sizes, cfg), random_rows(sizes, shape.vocabulary)
     seconds, memory = timed(sizes, lambda: gradient_of(policy, rows, cfg))
     # of the model: without what is computed again
@@ -217,9 +212,9 @@ def measure_update(sizes: Sizes, name: str, compiled: bool) -> dict:
     return row
 
 
-def measure_rollout(sizes: Sizes, name: str) -> dict:
-    """The torch engine at one of sizes.models' shapes: all rows of full length."""
-    cfg, shape = gpu_config(sizes, "--dtype", "bfloat16"), dict(sizes.models)[name]
+def measure_rollout(sizes: Sizes, shape: Shape) -> dict:
+    """The torch engine: all rows of full length."""
+    cfg = gpu_config(sizes, "--dtype", "bfloat16")
     engine = t1.TorchEngine(data_prep.embedded_tokenizer(), cfg)
     engine.load(random_policy(shape, sizes, cfg))
     problem = t1.Problem({}, list(range(1, 65)))
@@ -258,17 +253,17 @@ def items_of(sizes: Sizes) -> dict:
         "packed rows and gradient against float32": (compare_with_float32,),
         "head, {} positions, D {}, V {:,}".format(*sizes.head): (measure_head,),
     }
-    for name, _ in sizes.models:
-        items[f"update at {name}"] = measure_update, name, False
-        items[f"update at {name}, --compile"] = measure_update, name, True
-        items[f"torch engine at {name}"] = measure_rollout, name
+    for name, shape in sizes.models:
+        items[f"update at {name}"] = measure_update, shape, False
+        items[f"update at {name}, --compile"] = measure_update, shape, True
+        items[f"torch engine at {name}"] = measure_rollout, shape
     items["tiny, torch engine"] = measure_stages, "torch"
-    if sizes.device == "cuda" and importlib.util.find_spec("vllm"):
+    if sizes.device == "cuda" and t1.installed("vllm"):
         items["tiny, vLLM"] = measure_stages, "vllm"  # last: it stays in the process
     return items
 
 
-def run_gpu(sizes: Sizes, about: str, path: str) -> int:
+def run_gpu(sizes: Sizes, about: str, path: Path) -> int:
     """Measure every item, print the table and write it as JSON -> exit code, 1 if an item
     failed."""
     results = {}
@@ -278,13 +273,12 @@ def run_gpu(sizes: Sizes, about: str, path: str) -> int:
             results[name] = measure(sizes, *args)
         except Exception as e:  # whatever a library raises here: the others are still worth having
             results[name] = dict(failed=f"{type(e).__name__}: {t1.reason_of(e)}")
-        results[name] = {k: v for k, v in results[name].items() if v == v}  # no GiB on a CPU
         cells = []
         for key, value in results[name].items():
             cells.append(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}")
         t1.print0(f"{name:44} {', '.join(cells)}")
         if sizes.device == "cuda":
             torch.cuda.empty_cache()
-    data_prep.write_json(Path(path), dict(about=about, results=results))
+    data_prep.write_json(path, dict(about=about, results=results))
     t1.print0(f"the same in {path}")
     return int(any("failed" in row for row in results.values()))

@@ -11,8 +11,7 @@ from random weights; each seed branches off it with some more steps in its own o
 traces or on ones of which a tenth is garbage. All runs of a seed begin at that checkpoint, so
 differences are paired by seed. Each run is an ordinary folder OUT/NAME/VARIANT-seedS (OUT: runs,
 NAME: ledger); after a kill the same command resumes. Other options are those of t1.py and hold for
-every run, for instance --prompts 16, but where its variant sets the same field.
-"""
+every run, for instance --prompts 16, but where its variant sets the same field."""
 
 import dataclasses
 import itertools
@@ -26,10 +25,10 @@ import torch
 import data_prep
 import experiments
 import t1
-from experiments.claims import GONE, VARIANTS, write_ledger
+from experiments.claims import GONE, STARTS, TRACES, VARIANTS, write_ledger
 
 SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8"
-BRANCH = dict(sft_steps=80, sft_lr=5e-4, max_new=640)  # of each seed; garbage has 487 tokens
+BRANCH = "--sft-steps 80 --sft-lr 5e-4 --max-new 640"  # of each seed; garbage has 487 tokens
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
 # Gradient estimates at one checkpoint, for each K, of so many prompts
 DRAWS = 8
@@ -55,30 +54,23 @@ def garbage_traces() -> list[dict]:
 
 
 def write_data(folder: Path):
-    """The four files that the runs read; those that are there stay."""
-    hard = data_prep.HARD
-    contents = {
-        "train": lambda: data_prep.embedded_problems("train", hard),
-        "test": lambda: data_prep.embedded_problems("test", hard),
-        "traces": lambda: data_prep.embedded_traces(ground=hard),
-        "garbage": garbage_traces,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in contents.items():
-        if not (folder / f"{name}.jsonl").exists():
-            data_prep.write(folder / f"{name}.jsonl", map(data_prep.json_line, rows()))
+    """The four files that the runs read."""
+    last = folder / "garbage.jsonl"
+    if not last.exists():
+        data_prep.main(["embedded", "--hard", "--out", str(folder)])
+        data_prep.write(last, map(data_prep.json_line, garbage_traces()))
 
 
 def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
     """Run one variant of one seed, and before it what it starts from, unless finished -> False if a
     signal asked for an end. A run that cannot continue (a loss that is not finite, say) is a
     result: stopped.json says why."""
-    run, variant = base / f"{name}-seed{seed}", VARIANTS[name]
+    run = base / f"{name}-seed{seed}"
     if name == GONE or (run / "measures.json").exists() or (run / "stopped.json").exists():
         return True
-    if not variant.traces and not run_variant(base, variant.start, seed, options):
+    if name not in TRACES and not run_variant(base, STARTS.get(name, "sft"), seed, options):
         return False
-    t1.print0(f"{run.name}: {variant.changes or 'nothing changed'}")
+    t1.print0(f"{run.name}: {VARIANTS[name] or 'nothing changed'}")
     try:
         return run_stages(base, name, seed, options)
     except t1.Misuse:
@@ -92,33 +84,33 @@ def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
 
 def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
     """SFT or RL, evaluation and measures of one run -> False if a signal asked for an end."""
-    write_data(base / "data")
-    run, variant = f"{name}-seed{seed}", VARIANTS[name]
-    fixed = dict(out=str(base), name=run, seed=seed, keep=1, test=str(base / "data/test.jsonl"))
-    stage = "sft" if variant.traces else "rl"
-    if variant.traces:
-        fixed["data"] = str(base / "data" / f"{variant.traces}.jsonl")
-        root = fixed | dict(name="root", seed=0, data=str(base / "data/traces.jsonl"))
+    data = base / "data"
+    write_data(data)
+    run = base / f"{name}-seed{seed}"
+    fixed = dict(out=base, name=run.name, seed=seed, keep=1, test=data / "test.jsonl")
+    stage = "sft" if name in TRACES else "rl"
+    if stage == "sft":
+        root = fixed | dict(name="root", seed=0, data=data / "traces.jsonl")
         if not run_stage("sft", root, options):
             return False
-        made = dict(model=t1.latest(str(base / "root/sft")))
-        if not run_stage("sft", fixed | BRANCH | made, options):
-            return False
+        of_run = dict(model=base / "root/sft", data=data / f"{TRACES[name]}.jsonl")
+        options_of_run = BRANCH
     else:
-        start = t1.latest(str(base / f"{variant.start}-seed{seed}" / "sft"))
-        changes = variant.changes | dict(model=start, data=str(base / "data/train.jsonl"))
-        if not run_stage("rl", fixed | changes, options):
-            return False
-    last = t1.latest(str(base / run / stage))
+        start = STARTS.get(name, "sft")
+        of_run = dict(model=base / f"{start}-seed{seed}/sft", data=data / "train.jsonl")
+        options_of_run = VARIANTS[name]
+    if not run_stage(stage, fixed | of_run, [*options, *options_of_run.split()]):
+        return False
+    last = t1.latest(str(run / stage))
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
-    cfg = stage_config("rl", fixed | dict(data=str(base / "data/train.jsonl")), options)
-    measures = dict(distance=distance(base / run, cfg)) if stage == "rl" else {}
+    cfg = stage_config("rl", fixed | dict(data=data / "train.jsonl"), options)
+    measures = dict(distance=distance(run, of_run["model"], cfg)) if stage == "rl" else {}
     if name == "sft":
         measures = measures_of_start(last, cfg)
-    for path in (*t1.checkpoints(base / run / "sft"), *t1.checkpoints(base / run / "rl")):
+    for path in t1.checkpoints(run / stage):
         t1.drop_trainer_state(path)  # nothing will resume from it
-    t1.write_json(base / run / "measures.json", measures)
+    t1.write_json(run / "measures.json", measures)
     return True
 
 
@@ -131,19 +123,16 @@ def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
     if stage == "sft" and last:
         return True  # finished, perhaps by another seed
     try:
-        {"sft": t1.run_sft, "rl": t1.run_rl, "eval": t1.run_eval}[stage](cfg)
+        t1.STAGES[stage](cfg)
     except t1.Interrupted:
         return False
     return True
 
 
 def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
-    """SETTING, t1.py's `options`, then the fields in `fixed`; those that only other stages read are
-    left out."""
-    others = experiments.fields_of_others(stage)
-    values = {name: value for name, value in fixed.items() if name not in others}
-    cfg = t1.parse_args(experiments.stage_options(stage, [*SETTING.split(), *options]))
-    return dataclasses.replace(cfg, **values)
+    """SETTING, t1.py's `options`, then the fields in `fixed`."""
+    last = [f"--{name}={value}" for name, value in fixed.items()]
+    return t1.parse_args(experiments.stage_options(stage, [*SETTING.split(), *options, *last]))
 
 
 def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
@@ -163,7 +152,7 @@ def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
         rollouts = judged(engine, problems, 8, other, "spread")
         gained = []
         for group in t1.grouped([r.right for r in rollouts], 8):
-            gained.append(t1.pass_at_k(8, sum(group), 8) - sum(group) / 8)
+            gained.append(any(group) - sum(group) / 8)
         name = f"{temperature}, min-p {min_p}" if min_p else str(temperature)
         spread[name] = float(np.mean(gained))
     return dict(noise=noise, spread=spread)
@@ -185,28 +174,24 @@ def gradient_variance(policy, engine, problems: list, K: int, cfg: t1.Config) ->
     estimates from the same prompts with K samples each, which differ in their samples alone."""
     plain = dict(entropy_coef=0.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
     cfg = dataclasses.replace(cfg, **plain)
-    total = 0.0
-    squares = 0.0
+    gradients = []
     for draw in range(DRAWS):
         rollouts = judged(engine, problems, K, cfg, "draw", K, draw)
         rewards = torch.tensor([r.reward for r in rollouts]).view(-1, K)
         t1.accumulate_gradient(policy, rollouts, t1.rloo_advantages(rewards).flatten(), cfg)
-        g = torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
-        policy.zero_grad(set_to_none=True)
-        total += g
-        squares += (g * g).sum()
-    return ((squares - total @ total / DRAWS) / (DRAWS - 1)).item()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]).double())
+        policy.zero_grad()
+    return torch.stack(gradients).var(dim=0).sum().item()
 
 
-def distance(run: Path, cfg: t1.Config) -> float:
-    """KL of the trained policy to the SFT checkpoint that it began from, nats per response: the
-    mean of log pi(y) - log pi_sft(y) over the first held-out response to each problem, at
-    temperature 1."""
+def distance(run: Path, start: Path, cfg: t1.Config) -> float:
+    """KL of the trained policy to the SFT policy that it began from (in `start`), nats per
+    response: the mean of log pi(y) - log pi_sft(y) over the first held-out response to each
+    problem, at temperature 1."""
     responses = t1.read_log(run / "eval/responses.jsonl")
     first = [row for row in responses if row["sample"] == 0]
-    start = Path(data_prep.read_json(run / "rl/config.json")["started_from"])
     means = []
-    for folder in (run / "rl", run.parent / start.parent.parent.name / "sft"):
+    for folder in (run / "rl", start):
         policy, tokenizer = t1.load_policy(t1.latest(str(folder)), cfg)
         rows = []
         for row in first:
@@ -219,17 +204,15 @@ def distance(run: Path, cfg: t1.Config) -> float:
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
+@experiments.program
+def main(argv: list[str] | None = None):
     parser = experiments.Parser("ledger", __doc__)
+    numbers = experiments.whole_numbers
     add = parser.add_argument
     add("--variants", default=",".join(VARIANTS), help="run these (default: all)")
-    seeds = experiments.whole_numbers
-    add("--seeds", type=seeds, default=[0, 1, 2], help="of each (default: 0,1,2)")
+    add("--seeds", type=numbers, default=[0, 1, 2], help="of each (default: 0,1,2)")
     add("--table", action="store_true", help="run nothing, write the tables (default: off)")
-    return experiments.run(parser, ledger_command, argv)
-
-
-def ledger_command(own, options: list[str]):
+    own, options = parser.parse_known_args(argv)
     cfg = t1.parse_args(experiments.stage_options("rl", options))
     base = Path(cfg.out) / (cfg.name or "ledger")
     names = own.variants.split(",")

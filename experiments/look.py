@@ -189,7 +189,7 @@ def look(own, options: list[str]):
     data["groups"] = groups
     data["pairs"] = list(zip(*answers))  # the answers to each problem, before and after RL
     data["golds"] = [problem.row["answer"] for problem in tests]
-    path = own.page or own.folder / "look.html"
+    path = own.folder / "look.html"
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     data_prep.write(path, [TEMPLATE.replace("DATA", text)])
     t1.print0(f"{path}: {len(text) / 1e6:.1f} MB")
@@ -307,13 +307,13 @@ render();
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+@experiments.program
+def main(argv: list[str] | None = None):
     parser = experiments.Parser("look", __doc__)
     parser.add_argument("folder", type=Path, help="runs/NAME")
-    parser.add_argument("--page", type=Path, help="file to write (default: look.html in the run)")
     for name, most in dict(steps=3, checkpoints=2, problems=3).items():
         parser.add_argument(f"--{name}", type=int, default=most, help=f"at most (default: {most})")
-    return experiments.run(parser, look, argv)
+    look(*parser.parse_known_args(argv))
 
 
 if __name__ == "__main__":

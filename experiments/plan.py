@@ -7,8 +7,7 @@
 
 Computed for FSDP2 with vLLM beside it; no number comes from a GPU of ours. Tests check the memory
 against live tensors, the FLOP against torch's counter, the seconds against two steps that NVIDIA
-measured. BEST and WORST say what moves a step. Evaluation and checkpoints come on top.
-"""
+measured. BEST and WORST say what moves a step. Evaluation and checkpoints come on top."""
 
 import dataclasses
 import math
@@ -250,17 +249,16 @@ def shape_for(cfg) -> tuple[str, Shape]:
         raise t1.Misuse(f"--model {model}: no such causal LM ({str(e).splitlines()[0]})")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser, numbers = experiments.Parser("plan", __doc__), experiments.whole_numbers
+@experiments.program
+def main(argv: list[str] | None = None):
+    parser = experiments.Parser("plan", __doc__)
+    numbers = experiments.whole_numbers
     add = parser.add_argument
     add("--gpus", type=numbers, default=[8, 16, 32, 64], help="how many (default: 8,16,32,64)")
     add("--length", type=float, default=0, help="mean response (default: 25/64 of --max-new)")
     add("--prompt", type=int, default=200, help="mean prompt, tokens (default: %(default)s)")
     add("--set", default="", help="NAME=VALUE,... of plan.Machine (default: none)")
-    return experiments.run(parser, plan_command, argv)
-
-
-def plan_command(own, options: list[str]):
+    own, options = parser.parse_known_args(argv)
     pairs = [part.split("=") for part in own.set.split(",") if part]
     try:
         machine = dataclasses.replace(Machine(), **{name: float(value) for name, value in pairs})

@@ -6,6 +6,7 @@ A script, not a module: `experiments` would import transformers too early. The p
 ships the weights as GGUF of 4 bits (93 MB); they are de-quantised here. gguf and accelerate, which
 only this reading needs, go to a temporary folder. Tests find the folder by T1_SMOLLM2=FOLDER."""
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,11 @@ def read_gguf(folder: str):
     return lm, tokenizer
 
 
-def main(out: Path):
+def main(argv: list[str] | None = None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("folder", type=Path)
+    out = parser.parse_args(argv).folder
     if (out / "tokenizer.json").exists():  # written last
         print(f"{out} is there")
         return
@@ -51,4 +56,4 @@ def main(out: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

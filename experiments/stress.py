@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -58,31 +57,26 @@ def kill_in(function: str, nth: int, delay: float, log: Path):
     setattr(holder, name, watched)
 
 
-def one_rank(rank: int, ranks: int, port: int, args: list[str], kill: tuple | None, log: Path):
-    """A forked rank: t1.main(args). Its console goes to LOG.RANK."""
-    said = open(f"{log}.{rank}", "w")
-    os.dup2(said.fileno(), 1)
-    os.dup2(said.fileno(), 2)
-    if ranks > 1:
-        os.environ.update(dict.fromkeys(["RANK", "LOCAL_RANK"], str(rank)))
-        os.environ.update(dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(ranks)))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if kill and kill[0] == rank:
+def run_rank(args: list[str], kill: tuple | None, log: Path) -> int:
+    t1.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave
+    if kill and kill[0] == int(os.environ["RANK"]):
         kill_in(*kill[1:], log)
-    sys.exit(t1.main(args))
+    return t1.main(args)
 
 
 def run_ranks(args: list[str], ranks: int, log: Path, kill: tuple | None = None):
     """Run t1.main(args), one rank with `kill`: (rank, function, call, delay); check the ends."""
     log.unlink(missing_ok=True)
-    port, fork = 29900 + os.getpid() % 2000, multiprocessing.get_context("fork")
-    jobs = [(rank, ranks, port, args, kill, log) for rank in range(ranks)]
-    processes = [fork.Process(target=one_rank, args=job, daemon=True) for job in jobs]
-    for process in processes:
-        process.start()
+    meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29900 + os.getpid() % 2000))
+    meet |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(ranks))
+    processes = []
+    for rank in range(ranks):
+        ours = meet | dict.fromkeys(["RANK", "LOCAL_RANK"], str(rank))
+        job = run_rank, args, kill, log
+        processes.append(test_t1.Fork(f"{log}.{rank}", *job, environment=ours))
     for rank, process in enumerate(processes):
-        process.join(240)
-        said, code = Path(f"{log}.{rank}").read_text(), process.exitcode
+        code, said = process.ended()
+        process.kill()  # if it hangs
         one_line = said.count("lost contact with another rank") == 1 and "Traceback" not in said
         expected = code == 0
         if log.exists():  # the kill hit
@@ -169,17 +163,15 @@ def good_files(folder: Path):
         texts = dict(problem=f"What is {i} + $\\frac{{{i}}}{{2}}$?", solution=f"So \\boxed{{{i}}}.")
         response = f"<think>\nhm\n</think>\n\\boxed{{{i}}}"
         rows.append(dict(id=f"r{i}", answer=str(i), response=response, pred="1", gold="1") | texts)
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     for kind in READERS:
         (folder / kind).mkdir(parents=True)
-    (folder / "rows/a.jsonl").write_bytes(lines)
-    (folder / "pairs/a.jsonl").write_bytes(lines)
+    test_t1.write_rows(folder / "rows/a.jsonl", rows)
+    test_t1.write_rows(folder / "pairs/a.jsonl", rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "parquet/a.parquet")
     journal = [dict(key="a", outcome=dict(why="kept")), dict(key="b", asked="c", replies=[])]
     data_prep.append_rows(folder / "journal/a.jsonl", journal)
     data_prep.prepare([], ("latin",))  # as curate does before it sifts
-    with experiments.embedded_model(1, 8):
-        policy, tokenizer = t1.tiny_policy(CFG)
+    policy, tokenizer = test_t1.embedded_model(1, 8)
     policy.lm.save_pretrained(folder / "model", max_shard_size="5KB")
     tokenizer.save_pretrained(folder / "model")
 
@@ -236,33 +228,32 @@ def fuzz_case(kind: str, rng: random.Random, good: Path, folder: Path) -> str:
     return said
 
 
-def run_fuzz(cases: range, seed: int, folder: Path) -> tuple[Counter, list[tuple[int, str, str]]]:
-    """-> counts of (kind, outcome), failures as (case, kind, traceback)."""
-    counts, failures, kinds = Counter(), [], list(READERS)
+def run_fuzz(cases: range, seed: int, folder: Path) -> Counter:
+    """-> counts of (kind, outcome). A failure is printed with the options that repeat it."""
+    counts, kinds = Counter(), list(READERS)
     good_files(folder / "good")
     for case in cases:
         kind, rng = kinds[case % len(kinds)], random.Random(f"{seed} {case}")
         try:
-            counts[kind, fuzz_case(kind, rng, folder / "good", folder / f"case{case}")] += 1
+            said = fuzz_case(kind, rng, folder / "good", folder / f"case{case}")
         except Exception:
-            counts[kind, "FAILED"] += 1
-            failures.append((case, kind, traceback.format_exc()))
+            said = "FAILED"
+            print(f"{kind}: stress fuzz 1 --seed {seed} --case {case}\n{traceback.format_exc()}")
+        counts[kind, said] += 1
         shutil.rmtree(folder / f"case{case}")
-    return counts, failures
+    return counts
 
 
+@experiments.program
 def main(argv: list[str] | None = None) -> int:
-    parser = experiments.Parser("stress", __doc__, t1_options=False)
+    parser = experiments.Parser("stress", __doc__)
     add = parser.add_argument
     add("what", choices=("kills", "fuzz"))
     add("count", type=int, help="number of kills, or of damaged files")
     add("--seed", type=int, default=0, help="of moments or damage (default: 0)")
     add("--ranks", type=int, default=1, help="kills: ranks of the run (default: 1)")
     add("--case", type=int, default=0, help="fuzz: the first case (default: 0)")
-    return experiments.run(parser, stress_command, argv)
-
-
-def stress_command(own, options: list[str]) -> int:
+    own = parser.parse_args(argv)
     if own.count < 1 or own.ranks < 1:
         raise t1.Misuse("COUNT and --ranks must be above 0")
     with tempfile.TemporaryDirectory() as folder:
@@ -270,12 +261,11 @@ def stress_command(own, options: list[str]) -> int:
             run_kills(own.count, own.ranks, own.seed, Path(folder))
             return 0
         cases = range(own.case, own.case + own.count)
-        counts, failures = run_fuzz(cases, own.seed, Path(folder))
-    for case, kind, trace in failures:
-        print(f"{kind}: stress fuzz 1 --seed {own.seed} --case {case}\n{trace}")
+        counts = run_fuzz(cases, own.seed, Path(folder))
+    failed = sum(n for (_, said), n in counts.items() if said == "FAILED")
     print("\n".join(f"{kind:8} {said:9}{n:6}" for (kind, said), n in sorted(counts.items())))
-    print(f"{counts.total()} cases, {len(failures)} failed, seed {own.seed}")
-    return 1 if failures else 0
+    print(f"{counts.total()} cases, {failed} failed, seed {own.seed}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

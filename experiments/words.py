@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import data_prep
+import experiments
 import t1
-
-from . import Parser, claims, run
+from experiments import claims
 
 LOCAL = ("key", "checkpoint", "test")  # of a machine
 CALCULATION = re.compile("<<(.*?)=(.*?)>>")
@@ -48,13 +48,16 @@ def is_one(row: dict) -> bool:
     return row["response"].count(" = ") == 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser("words", __doc__, t1_options=False)
+@experiments.program
+def main(argv: list[str] | None = None):
+    parser = experiments.Parser("words", __doc__)
     parser.add_argument("--svamp", default="ChilleD/SVAMP")
     parser.add_argument("--gsm8k", nargs="+", default=["openai/gsm8k:train", "openai/gsm8k"])
     parser.add_argument("--runs", default="", help="folders of evaluated runs, by commas")
     parser.add_argument("--out", type=Path, required=True)
-    return run(parser, lambda args, _: publish(args) if args.runs else make(args), argv)
+    args = parser.parse_args(argv)
+    command = publish if args.runs else make
+    command(args)
 
 
 def publish(args):
