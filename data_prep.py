@@ -146,13 +146,12 @@ def local_files(name: str) -> list[Path]:
     return list(files)
 
 
-def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tuple]:
-    """Rows of a data set as a stream of (where, raw); Misuse, one line, for whatever cannot be
-    read.
+def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tuple[tuple, dict]]:
+    """Rows of a data set, with their columns as they are, as a stream of (where, row); Misuse, one
+    line, for whatever cannot be read.
 
-    where: (file, row number from 1), for `row_at`. raw: a line of JSON as bytes, or a value;
-    `parse` takes both. columns: `problem=COLUMN,answer=COLUMN`, or empty; each column must be
-    there, if `strict`."""
+    where: (file, row number from 1), for `row_at`. columns: `problem=COLUMN,answer=COLUMN`, or
+    empty; each column must be there, if `strict`, and stands in the row as `=problem`, too."""
     if name in HUB and not os.path.exists(name):
         parts = [hub_rows(name)]
     else:
@@ -163,22 +162,17 @@ def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tupl
             raise Misuse(
                 f"--columns {kind}={column}: must be one of {', '.join(COLUMNS)}, =, a column"
             )
-    row = None
-    for row in chain.from_iterable(parts):
-        yield (row[0], renamed(*row, renames, strict)) if renames else row
-    if row is None:
+    where = None
+    for where, raw in chain.from_iterable(parts):
+        row = parse(where, raw)
+        for kind, column in renames.items():
+            if column in row or column.split(".")[0] in row:
+                row["=" + kind] = at(row, column)
+            elif strict:
+                raise Misuse(f"{row_at(where)}: --columns {kind}={column}: found {', '.join(row)}")
+        yield where, row
+    if not where:
         raise Misuse(f"{name}: no rows")
-
-
-def renamed(where, raw, renames: dict, strict: bool) -> dict:
-    """A row with some of its columns under the names of COLUMNS, too."""
-    row = parse(where, raw)
-    for name, column in renames.items():
-        if column in row or column.split(".")[0] in row:
-            row["=" + name] = at(row, column)
-        elif strict:
-            raise Misuse(f"{row_at(where)}: --columns {name}={column}: found {', '.join(row)}")
-    return row
 
 
 def row_at(where) -> str:
@@ -198,13 +192,14 @@ def open_file(path: Path):
 
 def file_rows(path: Path) -> Iterator[tuple]:
     """(where, raw) of each row of a file, read by the end of its name: parquet, csv, a JSON array,
-    else JSON lines."""
+    else JSON lines. raw: a line of JSON as bytes, or a value; `parse` takes both. Blank lines count
+    as rows, but are none."""
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     read = {".parquet": parquet_rows, ".csv": csv_rows, ".json": json_rows}.get(kind, byte_lines)
     number = 0
     try:
         str(path).encode()  # an id may hold the name
-        for number, row in read(path):
+        for number, row in enumerate(read(path), 1):
             if not isinstance(row, bytes) or row.strip():
                 yield (str(path), number), row
     except Misuse:
@@ -216,9 +211,8 @@ def file_rows(path: Path) -> Iterator[tuple]:
         )
 
 
-def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
-    """(number, line) of each line, plain or gzipped whatever the name, without byte order mark;
-    memory is bounded."""
+def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[bytes]:
+    """Lines, plain or gzipped whatever the name, without byte order mark; memory is bounded."""
     with open_file(path) as plain:
         file = plain
         most = math.inf
@@ -236,13 +230,13 @@ def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[tuple]:
                     f"{path}, row {number}: the gzip file grows to more than {GZIP_RATIO} times "
                     "its size"
                 )
-            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def json_rows(path: Path) -> Iterator[tuple]:
-    """(number, row) of a .json file: an array of rows, one row, or JSON lines after all."""
+def json_rows(path: Path) -> Iterator | list:
+    """The rows of a .json file: an array of rows, one row, or JSON lines after all."""
     text = bytearray()
-    for _, line in byte_lines(path, FILE_BYTES):
+    for line in byte_lines(path, FILE_BYTES):
         text += line
         if len(text) > FILE_BYTES:
             raise Misuse(f"{path}: larger than {FILE_BYTES >> 20} MiB; write JSON lines (.jsonl)")
@@ -252,28 +246,27 @@ def json_rows(path: Path) -> Iterator[tuple]:
         if e.msg != "Extra data":
             raise
         return byte_lines(path)
-    return enumerate(value if isinstance(value, list) else [value], 1)
+    return value if isinstance(value, list) else [value]
 
 
-def csv_rows(path: Path) -> Iterator[tuple]:
-    """(number, row) of a csv file with a header, which is row 1; an empty cell is no value."""
+def csv_rows(path: Path) -> Iterator[dict | bytes]:
+    """The rows of a csv file with a header, which is row 1; an empty cell is no value."""
     csv.field_size_limit(ROW_BYTES)
-    table = csv.reader((line.decode() for _, line in byte_lines(path)), strict=True)
+    table = csv.reader(map(bytes.decode, byte_lines(path)), strict=True)
     header = next(table, [])
+    yield b""
     for number, cells in enumerate(table, 2):
         if cells and len(cells) != len(header):
             raise ValueError(f"row {number} has {len(cells)} cells, the header {len(header)}")
-        if cells:
-            yield number, _unique(zip(header, (cell or None for cell in cells)))
+        yield _unique(zip(header, (cell or None for cell in cells))) if cells else b""
 
 
-def parquet_rows(path: Path) -> Iterator[tuple]:
-    """(number, row) of a parquet file."""
+def parquet_rows(path: Path) -> Iterator[dict]:
     import pyarrow.parquet as pq
 
     with open_file(path) as file:
-        batches = pq.ParquetFile(file).iter_batches(200)
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+        for batch in pq.ParquetFile(file).iter_batches(200):
+            yield from batch.to_pylist()
 
 
 def hub_rows(name: str) -> Iterator[tuple]:
@@ -329,10 +322,10 @@ def read_json(path: Path) -> dict:
 
 
 def parse(where, raw) -> dict:
-    """A raw row of `raw_rows` as a dict. Misuse with file, row and reason if it is none."""
+    """A raw row of `file_rows` as a dict. Misuse with file, row and reason if it is none."""
     try:
         row = parse_json(raw) if isinstance(raw, bytes) else raw
-        if isinstance(row, list) and turns_of(row, where):
+        if roles_of(row):
             row = {"0": row[0], "1": row[-1], "messages": row}  # ORZ: a row is a list of turns
         if isinstance(row, dict):
             return row
@@ -394,10 +387,15 @@ def append_rows(path: Path, rows: list[dict], sync: bool = False):
             os.fsync(f.fileno())
 
 
+def logged(path: Path) -> Iterator[tuple[tuple, dict]]:
+    """(where, row) of a JSONL log; an incomplete last line, left by a kill, does not count."""
+    for where, line in file_rows(path) if os.path.lexists(path) else ():
+        if line.endswith(b"\n"):
+            yield where, parse(where, line)
+
+
 def read_log(path: Path) -> list[dict]:
-    """The rows of a JSONL log; an incomplete last line, left by a kill, does not count."""
-    lines = file_rows(path) if os.path.lexists(path) else []
-    return [parse(where, line) for where, line in lines if line.endswith(b"\n")]
+    return [row for _, row in logged(path)]
 
 
 def write_json(path: Path, value):
@@ -407,13 +405,18 @@ def write_json(path: Path, value):
 def chunks(rows, size: int) -> Iterator[list]:
     """Lists of up to `size` rows."""
     rows = iter(rows)
-    part = list(islice(rows, size))
-    while part:
-        yield part
-        part = list(islice(rows, size))
+    return iter(lambda: list(islice(rows, size)), [])
 
 
 # --- What a row says: one table of column names, for t1.py and every command ----------------------
+# The picture: a row is a table from columns to values, and `reading` works on it in this order.
+#   chat              a conversation becomes three columns: chat.system, chat.user, chat.assistant
+#   BESIDE            what a problem needs and its text does not hold is refused: options, pictures
+#   choose_response   of several responses one stays, and only if the marks beside it call it right
+#   field             of each kind in COLUMNS the first column that holds text is what the row says
+#   the rest          joins what belongs together: a problem and its context, a thought and its
+#                     response, an answer and the text that ends in it
+# A value where text should stand is never passed over: the row is refused, with its number.
 
 # The first name that holds text counts; `a.b` is field b of column a; capitals and blanks do not
 # matter; `=answer` is what --columns names. An answer that is called final or true comes before
@@ -476,7 +479,7 @@ _WORKED = re.compile(  # no bare value, nor a single word
     r"(?s)\A(?![\s$]*(?:\\text\w*\{)?[A-Za-z]+[\s}$.]*\Z).*?"
     r"(?:\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101})"
 )
-_FINAL = re.compile(r"\\f?box|####|The answer is:")
+
 _PACKED = re.compile(
     r"""\s*(?:\{\s*["'].*\}|\[\s*(?:["']|\{\s*["']|true|false|null).*\])\s*""", re.S
 )  # JSON in text
@@ -535,7 +538,7 @@ def field(row: dict, kind: str, where) -> str:
         text = as_text(value)
         if text and text.strip():
             return text
-        lost = text is None and not turns_of(value, where) and not _NOTHING.fullmatch(str(value))
+        lost = text is None and not roles_of(value) and not _NOTHING.fullmatch(str(value))
         if lost and kind not in ("label", "solution", "source"):
             raise Misuse(
                 f"{row_at(where)}: field {name!r} must be text or a number, not a "
@@ -555,18 +558,15 @@ def require(row: dict, names, where, found=None) -> dict:
     return row
 
 
-def turns_of(value, where) -> list[tuple[str, str]]:
-    """The turns of a chat as (role, text), a thought in its own field as <think> ... </think>; []
-    of all else."""
-    turns = []
+def roles_of(value) -> list[str]:
+    """Who speaks in each turn of a chat: system, user, assistant or another; [] of all else."""
+    roles = []
     for turn in value if isinstance(value, list) else ():
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         if not isinstance(role, str):
             return []
-        role = role.lower()
-        said = with_thought(field(turn, "thought", where), field(turn, "turn", where))
-        turns.append((ROLES.get(role, role), said))
-    return turns
+        roles.append(ROLES.get(role.lower(), role.lower()))
+    return roles
 
 
 def with_thought(thought: str, text: str) -> str:
@@ -585,46 +585,59 @@ def with_thought(thought: str, text: str) -> str:
 
 
 def chat(row: dict, where) -> dict:
-    """The conversation of a row as {"chat.system", "chat.user", "chat.assistant"}, {} if there is
-    none. Misuse if it is longer: a reply in the middle is neither trained nor forgotten."""
-    names = f"{COLUMNS['chat']} prompt input completion".split()
-    *whole, prompt, asked, completion = (turns_of(at(row, name), where) for name in names)
+    """The conversation of a row as {"chat.system", "chat.user", "chat.assistant"}, a thought in its
+    own field as <think> ... </think>; {} if there is none. Misuse if it is longer: a reply in the
+    middle is neither trained nor forgotten."""
+    values = [at(row, name) for name in f"{COLUMNS['chat']} prompt input completion".split()]
+    *whole, prompt, asked, completion = (value if roles_of(value) else [] for value in values)
     turns = next(filter(None, whole), (prompt or asked) + completion)
-    roles = [role for role, _ in turns]
+    roles = roles_of(turns)
     if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
         raise Misuse(
             f"{row_at(where)}: a conversation must be [system,] user, assistant; found "
             f"{', '.join(roles)}"
         )
-    return {f"chat.{role}": text for role, text in turns}
+    return {
+        f"chat.{role}": with_thought(field(turn, "thought", where), field(turn, "turn", where))
+        for role, turn in zip(roles, turns)
+    }
 
 
-def marked_right(row: dict, texts: list, where) -> list:
-    """Those of several responses that a list beside them marks as right (OpenR1:
-    correctness_math_verify, inside `correctness` in its raw form) and whose thought ends."""
-    marks = []
+def choose_response(row: dict, where) -> bool:
+    """Of several responses in a column one stays: the first whose thought ends and which a list
+    beside them marks as right (OpenR1: correctness_math_verify, inside `correctness` in its raw
+    form). -> Is there none, or does a mark of the whole row say that its response is wrong?"""
+    wrong = str(row.get("label")).lower() == "false"  # KTO
+    marks = {}  # name of a list -> of each response: right, wrong or not said
     for name in [*filter(_MARKS.fullmatch, row), "correctness.llama", "correctness.math_verify"]:
-        values = at(row, name)
-        said = list(map(says_right, values)) if isinstance(values, list) else []
+        value = at(row, name)
+        said = list(map(says_right, value)) if isinstance(value, list) else []
         if True in said or False in said:
-            marks.append(said)
+            marks[name] = said
+        elif name != "score":  # which may count votes
+            wrong |= says_right(value) is False
+    for name in COLUMNS["response"].split():
+        texts = at(row, name)
+        if not isinstance(texts, list) or roles_of(texts):
+            continue
+        for mark, said in marks.items():
             if len(said) != len(texts):
                 raise Misuse(
-                    f"{row_at(where)}: {len(said)} marks in {name!r} of {len(texts)} responses; "
+                    f"{row_at(where)}: {len(said)} marks in {mark!r} of {len(texts)} responses; "
                     "they must be as many"
                 )
-    return [
-        text
-        for text, *said in zip(texts, *(marks or [[True] * len(texts)]))
-        if True in said and text and not _CUT.search(str(text))
-    ]
+        right = list(map(any, zip(*marks.values()))) or [True] * len(texts)
+        kept = [
+            text for text, ok in zip(texts, right) if ok and text and not _CUT.search(str(text))
+        ]
+        wrong |= bool(texts) and not kept
+        row[name] = kept[:1]
+    return wrong
 
 
 def final(text: str) -> str | None:
     """The value that a worked text ends in: its last box, or what its last #### (GSM8K) or words
     (MetaMathQA) say."""
-    if not _FINAL.search(text):
-        return None
     said = re.findall(r"(?:####|The answer is:)[ \t]*([^\n]+)", text)
     return verify.extract_answer(text) or (said[-1].rstrip(" .") if said else None)
 
@@ -635,23 +648,15 @@ def reading(row: dict, where) -> dict:
     it cannot be understood."""
     row = {re.sub(r"[ -]+", "_", name.strip().lower()): row[name] for name in row} | row
     row |= chat(row, where)
+    # Nothing that the problem needs may stand beside it.
     for name, value in row.items():
         lost = name in CONTEXT and as_text(value) is None or name == "c" and "b" in row  # C-Eval
         if (lost or BESIDE.fullmatch(name)) and value and not _NOTHING.fullmatch(str(value)):
             raise Misuse(f"{row_at(where)}: {name!r} beside the problem; write it into its text")
-    # A mark says that its response is wrong; a score may count votes.
-    wrong = any(
-        says_right(row[name]) is False for name in filter(_MARKS.fullmatch, row) if name != "score"
-    )
-    wrong |= str(row.get("label")).lower() == "false"
-    for name in COLUMNS["response"].split():
-        texts = at(row, name)
-        if isinstance(texts, list) and not turns_of(texts, where):
-            right = marked_right(row, texts, where)
-            wrong |= bool(texts) and not right
-            row[name] = right[:1]
+    wrong = choose_response(row, where)
     said = {kind: field(row, kind, where) for kind in COLUMNS}
     problem, answer, label, solution, response, thought, *_ = said.values()
+    # The problem is joined with its context.
     for name in ("input", *CONTEXT):  # Alpaca
         text = as_text(row.get(name)) or ""
         if problem and text.strip() and (name != "input" or problem == row.get("instruction")):
@@ -660,20 +665,21 @@ def reading(row: dict, where) -> dict:
         problem = f"{body} {problem}"
     if hole := _HOLE.search(problem):
         raise Misuse(f"{row_at(where)}: {hole[0]!r} in the problem; write what is meant, or cut it")
+    # A column for the answer may hold a whole solution, and one for the solution a bare answer.
     worked = as_text(row.get("answer")) or ""
     if "####" in worked:
         solution = solution or worked
-    if answer in ("", solution) and not _WORKED.search(solution):
-        # DAPO-processed: the answer itself
+    if answer in ("", solution) and not _WORKED.search(solution):  # DAPO-processed
         answer = solution
         solution = ""
     if len(set(boxes(answer))) < 2:
         answer = final(answer) or answer
+    # Without a response the solution is one; without an answer the response may name it.
     response = with_thought(thought, response or solution or thought and worked)
     if wrong or _CUT.search(response):
         response = ""
         wrong = True
-    if not answer and not _FINAL.search(solution):
+    if not answer and not final(solution):
         answer = final(response) or label
     return said | dict(
         id=next((row[name] for name in IDS if row.get(name) is not None), None),
@@ -685,10 +691,9 @@ def reading(row: dict, where) -> dict:
     )
 
 
-def to_problem(where, raw, default_source: str) -> dict:
-    """A row as {"id", "problem", "answer" (None: look into the solution), "solution", "source",
+def to_problem(where, row: dict, default_source: str) -> dict:
+    """A row as {"id", "problem", "answer" ("": look into the solution), "solution", "source",
     "level", "flags"}."""
-    row = parse(where, raw)
     said = require(reading(row, where), ["problem"], where, row)
     own = where[1] if said["id"] is None else said["id"]
     source = said["source"] or default_source
@@ -704,7 +709,7 @@ def to_problem(where, raw, default_source: str) -> dict:
     return {
         "id": own if isinstance(own, str) else f"{stem}-{own}",
         "problem": said["problem"],
-        "answer": said["answer"] or None,
+        "answer": said["answer"],
         "solution": said["solution"] or said["response"].rpartition("</think>")[2].strip(),
         "source": source,
         "level": level and (float if level[2] else int)(level[1]),
@@ -712,8 +717,9 @@ def to_problem(where, raw, default_source: str) -> dict:
     }
 
 
-def too_long(row: dict) -> bool:
-    return any(len(row[name] or "") > LONGEST for name in "problem solution answer".split())
+def too_long(row: dict) -> str | None:
+    long = any(len(row[name] or "") > LONGEST for name in "problem solution answer".split())
+    return "too long" if long else None
 
 
 def problem_row(row: dict) -> dict:
@@ -724,16 +730,17 @@ def problem_row(row: dict) -> dict:
     }
 
 
-def checked_problem(where, raw, default_source: str) -> dict:
-    """`to_problem` for data whose every row counts: an over-long row is Misuse, where `curate`
-    drops it from a pool."""
-    row = to_problem(where, raw, default_source)
-    if too_long(row):
-        raise Misuse(
-            f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} characters; "
-            "shorten it"
-        )
-    return row
+def all_problems(name: str, default_source: str, columns: str = "") -> Iterator[tuple[tuple, dict]]:
+    """(where, row) of `to_problem` for a data set whose every row counts: an over-long row is
+    Misuse, where `curate` drops it from a pool."""
+    for where, row in raw_rows(name, columns):
+        row = to_problem(where, row, default_source)
+        if too_long(row):
+            raise Misuse(
+                f"{row_at(where)}: problem, solution or answer of more than {LONGEST:,} "
+                "characters; shorten it"
+            )
+        yield where, row
 
 
 def left_out(row: dict, said: dict, stage: str) -> str | None:
@@ -759,8 +766,7 @@ def read_rows(path: str, stage: str, columns: str = "") -> list[dict]:
     a test set may have other columns than the data."""
     rows = []
     gone = Counter()
-    for where, raw in raw_rows(path, columns, strict=stage != "eval"):
-        row = parse(where, raw)
+    for where, row in raw_rows(path, columns, strict=stage != "eval"):
         said = reading(row, where)
         said["answer"] = said["answer"] or final(said["solution"])
         if reason := left_out(row, said, stage):
@@ -797,18 +803,18 @@ def pattern(text: str, flags: int = 0) -> re.Pattern:
     return re.compile(re.sub(r"\n *", "", text), flags)
 
 
-_ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{\s*([a-zA-Z]+)\*?\s*\}(?:\s*\{[lcr|@{} ]*\})?")
+def substituted(text: str, table: list[tuple[str | re.Pattern, str]]) -> str:
+    """A text after all replacements of a table, in its order."""
+    for found, replacement in table:
+        text = re.sub(found, replacement, text)
+    return text
+
+
 _DRAWING = re.compile(r"\[asy\].*?(?:\[/asy\]|$)|\\begin\{asy\}.*?\\end\{asy\}", re.S)
 _TOKEN = re.compile(
     r"\$+|\\[()\[\]]|\\[a-zA-Z]+|\\.|(?:\d+(?:\.\d+)?|\.\d+)|[a-z]+|[^\s{}\w]|[^\W\d_]|[_^]"
 )
-_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|,?\\!|\\,)(?=\d{3}(?!\d))")
-_SHORT_FRACTION = re.compile(
-    r"(\\[dtc]?frac)\s*(\d)\s*(?=\d)"
-)  # \frac12 is 1/2, not a fraction of 12
-_BULLET = re.compile(r"(?:^|\n)\s*[-*\u2022]\s+(?=[A-Za-z$\\(])")
-_WORD_HYPHEN = re.compile(r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})")
-_BLANK = re.compile(r"(?:\\_|_){2,}|\\underline\s*\{[\s\\,;:~]*\}|\\\\(?:\[[^\]]*\])?")
+
 _SIGNS = r"""² ^2 ³ ^3 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≦ \leq ≧ \geq ≠ \neq
     × \times · \cdot ⋅ \cdot ÷ \div − - – - π \pi α \alpha β \beta
     γ \gamma θ \theta λ \lambda ω \omega ° ^\circ ∞ \infty √ \sqrt ∠ \angle △ \triangle
@@ -845,7 +851,6 @@ _HARMLESS = set(
     below centre center respectively both each all any some possible denote denotes denoted called
     say simplest form common fraction s th expression""".split()
 )
-_CAPITALS = re.compile(r"(\\[a-zA-Z]+)|[A-Z]+")
 _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dialogue
     r"""(?:\blet'?s\b|\bplease\b|\bremember\b|\bput\b|\bpresent\b|\byou (?:must|should|need|are)\b
         |\bthe last line\b|\bshow\b
@@ -858,16 +863,25 @@ _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dia
         |\b(?:question|problem|answer|solution|user|assistant|human):""",
     re.I,
 )
+_PLAINER = [
+    (_FORM, " "),
+    (_DRAWING, " "),
+    (r"(\\[dtc]?frac)\s*(\d)\s*(?=\d)", r"\1 \2 "),  # \frac12 is 1/2, not a fraction of 12
+    (r"(?:^|\n)\s*[-*\u2022]\s+(?=[A-Za-z$\\(])", " "),  # bullets
+    (r"(?<=\d)(?:,|\{,\}|,?\\!|\\,)(?=\d{3}(?!\d))", ""),  # 1,000
+    (r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})", " "),  # a hyphen is no minus
+    (r"(?:\\_|_){2,}|\\underline\s*\{[\s\\,;:~]*\}|\\\\(?:\[[^\]]*\])?", " "),  # blanks, line ends
+    (r"\\(begin|end)\s*\{\s*([a-zA-Z]+)\*?\s*\}(?:\s*\{[lcr|@{} ]*\})?", " "),
+]
 
 
 def tokens(text: str) -> list[str]:
     """A problem as LaTeX-aware tokens: words, single letters, numbers, operators, commands; no
     braces, punctuation."""
     text = unicodedata.normalize("NFC", text).translate(_UNICODE)
-    text = _DRAWING.sub(" ", _FORM.sub(" ", text))
-    text = _THOUSANDS.sub("", _BULLET.sub(" ", _SHORT_FRACTION.sub(r"\1 \2 ", text)))
-    text = _ENVIRONMENT.sub(" ", _BLANK.sub(" ", _WORD_HYPHEN.sub(" ", text)))
-    text = _CAPITALS.sub(lambda m: m[1] or m[0].lower(), text)  # `\Gamma` is not `\gamma`
+    text = substituted(text, _PLAINER)
+    # `\Gamma` is not `\gamma`
+    text = re.sub(r"(\\[a-zA-Z]+)|[A-Z]+", lambda m: m[1] or m[0].lower(), text)
     found = []
     last = ""
     for token in _TOKEN.findall(text):
@@ -935,10 +949,15 @@ def drawing(text: str) -> str:
     return re.sub(r"\s", "", "".join(_DRAWING.findall(text)))
 
 
+def in_common(a: list[str], b: list[str]) -> int:
+    """How many tokens two lists share, in any order."""
+    return (Counter(a) & Counter(b)).total()
+
+
 def alike(a: list[str], b: list[str]) -> bool:
     """Do two lists share most of their tokens (Dice at least 0.7), or is one, but for a tenth,
     inside the other?"""
-    common = sum((Counter(a) & Counter(b)).values())
+    common = in_common(a, b)
     return 2 * common >= 0.7 * (len(a) + len(b)) or common >= 0.9 * min(len(a), len(b))
 
 
@@ -968,9 +987,7 @@ def reworded(a: list[str], b: list[str]) -> bool:
     duplicates: largest, smallest."""
     a = skeleton(a)
     b = skeleton(b)
-    return signs(a) == signs(b) and 2 * sum((Counter(a) & Counter(b)).values()) >= 0.9 * (
-        len(a) + len(b)
-    )
+    return signs(a) == signs(b) and 2 * in_common(a, b) >= 0.9 * (len(a) + len(b))
 
 
 def same_answer(a: str, b: str) -> bool:
@@ -985,23 +1002,22 @@ def same_answer(a: str, b: str) -> bool:
 # have.
 
 _REPAIRS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\equal\s*\{\}", "="),
-        (r"\\plus\s*\{\}", "+"),
-        (r"\\minus\s*\{\}", "-"),  # of the AoPS forum
-        (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
-        (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""),
-        (r"\r\n?", "\n"),
-        (r"\s{40,}", "\n"),
-        (r"[\xa0\u3000]", " "),
-        (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
-        (
+    (r"\\equal\s*\{\}", "="),
+    (r"\\plus\s*\{\}", "+"),
+    (r"\\minus\s*\{\}", "-"),  # of the AoPS forum
+    (r"\x0c(?=rac)", r"\\f"),  # a form feed that was the \f of \frac
+    (r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]", ""),
+    (r"\r\n?", "\n"),
+    (r"\s{40,}", "\n"),
+    (r"[\xa0\u3000]", " "),
+    (r"(?<=[A-Za-z}])\\_(?=[A-Za-z0-9{])", "_"),
+    (
+        pattern(
             r"""(?<!\\)\\\\(?=[()](?!\[)|[dt]?frac|sqrt|left|right|pi\b|text|times|cdot|sin|cos|tan
-                |log|ln)""",
-            "\\\\",
+                |log|ln)"""
         ),
-    )
+        r"\\",
+    ),
 ]
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
 _WRAPPED = pattern(
@@ -1019,9 +1035,7 @@ _FONTS = pattern(
 def repair(text: str) -> str:
     """Undoes typographic damage of the sources: `\\equal{}`, form feeds that were the \\f of
     \\frac, odd spaces."""
-    for pattern, replacement in _REPAIRS:
-        text = pattern.sub(replacement, text)
-    return text.strip()
+    return substituted(text, _REPAIRS).strip()
 
 
 def boxes(text: str) -> list[str | None]:
@@ -1064,25 +1078,27 @@ def plain_text(answer: str) -> str:
     return _FONTS.sub(" ", answer).strip(" .")
 
 
-def searched(
-    reason: str, part: str, *patterns: str, unless: tuple[str, str] | None = None
-) -> Callable:
-    """A rule: rejects a row if a pattern is found in that part of it, unless (another part, pattern
-    found there)."""
-    compiled = [pattern(text, re.S) for text in patterns]
-    excuse = unless and pattern(unless[1])
+def found_in(row: dict, patterns: dict[str, re.Pattern]) -> bool:
+    return any(wanted.search(row[part]) for part, wanted in patterns.items())
+
+
+def searched(reason: str, unless: dict[str, str] | None = None, **patterns: str) -> Callable:
+    """A rule: rejects a row if a pattern is found in the part of the row that it names, unless an
+    excuse is."""
+    wanted = {part: pattern(text, re.S) for part, text in patterns.items()}
+    excuses = {part: pattern(text) for part, text in (unless or {}).items()}
 
     def rule(row: dict) -> str | None:
-        found = any(wanted.search(row[part]) for wanted in compiled)
-        return reason if found and not (excuse and excuse.search(row[unless[0]])) else None
+        rejected = found_in(row, wanted) and not found_in(row, excuses)
+        return reason if rejected else None
 
     return rule
 
 
 def empty_problem(row: dict) -> str | None:
-    row["words"] = _DRAWING.sub(
-        " ", row["problem"]
-    )  # the rules on wording must not read the labels of a drawing
+    row["problem"] = repair(row["problem"])
+    # the rules on wording must not read the labels of a drawing
+    row["words"] = _DRAWING.sub(" ", row["problem"])
     row["lower"] = row["words"].lower()
     return None if len(row["words"]) >= 10 else "empty problem"
 
@@ -1111,8 +1127,8 @@ _OPTIONS_ASKED = pattern(  # the question means nothing without its options
         |\b(?:must|could|may|might|cannot) (?:not |always )?(?:be|equal|have).{0,9}\Z|\b(?:between
         |interval|range)\W*\Z"""
 )
-_DECIMAL_COMMA = re.compile(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))")
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
+
+
 _WORD = pattern(
     r"""(?<![\\a-z])(?!(?:and|or|sin|cos|tan|log|cm|sqrt|feet|inches|cents|meters|miles|minutes
         |hours|seconds|square|cubic|units|degrees)(?![a-z]))[a-z]{3,}""",
@@ -1134,13 +1150,14 @@ def value_of(answer: str, problem: str) -> str:
         value = option[1]
         if value.count("}") > value.count("{"):
             value = "".join(value.rsplit("}", 1))
-        if value.strip("{} ") and not _WORD.search(_COMMAND.sub(" ", value)):
+        if value.strip("{} ") and not _WORD.search(value):
             answer = value
-    if _DECIMAL_COMMA.search(problem + answer) and not re.search(r"[(\[]|\\\{", answer):
+    decimal_comma = re.search(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))", problem + answer)
+    if decimal_comma and not re.search(r"[(\[]|\\\{", answer):
         answer = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", ".", answer)
     left, _, right = answer.partition("=")
     whole = len(left.strip()) > 1 and left.count("{") == left.count("}") and "=" not in right
-    if not whole or not right or _WORD.search(_COMMAND.sub(" ", right)):
+    if not whole or not right or _WORD.search(right):
         return answer
     asked = key(tokens(left)) in key(tokens(problem))
     asked = asked and not re.search(r"equation|relation|equality|compare", problem.lower())
@@ -1152,19 +1169,18 @@ def find_answer(row: dict) -> str | None:
     (paper: answers extracted). Returns why there is none, or none that can be trusted."""
     raw = boxes(row["solution"])
     found = [bare(box or "") for box in raw] or [""]
-    if row["answer"] is not None:
+    if row["answer"]:
         row["answer"] = bare(row["answer"])
-        letter = pattern(_LETTER, re.S).search(plain_text(found[-1]))
-        if found[-1] and not letter and not same_answer(found[-1], row["answer"]):
+        is_letter = pattern(_LETTER, re.S).search(plain_text(found[-1]))
+        if found[-1] and not is_letter and not same_answer(found[-1], row["answer"]):
             return "answer and box differ"
     elif not raw or None in raw:
         return "no box"
     else:
         row["answer"] = found[-1]
         before, _, after = row["solution"].rpartition("{" + raw[-1] + "}")
-        name = re.search(
-            r"(\S+)\s*=\s*\\boxed\s*\Z", before[-60:]
-        )  # one value of several, the one asked for
+        # one value of several, the one asked for
+        name = re.search(r"(\S+)\s*=\s*\\boxed\s*\Z", before[-60:])
         asked = name and re.search(
             r"(?:ind|is|of)\W*" + re.escape(name[1].strip("$")) + r"[$.?\s]*(?:\Z|if)",
             row["problem"],
@@ -1198,14 +1214,13 @@ _LIST_OF_TASKS = pattern(  # Calculate: (1) ... (2) ..., also at the end of a lo
         (?!.*\b(?:that|satisf\w+|conditions?|where|such|if)\b)[^.?]{0,80}\Z""",
     re.I | re.S,
 )
-_QUESTION = re.compile(r"\b(?:what|how|find|who|when|where|which)\b")
 
 
 def several_questions(row: dict) -> str | None:
     """Parts that each ask something, or two sentences that do."""
     head, *parts = _PART.split(row["words"])
     asked = sum(
-        s.endswith("?") and bool(_QUESTION.search(s))
+        s.endswith("?") and bool(re.search(r"\b(?:what|how|find|who|when|where|which)\b", s))
         for s in re.split(r"(?<=[?.!])\s+", row["lower"])
     )
     tasks = sum(bool(_TASK.search(part)) for part in parts)
@@ -1238,18 +1253,12 @@ def unknown_letter(row: dict) -> str | None:
     )
 
 
-def another_script(scripts: tuple[str, ...]) -> Callable:
-    """The rule on letters of other scripts than the given ones, broken characters, and those of
-    private use."""
-
-    def rule(row: dict) -> str | None:
-        text = row["problem"] + row["answer"]
-        strange = not text.isascii() and (
-            set(foreign(text)) - {*scripts} or re.search("[\ue000-\uf8ff\ufffd]", text)
-        )
-        return "another script" if strange else None
-
-    return rule
+def another_script(scripts: tuple[str, ...], row: dict) -> str | None:
+    """Letters of other scripts than the given ones, broken characters, and those of private use."""
+    text = row["problem"] + row["answer"]
+    strange = set(map(script_of, foreign_letters(text))) - {*scripts}
+    broken = re.search("[\ue000-\uf8ff\ufffd]", text)
+    return "another script" if strange or broken else None
 
 
 _VALUE_WORDS = """and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|seconds|the|base
@@ -1257,14 +1266,14 @@ _VALUE_WORDS = """and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|s
 
 
 RULES = (  # in the order of the funnel; the rule on scripts stands between the two parts
+    too_long,
     empty_problem,
     marked_invalid,
-    searched("link or missing figure", "lower", r"https?:|!\["),
-    searched("answer given", "problem", r"\\boxed\s*\{[^{}_?]*[0-9][^_?]*\}\W*\Z"),
-    searched(
+    searched("link or missing figure", lower=r"https?:|!\["),
+    searched("answer given", problem=r"\\boxed\s*\{[^{}_?]*[0-9][^_?]*\}\W*\Z"),
+    searched(  # spoken of, but not there as code or as a table
         "link or missing figure",
-        "lower",  # spoken of, but not there as code or as a table
-        r"""\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure
+        lower=r"""\bfig\.|\(\s*see\b|\bfig(?:ure)?\s*\d|\b(?:following|accompanying)\s+(?:figure
             |diagram|picture
             |graph)|\b(?:in|from|on|see|using|to)\s+(?:the|this|each|these)\s+(?:\w+\s+){0,2}?
             (?:figure|diagram|picture|image|drawing|sketch|illustration)s?\b|\b(?:shown|pictured
@@ -1273,134 +1282,106 @@ RULES = (  # in the order of the funnel; the rule on scripts stands between the 
             |\b(?:graph|grid|net|figure|diagram|picture|chart)s?\s+(?:is\s+|are\s+)?(?:shown
             |below|above
             |indicates?|shows?)\b|\bas\s+(?:is\s+)?(?:shown|pictured|illustrated|depicted)\b""",
-        unless=(
-            "problem",
-            r"\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)|\|[^|\n]+\|[^|\n]+\|",
-        ),
+        unless={
+            "problem": r"""\[asy\]|\\begin\{(?:tikzpicture|asy|tabular|array|matrix)
+            |\|[^|\n]+\|[^|\n]+\|"""
+        },
     ),
     searched(
         "proof",
-        "lower",
-        r"\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b",
-        r"(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b",
+        lower=r"""\bprove\b(?! your)|\bjustify\b|(?:^|[.;]\s+|\band\s+)construct\b
+            |(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b""",
     ),
     find_answer,
 )
 LATER_RULES = (
     searched(
         "multiple choice",
-        "words",  # at least three options, in order
-        r"""(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?(?<![A-Z
-            a-z\\])\(\s*C\s*\)""",
-        r"""(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、].{1,40
-            0}?\s(?:\*\*)?
-            \(?C\s*[).:、]""",
-    ),
-    searched(
-        "multiple choice",
-        "lower",
-        r"\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b",
-        r"""\bamong the following\b|\bthe following (?:statement|conclusion|proposition
-            |option)s?\b""",
-    ),
-    searched(  # also where the options are gone, and the numbers of statements
-        "multiple choice", "plain", _LETTER, r"[\u2460-\u2473]", r"\A(?:\(\d\)\W*){2,}\Z"
+        # at least three options, in order
+        words=r"""(?<![A-Za-z\\])\(\s*A\s*\).{1,400}?(?<![A-Za-z\\])\(\s*B\s*\).{1,400}?
+            (?<![A-Za-z\\])\(\s*C\s*\)
+            |(?:^|\n|\s{2}|\$)\s*(?:\*\*)?\(?A\s*[).:、].{1,400}?\s(?:\*\*)?\(?B\s*[).:、]
+            .{1,400}?\s(?:\*\*)?\(?C\s*[).:、]""",
+        lower=r"""\bwhich\s+(?:\w+\s+){0,2}?of\s+(?:the\s+following|these)\b
+            |\bamong the following\b
+            |\bthe following (?:statement|conclusion|proposition|option)s?\b""",
+        # also where the options are gone, and the numbers of statements
+        plain=rf"{_LETTER}|[\u2460-\u2473]|\A(?:\(\d\)\W*){{2,}}\Z",
     ),
     searched(
         "yes or no, true or false",
-        "lower",
-        r"""\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate
-            |examine)\s+(?:whether|if it)\b""",
-        r"""(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true
+        lower=r"""\b(?:determine|decide|state|judge|check|find\s+out|ask|investigate
+            |examine)\s+(?:whether|if it)\b
+            |(?:^|[.?!,:]\s+)(?:(?:does|do)\s+there\s+exist|is\s+it\s+(?:possible|true
             |necessar\w+|always))\b""",
-    ),
-    searched(
-        "yes or no, true or false",
-        "plain",
-        r"""(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false
+        plain=r"""(?i)\A(?:yes|no(?!\s+(?:\w+\s+)?(?:solution|value|number|root|integer))|true|false
             |(?:in)?correct
             |(?:im)?possible|not\s+(?:possible|always|necessarily|true)|always|never|exists?
             |it is (?:im)?possible)\b""",
     ),
     several_questions,
-    searched(
+    searched(  # two quantities, one answer; two problems in one row
         "several questions",
-        "lower",  # two quantities, one answer; two problems in one row
-        r"""\b(?:find|determine|calculate|compute|what (?:is
+        lower=r"""\b(?:find|determine|calculate|compute|what (?:is
             |are)) the (?:[a-z]+ ){1,2}and (?:the )?
             [a-z]+(?: [a-z]+){0,2} (?:of|for)\b|\n\s*-{3,}\s*\n""",
-        unless=("plain", r",|;|\band\b|\bor\b"),
+        unless={"plain": r",|;|\band\b|\bor\b"},
     ),
     searched(
         "several questions",
-        "lower",  # two tasks in one sentence
-        r"\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b",
-        r"\balso,?\s+(?:find|determine|calculate|compute|give|what)\b",
+        # two tasks in one sentence
+        lower=r"""\b(?:what|how many|how much)\b[^.?]*\band\s+(?:what|how many|how much)\b
+            |\balso,?\s+(?:find|determine|calculate|compute|give|what)\b""",
+        # two blanks to fill, roman parts
+        words=r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}|\(?Ⅰ.*Ⅱ|\(I\).*\(II\)",
     ),
-    searched(
-        "several questions",
-        "words",
-        r"(?:\\?_\s?){2,}+.*(?:\\?_\s?){2,}",
-        r"\(?Ⅰ.*Ⅱ|\(I\).*\(II\)",
-    ),  # two blanks to fill, roman parts
     long_answer,
     searched(
         "answer in prose",
-        "plain",  # three words; a rule can compare statements only letter by letter
-        rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
+        # three words; a rule can compare statements only letter by letter
+        plain=rf"(?i)(?:(?<![\\a-z])(?!(?:{_VALUE_WORDS})(?![a-z]))[a-z]{{3,}}(?![a-z]).*?){{3}}",
+        answer=r"""answer|\\[lc]?dots|\.\.\.
+            |\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow
+            |nmid)(?![a-zA-Z])
+            |(?i:\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b)""",
     ),
-    searched(
-        "answer in prose",
-        "answer",
-        r"answer|\\[lc]?dots|\.\.\.",
-        r"""\\(?:perp|parallel|cong|sim|implies|iff|forall|exists|(?:Left)?[rR]ightarrow
-            |nmid)(?![a-zA-Z])""",
-        r"(?i)\b(?:is|are|powers?|multiples?|numbers?|integers?|primes?|such|choice)\b",
-    ),
-    searched(
+    searched(  # where an exact one is asked for; eighths and sixteenths are exact
         "rounded answer",
-        "answer",  # where an exact one is asked for; eighths and sixteenths are exact
-        r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
-        unless=(
-            "lower",
-            r"""\bround|nearest|decimal|estimate|significant|accura|scientific|\.\d.*probab
-                |probab.*\.\d""",
-        ),
+        answer=r"\\approx|(?<![\d.])\d*\.(?!\d?[1368][27]5\b)\d{3,}",
+        unless={
+            "lower": r"""\bround|nearest|decimal|estimate|significant|accura|scientific
+                |\.\d.*probab|probab.*\.\d"""
+        },
     ),
     unknown_letter,
-    searched("ungradable", "answer", r"\[\s*-?\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
-    searched(
+    searched("ungradable", answer=r"\[\s*-?\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
+    searched(  # many right answers
         "nothing definite asked",
-        "lower",  # many right answers
-        r"""\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example
+        lower=r"""\b(?:find|give|determine|name|write|list|draw)\s+(?:down\s+)?(?:an?\s+(?:example
             |set of)
             |any|some|\d+\s+(?:natural|positive|different|distinct))\b
             |\bhow\s+(?:can|could|should|might)\s+(?:you|we|one|he|she)\b""",
-        unless=("lower", r"smallest|largest|least|greatest|unique|only|all\b"),
+        unless={"lower": r"smallest|largest|least|greatest|unique|only|all\b"},
     ),
-    searched(
+    searched(  # a statement instead of a question
         "nothing definite asked",
-        "lower",
-        "",
-        unless=(  # a statement instead of a question
-            "lower",
-            r"""\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z|\?|formulat
-                |find|determin|calculat|comput|evaluat|what|how|solv|simplif|express|writ|give
-                |which|who|when
-                |where|name|list|estimat|convert|factor|expand|enter|count|obtain|decide|reduce
-                |perform|round
-                |add|subtract|multipl|divid|represent|graph|plot|state|rationaliz|describe|use|_
-                |\\q?quad
-                |answer|\\boxed|value|number|[=:]\W*$
-                |\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$""",
-        ),
+        lower="",
+        unless={
+            "lower": r"""\A(?:[^a-z\\]|\\[a-z]+|\\[^a-z]|(?<![a-z\\])[a-z]{1,3}(?![a-z]))*+\Z
+                |\?|formulat|find|determin|calculat|comput|evaluat|what|how|solv|simplif|express
+                |writ|give|which|who|when|where|name|list|estimat|convert|factor|expand|enter
+                |count|obtain|decide|reduce|perform|round|add|subtract|multipl|divid|represent
+                |graph|plot|state|rationaliz|describe|use|_|\\q?quad|answer|\\boxed|value|number
+                |[=:]\W*$
+                |\b(?:is|was|are|were|equals?|to|be|by|of|at|have|has|in|then)\W*$"""
+        },
     ),
 )
 
 
 def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
     """The rules in the order of the funnel."""
-    return (*RULES, another_script(scripts), *LATER_RULES)
+    return (*RULES, partial(another_script, scripts), *LATER_RULES)
 
 
 REASONS = """too long; no solution; empty problem; marked invalid by its source
@@ -1415,17 +1396,13 @@ solved too seldom; solved too often; beyond the target""".replace("\n", "; ").sp
 # --- curate: benchmark problems and near-duplicates -----------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
 
-N_GRAM = 13  # tokens: the usual length of decontamination, here on LaTeX-aware tokens
-SHORT = 8  # tokens, for short or reworded problems; finds candidates, `same_problem` decides
+N_GRAM = 8  # tokens; usual is 13, where an n-gram alone decides
+WHOLE = 13  # tokens of a benchmark problem that may stand inside a longer one
 PHRASE = 12  # an n-gram in more benchmark problems is a phrase ("relatively prime positive")
-SHINGLE, SKETCH = (
-    4,
-    8,
-)  # near-duplicates: 4-token shingles, of which the 8 with the least hashes make up the sketch
+SHINGLE = 4  # tokens, for near-duplicates
+SKETCH = 8  # the shingles with the least hashes make up the sketch of a row
 NEAR = 0.6  # exact Jaccard index of near-duplicates
-_POWERS = np.random.default_rng(2501).integers(1, 1 << 63, N_GRAM, np.uint64) | np.uint64(
-    1
-)  # any odd numbers
+_ODD = np.random.default_rng(2501).integers(1, 1 << 63, N_GRAM, np.uint64) | np.uint64(1)
 
 
 @lru_cache(1 << 18)
@@ -1439,7 +1416,7 @@ def gram_hashes(words: list[str], n: int) -> np.ndarray:
     shorter."""
     ids = np.array([token_hash(w) for w in words] or [0], np.uint64)
     n = min(n, len(ids))
-    total = np.lib.stride_tricks.sliding_window_view(ids, n) @ _POWERS[:n]  # modulo 2^64
+    total = np.lib.stride_tricks.sliding_window_view(ids, n) @ _ODD[:n]  # modulo 2^64
     return total ^ (total >> np.uint64(29))
 
 
@@ -1447,44 +1424,42 @@ def sketch(words: list[str]) -> np.ndarray:
     """The least hashes of a problem's shingles, `(SKETCH,)`: a random sample that depends on the
     set of shingles alone, so that near-duplicates share at least one almost surely. MinHash with
     one hash function (Broder 1997)."""
-    return np.resize(
-        np.unique(gram_hashes(words, SHINGLE)), SKETCH
-    )  # a short problem repeats its own
+    least = np.unique(gram_hashes(words, SHINGLE))
+    return np.resize(least, SKETCH)  # a short problem repeats its own
 
 
 class Benchmarks:
     """Finds the benchmark problem that a row repeats, on plain text: equal, or inside the row, or a
-    common 13-gram (or 8-gram), after which `same_problem` or `reworded` decides."""
+    common 8-gram, after which `same_problem` or `reworded` decides."""
 
     def __init__(self, rows: list[dict]):
         self.rows = []  # (id, words, their key, gold answer)
-        self.keys = {}  # key -> row
+        self.ids = {}  # key -> id
         owners = defaultdict(set)  # gram -> rows
         for i, row in enumerate(rows):
             words = tokens(repair(row["problem"]))
             plain = spoken(words)
-            gold = row["answer"] or (boxes(row["solution"]) or [""])[-1] or ""
-            self.rows.append((row["id"], plain, key(plain), bare(gold)))
-            self.keys.setdefault(key(plain), i)
-            for gram in self.grams(words):
+            gold = bare(row["answer"] or final(row["solution"]) or "")
+            self.rows.append((row["id"], plain, key(plain), gold))
+            self.ids.setdefault(key(plain), row["id"])
+            for gram in self.grams(words, plain):
                 owners[gram].add(i)
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
 
-    def grams(self, words: list[str]) -> list[int]:
-        plain = spoken(words)
-        hashes = [gram_hashes(skeleton(words), SHORT)]
-        hashes += [gram_hashes(plain, size) for size in (SHORT, N_GRAM)]
+    def grams(self, words: list[str], plain: list[str]) -> list[int]:
+        hashes = [gram_hashes(part, N_GRAM) for part in (skeleton(words), plain)]
         return np.concatenate(hashes).tolist()
 
     def find(self, words: list[str], answer: str) -> str | None:
         """The id of the benchmark problem that a row with these tokens repeats, or None."""
         plain = spoken(words)
         text = key(plain)
-        if text in self.keys:
-            return self.rows[self.keys[text]][0]
-        for i in sorted({i for gram in self.grams(words) for i in self.owners.get(gram, ())}):
+        if text in self.ids:
+            return self.ids[text]
+        grams = self.grams(words, plain)
+        for i in sorted({i for gram in grams for i in self.owners.get(gram, ())}):
             name, other, inside, gold = self.rows[i]
-            if len(other) >= N_GRAM and inside in text:
+            if len(other) >= WHOLE and inside in text:
                 return name
             if same_problem(plain, other, same_answer(answer, gold)) or reworded(plain, other):
                 return name
@@ -1505,31 +1480,28 @@ class Candidate(NamedTuple):
     source: str
     hit: str | None  # the benchmark problem that it repeats
     text: int  # hash of the normalised text: equal for duplicates
-    buckets: bytes  # (SKETCH,) uint64: rows that share one are compared
+    buckets: np.ndarray  # (SKETCH,) uint64: rows that share one are compared
 
 
 def prepare(benchmarks: list[dict], scripts: tuple[str, ...], solutions_only: bool = False):
     """Gives a process what it needs to judge rows."""
     checks = rules(scripts)
     if solutions_only:
-        checks = (*checks, searched("no solution", "solution", r"\A[^ ]{0,80}\Z"))
+        checks = (*checks, searched("no solution", solution=r"\A[^ ]{0,80}\Z"))
     _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=checks)
 
 
 def sift(chunk) -> tuple[Counter, list[Candidate]]:
-    """One chunk (default source, raw rows) -> counts of (source, reason or "read"), and the rows
-    that pass."""
+    """One chunk (default source, rows) -> counts of (source, reason or "read"), and the rows that
+    pass."""
     default_source, rows = chunk
     counts = Counter()
     passed = []
-    for where, raw in rows:
-        row = to_problem(where, raw, default_source)
+    for where, row in rows:
+        row = to_problem(where, row, default_source)
         counts[row["source"], "read"] += 1
         counts[row["source"], "answer only"] += not row["solution"].strip(" $\n")
-        reason = "too long" if too_long(row) else None
-        if not reason:
-            row["problem"] = repair(row["problem"])
-            reason = next(filter(None, (rule(row) for rule in _WORKER["rules"])), None)
+        reason = next(filter(None, (rule(row) for rule in _WORKER["rules"])), None)
         if reason:
             counts[row["source"], reason] += 1
             continue
@@ -1544,7 +1516,7 @@ def sift(chunk) -> tuple[Counter, list[Candidate]]:
                 answer=row["answer"],
                 source=row["source"],
                 hit=_WORKER["benchmarks"].find(words, row["answer"]),
-                buckets=buckets.tobytes(),
+                buckets=buckets,
                 text=token_hash(key(words) + drawing(row["problem"])),
             )
         )
@@ -1578,68 +1550,61 @@ def read_pools(
 def ungradable(answers: list[str]) -> set[str]:
     """Answers that verify.py cannot read or does not find equal to themselves; each has its own
     deadline there."""
-    different = sorted(a for a in set(answers) if not re.fullmatch(r"-?\d{1,15}", a))
+    different = sorted(set(answers))
     equal = verify.grade(["\\boxed{" + a + "}" for a in different], different)
-    return {a for a, ok in zip(different, equal, strict=True) if not (ok and verify.is_readable(a))}
+    return {a for a, ok in zip(different, equal, strict=True) if not ok}
 
 
 def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]:
-    """Pairs of near-duplicates among the rows `alive` (ascending), the earlier row first."""
-    table = np.frombuffer(b"".join(rows[i].buckets for i in alive), np.uint64)  # (rows * SKETCH,)
-    _, first, bucket = np.unique(table, return_index=True, return_inverse=True)
-    earlier = (
-        first[bucket] // SKETCH
-    )  # each row is compared with the first one of each of its buckets
-    later = np.arange(len(table)) // SKETCH
-    found = sorted(
-        {(alive[a], alive[b]) for a, b in zip(earlier.tolist(), later.tolist()) if a < b}
-    )
+    """Pairs of duplicates and near-duplicates among the rows `alive` (ascending), the earlier row
+    first. Each row is compared with the first one of its text and of each of its buckets."""
+    first = {}  # text or bucket -> row
+    found = set()
+    for i in alive:
+        found |= {(first.setdefault(x, i), i) for x in (rows[i].text, *rows[i].buckets.tolist())}
+    found = sorted((a, b) for a, b in found if a != b)
+    bar = tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1)
+    return [(a, b) for a, b in bar if is_near(rows[a], rows[b])]
 
-    @lru_cache(1 << 12)
-    def shingles(i: int) -> tuple[str, list[str], set[int]]:
-        problem = json.loads(rows[i].line)["problem"]
-        words = tokens(problem)
-        return drawing(problem), words, set(gram_hashes(words, SHINGLE).tolist())
 
-    def same(a: int, b: int) -> bool:
-        (drawing_a, words_a, grams_a) = shingles(a)
-        (drawing_b, words_b, grams_b) = shingles(b)
-        if len(grams_a & grams_b) < NEAR * len(grams_a | grams_b):
-            return False
-        equal = same_answer(rows[a].answer, rows[b].answer)
-        return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
+@lru_cache(1 << 12)
+def comparable(line: bytes) -> tuple[str, list[str], set[int]]:
+    """A candidate's drawings, tokens and shingles."""
+    problem = json.loads(line)["problem"]
+    words = tokens(problem)
+    return drawing(problem), words, set(gram_hashes(words, SHINGLE).tolist())
 
-    return [
-        pair
-        for pair in tqdm(found, desc="near-duplicates", unit=" pairs", mininterval=1)
-        if same(*pair)
-    ]
+
+def is_near(a: Candidate, b: Candidate) -> bool:
+    if a.text == b.text:
+        return True
+    drawing_a, words_a, grams_a = comparable(a.line)
+    drawing_b, words_b, grams_b = comparable(b.line)
+    if len(grams_a & grams_b) < NEAR * len(grams_a | grams_b):
+        return False
+    equal = same_answer(a.answer, b.answer)
+    return same_problem(words_a, words_b, equal) and (equal or drawing_a == drawing_b)
 
 
 def judge_groups(rows: list[Candidate], alive: list[int]) -> dict[int, str]:
     """Rows that are rejected because of other rows -> reason. A group of rows states one problem
     and its first row is kept; the whole group is rejected if a row of it is in a benchmark, or if
     the answers differ."""
-    # normalised text -> its rows
-    equal = defaultdict(list)
+    group_of = {i: [i] for i in alive}
     gone = {}
-    for i in alive:
-        equal[rows[i].text].append(i)
-    group_of = {i: group for group in equal.values() for i in group}
-    for a, b in near_pairs(rows, [group[0] for group in equal.values()]):
+    for a, b in near_pairs(rows, alive):
         if group_of[a] is not group_of[b]:
             merged = sorted(group_of[a] + group_of[b])
             group_of |= dict.fromkeys(merged, merged)
-    for first, *others in {group[0]: group for group in group_of.values()}.values():
-        if any(rows[i].hit for i in (first, *others)):
-            gone |= dict.fromkeys([first, *others], "in a benchmark")
-        elif not all(same_answer(rows[i].answer, rows[first].answer) for i in others):
-            gone |= dict.fromkeys([first, *others], "same problem, different answers")
+    for group in {group[0]: group for group in group_of.values()}.values():
+        first = rows[group[0]]
+        if any(rows[i].hit for i in group):
+            gone |= dict.fromkeys(group, "in a benchmark")
+        elif not all(same_answer(rows[i].answer, first.answer) for i in group):
+            gone |= dict.fromkeys(group, "same problem, different answers")
         else:
-            gone |= {
-                i: "duplicate" if rows[i].text == rows[first].text else "near-duplicate"
-                for i in others
-            }
+            for i in group[1:]:
+                gone[i] = "duplicate" if rows[i].text == first.text else "near-duplicate"
     return gone
 
 
@@ -1658,10 +1623,10 @@ def stratified_order(rows: list[int], sources: list[str], seed: int, mix: str) -
     return sorted(rows, key=place.__getitem__)
 
 
-def pass_rates(problems: Iterator[dict], model: Model, args) -> Iterator[dict]:
+def pass_rates(problems: Iterator[dict], model: str, args) -> Iterator[dict]:
     """Problems with their "pass_rate", the share of sampled answers that are right, in order."""
-    settings = [model.name, args.temperature, args.max_tokens, args.samples, ATTEMPT]
-    journal = Journal(Path(args.out) / "pass_rates.jsonl", settings)
+    settings = [model, args.temperature, args.max_tokens, args.samples, ATTEMPT]
+    journal = Journal(Path(args.out) / "pass_rates.jsonl", settings, Server(args, model))
 
     def measure(key: str, problem: dict) -> dict:
         prompt = ATTEMPT.format(problem=problem["problem"])
@@ -1682,13 +1647,14 @@ def draw(rows: list[Candidate], order: list[int], args, gone: dict[int, str]) ->
     seen = Counter()
     names = {}  # two sources may use one id
     for i in sorted(order):
-        seen[rows[i].id] += 1
-        names[i] = rows[i].id if seen[rows[i].id] == 1 else f"{rows[i].id}~{seen[rows[i].id]}"
+        name = rows[i].id
+        seen[name] += 1
+        names[i] = name if seen[name] == 1 else f"{name}~{seen[name]}"
     problems = (json.loads(rows[i].line) | {"id": names[i]} for i in order)
     low, high = 0.0, 1.0
     if args.pass_rate:
         name, low, high = args.pass_rate
-        problems = pass_rates(problems, Model(name, args), args)
+        problems = pass_rates(problems, name, args)
     chosen = {}
     for i, problem in zip(order, problems):
         rate = problem.get("pass_rate", low)
@@ -1727,10 +1693,8 @@ def curate(args, out: Path) -> int:
         args.decontaminate = args.decontaminate or known
     if args.pass_rate:
         args.pass_rate = bounds(args.pass_rate)
-        Model(args.pass_rate[0], args)  # does the server answer?
-    benchmarks = [
-        checked_problem(*row, "benchmark") for name in args.decontaminate for row in raw_rows(name)
-    ]
+        Server(args, args.pass_rate[0])  # does it answer?
+    benchmarks = [row for name in args.decontaminate for _, row in all_problems(name, "benchmark")]
     if not benchmarks:
         print(
             "data_prep.py: warning: no --decontaminate: the problems may hold benchmark problems",
@@ -1745,16 +1709,16 @@ def curate(args, out: Path) -> int:
     order = stratified_order(left, [row.source for row in rows], args.seed, args.mix)
     chosen = draw(rows, order, args, gone)
     traces = [i for number, i in enumerate(chosen) if number % 7 in (3, 6)]  # 2 of 7
-    files = {out / "sft_problems.jsonl": traces, out / "rl.jsonl": chosen.keys() - set(traces)}
-    for path, members in files.items():
-        write(path, (json_line(chosen[i]) for i in sorted(members)))
+    files = {"sft_problems.jsonl": traces, "rl.jsonl": chosen.keys() - set(traces)}
+    for name, members in files.items():
+        write(out / name, (json_line(chosen[i]) for i in sorted(members)))
     counts.update((rows[i].source, reason) for i, reason in gone.items())
     counts.update((rows[i].source, "kept") for i in chosen)
     removed = {rows[i].id: rows[i].hit for i in sorted(gone) if gone[i] == "in a benchmark"}
     names = """math numina decontaminate columns target seed mix scripts solutions_only
         pass_rate""".split()
     settings = {name: getattr(args, name) for name in names}
-    sizes = {path.name: len(members) for path, members in files.items()}
+    sizes = {name: len(members) for name, members in files.items()}
     write_report(out, {"settings": settings, "rows": sizes, "in a benchmark": removed}, counts)
     if not chosen:
         raise Stop(f"no row was kept; the table above and {out}/report.json say why")
@@ -1807,9 +1771,6 @@ class Unfinished(Stop):
     """A model did not answer after all retries; the same command asks again for what is still open.
     Exit code 1."""
 
-    def __str__(self):
-        return super().__str__() + "; run the same command again to resume"
-
 
 class Refused(Stop):
     """The server will never answer this request (too long, filtered), in its own words. Exit code
@@ -1838,19 +1799,16 @@ def to_reply(choice) -> Reply:
     return Reply(text, (thought or "").strip(), cut)
 
 
-class Model:
-    """A model behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be
+class Server:
+    """Models behind an OpenAI-compatible server (`vllm serve`, `transformers serve`); `ask` may be
     called by threads. Misuse within ten seconds if no server answers, rather than minutes of
     retries, problem by problem."""
 
-    sent: dict[int, float] = {}  # thread -> when it sent the request that it waits for
-
-    def __init__(self, name: str, args):
+    def __init__(self, args, model: str):
         import openai
 
-        self.name = name
         self.args = args
-        self.openai = openai
+        self.sent = {}  # thread -> when it sent the request that it waits for
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(
             base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0
@@ -1860,24 +1818,26 @@ class Model:
         except openai.APIConnectionError as e:  # refused, unknown host, no answer in time
             raise Misuse(
                 f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start "
-                f"one, for instance `vllm serve {name}`, or correct the address"
+                f"one, for instance `vllm serve {model}`, or correct the address"
             )
         except (openai.APIError, ValueError, TypeError, AttributeError):
             pass  # a server without a list of models may still answer questions
 
-    def ask(self, prompt: str, n: int) -> list[Reply]:
-        """1 to n replies to one prompt (some servers give one whatever n). Lost connections,
+    def ask(self, model: str, prompt: str, n: int) -> list[Reply]:
+        """1 to n replies of a model (some servers give one whatever n). Lost connections,
         time-outs, 408, 409, 429, 5xx and broken replies are asked again, with a line each. Raises
         Misuse, Refused, or at last Unfinished."""
+        import openai
+
         fault = None
         for repetition in range(self.args.retries + 1):
             if fault:
-                tqdm.write(f"{self.name}: {fault}; asked again", sys.stderr)
+                tqdm.write(f"{model}: {fault}; asked again", sys.stderr)
                 time.sleep(min(8, PAUSE * 2**repetition))
             self.sent[threading.get_ident()] = time.monotonic()
             try:
                 completion = self.client.chat.completions.create(
-                    model=self.name,
+                    model=model,
                     messages=[{"role": "user", "content": prompt}],
                     n=n,
                     temperature=self.args.temperature,
@@ -1886,18 +1846,18 @@ class Model:
                 if completion.choices:
                     return list(map(to_reply, completion.choices[:n]))
                 fault = "a reply without choices"
-            except self.openai.APIStatusError as e:
-                fault = f"status {e.status_code} for model {self.name!r}: {e.body!r:.300}"
+            except openai.APIStatusError as e:
+                fault = f"status {e.status_code} for model {model!r}: {e.body!r:.300}"
                 where = f"--base-url {self.args.base_url}: {fault}"
                 if e.status_code in (401, 403, 404):
                     raise Misuse(f"{where}; check the address, the model's name and OPENAI_API_KEY")
                 if e.status_code < 500 and e.status_code not in (408, 409, 429):
                     raise Refused(where)
-            except (self.openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:
+            except (openai.APIError, ValueError, TypeError, AttributeError, KeyError) as e:
                 fault = f"no usable reply ({type(e).__name__}: {str(e)[:120]})"
             finally:
                 del self.sent[threading.get_ident()]
-        raise Unfinished(f"{self.name}: {fault}")
+        raise Unfinished(f"{model}: {fault}")
 
 
 def is_reply(value) -> bool:
@@ -1912,9 +1872,10 @@ class Journal:
     text, its answer and the settings, so that nothing of another problem or of other settings is
     ever used. Misuse for a file that is no journal; it is not changed."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, settings: dict, server: Server | None = None):
         self.path = path
         self.settings = settings
+        self.server = server
         self.lock = threading.Lock()
         self.refused = None  # the error to raise when all is done
         self.outcomes = {}  # key -> outcome
@@ -1924,14 +1885,13 @@ class Journal:
             raise Misuse(
                 f"{path}: not a journal of this command; take another --out, or remove the file"
             )
-        for where, line in file_rows(path) if begun else ():
-            if line.endswith(b"\n"):  # not cut by a kill
-                row = require(parse(where, line), ["key"], where)
-                kinds = {"key": str, "outcome": dict, "asked": str, "replies": list}
-                good = all(type(value) is kinds.get(name) for name, value in row.items())
-                if not (good and all(map(is_reply, row.get("replies", [])))):
-                    raise Misuse(f"{row_at(where)}: no row of a journal; take another --out")
-                self.keep(**row)
+        for where, row in logged(path):
+            require(row, ["key"], where)
+            kinds = {"key": str, "outcome": dict, "asked": str, "replies": list}
+            good = all(type(value) is kinds.get(name) for name, value in row.items())
+            if not (good and all(map(is_reply, row.get("replies", [])))):
+                raise Misuse(f"{row_at(where)}: no row of a journal; take another --out")
+            self.keep(**row)
 
     def keep(self, key: str, outcome=None, asked=None, replies=()):
         """A row of the journal: an outcome, or replies to a question."""
@@ -1949,13 +1909,13 @@ class Journal:
     def key(self, problem: dict) -> str:
         return digest([problem["problem"], problem["answer"], self.settings])
 
-    def ask(self, key: str, model: Model, prompt: str, n: int = 1) -> list[Reply]:
+    def ask(self, key: str, model: str, prompt: str, n: int = 1) -> list[Reply]:
         """n replies of a model for a problem, asked for in small groups; each group is kept as it
         comes."""
-        asked = digest([model.name, prompt])
+        asked = digest([model, prompt])
         replies = self.replies[key].setdefault(asked, [])
         while len(replies) < n:
-            new = model.ask(prompt, min(GROUP, n - len(replies)))
+            new = self.server.ask(model, prompt, min(GROUP, n - len(replies)))
             self.add(key=key, asked=asked, replies=new)
         return replies[:n]
 
@@ -1964,8 +1924,8 @@ class Journal:
         What cannot be answered now has none: the same command asks again. Raises Unfinished when
         the others are done, and Misuse if the server refuses everything; a refusal of some is kept
         in `self.refused` for the caller to raise."""
-        todo = {self.key(problem): problem for problem in problems}
-        todo = {key: problem for key, problem in todo.items() if key not in self.outcomes}
+        keys = list(map(self.key, problems))
+        todo = {key: row for key, row in zip(keys, problems) if key not in self.outcomes}
         bar.update(len(problems) - len(todo))
         faults = []
         with ThreadPoolExecutor(threads) as pool:
@@ -1979,19 +1939,19 @@ class Journal:
                             self.add(key=tasks[task], outcome=task.result())
                         except (Unfinished, Refused) as e:
                             faults.append(e)
-                    sent = [*Model.sent.values(), time.monotonic()]
+                    sent = [*self.server.sent.values(), time.monotonic()]
                     bar.update(len(ended))
                     bar.set_postfix_str(
                         f"{len(sent) - 1} requests wait, the oldest {max(sent) - min(sent):.0f} s"
                     )
             finally:
                 pool.shutdown(cancel_futures=True)
-        outcomes = [self.outcomes.get(self.key(problem)) for problem in problems]
+        outcomes = list(map(self.outcomes.get, keys))
         if faults:
             said = f"{outcomes.count(None)} of {len(problems)} problems are still open"
-            said += f" ({faults[-1].args[0]})"
+            said += f" ({faults[-1]})"
             if any(isinstance(fault, Unfinished) for fault in faults):
-                raise Unfinished(said)
+                raise Unfinished(f"{said}; run the same command again to resume")
             self.refused = Refused(said)
             if not any(outcomes):
                 raise Misuse(said)
@@ -2074,12 +2034,10 @@ PROMPTS = [ATTEMPT, CRITIQUE, WHY_IT_FAILS, WHY_IT_HOLDS, REWRITE, ONE_ATTEMPT, 
 def kinds_of(attempts: list[Reply], gold: str) -> list[str]:
     """Of each attempt: right, wrong, no box, or cut (whatever it says by then)."""
     right = verify.grade([attempt.text for attempt in attempts], [gold] * len(attempts))
-    kinds = ["right" if ok else "wrong" for ok in right]
-    for i, attempt in enumerate(attempts):
-        if attempt.cut:
-            kinds[i] = "cut"
-        elif not verify.extract_answer(attempt.text):
-            kinds[i] = "no box"
+    kinds = []
+    for attempt, ok in zip(attempts, right):
+        kind = "right" if ok else "wrong" if verify.extract_answer(attempt.text) else "no box"
+        kinds.append("cut" if attempt.cut else kind)
     return kinds
 
 
@@ -2247,32 +2205,34 @@ def same_value(text: str, answer: str) -> bool:
     return bool(text) and verify.is_equal(text, answer)
 
 
-def named(text: str, answer: str) -> list[tuple[int, int]]:
-    """Where a text, without markup, names an answer, in any spelling that verify.py finds equal:
-    (start, end), in order."""
+def named(text: str, answer: str) -> list[re.Match]:
+    """Where a text, without markup, names an answer, in any spelling that verify.py finds equal, in
+    order."""
     found = []
     several = re.search(r"[,;:=<>]|\\cup|\\pm|\bor\b|\band\b|\\in\b", answer)
     for match in chain(_VALUE.finditer(text), _VALUES.finditer(text) if several else ()):
         value = match[0].strip(" ,*/^_+")
         if len(value) <= 2 * len(answer) + 30 and same_value(value.rstrip("-"), answer):
-            found.append(match.span())
+            found.append(match)
     words = _MARKUP.sub("", answer).strip("{} ")
     if re.search(r"(?<!\\)\b[^\W\d_]{2,}", words):
         words = " ?".join(map(re.escape, words.replace(" ", "")))
-        found += [m.span() for m in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.I)]
-    return sorted(found)
+        found += re.finditer(rf"(?<!\w){words}(?!\w)", text, re.I)
+    return sorted(found, key=re.Match.span)
 
 
-def sentence(text: str, start: int, end: int) -> tuple[str, str]:
-    """What stands before and after text[start:end] in its sentence."""
+def sentence(match: re.Match) -> tuple[str, str]:
+    """What stands before and after a match in its sentence."""
+    text = match.string
+    start, end = match.span()
     first = max(text.rfind(mark, 0, start) for mark in (". ", "? ", "! ", "\n")) + 1
     return text[first:start], text[end : _END.search(text, end).start()]
 
 
-def is_result(text: str, start: int, end: int) -> bool:
-    """Is the value at text[start:end] said as a result: after a word that leads to one, or near the
-    end of its sentence?"""
-    before, after = sentence(text, start, end)
+def is_result(value: re.Match) -> bool:
+    """Is a value said as a result: after a word that leads to one, or near the end of its
+    sentence?"""
+    before, after = sentence(value)
     goes_on = re.match(r"(?! is the (?:answer|result))(?:.*\d|(?:\W+\w+){7})", after)
     return bool(_LEADS.search(before)) or not goes_on
 
@@ -2280,7 +2240,7 @@ def is_result(text: str, start: int, end: int) -> bool:
 def ends_elsewhere(text: str, answer: str) -> bool:
     """Does the last sentence of a text that speaks of a result name values, and not the
     answer?"""
-    said = [sentence(text, *match.span())[1] for match in _CONCLUDES.finditer(text)]
+    said = [sentence(match)[1] for match in _CONCLUDES.finditer(text)]
     said = [rest for rest in said if re.search(r"\d", rest)]
     return bool(said) and not named(said[-1], answer)
 
@@ -2290,25 +2250,27 @@ def story_fault(text: str, failed: list[str], answer: str) -> str | None:
     verify that, and end with it? Why not, or None. NOT IN PAPER: rules in place of a reader; the
     judge reads what passes them."""
     told = named(text, answer)
+    right = list(filter(is_result, told))
     at = 0
     for wrong in failed:
-        places = [p for p in named(text, wrong) if p[0] >= at and is_result(text, *p)]
-        start, end = places[0] if places else (len(text), len(text))
-        right = [p for p in told if is_result(text, *p)]
-        later = [p[0] for p in right if p[0] >= end]
+        places = [place for place in named(text, wrong) if place.start() >= at and is_result(place)]
+        if not places:
+            return "failed attempt not recognised"
+        start, end = places[0].span()
+        later = [place.start() for place in right if place.start() >= end]
         notice = _NOTICE.search(text, end, min(later, default=len(text)))
         if not notice:
             return "failed attempt not recognised"
-        for first, last in right:
-            if last <= start:
-                checked = _VERIFY.search(text[last : min(last + 60, start)])
-                if checked or _CONCLUDES.search(sentence(text, first, last)[0]):
+        for place in right:
+            if place.end() <= start:
+                checked = _VERIFY.search(text[place.end() : min(place.end() + 60, start)])
+                if checked or _CONCLUDES.search(sentence(place)[0]):
                     return "right answer before the failed one"
         at = notice.end()
-    told = [p for p in told if p[0] >= at]
+    told = [place for place in told if place.start() >= at]
     if failed and not told:
         return "failed attempt not recognised"
-    check = _VERIFY.search(text, told[0][1]) if told else None
+    check = _VERIFY.search(text, told[0].end()) if told else None
     if not check:
         return "no self-verification"
     fails = None
@@ -2339,7 +2301,7 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
     words = response.split()
     if max(Counter(zip(*(words[i:] for i in range(12)))).values(), default=0) > 3:
         return "repetitive"
-    if foreign(response, row["problem"]) or _GARBLED.search(response):
+    if foreign_letters(response, row["problem"]) or _GARBLED.search(response):
         return "garbled"
     if any(m[0].lower() not in row["problem"].lower() for m in _GIVEN_AWAY.finditer(response)):
         return "speaks of what was given"
@@ -2350,7 +2312,7 @@ def trace_fault(row: dict, response: str, path: list[tuple[str, bool]], args) ->
     return story_fault(thought, failed, row["answer"])
 
 
-def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], args) -> dict:
+def make_trace(key: str, row: dict, journal: Journal, args) -> dict:
     """A problem -> its outcome: {"id", "why" it gave no trace or "kept", "response", "failed":
     failed attempts that the trace shows, "attempts": how many were right, wrong, without box,
     cut}."""
@@ -2358,21 +2320,20 @@ def make_trace(key: str, row: dict, journal: Journal, models: dict[str, Model], 
     attempts = []
     for t, teacher in enumerate(args.teacher):  # each makes its share, the first ones one more
         share = len(range(t, args.attempts, len(args.teacher)))
-        attempts += ask(models[teacher], ATTEMPT.format(problem=row["problem"]), share)
+        attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
     kinds = kinds_of(attempts, row["answer"])
     path, why = choose_attempts(row, attempts, kinds, args)
     response = ""
     if not why:
         critiques = [
-            ask(models[args.critic], critique_prompt(row, attempt, ok))[0].answer
-            for attempt, ok in path
+            ask(args.critic, critique_prompt(row, attempt, ok))[0].answer for attempt, ok in path
         ]
-        reply = ask(models[args.rewriter], rewrite_prompt(row, path, critiques))[0]
+        reply = ask(args.rewriter, rewrite_prompt(row, path, critiques))[0]
         response = rewritten(reply)
         why = "rewrite cut" if reply.cut else trace_fault(row, response, path, args)
     if not why:
         prompt = JUDGE.format(problem=row["problem"], response=response)
-        verdict = ask(models[args.judge], prompt)[0].answer
+        verdict = ask(args.judge, prompt)[0].answer
         yes = re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I)
         why = None if yes else "rejected by the judge"
     return {
@@ -2388,8 +2349,7 @@ def read_problems(name: str, columns: str = "") -> list[dict]:
     """Problem rows for `cot`: any source that `curate` reads, answers included, with distinct
     ids."""
     rows = {}
-    for where, raw in raw_rows(name, columns):
-        row = checked_problem(where, raw, "local")
+    for where, row in all_problems(name, "local", columns):
         if find_answer(row):
             raise Misuse(
                 f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a "
@@ -2418,31 +2378,32 @@ def cot(args, out: Path) -> int:
     args.critic = args.critic or args.teacher[0]
     args.rewriter = args.rewriter or args.teacher[0]
     args.judge = args.judge or args.critic
-    names = {*args.teacher, args.critic, args.rewriter, args.judge}
-    models = {name: Model(name, args) for name in sorted(names)}
     names = """teacher critic rewriter judge attempts reflect_share max_failed temperature
         max_tokens max_chars seed""".split()
     settings = {name: getattr(args, name) for name in names} | {"prompts": digest(PROMPTS)}
-    journal = Journal(out / "journal.jsonl", settings)
-    make = partial(make_trace, journal=journal, models=models, args=args)
+    journal = Journal(out / "journal.jsonl", settings, Server(args, args.teacher[0]))
+    make = partial(make_trace, journal=journal, args=args)
     with tqdm(desc="traces", total=len(problems), unit=" problems") as bar:
         outcomes = journal.run(problems, make, args.concurrency, bar)
-    done = [outcome for outcome in outcomes if outcome]
-    why = Counter(outcome["why"] for outcome in done)
-    attempts = sum((Counter(outcome["attempts"]) for outcome in done), Counter())
-    reflecting = sum(outcome["failed"] > 0 for outcome in done if outcome["response"])
-    traces = [
-        row | {"response": outcome["response"]}
-        for row, outcome in zip(problems, outcomes)
-        if outcome and outcome["response"]
-    ]
-    report = {"settings": settings, "problems": len(done), "outcomes": dict(why.most_common())}
+    why = Counter()
+    attempts = Counter()
+    traces = []
+    reflecting = 0
+    for row, outcome in zip(problems, outcomes):
+        if not outcome:
+            continue
+        why[outcome["why"]] += 1
+        attempts.update(outcome["attempts"])
+        if outcome["response"]:
+            traces.append(row | {"response": outcome["response"]})
+            reflecting += outcome["failed"] > 0
+    report = {"settings": settings, "problems": why.total(), "outcomes": dict(why.most_common())}
     report |= {"attempts": attempts, "with a failed attempt": reflecting}
     write_json(out / "report.json", report)
     print("attempts: " + ", ".join(f"{n:,} {kind}" for kind, n in attempts.most_common()))
     print("\n".join(f"{n:8,}  {reason}" for reason, n in why.most_common()))
     if not traces:
-        raise Stop(f"no trace was kept of {len(done)} problems; {out}/report.json says why")
+        raise Stop(f"no trace was kept of {why.total()} problems; {out}/report.json says why")
     write_traces(out, traces, f"{reflecting:,} with a failed attempt that is recognised")
     if journal.refused:
         raise journal.refused
@@ -2503,11 +2464,10 @@ OMNI = 500
 def benchmark_rows(source: str, name: str, columns: str = "") -> list[dict]:
     """A benchmark's rows as problem rows."""
     rows = []
-    for where, raw in raw_rows(name, columns):
-        given = parse(where, raw)
+    for _, row in all_problems(name, source, columns):
+        given = row["flags"]
         if given.get("split", "test") != "test":  # a local file may hold both splits of GSM8K
             continue
-        row = checked_problem(where, given, source)
         answer = bare(row["answer"] or final(row["solution"]) or "")
         if source == "aime24" and re.fullmatch(r"\d{1,9}", answer):
             answer = str(int(answer))  # "025"
@@ -2524,8 +2484,7 @@ def gpqa_rows(path: str, seed: int) -> list[dict]:
     repository."""
     columns = "Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Question"
     rows = []
-    for where, raw in raw_rows(path):
-        row = parse(where, raw)
+    for where, row in raw_rows(path):
         texts = {column: as_text(row.get(column)) for column in columns.split(",")}
         *options, question = map(str.strip, require(texts, texts, where, row).values())
         order = random.Random(f"{seed} {texts['Question']}").sample(range(4), 4)
@@ -2586,7 +2545,7 @@ def benchmarks(args, out: Path) -> int:
     return 0
 
 
-# --- Embedded problems: number theory in plain words whose answer must be found by trial and checke
+# --- Embedded problems: number theory in words, whose answers are found by trial and checked ------
 # A miniature of the paper's cold start. Three imagined teachers solve each problem, each by its own
 # habit; attempts and checks are merged into one path  attempt -> reflect -> ... -> answer ->
 # self-verify,  and every path ends right, as after a filter on the answer. So SFT shows the policy
@@ -2600,11 +2559,9 @@ class Puzzle:
     level: int  # 1 to 3
     words: str
     answer: int
-    candidates: range  # what a methodical solver tries, in order; the last one is the answer
-    guesses: range  # what a careless solver draws from
-    checks: Callable[
-        [int], list[tuple[str, int, int]]
-    ]  # of a candidate: (left side, its value, the value needed)
+    size: int  # a careless solver draws from 1 to size
+    step: int  # between the candidates of a methodical solver, of which the last is the answer
+    conditions: list[tuple[str, int, int, int, int]]  # (verb, a, c, m, r): a n + c mod m is r
 
 
 @dataclass(frozen=True)
@@ -2617,15 +2574,12 @@ class Ground:
     books: range = range(3, 8)  # coins a book
     totals: range = range(15, 50)  # coins in all
     longest: int = 16  # tries in one trace
-    habits: tuple = (
-        ("jump", 0.5),
-        ("wander", 0.25),
-        ("orderly", 0.25),
-    )  # its share before traces of more tries go
+    # habit, its share before traces of more tries go
+    habits: tuple = (("jump", 0.5), ("wander", 0.25), ("orderly", 0.25))
 
 
 EASY = Ground()
-HARD = Ground(
+HARD = Ground(  # the same arithmetic, longer searches
     range(5, 11),
     range(2, 10),
     range(40, 191),
@@ -2633,7 +2587,7 @@ HARD = Ground(
     range(40, 111),
     longest=28,
     habits=(("jump", 0.5), ("wander", 0.3), ("orderly", 0.2)),
-)  # the same arithmetic, longer searches
+)
 
 
 def remainders(ground: Ground) -> Iterator[Puzzle]:
@@ -2643,30 +2597,21 @@ def remainders(ground: Ground) -> Iterator[Puzzle]:
         step = max(moduli)
         if size not in ground.sizes or any(math.gcd(a, b) > 1 for a, b in combinations(moduli, 2)):
             continue
-        order = sorted(
-            moduli, key=lambda m: (m == step, -m)
-        )  # candidates step through the largest: it is checked last
+        # Candidates step through the largest: it is checked last.
+        order = sorted(moduli, key=lambda m: (m == step, -m))
         for answer in range(1, size + 1):
-
-            def checks(n, order=order, answer=answer):
-                return [(f"{n} mod {m}", n % m, answer % m) for m in order]
-
             parts = [f"remainder {answer % m} when divided by {m}" for m in moduli]
             listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
             words = f"Find the smallest positive integer n that leaves {listed}."
             level = 3 if len(moduli) == 3 else 1 if step <= 7 else 2
-            candidates = range(answer % step or step, answer + 1, step)
-            yield Puzzle(level, words, answer, candidates, range(1, size + 1), checks)
+            conditions = [("", 1, 0, m, answer % m) for m in order]
+            yield Puzzle(level, words, answer, size, step, conditions)
 
 
 def congruence(level: int, words: str, verb: str, a: int, c: int, m: int, r: int) -> Puzzle:
     """The smallest n >= 1 for which a n + c leaves remainder r when divided by m."""
-
-    def checks(n):
-        return [(f"{n} {verb} {a * n + c} mod {m}", (a * n + c) % m, r)]
-
     answer = next(n for n in range(1, m + 1) if (a * n + c) % m == r)
-    return Puzzle(level, words, answer, range(1, answer + 1), range(1, m + 1), checks)
+    return Puzzle(level, words, answer, size=m, step=1, conditions=[(verb, a, c, m, r)])
 
 
 def multiples(ground: Ground) -> Iterator[Puzzle]:
@@ -2696,64 +2641,57 @@ def coins(ground: Ground) -> Iterator[Puzzle]:
 FAMILIES = {remainders: 2, multiples: 1, coins: 1}
 
 
-def verdicts(checks: list[tuple[str, int, int]]) -> str:
-    """Elementary checks in words, up to the first that fails: `13 mod 5 = 3 yes, 13 mod 4 = 1 not
-    2`."""
-    first = next((i for i, (_, value, need) in enumerate(checks) if value != need), len(checks))
-    return ", ".join(
-        f"{left} = {value} " + ("yes" if value == need else f"not {need}")
-        for left, value, need in checks[: first + 1]
-    )
+def verdicts(puzzle: Puzzle, n: int) -> str:
+    """The elementary checks of a candidate in words, up to the first that fails: `13 mod 5 = 3 yes,
+    13 mod 4 = 1 not 2`, `3 gives 11 mod 4 = 3 yes`."""
+    checks = []
+    for verb, a, c, m, r in puzzle.conditions:
+        value = a * n + c
+        left = f"{n} {verb} {value}" if verb else str(n)
+        verdict = "yes" if value % m == r else f"not {r}"
+        checks.append(f"{left} mod {m} = {value % m} {verdict}")
+        if verdict != "yes":
+            break
+    return ", ".join(checks)
 
 
 def tries(puzzle: Puzzle, habit: str, rng: random.Random) -> list[int]:
     """The candidates that a teacher tries, the answer last: none (jump: the answer comes out of the
     blue and is only verified), any in any order (wander), or the methodical ones (orderly)."""
-    if habit != "wander":
-        return list(puzzle.candidates) if habit == "orderly" else []
-    drawn = rng.sample(puzzle.guesses, len(puzzle.guesses))
+    if habit == "jump":
+        return []
+    if habit == "orderly":
+        return list(range(puzzle.answer, 0, -puzzle.step))[::-1]
+    drawn = rng.sample(range(1, puzzle.size + 1), puzzle.size)
     return drawn[: drawn.index(puzzle.answer) + 1]
 
 
 def response_of(puzzle: Puzzle, tried: list[int]) -> str:
     """One path attempt -> reflect -> ... -> answer -> self-verify (paper, section 1)."""
-    lines = [verdicts(puzzle.checks(n)) + ("" if n == puzzle.answer else ", wait") for n in tried]
-    lines.append(f"So {puzzle.answer}, check: {verdicts(puzzle.checks(puzzle.answer))}")
+    lines = [verdicts(puzzle, n) + ("" if n == puzzle.answer else ", wait") for n in tried]
+    lines.append(f"So {puzzle.answer}, check: {verdicts(puzzle, puzzle.answer)}")
     return "<think>\n" + "\n".join(lines) + f"\n</think>\nThe answer is \\boxed{{{puzzle.answer}}}."
 
 
 @cache
-def _embedded(ground: Ground, n_test: int = 256) -> tuple[list, list]:
-    """Training and test problems, each (row, puzzle). The split never changes: it does not depend
-    on a run's seed."""
-    train = []
-    test = []
-    for family, share in FAMILIES.items():
-        puzzles = list(family(ground))
-        random.Random(family.__name__).shuffle(puzzles)
-        rows = [
-            (
-                dict(
-                    id=f"{family.__name__}/{i}",
-                    problem=p.words,
-                    answer=str(p.answer),
-                    source="embedded",
-                    level=p.level,
-                ),
-                p,
-            )
-            for i, p in enumerate(puzzles)
-        ]
-        cut = n_test * share // sum(FAMILIES.values())
-        test += rows[:cut]
-        train += rows[cut:]
-    return train, test
+def _rows_of(family: Callable, ground: Ground) -> tuple[list, list]:
+    """Training and test problems of a family, each (row, puzzle). The split never changes: it does
+    not depend on a run's seed."""
+    puzzles = list(family(ground))
+    random.Random(family.__name__).shuffle(puzzles)
+    rows = []
+    for i, puzzle in enumerate(puzzles):
+        row = dict(id=f"{family.__name__}/{i}", problem=puzzle.words, answer=str(puzzle.answer))
+        rows.append((row | dict(source="embedded", level=puzzle.level), puzzle))
+    cut = 256 * FAMILIES[family] // sum(FAMILIES.values())
+    return rows[cut:], rows[:cut]
 
 
 def embedded_problems(split: str, ground: Ground = EASY) -> list[dict]:
     """Problem rows of the split "train" (1,792; hard: 2,950) or "test" (256); no problem is in
     both."""
-    return [dict(row) for row, _ in _embedded(ground)[split == "test"]]
+    pairs = chain.from_iterable(_rows_of(family, ground)[split == "test"] for family in FAMILIES)
+    return [dict(row) for row, _ in pairs]
 
 
 def embedded_traces(
@@ -2765,12 +2703,9 @@ def embedded_traces(
     habits = {"jump": 1.0} if correct_only else dict(ground.habits)
     rng = random.Random(0)
     traces = []
-    families = defaultdict(list)
-    for row, puzzle in _embedded(ground)[0]:
-        families[row["id"].split("/")[0]].append((row, puzzle))
     while len(traces) < count:
         family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
-        row, puzzle = rng.choice(families[family.__name__])
+        row, puzzle = rng.choice(_rows_of(family, ground)[0])
         habit = rng.choices(list(habits), list(habits.values()))[0]
         tried = tries(puzzle, habit, rng)
         if len(tried) <= ground.longest:
@@ -2795,14 +2730,16 @@ def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
     """The elementary checks in a response to an embedded problem, in order: (candidate, does the
     verdict say yes, is it honest: the arithmetic right and the verdict one that fits). [] for any
     other text."""
-    need = {
-        m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)
-    }  # modulus -> remainder
-    linear = re.search(r"such that (\d+) n \+ (\d+) leaves", problem)
-    spent = re.search(
+    # modulus -> remainder
+    need = {m: r for r, m in re.findall(r"remainder (\d+) when divided by (\d+)", problem)}
+    linear = None  # (verb, a, c): `n verb x` means that a n + c is x
+    if terms := re.search(r"such that (\d+) n \+ (\d+) leaves", problem):
+        linear = ("gives", int(terms[1]), int(terms[2]))
+    if spent := re.search(
         r"^Pens cost (\d+) coins and books cost (\d+) coins\..* exactly (\d+) coins", problem
-    )
-    need = {spent[2]: "0"} if spent else need
+    ):
+        linear = ("leaves", -int(spent[1]), int(spent[3]))
+        need = {spent[2]: "0"}
     found = []
     for n, verb, x, m, value, verdict, other in _CHECK.findall(response):
         if m not in need:
@@ -2811,9 +2748,8 @@ def read_checks(problem: str, response: str) -> list[tuple[str, bool, bool]]:
             value == need[m] if verdict == "yes" else other == need[m] != value
         )
         if linear:
-            honest &= verb == "gives" and int(linear[1]) * int(n) + int(linear[2]) == int(x)
-        if spent:
-            honest &= verb == "leaves" and int(spent[3]) - int(spent[1]) * int(n) == int(x)
+            said, a, c = linear
+            honest &= verb == said and a * int(n) + c == int(x)
         found.append((n or x, verdict == "yes", honest))
     return found
 
@@ -2883,12 +2819,6 @@ def foreign_letters(text: str, prompt: str = "") -> list[str]:
     return [c for c in text if c.isalpha() and script_of(c) not in usual]
 
 
-def foreign(text: str, prompt: str = "") -> list[str]:
-    """Of each letter of a script that is used neither in mathematics nor in the prompt, the
-    script."""
-    return [script_of(c) for c in foreign_letters(text, prompt)]
-
-
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -2898,6 +2828,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+FORMS = {  # type of an option's default -> how it is parsed; else as text
+    bool: {"action": "store_true"},
+    int: {"type": positive},
+    float: {"type": float},
+    tuple: {"nargs": "+", "metavar": "X"},
+}
 FILES = ()  # one or more data sets
 NAMES = ("--columns", "", "columns of other names: problem=COLUMN,answer=COLUMN")
 SERVER = [  # (option, default, help); the type is that of the default, None: text
@@ -2968,15 +2904,9 @@ def add_option(command: argparse.ArgumentParser, name: str, default, text: str):
     """An option whose type is that of its default."""
     if default:
         text += " (default: %(default)s)"
-    form = {"type": str}
-    if default is False:
-        form = {"action": "store_true"}
-    elif default == ():
-        form = {"nargs": "+", "metavar": "X"}
-    elif name in ("--seed", "--retries"):
+    form = FORMS.get(type(default), {})
+    if name in ("--seed", "--retries"):  # 0 is one of them
         form = {"type": int}
-    elif isinstance(default, (int, float)):
-        form = {"type": positive if isinstance(default, int) else float}
     command.add_argument(name, default=default, help=text, **form)
 
 
