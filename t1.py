@@ -20,13 +20,19 @@ Letters: B = P*K responses, N generated tokens of the whole batch over all ranks
 vocabulary, D hidden width, n positions that are scored at once.
 
 Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first skip
-part 5 (how it is computed) and all below the banner (what a run needs around it). From there come
-`cfg`, the options of `Method` and of the run; `RunFolder`, logs and checkpoints; `clock`, which
-times a phase; `x.on_device`, x is on the device inside the `with`; and, since under torchrun every
-rank runs this file with the result of one process: rank() and world(), this process and their
-number; `share_of_rank`, what this one computes; `exchange`, all get the shares of all; `all_sum`
-and `gather`, over ranks; `all_ranks_or_none`, an error of one is raised by all; `local`, its shard.
-"(section 2)" is the paper's; `NOT IN PAPER` marks what it leaves open."""
+part 5 (how it is computed) and all below the banner (what a run needs around it). "(section 2)" is
+the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from below the banner:
+
+    cfg                  the options of `Method` and of the run
+    RunFolder, latest    logs and checkpoints; the last checkpoint of a folder
+    clock("rollout")     times a phase
+    x.on_device          inside this `with`, x is on the device
+    Stop, Misuse         end the run with one line: a failure; a mistake of the user
+    rank(), world()      this process, and their number: torchrun starts several, of one result
+    share_of_rank        what this one computes; `exchange`: all get the shares of all
+    gather, all_sum      a list, or a sum, over all ranks
+    all_ranks_or_none    what a rank raises inside this `with`, all raise
+    local, shard         a rank's part of a tensor; a model cut into such parts"""
 
 import signal
 
@@ -477,22 +483,21 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
     NOT IN PAPER: finished thoughts keep their answer; the policy as answerer; greedy answers."""
     closing = "" if cfg.answer_model else CLOSING
     closing_ids = tokenizer(closing, add_special_tokens=False).input_ids
-    late = [i for i, thought in enumerate(thoughts) if thought > budget]
-    starts = [cut_at(rollouts[i].ids, budget, tokenizer) + closing_ids for i in late]
-    answers = []
-    for i, start in zip(late, starts):
-        problem = rollouts[i].problem
-        prompt = problem.prompt + start
-        if cfg.answer_model:
-            prompt = summary_prompt(problem.row, tokenizer.decode(start), answerer)
-        answers.append(Rollout(Problem(problem.row, prompt)))
-    room = SUMMARY_TOKENS if cfg.answer_model else ANSWER_TOKENS
-    generate(answerer, answers, room, temperature=0.0)
     result = list(rollouts)
-    for i, start, answer in zip(late, starts, answers):
-        answer.text = closing + text_of(answer, answerer.tokenizer)
-        answer.ids = start + answer.ids
-        result[i] = answer
+    starts = {}  # of the cut responses, by their place
+    for i, rollout in enumerate(rollouts):
+        if thoughts[i] > budget:
+            row = rollout.problem.row
+            starts[i] = cut_at(rollout.ids, budget, tokenizer) + closing_ids
+            prompt = rollout.problem.prompt + starts[i]
+            if cfg.answer_model:
+                prompt = summary_prompt(row, tokenizer.decode(starts[i]), answerer)
+            result[i] = Rollout(Problem(row, prompt))
+    room = SUMMARY_TOKENS if cfg.answer_model else ANSWER_TOKENS
+    generate(answerer, [result[i] for i in starts], room, temperature=0.0)
+    for i, start in starts.items():
+        result[i].text = closing + text_of(result[i], answerer.tokenizer)
+        result[i].ids = start + result[i].ids
     return result
 
 
@@ -506,7 +511,7 @@ def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[li
         with all_ranks_or_none():
             grade(share)
         exchange(cut, share)
-        right = grouped([r.right for r in cut], samples)
+        right = np.reshape([r.right for r in cut], (-1, samples))
         length = float(np.mean([len(r.ids) for r in cut]))
         points.append([budget, *mean_and_error(right), length])
     return points
@@ -542,7 +547,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.lm = lm.eval()  # no dropout: the trained distribution is the sampled one
         self.tokenizer = tokenizer
-        self.device = device or device_of(cfg)
+        self.device = device or run_device()
         self.bfloat16 = cfg.dtype == "bfloat16"
         self.on_device = Parked()
         embeddings = lm.get_input_embeddings().num_embeddings
@@ -1001,7 +1006,8 @@ class _PolicyLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=dtype)
         logprob = torch.empty(len(targets), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(logprob)
-        for s in _chunks(hidden, head, chunk):
+        for start in range(0, len(hidden), chunk):
+            s = slice(start, start + chunk)
             h = hidden[s].to(lm_head.dtype)
             y = targets[s]
             z, p, lse, logprob[s], entropy[s] = _chunk_stats(h, head, y, temperature, min_p)
@@ -1038,10 +1044,10 @@ def token_logprobs_and_entropy(
     (n,), float32, without gradient. The distribution is the sampled one: softmax(logits /
     temperature), renormalised on the min-p support."""
     head = cpu_float32(lm_head)
+    c = chunk or head_chunk(len(lm_head), hidden.device)
     stats = []
-    for s in _chunks(hidden, head, chunk):
-        h = hidden[s].to(lm_head.dtype)
-        stats.append(_chunk_stats(h, head, targets[s], temperature, min_p)[-2:])
+    for h, y in zip(hidden.to(lm_head.dtype).split(c), targets.split(c)):
+        stats.append(_chunk_stats(h, head, y, temperature, min_p)[-2:])
     logprobs, entropies = zip(*stats)
     return torch.cat(logprobs), torch.cat(entropies)
 
@@ -1088,11 +1094,6 @@ def _chunk_gradient(z, p, lse, entropy, targets, of_logp, of_entropy, temperatur
     z += ((of_entropy * (lse - entropy) - of_logp) * scale)[:, None]
     z *= p
     return z.scatter_add_(1, targets[:, None], (of_logp / temperature)[:, None].to(z.dtype))
-
-
-def _chunks(hidden, lm_head, chunk: int) -> list[slice]:
-    size = chunk or head_chunk(len(lm_head), hidden.device)
-    return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
 
 # ================================================================================================
@@ -1726,20 +1727,25 @@ def run_eval(cfg: Config):
     paths = checkpoints_to_evaluate(folder.parent, cfg)
     sets = test_sets(cfg)
     answer_weights = on_rank0(weights_of, latest(cfg.answer_model))
-    lock = []  # held until the stage ends
+    locks = []  # of rank 0, held until the stage ends
+
+    def lock():
+        with all_ranks_or_none():
+            if rank() == 0 and not locks:
+                locks.append(locked_folder(folder))
+
     engine = None
     for path, name in paths.items():
         models = (on_rank0(weights_of, path), answer_weights)
+        known = {old["key"]: old for old in on_rank0(results_of, folder)}
         todo = []
         for test, rows, samples in sets:
-            key = from_rank0(entry_key(models, rows, samples, cfg))
+            key = on_rank0(entry_key, models, rows, samples, cfg)
             entry = dict(key=key, name=name, checkpoint=path, test=test)
-            known = [old for old in from_rank0(on_rank0(results_of, folder)) if old["key"] == key]
-            if known:
-                print0(f"{path}, {test}: evaluated before, pass@1 {known[0]['pass_at_1']:.1%}")
-                if not lock:
-                    lock.append(on_rank0(locked_folder, folder))
-                on_rank0(add_result, folder, known[0] | entry)
+            if key in known:
+                print0(f"{path}, {test}: evaluated before, pass@1 {known[key]['pass_at_1']:.1%}")
+                lock()
+                on_rank0(add_result, folder, known[key] | entry)
             else:
                 todo.append((entry, rows, samples))
         if not todo:
@@ -1753,8 +1759,7 @@ def run_eval(cfg: Config):
             look_at_prompt(encoded[0], tokenizer, cfg)
             engine = make_engine(path, policy, tokenizer, cfg)
             answerer = answer_engine(engine, cfg) if cfg.answer_model else engine
-        if not lock:
-            lock.append(on_rank0(locked_folder, folder))
+        lock()
         engine.tokenizer = tokenizer
         push_weights(engine, policy, encoded[0][0], cfg)
         del policy
@@ -1814,10 +1819,11 @@ def log_responses(folder: Path, entry: dict, rollouts: list[Rollout]):
     append_rows(path, rows, sync=True)
 
 
-def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
-    """Mean over problems of the mean over each problem's samples, and its standard error (None for
-    one problem). The error is over PROBLEMS: the samples of one problem are not independent."""
-    per_problem = np.array([np.mean(v) for v in values], dtype=float)
+def mean_and_error(values) -> tuple[float, float | None]:
+    """(problems, samples) -> the mean over problems of the mean over each problem's samples, and
+    its standard error (None for one problem). The error is over PROBLEMS: the samples of one
+    problem are not independent."""
+    per_problem = np.mean(values, axis=1)
     n = len(per_problem)
     error = (per_problem.std(ddof=1) / n**0.5).item() if n > 1 else None
     return per_problem.mean().item(), error
@@ -1839,25 +1845,21 @@ def majority(answers: list[str | None]) -> int | None:
     return max(votes, key=votes.get, default=None)
 
 
-def grouped(values, n: int) -> list[list]:
-    """Consecutive values, n per problem -> one list per problem."""
-    return [list(values[i : i + n]) for i in range(0, len(values), n)]
-
-
 def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tuple[dict, list]:
     """A policy on a test set -> its entry of results.json (docs/metrics.md), and its responses."""
-    tokenizer = engine.tokenizer
     rollouts = evaluate(engine, problems, samples, cfg)
-    right = grouped([r.right for r in rollouts], samples)
+    right = np.reshape([r.right for r in rollouts], (-1, samples))
     value, error = mean_and_error(right)
     answers = [r.behaviour["answer"] for r in rollouts]
     ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
-    elected = [majority(group) for group in grouped(answers, samples)]
-    votes = [[i is not None and group[i]] for i, group in zip(elected, right)]
+    votes = []
+    for group in by_problem(rollouts):
+        i = majority([r.behaviour["answer"] for r in group])
+        votes.append([i is not None and group[i].right])
     chances = []
     for i in range(samples.bit_length()):
         k = 2**i
-        chance = grouped([pass_at_k(samples, sum(group), k) for group in right], 1)
+        chance = [[pass_at_k(samples, n, k)] for n in right.sum(1)]
         chances.append([k, *mean_and_error(chance)])
     result = dict(
         problems=len(problems),
@@ -1876,7 +1878,7 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
     if not (cfg.test or cfg.data or cfg.benchmarks):
         result["habits"] = data_prep.habit_shares([record_of(r) for r in rollouts])
     if cfg.budgets:
-        result["scaling"] = accuracy_within(answerer, tokenizer, rollouts, samples, cfg)
+        result["scaling"] = accuracy_within(answerer, engine.tokenizer, rollouts, samples, cfg)
     return result, rollouts
 
 
@@ -1885,8 +1887,8 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
     given = cfg.checkpoint.split(",") if cfg.checkpoint else [cfg.model]
     paths = [latest(name) for name in given if name]
     if not paths:
-        sft = from_rank0(on_rank0(checkpoints, run / "sft"))
-        rl = from_rank0(on_rank0(checkpoints, run / "rl"))
+        sft = on_rank0(checkpoints, run / "sft")
+        rl = on_rank0(checkpoints, run / "rl")
         paths = [str(path) for path in sft[-1:] + rl]
     if not paths:
         raise Misuse(
@@ -2032,7 +2034,7 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",  # after temperature and min-p, as sampled
                 logits_processors=[KnownIds],
                 generation_config="vllm",
-                enforce_eager=device_of(cfg).type != "cuda",
+                enforce_eager=run_device().type != "cuda",
                 disable_log_stats=True,
                 hf_overrides=dict(head_dtype="float32"),  # as the trainer's logits
             )
@@ -2065,8 +2067,15 @@ class VLLMEngine:
     def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0, ended=None):
         """As TorchEngine.generate. The ranks that share the engine call it together."""
         groups = by_problem(rollouts)
-        options = dict(temperature=temperature, min_p=min_p, max_tokens=max_new, logprobs=0)
-        options |= dict(stop_token_ids=self.end_ids, flat_logprobs=True, detokenize=False)
+        options = dict(
+            temperature=temperature,
+            min_p=min_p,
+            max_tokens=max_new,
+            logprobs=0,
+            stop_token_ids=self.end_ids,
+            flat_logprobs=True,
+            detokenize=False,
+        )
         prompts = [{"prompt_token_ids": group[0].problem.prompt} for group in groups]
         params = [self.sampling_params(n=len(group), **options) for group in groups]
         answers = []
@@ -2086,11 +2095,10 @@ class VLLMEngine:
 
 
 def import_vllm():
-    environment = dict(
+    os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process: weights need no copy to reach it
         VLLM_USE_V2_MODEL_RUNNER="0",  # V2: other logits processors, seeds that no call sets
     )
-    os.environ.update(environment)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     warnings.filterwarnings("ignore", module="vllm")
@@ -2099,7 +2107,7 @@ def import_vllm():
 
 def uses_vllm(cfg: Config) -> bool:
     if cfg.engine == "auto":
-        return device_of(cfg).type == "cuda" and installed("vllm")
+        return run_device().type == "cuda" and installed("vllm")
     return cfg.engine == "vllm"
 
 
@@ -2110,7 +2118,7 @@ def installed(package: str) -> bool:
 def sleeps(cfg: Config) -> bool:
     """Does the engine free its memory for the update? AdamW's state is offloaded during rollouts
     then."""
-    return cfg.stage == "rl" and uses_vllm(cfg) and device_of(cfg).type == "cuda"
+    return cfg.stage == "rl" and uses_vllm(cfg) and run_device().type == "cuda"
 
 
 def engine_ranks(weights: int, card: int, ranks: int) -> int:
@@ -2137,7 +2145,7 @@ def number_of_parameters(module) -> int:
 
 def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     """-> ranks that share a vLLM engine, and vLLM's options for its memory."""
-    if device_of(cfg).type == "cpu":
+    if run_device().type == "cpu":
         return cfg.vllm_tp or 1, dict(kv_cache_memory_bytes=1 << 29)
     torch.cuda.empty_cache()
     free, card = torch.cuda.mem_get_info()
@@ -2166,21 +2174,26 @@ def push_weights(engine, policy, problem: Problem, cfg: Config):
         check_push(engine, policy, problem.prompt, cfg)
 
 
+def engine_gaps(engine, policy, prompts: list[list[int]], max_new: int, cfg) -> torch.Tensor:
+    """Distances of the engine's log-probs of a greedy answer to each prompt from the trainer's."""
+    probes = [Rollout(Problem({}, prompt)) for prompt in prompts]
+    engine.generate(probes, max_new, temperature=0.0)
+    sampled = torch.cat([torch.tensor(r.logprobs) for r in probes])
+    scored = torch.cat(response_logprobs(policy, [row_of(r) for r in probes], cfg))
+    return (sampled - scored).abs()
+
+
 def check_push(engine, policy, prompt: list[int], cfg: Config):
     """After a push, engine and trainer must give the same log-probs to one greedy answer. A push
     that fails silently would leave the rollouts to an old policy for the rest of the run."""
-    probe = Rollout(Problem({}, prompt))
-    engine.generate([probe], 16, temperature=0.0)
-    (ours,) = response_logprobs(policy, [row_of(probe)], cfg)
-    gap = (torch.tensor(probe.logprobs) - ours).abs().mean().item()
+    gap = engine_gaps(engine, policy, [prompt], 16, cfg).mean().item()
     tolerance = PUSH_TOLERANCE[cfg.dtype]
-    error = None
-    if not gap <= tolerance:
-        error = Stop(
-            f"rank {rank()}: engine and trainer are {gap:.2g} nats per token apart after a push of"
-            f" weights (tolerance {tolerance}): it failed, or they differ"
-        )
-    all_ranks_agree(error)
+    with all_ranks_or_none():
+        if not gap <= tolerance:
+            raise Stop(
+                f"rank {rank()}: engine and trainer are {gap:.2g} nats per token apart after a push"
+                f" of weights (tolerance {tolerance}): it failed, or they differ"
+            )
 
 
 class Cache:
@@ -2255,15 +2268,14 @@ def head_chunk(vocabulary: int, device) -> int:
     return max(1, 2**bits // (4 * vocabulary))
 
 
-def device_of(cfg: Config) -> torch.device:
+def run_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 
-def load_policy(folder: str, cfg: Config, device=None):
-    """-> a Policy in float32 on `device` (the run's by default), and its tokenizer. Misuse where
-    anything is amiss."""
+def load_policy(folder: str, cfg: Config):
+    """-> a Policy in float32 and its tokenizer. Misuse where anything is amiss."""
     try:
         for file in sorted(Path(folder).glob("adapter_*")):
             raise Misuse(f"{file}: adapters are not supported; merge it into the weights")
@@ -2281,7 +2293,7 @@ def load_policy(folder: str, cfg: Config, device=None):
                     f"{folder}: {len(names)} weights {what}, the first is {names[0]}; is"
                     " config.json its own?"
                 )
-        return checked_policy(lm, tokenizer, folder, cfg, device), tokenizer
+        return checked_policy(lm, tokenizer, folder, cfg), tokenizer
     except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
     except (
@@ -2319,15 +2331,16 @@ def check_model_folder(folder: str):
             )
 
 
-def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Policy:
-    """Validate model and tokenizer, and move the model to its device."""
+def checked_policy(lm, tokenizer, folder: str, cfg: Config) -> Policy:
+    """Validate model and tokenizer, and move the model to its device: the CPU if it will be cut
+    into shards."""
     if tokenizer.eos_token_id is None or not prompt_ids(
         dict(problem="1 + 1", where=folder), tokenizer, cfg
     ):
         raise Misuse(
             f"{folder}: the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
         )
-    policy = Policy(lm, tokenizer, cfg, device)
+    policy = Policy(lm, tokenizer, cfg, torch.device("cpu") if world() > 1 else None)
     mend_generation_config(policy, folder)
     rows = lm.get_input_embeddings().num_embeddings
     words = {i: word for word, i in tokenizer.get_vocab().items()}
@@ -2346,7 +2359,7 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
             f"{folder}: its context of {context} tokens is shorter than --max-prompt and --max-new"
             " together; lower them"
         )
-    check_model(policy.to(policy.device), tokenizer, folder, cfg)
+    check_model(policy.to(policy.device), folder, cfg)
     return policy
 
 
@@ -2370,11 +2383,11 @@ PROBE_TEXT = (
 )
 
 
-def check_model(policy, tokenizer, folder: str, cfg: Config):
+def check_model(policy, folder: str, cfg: Config):
     """Prove what training relies on, or refuse the model in a line that says what differs."""
     family = policy.lm.config.model_type
     try:
-        fault = what_differs(policy, tokenizer, cfg)
+        fault = what_differs(policy, cfg)
     except torch.OutOfMemoryError:
         raise
     except NotImplementedError as e:  # of `attention` and `Cache`
@@ -2386,7 +2399,7 @@ def check_model(policy, tokenizer, folder: str, cfg: Config):
 
 
 @torch.no_grad()
-def what_differs(policy, tokenizer, cfg: Config) -> str:
+def what_differs(policy, cfg: Config) -> str:
     """Compare this file's forward with the library's own eager code -> what differs, or the empty
     string. Three rows of text in one pack score as the library scores them one by one, in float32
     and in the run's dtype; a longer row changes none of them; decoded tokens score as one
@@ -2396,7 +2409,7 @@ def what_differs(policy, tokenizer, cfg: Config) -> str:
     fault = unfit_config(lm, longest)
     if fault:
         return fault
-    ids = tokenizer(PROBE_TEXT).input_ids[:64]
+    ids = policy.tokenizer(PROBE_TEXT).input_ids[:64]
     rows = [(ids[:3], ids[3:9]), (ids[:3], ids[4:16]), (ids[:6], ids[6:])]
     cfg = dataclasses.replace(cfg, micro_tokens=10**6)  # one pack
     for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own dtype last: it stays
@@ -2421,7 +2434,10 @@ def what_differs(policy, tokenizer, cfg: Config) -> str:
             far, _ = token_logprobs_and_entropy(policy(batch), policy.head, batch.targets)
             if (far.cpu() - ours)[:-1].abs().max() > largest:
                 return "the longest row of a pack changes the positions of the others"
-            if not uses_vllm(cfg) and decoding_gap(policy, ids, cfg) > largest:
+            engine = TorchEngine(policy.tokenizer, cfg)
+            engine.policy = policy
+            decoded = [ids[:7], ids[:9]]
+            if not uses_vllm(cfg) and engine_gaps(engine, policy, decoded, 2, cfg).max() > largest:
                 return "decoded tokens do not score as one forward"
     return ""
 
@@ -2468,20 +2484,7 @@ def library_logprobs(policy, row: Row) -> torch.Tensor:
     return logp.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
 
 
-def decoding_gap(policy, ids: list[int], cfg: Config) -> float:
-    """Largest distance of TorchEngine's log-probs, against its cache, from those of one forward."""
-    engine = TorchEngine(policy.tokenizer, cfg)
-    engine.policy = policy
-    short = Rollout(Problem({}, ids[:7]))
-    long = Rollout(Problem({}, ids[:9]))
-    rollouts = [short, long]
-    engine.generate(rollouts, 2, temperature=0.0)
-    scores = torch.cat(response_logprobs(policy, [row_of(r) for r in rollouts], cfg))
-    sampled = torch.cat([torch.tensor(r.logprobs) for r in rollouts])
-    return (scores - sampled).abs().max().item()
-
-
-def tiny_policy(cfg: Config, device=None):
+def tiny_policy(cfg: Config):
     """-> the embedded model, with random weights, and its tokenizer; saved, they are an ordinary
     model folder."""
     tokenizer = data_prep.embedded_tokenizer()
@@ -2502,16 +2505,17 @@ def tiny_policy(cfg: Config, device=None):
     )
     lm = transformers.Qwen2ForCausalLM(config)
     lm.set_attn_implementation("t1")
-    return checked_policy(lm, tokenizer, "the embedded model", cfg, device), tokenizer
+    return checked_policy(lm, tokenizer, "the embedded model", cfg), tokenizer
 
 
 def load_whole(source: str, cfg: Config):
     """-> the policy of a folder, or the embedded one, and its tokenizer. With several ranks only
     rank 0 gets the policy, in CPU memory; `shard` deals it out."""
-    device = torch.device("cpu") if world() > 1 else None
-    load = functools.partial(load_policy, source) if source else tiny_policy
     refuse_damage(source)
-    policy, tokenizer = on_rank0(load, cfg, device) or (None, None)
+    policy = tokenizer = None
+    with all_ranks_or_none():
+        if rank() == 0:
+            policy, tokenizer = load_policy(source, cfg) if source else tiny_policy(cfg)
     return policy, from_rank0(tokenizer)
 
 
@@ -2540,19 +2544,21 @@ def shard(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
 
 
 def sharded(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
-    configs = from_rank0((whole.lm.config, whole.lm.generation_config) if whole else None)
+    parts = None
+    if whole:
+        buffers = {name: b.cpu() for name, b in whole.named_buffers()}
+        parts = (whole.lm.config, whole.lm.generation_config, buffers)
+    config, generation_config, buffers = from_rank0(parts)
     with torch.device("meta"):
-        policy = Policy(empty_lm(*configs), tokenizer, cfg)
-    options = dict(mesh=dist.init_device_mesh(device_of(cfg).type, (world(),)))
+        policy = Policy(empty_lm(config, generation_config), tokenizer, cfg)
+    options = dict(mesh=dist.init_device_mesh(run_device().type, (world(),)))
     if cfg.dtype == "bfloat16":
         dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         options["mp_policy"] = MixedPrecisionPolicy(**dtypes)
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, **options)
     fully_shard(policy, **options, reshard_after_forward=False)
-    policy.to_empty(device=device_of(cfg))
-    buffers = {name: b.cpu() for name, b in whole.named_buffers()} if whole else None
-    buffers = from_rank0(buffers)
+    policy.to_empty(device=run_device())
     for name, b in policy.named_buffers():
         b.copy_(buffers[name])
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -2645,17 +2651,17 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
         with tempfile.TemporaryDirectory() as folder:
             write_model(folder, lm, tokenizer, weights, dtype)
             again = transformers.AutoTokenizer.from_pretrained(folder)
-            with torch.device("meta"):
-                read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
-            if weights:
+            if small:
                 options = dict(dtype=torch.float32, attn_implementation="t1")
                 read = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            else:
+                with torch.device("meta"):
+                    read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
         found = read.state_dict()
-        expected = full_weights(policy, dtype) if weights else lm.state_dict().items()
-        for name, w in expected:
+        for name, w in full_weights(policy, dtype):
             same = found[name].shape == w.shape
-            if same and weights:
-                same = w.cpu().float().equal(found[name].float())
+            if small:
+                same = found[name].float().equal(w.cpu().float())
             if not same:
                 raise ValueError(f"{name} is another one when it is read back")
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
@@ -2718,9 +2724,9 @@ def manifest_of(checkpoint_folder: Path) -> dict:
         for name, (size, _) in manifest["files"].items():
             whole = whole and (checkpoint_folder / name).stat().st_size == size
         return manifest if whole else {}
-    except (FileNotFoundError, NotADirectoryError, Misuse):
+    except (FileNotFoundError, NotADirectoryError, Misuse):  # the file is not there, or none
         return {}
-    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):  # nor a manifest
         return {}
 
 
@@ -2758,8 +2764,8 @@ def weights_of(folder: str) -> dict | str:
 def refuse_damage(folder: str):
     """Misuse for a checkpoint whose weights, config or tokenizer are not those that were saved."""
     path = Path(folder)
-    if from_rank0(os.path.lexists(path / MANIFEST)):
-        manifest = from_rank0(on_rank0(manifest_of, path))
+    if on_rank0(os.path.lexists, path / MANIFEST):
+        manifest = on_rank0(manifest_of, path)
         damaged = damaged_file(path, model_files(manifest)) if manifest else MANIFEST
         if damaged:
             raise Misuse(
@@ -2769,8 +2775,8 @@ def refuse_damage(folder: str):
 
 
 def manifests(stage_folder: Path) -> dict[Path, dict]:
-    """Each folder checkpoint-N of a stage -> its manifest, {} if it is damaged or of another
-    run."""
+    """Each folder checkpoint-N of a stage -> its manifest, in order of steps; at the end those that
+    are damaged or of another run -> {}."""
     found = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = [n for n in os.listdir(stage_folder) if re.fullmatch(r"checkpoint-\d+", n)]
@@ -2780,7 +2786,7 @@ def manifests(stage_folder: Path) -> dict[Path, dict]:
             manifest = manifest_of(stage_folder / name)
             same_run = run is None or manifest.get("run") == run
             found[stage_folder / name] = manifest if same_run else {}
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1].get("step", math.inf)))
 
 
 # Which checkpoint? `checkpoints`: all of a stage. `latest`: what a name means. `sound_checkpoint`:
@@ -2789,39 +2795,37 @@ def manifests(stage_folder: Path) -> dict[Path, dict]:
 
 def checkpoints(stage_folder: Path) -> list[Path]:
     """A stage's checkpoints that were written to their end, in order of their manifests' steps."""
-    whole = [path for path, manifest in manifests(stage_folder).items() if manifest]
-    return sorted(whole, key=step_of)
+    return [path for path, manifest in manifests(stage_folder).items() if manifest]
 
 
 def latest(name: str) -> str:
     """The model that a name means: of a stage's folder (runs/NAME/sft) its last checkpoint, else
     the name itself."""
-    found = on_rank0(checkpoints, Path(name)) if name else None
-    return from_rank0(str(found[-1]) if found else name)
+    found = on_rank0(checkpoints, Path(name)) if name else []
+    return str(found[-1]) if found else name
 
 
 def sound_checkpoint(stage_folder: Path, at: int = 0) -> str:
     """The last checkpoint (`at`: that of a step) with the trainer's state and every byte as it was
     saved; the empty string if there is no checkpoint at all. What is damaged is said; Misuse if
     nothing else is left."""
-    found = from_rank0(on_rank0(manifests, stage_folder))
-    steps = []
-    newest_first = sorted(found, key=lambda path: -found[path].get("step", math.inf))
-    for path in newest_first:
-        manifest = found[path]
-        damaged = "" if manifest else "incomplete, or of another run"
-        if manifest and model_files(manifest) != manifest["files"]:
-            steps.append(manifest["step"])
-            if at not in (0, steps[-1]):
-                continue
-            damaged = damaged_file(path, manifest["files"])
-            if not damaged:
-                return str(path)
+    found = on_rank0(manifests, stage_folder)
+    steps = []  # with the trainer's state
+    for path, manifest in reversed(found.items()):
+        damaged = ""
+        if not manifest:
+            damaged = "incomplete, or of another run"
+        elif model_files(manifest) != manifest["files"]:
+            steps.insert(0, manifest["step"])
+            if at in (0, manifest["step"]):
+                damaged = damaged_file(path, manifest["files"])
+                if not damaged:
+                    return str(path)
         if damaged:
             print0(f"{path}: damaged ({damaged}), ignored")
     if found or at:
         asked = f" of step {at}" if at else ""
-        there = ", ".join(map(str, sorted(steps))) or "none"
+        there = ", ".join(map(str, steps)) or "none"
         raise Misuse(
             f"{stage_folder}: no checkpoint{asked} is whole and has the trainer's state; there"
             f" are: {there}; choose another --name (and --model CHECKPOINT: the weights of one"
@@ -2847,14 +2851,14 @@ def remove(checkpoint_folder: Path):
 
 def unfinished(source: str) -> str:
     """A remark on a checkpoint that is not the last of its stage, or the empty string."""
-    folder = Path(source)
-    config = folder.parent / "config.json"
-    ours = re.fullmatch(r"checkpoint-\d+", folder.name) and config.is_file()
-    steps = read_json(config).get("steps", 0) if ours else 0
-    step = manifest_of(folder).get("step", 0)
-    if step == 0 or step >= steps:
-        return ""
-    return f", which is step {step} of {steps}: its stage did not end"
+    manifest = manifest_of(Path(source))
+    config = Path(source).parent / "config.json"
+    if manifest and config.is_file():
+        step = manifest["step"]
+        steps = read_json(config).get("steps", 0)
+        if step < steps:
+            return f", which is step {step} of {steps}: its stage did not end"
+    return ""
 
 
 def drop_trainer_state(checkpoint_folder: Path):
@@ -2930,18 +2934,16 @@ def locked_folder(path: Path):
 
 def wait_for_rank0(lock: Path):
     """Every rank must see what rank 0 wrote; a network file system may show it late."""
-    written = from_rank0(rank() == 0 and lock.read_text())
-    error = None
-    for second in range(60):
-        if lock.exists() and lock.read_text() == written:
-            break
-        time.sleep(1)
-    else:
-        error = Misuse(
+    written = on_rank0(lock.read_text)
+    with all_ranks_or_none():
+        for second in range(60):
+            if lock.exists() and lock.read_text() == written:
+                return
+            time.sleep(1)
+        raise Misuse(
             f"{lock.parent}: rank {rank()} does not see what rank 0 writes there; --out must lie"
             " on a file system that all nodes share"
         )
-    all_ranks_agree(error)
 
 
 def written_files(beside: Path) -> dict[str, list[int]]:
@@ -3038,7 +3040,9 @@ class RunFolder:
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
         the same contents of --data, --test, --reward and --model, wherever they lie, and the same
         text of the first prompt; another machine or version is said."""
-        self.lock = on_rank0(locked_folder, self.path)
+        with all_ranks_or_none():
+            if rank() == 0:
+                self.lock = locked_folder(self.path)
         wait_for_rank0(self.path / "lock")
         rows = [problem.row for problem in problems]
         self.has_answers = all(row.get("answer") for row in rows)
@@ -3146,12 +3150,12 @@ class RunFolder:
             del weights
             all_ranks_agree()
             with trainer_state(policy, optimizer, anchor) as state:
-                finite = finite and all(local(x).isfinite().all() for x in state.values())
-                error = Stop(
-                    f"rank {rank()}: weights, AdamW's state or log-probs are not finite: not saved;"
-                    f" lower the rate; {RESUMES}"
-                )
-                all_ranks_agree(None if finite else error)
+                with all_ranks_or_none():
+                    if not (finite and all(local(x).isfinite().all() for x in state.values())):
+                        raise Stop(
+                            f"rank {rank()}: weights, AdamW's state or log-probs are not finite:"
+                            f" not saved; lower the rate; {RESUMES}"
+                        )
                 # A file of 32 tensors is held in memory, then written.
                 files = {name: 1 + i // 32 for i, name in enumerate(state)}
                 place = str(beside / "trainer")
@@ -3163,15 +3167,13 @@ class RunFolder:
             on_rank0(self.seal, beside, step, gather([written]))
             self.step = step
             self.source = str(self.path / f"checkpoint-{step}")
-        except Stop:  # all ranks have it
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
         except (Exception, dcp.CheckpointException) as e:  # a full disk has many names
             shutil.rmtree(beside, ignore_errors=True)
-            line = -1 if isinstance(e, dcp.CheckpointException) else 0  # where the reason stands
+            if isinstance(e, Stop):  # all ranks have it
+                raise
             all_ranks_agree(
                 Stop(
-                    f"rank {rank()}: {beside}: cannot be written ({reason_of(e, line)}); make room:"
+                    f"rank {rank()}: {beside}: cannot be written ({reason_of(e)}); make room:"
                     f" {RESUMES}, {self.source or 'the start'}"
                 )
             )
@@ -3201,14 +3203,13 @@ class RunFolder:
     def resume(self, policy, optimizer, anchor=None) -> int:
         """Load the trainer's state of `source` and cut the logs back to its step -> next step."""
         if self.source:
-            error = None
-            try:
-                with trainer_state(policy, optimizer, anchor) as state:
-                    place = str(Path(self.source) / "trainer")
-                    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(place))
-            except (Exception, dcp.CheckpointException) as e:
-                error = Misuse(f"{self.source}: does not fit this model ({reason_of(e, -1)})")
-            all_ranks_agree(error)
+            reader = dcp.HuggingFaceStorageReader(str(Path(self.source) / "trainer"))
+            with all_ranks_or_none():
+                try:
+                    with trainer_state(policy, optimizer, anchor) as state:
+                        dcp.load(state, storage_reader=reader)
+                except (Exception, dcp.CheckpointException) as e:
+                    raise Misuse(f"{self.source}: does not fit this model ({reason_of(e)})")
             print0(f"resuming from {self.source}")
         on_rank0(self.tidy)
         return self.step
@@ -3334,12 +3335,12 @@ def from_rank0(value):
 
 
 def on_rank0(function, *args):
-    """Call on rank 0 alone -> its result there; its Stop is raised on all ranks."""
+    """Call on rank 0 alone -> its result, or its Stop, on all ranks."""
     result = None
     with all_ranks_or_none():
         if rank() == 0:
             result = function(*args)
-    return result
+    return from_rank0(result)
 
 
 @contextlib.contextmanager
@@ -3408,10 +3409,8 @@ def deal(work: list[int], shares: int) -> list[list[int]]:
 def seed_for(seed: int, *what) -> int:
     """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted
     one would have drawn."""
-    return (
-        int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big")
-        >> 1
-    )
+    hashed = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8)
+    return int.from_bytes(hashed.digest(), "big") >> 1
 
 
 def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
@@ -3425,9 +3424,10 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     return rows
 
 
-def reason_of(e: BaseException, line: int = 0) -> str:
-    """The first (or another) line of an error, for a message of one line."""
-    return (str(e).strip() or type(e).__name__).splitlines()[line]
+def reason_of(e: BaseException) -> str:
+    """The line of an error that says the reason, for a message of one line."""
+    lines = (str(e).strip() or type(e).__name__).splitlines()
+    return lines[-1 if isinstance(e, dcp.CheckpointException) else 0]
 
 
 class Clock:
@@ -3438,12 +3438,11 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        cpu = time.process_time()
-        wall = time.perf_counter()
+        cpu, wall = self.seconds.get(phase, (0.0, 0.0))
+        cpu -= time.process_time()
+        wall -= time.perf_counter()
         yield
-        before = self.seconds.get(phase, (0.0, 0.0))
-        cpu = before[0] + time.process_time() - cpu
-        self.seconds[phase] = (cpu, before[1] + time.perf_counter() - wall)
+        self.seconds[phase] = (cpu + time.process_time(), wall + time.perf_counter())
 
     def take(self) -> dict:
         """The seconds so far; the clock begins anew."""
@@ -3521,17 +3520,15 @@ class Interrupt:
 
     def hear(self, number, frame):
         name = signal.Signals(number).name
-        ends = not self.stepping or time.monotonic() > self.at + 10
-        with contextlib.suppress(Exception):
-            if ends:
+        if not self.stepping or time.monotonic() > self.at + 10:
+            with contextlib.suppress(Exception):
                 complain(f"{name}: stopped; {RESUMES}", 1)
-            elif not self.name:
-                print("\nstopping: a checkpoint is saved first", file=sys.stderr)
-        if ends:
             os._exit(1)
         if not self.name:
             self.name = name
             self.at = time.monotonic()
+            with contextlib.suppress(Exception):
+                print("\nstopping: a checkpoint is saved first", file=sys.stderr)
 
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
@@ -3578,7 +3575,7 @@ def column(rows: list[dict], name: str) -> np.ndarray:
     return np.array([row.get(name) for row in rows], dtype=float)  # None becomes NaN
 
 
-def draw_steps(folder: Path, suffix: str = ".png"):
+def draw_steps(folder: Path):
     """curves.png from metrics.jsonl: steps are faint, a centred mean over 5 % of them is strong.
     Empty columns get no panel."""
     rows = read_log(folder / "metrics.jsonl") if rank() == 0 else []
@@ -3606,10 +3603,10 @@ def draw_steps(folder: Path, suffix: str = ".png"):
         if len(names) > 1:
             axis.legend(fontsize=8)
     title = f"stage {folder.name} of run {folder.parent.name}"
-    save_figure(figure, folder / f"curves{suffix}", title)
+    save_figure(figure, folder / "curves.png", title)
 
 
-def draw_results(folder: Path, suffix: str = ".png"):
+def draw_results(folder: Path):
     """inference_scaling.png of each test set: accuracy against thinking budget, a curve per
     checkpoint (section 3)."""
     by_test = {}
@@ -3637,7 +3634,7 @@ def draw_results(folder: Path, suffix: str = ".png"):
         title = f"{test}: {entry['problems']} problems x {entry['samples']} samples"
         title += f" at T = {entry['temperature']}; bars: standard error"
         which = re.sub(r"\W+", "-", f"-{Path(test).stem}") if len(by_test) > 1 else ""
-        save_figure(axis.figure, folder / f"inference_scaling{which}{suffix}", title)
+        save_figure(axis.figure, folder / f"inference_scaling{which}.png", title)
 
 
 def save_figure(figure: Figure, path: Path, title: str):
@@ -3656,15 +3653,17 @@ RESUMES = "the same command resumes from the last checkpoint"
 
 
 class Parser(argparse.ArgumentParser):
-    """One argument for each option of Config, as its `knob` declares it."""
+    """One argument for each option of Config, as its `knob` declares it; only those that are given
+    get a value."""
 
     def __init__(self):
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog="t1.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+        options = dict(formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        super().__init__(prog="t1.py", description=__doc__, **options)
         for option in dataclasses.fields(Config):
             names = {f"--{option.name.replace('_', '-')}", f"--{option.name}"}
             choices = get_args(option.type)  # of a Literal
-            rules = dict(help=option.metadata["help"], default=option.default)
+            rules = dict(help=option.metadata["help"])
             if choices:
                 rules["choices"] = choices
             elif option.type is bool:
@@ -3689,14 +3688,11 @@ def truth(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def settings_before(args) -> dict:
+def settings_before(cfg: Config) -> dict:
     """The config of the stage that produced this stage's input model, {} if no stage did."""
-    given = args.model or args.checkpoint.split(",")[0]
-    run = Path(args.out) / (args.name or args.preset or "tiny")
-    folders = [run / "rl", run / "sft"]
-    if given:
-        inside = Path(given).name.startswith("checkpoint-")
-        folders = [Path(given).parent if inside else Path(given)]
+    given = cfg.model or cfg.checkpoint.split(",")[0]
+    run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
+    folders = [Path(given), Path(given).parent] if given else [run / "rl", run / "sft"]
     for folder in folders:
         path = folder / "config.json"
         settings = read_json(path).get("config") if path.is_file() else None
@@ -3707,21 +3703,19 @@ def settings_before(args) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """The preset's values, then what the stage before hands on, then the options that are given."""
-    parser = Parser()
-    given = parser.parse_args(argv)
-    before = settings_before(given)
-    of_user = (given.model or given.checkpoint) and (given.data or given.test or given.benchmarks)
-    preset = given.preset or before.get("preset") or ("pretrained" if of_user else "tiny")
+    given = vars(Parser().parse_args(argv))
+    cfg = Config(**given)
+    before = settings_before(cfg)
+    of_user = (cfg.model or cfg.checkpoint) and (cfg.data or cfg.test or cfg.benchmarks)
+    preset = cfg.preset or before.get("preset") or ("pretrained" if of_user else "tiny")
     values = dict(PRESETS[preset])
-    if given.stage != "sft":
+    if cfg.stage != "sft":
         values.pop("model", None)  # where SFT starts; later stages take the run's checkpoints
     if before.get("preset") == preset:
         for option in dataclasses.fields(Config):
             if option.metadata["inherit"] and option.name in before:
                 values[option.name] = before[option.name]
-    parser.set_defaults(**values)
-    values = vars(parser.parse_args(argv))
-    cfg = Config(**values | dict(preset=preset))
+    cfg = Config(**values | given | dict(preset=preset))
     check_config(cfg)
     return cfg
 

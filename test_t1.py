@@ -1271,7 +1271,7 @@ def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatc
 
 
 def test_rank_0_decides_which_checkpoint_is_newest(tmp_path, monkeypatch):
-    monkeypatch.setattr(t1, "from_rank0", lambda value: "what rank 0 sees")
+    monkeypatch.setattr(t1, "from_rank0", lambda value: [Path("what rank 0 sees")])
     assert t1.latest(str(tmp_path)) == "what rank 0 sees"
 
 
