@@ -31,8 +31,7 @@ the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from b
     rank(), world()      this process, and their number: torchrun starts several, of one result
     share_of_rank        what this one computes; `exchange`: all get the shares of all
     gather, all_sum      a list, or a sum, over all ranks
-    all_ranks_or_none    what a rank raises inside this `with`, all raise
-    local, shard         a rank's part of a tensor; a model cut into such parts"""
+    all_ranks_or_none    what a rank raises inside this `with`, all raise"""
 
 import signal
 
@@ -101,9 +100,7 @@ class Method:
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
     max_nll: float = knob(0.0, "perplexity: largest mean -log-prob, nats; 0: off", zero=True)
     loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
-    tis_cap: float = knob(
-        0.0, "cap of the importance weights; 0: no weighting", "", "rl", zero=True
-    )
+    tis_cap: float = knob(0.0, "cap of the importance weights; 0: none", "", "rl", zero=True)
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
 
@@ -148,9 +145,7 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
     it, and its log-prob would be -inf."""
     dtype = torch.promote_types(lm_head.dtype, torch.float32)
     logits = hidden.to(lm_head.dtype).to(dtype) @ lm_head.to(dtype).T  # (n, V)
-    if temperature != 1:
-        logits = logits / temperature
-    logp = log_softmax_min_p(logits, min_p, keep=targets)  # (n, V)
+    logp = log_softmax_min_p(logits / temperature, min_p, keep=targets)  # (n, V)
     finite = logp.masked_fill(logp.isinf(), 0) if min_p > 0 else logp  # 0 log 0 = 0
     entropy = -(logp.exp() * finite).sum(-1)
     return logp.gather(1, targets[:, None])[:, 0], entropy
@@ -412,18 +407,18 @@ def run_rl(cfg):
     policy = shard(whole, tokenizer, cfg)
     del whole
     optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(policy, optimizer, anchor)
+    folder.resume(policy, optimizer, anchor)
     engine = make_engine(source, policy, tokenizer, cfg)
 
-    for step in folder.steps(start, cfg.rl_steps):
+    for step in folder.steps():
         try:
             row, rollouts = rl_step(step, problems, policy, anchor, engine, optimizer, cfg)
         except Interrupted:  # before the gradient: save, and do this step again on resume
-            folder.after_step(step, cfg.rl_steps, policy, optimizer, anchor)
+            folder.after_step(step)
             raise
         folder.log(row, rollouts)
         warn(row, rollouts)
-        folder.after_step(step + 1, cfg.rl_steps, policy, optimizer, anchor)
+        folder.after_step(step + 1)
     finish_stage(folder, policy, engine, tests, "eval")
 
 
@@ -433,14 +428,15 @@ def sft_step(step: int, steps: int, traces: list[Rollout], policy, optimizer, cf
     SFT is the loss of RL with A = 1, alpha = 0 and temperature 1, on responses from the data.
     NOT IN PAPER: every response token of the batch weighs the same."""
     batch = [traces[i] for i in batch_indices(len(traces), cfg.sft_batch, step, cfg.seed)]
-    plain = dict(entropy_coef=0.0, temperature=1.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
-    cfg = dataclasses.replace(cfg, **plain)
+    cfg = dataclasses.replace(
+        cfg, entropy_coef=0.0, temperature=1.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens"
+    )
     sums = accumulate_gradient(policy, batch, torch.ones(len(batch)), cfg)
     lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
     N = sums["tokens"]
-    nats = dict(loss=sums["loss"], entropy=sums["entropy"] / N)
-    return dict(step=step, **nats, grad_norm=norm, lr=lr, tokens=N)
+    entropy = sums["entropy"] / N
+    return dict(step=step, loss=sums["loss"], entropy=entropy, grad_norm=norm, lr=lr, tokens=N)
 
 
 def run_sft(cfg):
@@ -449,16 +445,15 @@ def run_sft(cfg):
     whole, tokenizer, traces, tests = prepare(folder, source, cfg)
     policy = shard(whole, tokenizer, cfg)
     del whole
-    steps = number_of_steps(traces, cfg)
     origin = source or "random weights"
-    print0(f"{len(traces)} traces, {steps} steps; the policy starts from {origin}")
+    print0(f"{len(traces)} traces, {folder.total} steps; the policy starts from {origin}")
     optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(policy, optimizer)
+    folder.resume(policy, optimizer)
 
-    for step in folder.steps(start, steps):
-        row = sft_step(step, steps, traces, policy, optimizer, cfg)
+    for step in folder.steps():
+        row = sft_step(step, folder.total, traces, policy, optimizer, cfg)
         folder.log(row)
-        folder.after_step(step + 1, steps, policy, optimizer)
+        folder.after_step(step + 1)
     finish_stage(folder, policy, make_engine(folder.source, policy, tokenizer, cfg), tests, "rl")
 
 
@@ -570,14 +565,14 @@ class Policy(torch.nn.Module):
     def forward(self, batch: "Packed") -> torch.Tensor:
         """-> (n, D), the hidden states that predict the response tokens. transformers hands `pack`
         on to `attention`."""
-        inputs = dict(input_ids=batch.ids, position_ids=batch.position)
-        hidden = self.backbone(**inputs, use_cache=False, pack=batch)
+        hidden = self.backbone(batch.ids, batch.position, use_cache=False, pack=batch)
         return hidden[0].index_select(0, batch.predict)
 
-    def backbone(self, **inputs) -> torch.Tensor:
+    def backbone(self, ids, position, **options) -> torch.Tensor:
         """The transformer without its head: ids (B, T) -> (B, T, D)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.lm.base_model(**inputs).last_hidden_state
+            output = self.lm.base_model(input_ids=ids, position_ids=position, **options)
+        return output.last_hidden_state
 
 
 @dataclass
@@ -651,36 +646,42 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
     for name in NOT_COMPUTED:
         if others.get(name) is not None:
             raise NotImplementedError(f"its attention has {name}")
+    if pack is not None:
+        return packed_attention(q[0], k[0], v[0], scaling, pack)[None], None
+    if q.shape[2] > 1:
+        return causal_attention(q, k, v, scaling), None
+    # Decoding: the query heads that share a key-value head stand as T queries of one head.
     heads = q.shape[1]
     kv_heads = k.shape[1]
-    if pack is None and q.shape[2] == 1:
-        # Decoding: the query heads that share a key-value head stand as T queries of one head.
-        q = q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3])
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-        return out.reshape(-1, 1, heads, v.shape[3]), None
-    if pack is not None:
-        q, k, v = (x[0].transpose(0, 1).index_select(0, pack.spread) for x in (q, k, v))
-        if pack.ragged:
-            q = q.bfloat16()  # (cells, heads, Dh)
-            k = k.bfloat16()
-            v = v.bfloat16()
-            bounds = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
-            causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
-            out = varlen_attn(q, k, v, *bounds, **causal)
-            return out.index_select(0, pack.collect)[None], None
-        # Else rows are a padded grid. Padding comes last, so that the causal mask hides it.
+    q = q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3])
+    out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+    return out.reshape(-1, 1, heads, v.shape[3]), None
+
+
+def packed_attention(q, k, v, scaling, pack: Packed):
+    """(heads, M, Dh) each -> (M, Hq, Dh)."""
+    q, k, v = (x.transpose(0, 1).index_select(0, pack.spread) for x in (q, k, v))
+    if pack.ragged:
+        q, k, v = (x.bfloat16() for x in (q, k, v))  # (cells, heads, Dh)
+        bounds = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
+        causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        out = varlen_attn(q, k, v, *bounds, **causal)
+    else:  # a padded grid: padding comes last, so that the causal mask hides it
         q, k, v = (x.unflatten(0, pack.shape).transpose(1, 2) for x in (q, k, v))
+        out = causal_attention(q, k, v, scaling).flatten(0, 1)
+    return out.index_select(0, pack.collect)
+
+
+def causal_attention(q, k, v, scaling):
+    """(B, heads, T, Dh) each -> (B, T, Hq, Dh)."""
     dtype = v.dtype
     if q.requires_grad and q.device.type == "cpu" and q.shape[2] < 256:
         # In float32 a CPU's backward pass over short rows takes half the time of bfloat16.
         dtype = torch.promote_types(dtype, torch.float32)
-    causal = dict(is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
+    causal = dict(is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     with torch.autocast(q.device.type, enabled=False):
         out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **causal)
-    out = out.transpose(1, 2)  # (B, T, Hq, Dh)
-    if pack is not None:
-        out = out.flatten(0, 1).index_select(0, pack.collect)[None]  # (1, M, Hq, Dh)
-    return out, None
+    return out.transpose(1, 2)
 
 
 transformers.AttentionInterface.register("t1", attention)
@@ -758,8 +759,8 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
     noise = torch.stack([gaps.double().sum(), gaps.double().abs().sum()])
     loss, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
     p99 = np.quantile(gaps.abs().numpy(), 0.99).item() if len(gaps) else 0.0
-    distances = dict(bias=bias, gap=gap, gap_p99=max(gather([p99])))
-    return dict(loss=loss, nll=nll, entropy=entropy, **distances, tokens=N)
+    p99 = max(gather([p99]))
+    return dict(loss=loss, nll=nll, entropy=entropy, bias=bias, gap=gap, gap_p99=p99, tokens=N)
 
 
 @torch.no_grad()
@@ -769,10 +770,9 @@ def response_logprobs(policy, rows: list[Row], cfg, temperature: float = 1.0, mi
     for group, _ in micro_batches(policy, rows, cfg.micro_tokens):
         batch = policy.pack([rows[i] for i in group])
         hidden = policy(batch)
-        arguments = (hidden, policy.head, batch.targets, temperature, min_p)
-        logprob, _ = token_logprobs_and_entropy(*arguments)
+        logp, _ = token_logprobs_and_entropy(hidden, policy.head, batch.targets, temperature, min_p)
         sizes = [len(rows[i][1]) for i in group]
-        for i, part in zip(group, logprob.cpu().split(sizes)):
+        for i, part in zip(group, logp.cpu().split(sizes)):
             result[i] = part
     if isinstance(policy, FSDPModule):
         policy.reshard()  # no backward pass follows that would drop the gathered weights
@@ -963,8 +963,8 @@ class TorchEngine:
     def _last_hidden(self, ids, positions, cache) -> torch.Tensor:
         """ids (b, T) at T positions -> the last hidden state of each row, (b, D)."""
         positions = torch.tensor([list(positions)], device=ids.device)
-        inputs = dict(input_ids=ids, position_ids=positions, past_key_values=cache)
-        return self.policy.backbone(**inputs, use_cache=True)[:, -1]
+        hidden = self.policy.backbone(ids, positions, past_key_values=cache, use_cache=True)
+        return hidden[:, -1]
 
 
 # The head. Log-probs and entropy of N tokens need N x V logits, 2.5 GB at N = 4,096 and V =
@@ -1112,7 +1112,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import resource
 import runpy
 import select
 import shlex
@@ -1289,18 +1288,16 @@ def prepare(folder, source: str, cfg: Config):
     whole, tokenizer = load_whole(source, cfg)
     tests = encode_prompts(tests, tokenizer, cfg)
     problems = encode_prompts(rows, tokenizer, cfg)
-    examples = encode_responses(problems, tokenizer, cfg) if cfg.stage == "sft" else problems
+    examples = problems
+    steps = cfg.rl_steps
+    if cfg.stage == "sft":
+        examples = encode_responses(problems, tokenizer, cfg)
+        steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
     prompt = look_at_prompt(problems, tokenizer, cfg)
     if not folder.source:
         on_rank0(try_export, whole, tokenizer, cfg)
-    folder.create(source, problems, tests, prompt, number_of_steps(examples, cfg))
+    folder.create(source, problems, tests, prompt, steps)
     return whole, tokenizer, examples, tests
-
-
-def number_of_steps(examples: list, cfg: Config) -> int:
-    if cfg.stage == "rl":
-        return cfg.rl_steps
-    return cfg.sft_steps or math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
 
 
 def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
@@ -1738,7 +1735,7 @@ def run_eval(cfg: Config):
     for path, name in paths.items():
         models = (on_rank0(weights_of, path), answer_weights)
         known = {old["key"]: old for old in on_rank0(results_of, folder)}
-        todo = []
+        todo = []  # entry, problems, samples
         for test, rows, samples in sets:
             key = on_rank0(entry_key, models, rows, samples, cfg)
             entry = dict(key=key, name=name, checkpoint=path, test=test)
@@ -1752,18 +1749,19 @@ def run_eval(cfg: Config):
             continue
         release(engine)
         whole, tokenizer = load_whole(path, cfg)
-        encoded = [encode_prompts(rows, tokenizer, cfg) for _, rows, _ in todo]
+        todo = [(entry, encode_prompts(rows, tokenizer, cfg), n) for entry, rows, n in todo]
+        first = todo[0][1]
         policy = shard(whole, tokenizer, cfg)
         del whole
         if engine is None:
-            look_at_prompt(encoded[0], tokenizer, cfg)
+            look_at_prompt(first, tokenizer, cfg)
             engine = make_engine(path, policy, tokenizer, cfg)
             answerer = answer_engine(engine, cfg) if cfg.answer_model else engine
         lock()
         engine.tokenizer = tokenizer
-        push_weights(engine, policy, encoded[0][0], cfg)
+        push_weights(engine, policy, first[0], cfg)
         del policy
-        for (entry, _, samples), problems in zip(todo, encoded):
+        for entry, problems, samples in todo:
             result, rollouts = measure(engine, answerer, problems, samples, cfg)
             on_rank0(log_responses, folder, entry, rollouts)
             on_rank0(add_result, folder, entry | result)
@@ -1963,7 +1961,8 @@ def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: st
         )
         if rank() == 0:
             some = rollouts[:: max(1, len(rollouts) // 8)]
-            rows = [dict(step=folder.last, kind="held-out", **record_of(r)) for r in some]
+            step = folder.total - 1
+            rows = [dict(step=step, kind="held-out", **record_of(r)) for r in some]
             append_rows(folder.path / "samples.jsonl", rows)
     print0(next_command(folder, next_stage))
 
@@ -2277,14 +2276,16 @@ def run_device() -> torch.device:
 def load_policy(folder: str, cfg: Config):
     """-> a Policy in float32 and its tokenizer. Misuse where anything is amiss."""
     try:
-        for file in sorted(Path(folder).glob("adapter_*")):
-            raise Misuse(f"{file}: adapters are not supported; merge it into the weights")
         check_model_folder(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # `check_model` goes on with "t1".
-        options = dict(dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
-        options["output_loading_info"] = True
-        lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        lm, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
         faults = dict(missing="are missing", unexpected="that the model has no place for")
         for kind, what in faults.items():
             names = sorted(info[f"{kind}_keys"])
@@ -2314,7 +2315,9 @@ def check_model_folder(folder: str):
         if folder.startswith((".", "/", "~")) or folder.count("/") > 1:
             raise Misuse(f"{folder}: there is no such folder")
         return  # a name on the hub
-    for file in path.iterdir():
+    for file in sorted(path.iterdir()):
+        if file.name.startswith("adapter_"):
+            raise Misuse(f"{file}: adapters are not supported; merge it into the weights")
         if not (file.is_file() or file.is_dir()):
             raise Misuse(f"{folder}: {file.name} is not an ordinary file")
     if (path / "generation_config.json").exists():
@@ -2520,8 +2523,9 @@ def load_whole(source: str, cfg: Config):
 
 
 def empty_lm(config, generation_config):
-    options = dict(dtype=torch.float32, attn_implementation="t1")
-    lm = transformers.AutoModelForCausalLM.from_config(config, **options)
+    lm = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="t1"
+    )
     lm.generation_config = generation_config
     return lm
 
@@ -2538,8 +2542,9 @@ def shard(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
         if cfg.compile:
             layer.forward = compiled(layer.forward)
         if cfg.checkpointing:
-            options = dict(use_reentrant=False, preserve_rng_state=False)
-            layer.forward = functools.partial(checkpoint, layer.forward, **options)
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
     return policy
 
 
@@ -2553,8 +2558,9 @@ def sharded(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
         policy = Policy(empty_lm(config, generation_config), tokenizer, cfg)
     options = dict(mesh=dist.init_device_mesh(run_device().type, (world(),)))
     if cfg.dtype == "bfloat16":
-        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        options["mp_policy"] = MixedPrecisionPolicy(**dtypes)
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, **options)
     fully_shard(policy, **options, reshard_after_forward=False)
@@ -2652,8 +2658,9 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
             write_model(folder, lm, tokenizer, weights, dtype)
             again = transformers.AutoTokenizer.from_pretrained(folder)
             if small:
-                options = dict(dtype=torch.float32, attn_implementation="t1")
-                read = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+                read = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, attn_implementation="t1"
+                )
             else:
                 with torch.device("meta"):
                     read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
@@ -2985,12 +2992,6 @@ def deciding(cfg: Config) -> dict:
     return values
 
 
-def resident_bytes() -> int:
-    """Memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
 class RunFolder:
     """The folder of one stage: config.json; metrics.jsonl (one row per step, the same bits for the
     same seed); timings.jsonl; samples.jsonl; checkpoint-N; curves.png.
@@ -3044,6 +3045,7 @@ class RunFolder:
             if rank() == 0:
                 self.lock = locked_folder(self.path)
         wait_for_rank0(self.path / "lock")
+        self.total = steps
         rows = [problem.row for problem in problems]
         self.has_answers = all(row.get("answer") for row in rows)
         file, _, function = self.cfg.reward.rpartition(":")
@@ -3057,9 +3059,15 @@ class RunFolder:
         config = self.path / "config.json"
         if rank() == 0 and not config.exists():
             contents["model"] = digest(weights_of(model))
-            run = dict(config=self.values, steps=steps, started_from=source)
-            run["run"] = f"{time.time_ns():x}"
-            write_json(config, run | machine() | dict(contents=contents))
+            run = dict(
+                config=self.values,
+                steps=steps,
+                started_from=source,
+                run=f"{time.time_ns():x}",
+                **machine(),
+                contents=contents,
+            )
+            write_json(config, run)
         all_ranks_agree()
         before = read_json(config)
         self.run = before.get("run")
@@ -3076,15 +3084,19 @@ class RunFolder:
             if before.get(name) != value:
                 print0(f"{self.path} was started with {name} {before.get(name)}, now {value}")
 
-    def steps(self, start: int, steps: int):
+    def steps(self):
         """The steps that are left, with a progress bar. A signal is heard after a step, and between
         the phases of one that has not reached its gradient: the checkpoint is then of the step
         before."""
-        self.last = steps - 1
         interrupt.stepping = True
-        options = dict(initial=start, total=steps, disable=rank() > 0, mininterval=1)
-        with tqdm(desc=self.cfg.stage, **options) as self.bar:
-            for step in range(start, steps):
+        with tqdm(
+            desc=self.cfg.stage,
+            initial=self.step,
+            total=self.total,
+            disable=rank() > 0,
+            mininterval=1,
+        ) as self.bar:
+            for step in range(self.step, self.total):
                 clock.take()
                 yield step
                 self.bar.update()
@@ -3099,11 +3111,12 @@ class RunFolder:
         step = row["step"]
         self.bar.set_postfix_str(console_words(row, wall), False)
         append_rows(self.path / "metrics.jsonl", [row])
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
         times = dict(
             step=step,
             **wall,
             tokens=row["tokens"],
-            resident=resident_bytes(),
+            resident=pages * os.sysconf("SC_PAGE_SIZE"),  # bytes of memory
             gpu_peak=torch.cuda.max_memory_allocated(),
         )
         append_rows(self.path / "timings.jsonl", [times])
@@ -3118,19 +3131,20 @@ class RunFolder:
             with data_prep.naming(path), gzip.open(path, "at", encoding="utf-8") as f:
                 f.writelines(data_prep.json_line(dict(step=step) | record_of(r)) for r in rollouts)
 
-    def after_step(self, done: int, steps: int, policy, optimizer, anchor=None):
+    def after_step(self, done: int):
         """Draw and save when it is time, at the end, and on a signal, which then ends the run."""
         of_rl = self.cfg.stage == "rl"
         save_every = self.cfg.rl_save_every if of_rl else self.cfg.sft_save_every
         signalled = interrupt.received()
-        now = done == steps or signalled
+        now = done == self.total or signalled
         if now or done % (10 if of_rl else 100) == 0:
             draw_steps(self.path)
         if done > self.step and (now or done % save_every == 0):
-            self.save(done, policy, optimizer, anchor)
+            self.save(done, *self.trained)
         if signalled:
             print0(
-                f"{signalled}: stopped after step {done} of {steps}; the same command resumes there"
+                f"{signalled}: stopped after step {done} of {self.total}; the same command resumes"
+                " there"
             )
             raise Interrupted
 
@@ -3200,8 +3214,10 @@ class RunFolder:
             elif (old / "trainer").exists():
                 drop_trainer_state(old)
 
-    def resume(self, policy, optimizer, anchor=None) -> int:
-        """Load the trainer's state of `source` and cut the logs back to its step -> next step."""
+    def resume(self, policy, optimizer, anchor=None):
+        """Load the trainer's state of `source` and cut the logs back to its step. From now on
+        `after_step` saves these."""
+        self.trained = (policy, optimizer, anchor)
         if self.source:
             reader = dcp.HuggingFaceStorageReader(str(Path(self.source) / "trainer"))
             with all_ranks_or_none():
@@ -3212,7 +3228,6 @@ class RunFolder:
                     raise Misuse(f"{self.source}: does not fit this model ({reason_of(e)})")
             print0(f"resuming from {self.source}")
         on_rank0(self.tidy)
-        return self.step
 
     def tidy(self):
         """Remove what a kill left, give the checkpoint the name of its step, and cut the logs back
@@ -3657,9 +3672,14 @@ class Parser(argparse.ArgumentParser):
     get a value."""
 
     def __init__(self):
-        raw = argparse.RawDescriptionHelpFormatter
-        options = dict(formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        super().__init__(prog="t1.py", description=__doc__, **options)
+
+        super().__init__(
+            prog="t1.py",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
         for option in dataclasses.fields(Config):
             names = {f"--{option.name.replace('_', '-')}", f"--{option.name}"}
             choices = get_args(option.type)  # of a Literal
