@@ -239,7 +239,7 @@ def word_salad(text: str, prompt: str) -> bool:
     english = COMMON_WORDS.intersection(WORD.findall(prompt.lower()))
     if len(english) < 2 or not english & {"the", "and"}:
         return False
-    run = []
+    run = []  # the last words, at most 40, none of which is common
     for word in WORD.findall(CODE.sub(" ", text).lower()):
         run = [] if word in COMMON_WORDS else [*run[-39:], word]
         if len(run) == 40 and len({word for word in run if len(word) > 3}) >= 20:
@@ -459,8 +459,8 @@ def run_sft(cfg):
 
 # ---------------------------------------- 4. Inference scaling (section 3), evaluation (section 4)
 def thought_length(rollout: Rollout, tokenizer) -> float:
-    """Tokens up to and including the one that completes `</think>`. Without it all of a finished
-    response is thought, and the thought of an unfinished one never ends."""
+    """Tokens up to and including the one that completes `</think>`, found by bisection. Without it
+    all of a finished response is thought, and the thought of an unfinished one never ends."""
     ids = rollout.ids
     if "</think>" not in tokenizer.decode(ids):
         return len(ids) if rollout.finished else math.inf
@@ -688,11 +688,11 @@ transformers.AttentionInterface.register("t1", attention)
 
 
 def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], float]]:
-    """Row indices in groups of up to `most` tokens, each with weight 1. Rows of similar length are
-    together, which saves padding, and of these the rows of one prompt, which is then stored once: a
-    piece has the rows of a prompt between two powers of two. Sharded layers are gathered by all
-    ranks together, so all run the same number of micro-batches: a rank with fewer repeats a short
-    row with weight 0."""
+    """Row indices in groups of up to `most` tokens, each with weight 1. A piece is the rows of one
+    prompt whose lengths lie between the same powers of two; the groups take pieces in order of
+    length. So rows of similar length are together, which saves padding, and a prompt is stored
+    once. Sharded layers are gathered by all ranks together, so all run the same number of
+    micro-batches: a rank with fewer repeats a short row with weight 0."""
     sizes = [len(prompt) + len(response) for prompt, response in rows]
     pieces = {}
     for i in sorted(range(len(rows)), key=sizes.__getitem__):
@@ -3672,7 +3672,6 @@ class Parser(argparse.ArgumentParser):
     get a value."""
 
     def __init__(self):
-
         super().__init__(
             prog="t1.py",
             description=__doc__,
