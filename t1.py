@@ -1812,8 +1812,7 @@ def log_responses(folder: Path, entry: dict, rollouts: list[Rollout]):
         )
     rows = []
     for r in rollouts:
-        sampled = dict(sample=r.sample, finished=r.finished, ids=r.ids)
-        rows.append(entry | record_of(r) | sampled)
+        rows.append(entry | record_of(r) | dict(sample=r.sample, finished=r.finished, ids=r.ids))
     append_rows(path, rows, sync=True)
 
 
@@ -1848,8 +1847,7 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
     rollouts = evaluate(engine, problems, samples, cfg)
     right = np.reshape([r.right for r in rollouts], (-1, samples))
     value, error = mean_and_error(right)
-    answers = [r.behaviour["answer"] for r in rollouts]
-    ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
+    ungradable = [not verify.is_readable(r.behaviour["answer"] or "") for r in rollouts]
     votes = []
     for group in by_problem(rollouts):
         i = majority([r.behaviour["answer"] for r in group])
@@ -3711,7 +3709,10 @@ def settings_before(cfg: Config) -> dict:
     """The config of the stage that produced this stage's input model, {} if no stage did."""
     given = cfg.model or cfg.checkpoint.split(",")[0]
     run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
-    folders = [Path(given), Path(given).parent] if given else [run / "rl", run / "sft"]
+    folders = [run / "rl", run / "sft"]
+    if given:
+        path = Path(given)
+        folders = [path.parent if path.name.startswith("checkpoint-") else path]
     for folder in folders:
         path = folder / "config.json"
         settings = read_json(path).get("config") if path.is_file() else None
