@@ -902,10 +902,9 @@ class TorchEngine:
         B, longest = tokens.shape
         prefix = int(lengths.min())
         first = counts.cumsum(0) - counts  # row of each prompt's first sample
-        cache = Cache(policy)
+        cache = Cache(policy, counts, longest)
         hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache)
         hidden = hidden.repeat_interleave(counts, 0)  # (B, D)
-        cache.extend(counts, longest)
 
         row_of_slot = torch.arange(B, device=device)  # (b,)
         for t in range(prefix, longest):
@@ -2196,13 +2195,16 @@ def check_push(engine, policy, prompt: list[int], cfg: Config):
 class Cache:
     """The cache of TorchEngine, with the methods that transformers' layers call: per layer one
     preallocated tensor of keys and values, (2, b, Hkv, longest, Dh), of which the first `n`
-    positions are filled."""
+    positions are filled. The prefill has one row a prompt, which is kept once for each of its
+    samples, `counts` (prompts,)."""
 
-    def __init__(self, policy):
+    def __init__(self, policy, counts, longest: int):
         layers = policy.lm.config.num_hidden_layers
         self.kv = [None] * layers
         self.n = [0] * layers
         self.dtype = torch.bfloat16 if policy.bfloat16 else torch.float32  # as attention reads it
+        self.counts = counts
+        self.longest = longest
 
     def update(self, k, v, layer: int, *args, **kwargs):
         if k.shape != v.shape:
@@ -2212,22 +2214,18 @@ class Cache:
         self.n[layer] = end
         new = torch.stack([k, v]).to(self.dtype)
         if n == 0:  # prefill
-            self.kv[layer] = new
+            _, _, heads, _, width = new.shape
+            room = new.new_empty(2, int(self.counts.sum()), heads, self.longest, width)
+            room[:, :, :, :end] = new.repeat_interleave(self.counts, 1)
+            self.kv[layer] = room
         else:
             self.kv[layer][:, :, :, n:end] = new
-        keys, values = self.kv[layer][:, :, :, :end]
+            new = self.kv[layer][:, :, :, :end]
+        keys, values = new
         return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.n[layer]
-
-    def extend(self, counts, longest: int):
-        """Repeat each prompt's prefix for its samples and make room for `longest` positions."""
-        for layer, x in enumerate(self.kv):
-            _, _, heads, _, width = x.shape
-            room = x.new_empty(2, int(counts.sum()), heads, longest, width)
-            room[:, :, :, : x.shape[3]] = x.repeat_interleave(counts, 1)
-            self.kv[layer] = room
 
     def keep(self, left: int, empty, moved):
         """Keep the first `left` slots, after the slots `moved` took the `empty` ones."""
