@@ -361,7 +361,8 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
 def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) -> list[Rollout]:
     """K responses to each problem with the policy's present weights, (P * K,), on every rank."""
     with clock("push"):
-        push_weights(engine, policy, problems[0], cfg)  # after a copy both score this problem
+        if engine.load(policy):  # weights were copied: both must score an answer alike
+            check_push(engine, policy, problems[0].prompt, cfg)
     rollouts = []
     for number, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "rollout", step, number)
@@ -1758,7 +1759,8 @@ def run_eval(cfg: Config):
             answerer = answer_engine(engine, cfg) if cfg.answer_model else engine
         lock()
         engine.tokenizer = tokenizer
-        push_weights(engine, policy, first[0], cfg)
+        if engine.load(policy):
+            check_push(engine, policy, first[0].prompt, cfg)
         del policy
         for entry, problems, samples in todo:
             result, rollouts = measure(engine, answerer, problems, samples, cfg)
@@ -2163,11 +2165,6 @@ def make_engine(folder: str, policy, tokenizer, cfg: Config):
     if uses_vllm(cfg):
         return VLLMEngine(folder, policy, tokenizer, cfg)
     return TorchEngine(tokenizer, cfg)
-
-
-def push_weights(engine, policy, problem: Problem, cfg: Config):
-    if engine.load(policy):
-        check_push(engine, policy, problem.prompt, cfg)
 
 
 def engine_gaps(engine, policy, prompts: list[list[int]], max_new: int, cfg) -> torch.Tensor:
@@ -2907,7 +2904,7 @@ def digest_of_rows(rows: list[dict]) -> str:
 
 
 def digest_of_code() -> str:
-    files = [module.__file__ for module in (sys.modules[__name__], data_prep, verify)]
+    files = (__file__, data_prep.__file__, verify.__file__)
     return digest([Path(file).read_bytes() for file in files])
 
 
