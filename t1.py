@@ -528,6 +528,7 @@ def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout
 
 
 # ------------------------------------------------------------------------- 5. How it is computed
+# In this order: the policy, packing and attention, the gradient, sampling, the head in chunks.
 Row = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
 
@@ -1628,27 +1629,25 @@ def means(rollouts: list[Rollout]) -> dict:
     """Means over judged responses (docs/metrics.md). None: there is nothing to take a mean of."""
     n = len(rollouts)
     tokens = sum(len(r.ids) for r in rollouts)
+    patterns = [r.pattern for r in rollouts]
+    checked = sum(r.behaviour["checks"] > 0 for r in rollouts)
 
     def total(name):
         return sum(r.behaviour[name] for r in rollouts)
 
     def of_checked(name):  # share of the responses that hold checks
-        checked = sum(r.behaviour["checks"] > 0 for r in rollouts)
         return total(name) / checked if checked else None
-
-    def share(pattern):
-        return sum(r.pattern == pattern for r in rollouts) / n
 
     return dict(
         accuracy=sum(r.right for r in rollouts) / n,
-        honest=total("honest") / total("checks") if total("checks") else None,
+        honest=total("honest") / total("checks") if checked else None,
         reward=sum(r.reward for r in rollouts) / n,
         length=tokens / n,
         checks=total("checks") / n,
-        overlong=share("overlong"),
-        repetition=share("repetition"),
-        garbled=share("garbled"),
-        high_perplexity=share("high_perplexity"),
+        overlong=patterns.count("overlong") / n,
+        repetition=patterns.count("repetition") / n,
+        garbled=patterns.count("garbled") / n,
+        high_perplexity=patterns.count("high_perplexity") / n,
         honoured=of_checked("honoured"),
         first_right=of_checked("first_right"),
         corrected=of_checked("corrected"),
