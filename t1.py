@@ -30,7 +30,7 @@ the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from b
     Stop, Misuse         end the run with one line: a failure; a mistake of the user
     rank(), world()      this process, and their number: torchrun starts several, of one result
     share_of_rank        what this one computes; `exchange`: all get the shares of all
-    gather, all_sum      a list, or a sum, over all ranks
+    gather               a list with the items of all ranks
     all_ranks_or_none    what a rank raises inside this `with`, all raise"""
 
 import signal
@@ -388,7 +388,7 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
     for i, logprobs in zip(mine, reference):
         kl[i] = sum(rollouts[i].logprobs) - logprobs.double().sum()
     interrupt.check()
-    return all_sum(kl).float()
+    return sum(gather([kl])).float()
 
 
 def run_rl(cfg):
@@ -759,7 +759,8 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
             raise Stop(f"rank {rank()}: loss, log-prob or entropy is not finite: {sums.tolist()}")
     gaps = torch.cat(gaps)
     noise = torch.stack([gaps.double().sum(), gaps.double().abs().sum()])
-    loss, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
+    parts = gather([torch.cat([sums, noise])])
+    loss, nll, entropy, bias, gap = sum(parts).tolist()
     p99 = np.quantile(gaps.abs().numpy(), 0.99).item() if len(gaps) else 0.0
     p99 = max(gather([p99]))
     return dict(loss=loss, nll=nll, entropy=entropy, bias=bias, gap=gap, gap_p99=p99, tokens=N)
@@ -3049,18 +3050,18 @@ class RunFolder:
         )
         model = latest(self.cfg.model)
         config = self.path / "config.json"
-        if rank() == 0 and not config.exists():
-            contents["model"] = digest(weights_of(model))
-            run = dict(
-                config=self.values,
-                steps=steps,
-                started_from=source,
-                run=f"{time.time_ns():x}",
-                **machine(),
-                contents=contents,
-            )
-            write_json(config, run)
-        all_ranks_agree()
+        with all_ranks_or_none():
+            if rank() == 0 and not config.exists():
+                contents["model"] = digest(weights_of(model))
+                run = dict(
+                    config=self.values,
+                    steps=steps,
+                    started_from=source,
+                    run=f"{time.time_ns():x}",
+                    **machine(),
+                    contents=contents,
+                )
+                write_json(config, run)
         before = read_json(config)
         self.run = before.get("run")
         if before["config"].get("model") != self.cfg.model:
@@ -3325,13 +3326,6 @@ def exchange(rollouts: list[Rollout], share: list[Rollout], together: int = 1):
     shares = gather([share] if rank() % together == 0 else [])
     for i, part in enumerate(shares):
         rollouts[i :: len(shares)] = part
-
-
-def all_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks of a float64 tensor on the CPU."""
-    if world() > 1:
-        dist.all_reduce(x)
-    return x
 
 
 def from_rank0(value):
