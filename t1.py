@@ -2290,9 +2290,8 @@ def load_policy(folder: str, cfg: Config):
         return checked_policy(lm, tokenizer, folder, cfg), tokenizer
     except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
-    except (
-        BaseException
-    ) as e:  # of the libraries, on a damaged folder (a Rust panic is no Exception)
+    except BaseException as e:
+        # Of the libraries, on a damaged folder. (A Rust panic is no Exception.)
         if no_more_processes(e):
             raise Stop(failure_of(e))
         raise Misuse(
@@ -2330,9 +2329,8 @@ def check_model_folder(folder: str):
 def checked_policy(lm, tokenizer, folder: str, cfg: Config) -> Policy:
     """Validate model and tokenizer, and move the model to its device: the CPU if it will be cut
     into shards."""
-    if tokenizer.eos_token_id is None or not prompt_ids(
-        dict(problem="1 + 1", where=folder), tokenizer, cfg
-    ):
+    row = dict(problem="1 + 1", where=folder)
+    if tokenizer.eos_token_id is None or not prompt_ids(row, tokenizer, cfg):
         raise Misuse(
             f"{folder}: the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
         )
@@ -2630,25 +2628,24 @@ def exported_weights(policy, dtype) -> dict:
     return {name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names}
 
 
-def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
+def write_model(folder: Path, policy, weights: dict, dtype):
     """An ordinary Hugging Face folder of these weights."""
-    lm.save_pretrained(folder, state_dict=weights)
-    lm.config.dtype = dtype  # of these weights; the library wrote that of its own
-    lm.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    policy.lm.save_pretrained(folder, state_dict=weights)
+    policy.lm.config.dtype = dtype  # of these weights; the library wrote that of its own
+    policy.lm.config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
 
 
 def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
     """Write and read back a folder as checkpoints will be, before anything is trained: with weights
     of at most `limit` bytes; of a larger model their names and shapes. Misuse with the library's
     reason."""
-    lm = policy.lm
     dtype = getattr(torch, cfg.dtype)
     small = dtype.itemsize * number_of_parameters(policy) <= limit
     weights = exported_weights(policy, dtype) if small else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            write_model(folder, lm, tokenizer, weights, dtype)
+            write_model(folder, policy, weights, dtype)
             again = transformers.AutoTokenizer.from_pretrained(folder)
             if small:
                 read = transformers.AutoModelForCausalLM.from_pretrained(
@@ -3153,7 +3150,7 @@ class RunFolder:
             weights = exported_weights(policy, dtype)
             if rank() == 0:
                 shutil.rmtree(beside, ignore_errors=True)
-                write_model(beside, policy.lm, policy.tokenizer, weights, dtype)
+                write_model(beside, policy, weights, dtype)
             del weights
             all_ranks_agree()
             with trainer_state(policy, optimizer, anchor) as state:
