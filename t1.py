@@ -1850,7 +1850,8 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
     value, error = mean_and_error(right)
     ungradable = [not verify.is_readable(r.behaviour["answer"] or "") for r in rollouts]
     votes = []
-    for group in by_problem(rollouts):
+    for start in range(0, len(rollouts), samples):
+        group = rollouts[start : start + samples]
         i = majority([r.behaviour["answer"] for r in group])
         votes.append([i is not None and group[i].right])
     chances = []
