@@ -479,8 +479,8 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
     NOT IN PAPER: finished thoughts keep their answer; the policy as answerer; greedy answers."""
     closing = "" if cfg.answer_model else CLOSING
     closing_ids = tokenizer(closing, add_special_tokens=False).input_ids
-    result = list(rollouts)
-    starts = {}  # of the cut responses, by their place
+    starts = {}  # of the responses that are cut, by their place
+    answers = []
     for i, rollout in enumerate(rollouts):
         if thoughts[i] > budget:
             row = rollout.problem.row
@@ -488,12 +488,14 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
             prompt = rollout.problem.prompt + starts[i]
             if cfg.answer_model:
                 prompt = summary_prompt(row, tokenizer.decode(starts[i]), answerer)
-            result[i] = Rollout(Problem(row, prompt))
+            answers.append(Rollout(Problem(row, prompt)))
     room = SUMMARY_TOKENS if cfg.answer_model else ANSWER_TOKENS
-    generate(answerer, [result[i] for i in starts], room, temperature=0.0)
-    for i, start in starts.items():
-        result[i].text = closing + text_of(result[i], answerer.tokenizer)
-        result[i].ids = start + result[i].ids
+    generate(answerer, answers, room, temperature=0.0)
+    result = list(rollouts)
+    for i, answer in zip(starts, answers):
+        answer.text = closing + text_of(answer, answerer.tokenizer)
+        answer.ids = starts[i] + answer.ids
+        result[i] = answer
     return result
 
 
@@ -3063,7 +3065,7 @@ class RunFolder:
         before = read_json(config)
         self.run = before.get("run")
         if before["config"].get("model") != self.cfg.model:
-            contents["model"] = digest(weights_of(model))
+            contents["model"] = digest(on_rank0(weights_of, model))
         for name, value in contents.items():
             old = before.get("contents", {}).get(name)
             if old != value:
