@@ -479,22 +479,21 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
     NOT IN PAPER: finished thoughts keep their answer; the policy as answerer; greedy answers."""
     closing = "" if cfg.answer_model else CLOSING
     closing_ids = tokenizer(closing, add_special_tokens=False).input_ids
-    starts = {}  # of the responses that are cut, by their place
+    late = [i for i, thought in enumerate(thoughts) if thought > budget]
+    starts = [cut_at(rollouts[i].ids, budget, tokenizer) + closing_ids for i in late]
     answers = []
-    for i, rollout in enumerate(rollouts):
-        if thoughts[i] > budget:
-            row = rollout.problem.row
-            starts[i] = cut_at(rollout.ids, budget, tokenizer) + closing_ids
-            prompt = rollout.problem.prompt + starts[i]
-            if cfg.answer_model:
-                prompt = summary_prompt(row, tokenizer.decode(starts[i]), answerer)
-            answers.append(Rollout(Problem(row, prompt)))
+    for i, start in zip(late, starts):
+        problem = rollouts[i].problem
+        prompt = problem.prompt + start
+        if cfg.answer_model:
+            prompt = summary_prompt(problem.row, tokenizer.decode(start), answerer)
+        answers.append(Rollout(Problem(problem.row, prompt)))
     room = SUMMARY_TOKENS if cfg.answer_model else ANSWER_TOKENS
     generate(answerer, answers, room, temperature=0.0)
     result = list(rollouts)
-    for i, answer in zip(starts, answers):
+    for i, start, answer in zip(late, starts, answers):
         answer.text = closing + text_of(answer, answerer.tokenizer)
-        answer.ids = starts[i] + answer.ids
+        answer.ids = start + answer.ids
         result[i] = answer
     return result
 
@@ -529,8 +528,7 @@ def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout
     return rollouts
 
 
-# ------------------------------------------------------------------------- 5. How it is computed
-# In this order: the policy, packing and attention, the gradient, sampling, the head in chunks.
+# --- 5. How it is computed: policy, packing and attention, gradient, sampling, the head in chunks
 Row = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
 
