@@ -1101,6 +1101,9 @@ def _chunk_gradient(z, p, lse, entropy, targets, of_logp, of_entropy, temperatur
 # ================================================================================================
 # T1 ends here. Below is what a run needs around it.
 # ================================================================================================
+# In this order: options and presets; problems and prompts; measures of a response; evaluation; the
+# vLLM engine; models and sharding; checkpoints and run folders; ranks, clock, signals; pictures;
+# the command line.
 import argparse
 import atexit
 import contextlib
