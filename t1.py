@@ -2200,9 +2200,8 @@ class Cache:
     samples, `counts` (prompts,)."""
 
     def __init__(self, policy, counts, longest: int):
-        layers = policy.lm.config.num_hidden_layers
-        self.kv = [None] * layers
-        self.n = [0] * layers
+        self.kv = {}
+        self.n = {}
         self.dtype = torch.bfloat16 if policy.bfloat16 else torch.float32  # as attention reads it
         self.counts = counts
         self.longest = longest
@@ -2210,7 +2209,7 @@ class Cache:
     def update(self, k, v, layer: int, *args, **kwargs):
         if k.shape != v.shape:
             raise NotImplementedError("its keys and values have heads of different sizes")
-        n = self.n[layer]
+        n = self.get_seq_length(layer)
         end = n + k.shape[2]
         self.n[layer] = end
         new = torch.stack([k, v]).to(self.dtype)
@@ -2226,11 +2225,11 @@ class Cache:
         return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return self.n[layer]
+        return self.n.get(layer, 0)
 
     def keep(self, left: int, empty, moved):
         """Keep the first `left` slots, after the slots `moved` took the `empty` ones."""
-        for layer, x in enumerate(self.kv):
+        for layer, x in self.kv.items():
             n = self.n[layer]
             x[:, empty, :, :n] = x[:, moved, :, :n]
             self.kv[layer] = x[:, :left]
