@@ -2696,13 +2696,11 @@ def checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
         path = folder / name
         if not path.exists():
             return []
-        size = 0
         crc = 0
         with data_prep.naming(path), data_prep.open_file(path) as f:
             for part in iter(functools.partial(f.read, 1 << 20), b""):
-                size += len(part)
                 crc = zlib.crc32(part, crc)
-        return [size, crc]
+        return [path.stat().st_size, crc]
 
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(checksum, names)))
