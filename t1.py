@@ -731,19 +731,19 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
         weights = torch.tensor([1 / (B * len(r.ids)) for r in rollouts])
     mine = share_of_rank(rollouts)
     rows = [row_of(rollouts[i]) for i in mine]
-    sampled = [torch.tensor(rollouts[i].logprobs) for i in mine]
-    ranks = world() if isinstance(policy, FSDPModule) else 1  # FSDP takes the mean over ranks
     sums = torch.zeros(3, dtype=torch.float64)
     gaps = [torch.zeros(0)]
     with clock("gradient"), all_ranks_or_none():
         for group, weight in micro_batches(policy, rows, cfg.micro_tokens):
-            packed = policy.pack([rows[i] for i in group])
-            sizes = torch.tensor([len(rows[i][1]) for i in group])
             which = [mine[i] for i in group]
+            batch = [rollouts[i] for i in which]
+            packed = policy.pack([row_of(r) for r in batch])
+            sizes = torch.tensor([len(r.ids) for r in batch])
             A = advantages[which].repeat_interleave(sizes).to(policy.device)  # (n,)
-            w = weight * ranks * weights[which]
+            w = weight * world() * weights[which]  # FSDP takes the mean over ranks
             w = w.repeat_interleave(sizes).to(policy.device)  # (n,)
-            log_mu = torch.cat([sampled[i] for i in group]).to(policy.device)  # (n,), in SFT empty
+            log_mu = torch.cat([torch.tensor(r.logprobs) for r in batch])  # (n,), in SFT empty
+            log_mu = log_mu.to(policy.device)
             hidden = policy(packed)
             options = (cfg.entropy_coef, cfg.temperature, cfg.min_p, log_mu, cfg.tis_cap)
             loss, logprob, entropy = policy_loss(
@@ -751,7 +751,7 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
             )
             loss.backward()
             if weight:
-                part = torch.stack([loss.detach() / ranks, -logprob.sum(), entropy.sum()])
+                part = torch.stack([loss.detach() / world(), -logprob.sum(), entropy.sum()])
                 sums += part.double().cpu()
                 if len(log_mu):
                     gaps.append((logprob - log_mu).cpu())
