@@ -20,13 +20,18 @@ Letters: B = P*K responses, N generated tokens of the whole batch over all ranks
 vocabulary, D hidden width, n positions that are scored at once.
 
 Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first skip
-part 5 (how it is computed) and all below the banner (what a run needs around it). From there come
-`cfg`, the options of `Method` and of the run; `RunFolder`, logs and checkpoints; `clock`, which
-times a phase; `x.on_device`, x is on the device inside the `with`; and, since under torchrun every
-rank runs this file with the result of one process: rank() and world(), this process and their
-number; `share_of_rank`, what this one computes; `exchange`, all get the shares of all; `all_sum`
-and `gather`, over ranks; `all_ranks_or_none`, an error of one is raised by all; `local`, its shard.
-"(section 2)" is the paper's; `NOT IN PAPER` marks what it leaves open."""
+part 5 (how it is computed) and all below the banner (what a run needs around it). "(section 2)" is
+the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from below the banner:
+
+    cfg                  the options of `Method` and of the run
+    RunFolder, latest    logs and checkpoints; the last checkpoint of a folder
+    clock("rollout")     times a phase
+    x.on_device          inside this `with`, x is on the device
+    Stop, Misuse         end the run with one line: a failure; a mistake of the user
+    rank(), world()      this process, and their number: torchrun starts several, of one result
+    share_of_rank        what this one computes; `exchange`: all get the shares of all
+    gather               a list with the items of all ranks
+    all_ranks_or_none    what a rank raises inside this `with`, all raise"""
 
 import signal
 
@@ -95,9 +100,7 @@ class Method:
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
     max_nll: float = knob(0.0, "perplexity: largest mean -log-prob, nats; 0: off", zero=True)
     loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
-    tis_cap: float = knob(
-        0.0, "cap of the importance weights; 0: no weighting", "", "rl", zero=True
-    )
+    tis_cap: float = knob(0.0, "cap of the importance weights; 0: none", "", "rl", zero=True)
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
 
@@ -142,9 +145,7 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
     it, and its log-prob would be -inf."""
     dtype = torch.promote_types(lm_head.dtype, torch.float32)
     logits = hidden.to(lm_head.dtype).to(dtype) @ lm_head.to(dtype).T  # (n, V)
-    if temperature != 1:
-        logits = logits / temperature
-    logp = log_softmax_min_p(logits, min_p, keep=targets)  # (n, V)
+    logp = log_softmax_min_p(logits / temperature, min_p, keep=targets)  # (n, V)
     finite = logp.masked_fill(logp.isinf(), 0) if min_p > 0 else logp  # 0 log 0 = 0
     entropy = -(logp.exp() * finite).sum(-1)
     return logp.gather(1, targets[:, None])[:, 0], entropy
@@ -238,7 +239,7 @@ def word_salad(text: str, prompt: str) -> bool:
     english = COMMON_WORDS.intersection(WORD.findall(prompt.lower()))
     if len(english) < 2 or not english & {"the", "and"}:
         return False
-    run = []
+    run = []  # the last words, at most 40, none of which is common
     for word in WORD.findall(CODE.sub(" ", text).lower()):
         run = [] if word in COMMON_WORDS else [*run[-39:], word]
         if len(run) == 40 and len({word for word in run if len(word) > 3}) >= 20:
@@ -360,7 +361,8 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
 def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) -> list[Rollout]:
     """K responses to each problem with the policy's present weights, (P * K,), on every rank."""
     with clock("push"):
-        push_weights(engine, policy, problems[0], cfg)  # after a copy both score this problem
+        if engine.load(policy):  # weights were copied: both must score an answer alike
+            check_push(engine, policy, problems[0].prompt, cfg)
     rollouts = []
     for number, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "rollout", step, number)
@@ -386,7 +388,7 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
     for i, logprobs in zip(mine, reference):
         kl[i] = sum(rollouts[i].logprobs) - logprobs.double().sum()
     interrupt.check()
-    return all_sum(kl).float()
+    return sum(gather([kl])).float()
 
 
 def run_rl(cfg):
@@ -406,18 +408,18 @@ def run_rl(cfg):
     policy = shard(whole, tokenizer, cfg)
     del whole
     optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(policy, optimizer, anchor)
+    folder.resume(policy, optimizer, anchor)
     engine = make_engine(source, policy, tokenizer, cfg)
 
-    for step in folder.steps(start, cfg.rl_steps):
+    for step in folder.steps():
         try:
             row, rollouts = rl_step(step, problems, policy, anchor, engine, optimizer, cfg)
         except Interrupted:  # before the gradient: save, and do this step again on resume
-            folder.after_step(step, cfg.rl_steps, policy, optimizer, anchor)
+            folder.after_step(step)
             raise
         folder.log(row, rollouts)
         warn(row, rollouts)
-        folder.after_step(step + 1, cfg.rl_steps, policy, optimizer, anchor)
+        folder.after_step(step + 1)
     finish_stage(folder, policy, engine, tests, "eval")
 
 
@@ -427,14 +429,15 @@ def sft_step(step: int, steps: int, traces: list[Rollout], policy, optimizer, cf
     SFT is the loss of RL with A = 1, alpha = 0 and temperature 1, on responses from the data.
     NOT IN PAPER: every response token of the batch weighs the same."""
     batch = [traces[i] for i in batch_indices(len(traces), cfg.sft_batch, step, cfg.seed)]
-    plain = dict(entropy_coef=0.0, temperature=1.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
-    cfg = dataclasses.replace(cfg, **plain)
+    cfg = dataclasses.replace(
+        cfg, entropy_coef=0.0, temperature=1.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens"
+    )
     sums = accumulate_gradient(policy, batch, torch.ones(len(batch)), cfg)
     lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
     N = sums["tokens"]
-    nats = dict(loss=sums["loss"], entropy=sums["entropy"] / N)
-    return dict(step=step, **nats, grad_norm=norm, lr=lr, tokens=N)
+    entropy = sums["entropy"] / N
+    return dict(step=step, loss=sums["loss"], entropy=entropy, grad_norm=norm, lr=lr, tokens=N)
 
 
 def run_sft(cfg):
@@ -443,23 +446,22 @@ def run_sft(cfg):
     whole, tokenizer, traces, tests = prepare(folder, source, cfg)
     policy = shard(whole, tokenizer, cfg)
     del whole
-    steps = number_of_steps(traces, cfg)
     origin = source or "random weights"
-    print0(f"{len(traces)} traces, {steps} steps; the policy starts from {origin}")
+    print0(f"{len(traces)} traces, {folder.total} steps; the policy starts from {origin}")
     optimizer = make_optimizer(policy, cfg)
-    start = folder.resume(policy, optimizer)
+    folder.resume(policy, optimizer)
 
-    for step in folder.steps(start, steps):
-        row = sft_step(step, steps, traces, policy, optimizer, cfg)
+    for step in folder.steps():
+        row = sft_step(step, folder.total, traces, policy, optimizer, cfg)
         folder.log(row)
-        folder.after_step(step + 1, steps, policy, optimizer)
+        folder.after_step(step + 1)
     finish_stage(folder, policy, make_engine(folder.source, policy, tokenizer, cfg), tests, "rl")
 
 
 # ---------------------------------------- 4. Inference scaling (section 3), evaluation (section 4)
 def thought_length(rollout: Rollout, tokenizer) -> float:
-    """Tokens up to and including the one that completes `</think>`. Without it all of a finished
-    response is thought, and the thought of an unfinished one never ends."""
+    """Tokens up to and including the one that completes `</think>`, found by bisection. Without it
+    all of a finished response is thought, and the thought of an unfinished one never ends."""
     ids = rollout.ids
     if "</think>" not in tokenizer.decode(ids):
         return len(ids) if rollout.finished else math.inf
@@ -506,7 +508,7 @@ def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[li
         with all_ranks_or_none():
             grade(share)
         exchange(cut, share)
-        right = grouped([r.right for r in cut], samples)
+        right = np.reshape([r.right for r in cut], (-1, samples))
         length = float(np.mean([len(r.ids) for r in cut]))
         points.append([budget, *mean_and_error(right), length])
     return points
@@ -526,7 +528,7 @@ def evaluate(engine, problems: list[Problem], samples: int, cfg) -> list[Rollout
     return rollouts
 
 
-# ------------------------------------------------------------------------- 5. How it is computed
+# --- 5. How it is computed: policy, packing and attention, gradient, sampling, the head in chunks
 Row = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
 
@@ -542,7 +544,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.lm = lm.eval()  # no dropout: the trained distribution is the sampled one
         self.tokenizer = tokenizer
-        self.device = device or device_of(cfg)
+        self.device = device or run_device()
         self.bfloat16 = cfg.dtype == "bfloat16"
         self.on_device = Parked()
         embeddings = lm.get_input_embeddings().num_embeddings
@@ -565,14 +567,14 @@ class Policy(torch.nn.Module):
     def forward(self, batch: "Packed") -> torch.Tensor:
         """-> (n, D), the hidden states that predict the response tokens. transformers hands `pack`
         on to `attention`."""
-        inputs = dict(input_ids=batch.ids, position_ids=batch.position)
-        hidden = self.backbone(**inputs, use_cache=False, pack=batch)
+        hidden = self.backbone(batch.ids, batch.position, use_cache=False, pack=batch)
         return hidden[0].index_select(0, batch.predict)
 
-    def backbone(self, **inputs) -> torch.Tensor:
+    def backbone(self, ids, position, **options) -> torch.Tensor:
         """The transformer without its head: ids (B, T) -> (B, T, D)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.lm.base_model(**inputs).last_hidden_state
+            output = self.lm.base_model(input_ids=ids, position_ids=position, **options)
+        return output.last_hidden_state
 
 
 @dataclass
@@ -646,47 +648,53 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
     for name in NOT_COMPUTED:
         if others.get(name) is not None:
             raise NotImplementedError(f"its attention has {name}")
+    if pack is not None:
+        return packed_attention(q[0], k[0], v[0], scaling, pack)[None], None
+    if q.shape[2] > 1:
+        return causal_attention(q, k, v, scaling), None
+    # Decoding: the query heads that share a key-value head stand as T queries of one head.
     heads = q.shape[1]
     kv_heads = k.shape[1]
-    if pack is None and q.shape[2] == 1:
-        # Decoding: the query heads that share a key-value head stand as T queries of one head.
-        q = q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3])
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-        return out.reshape(-1, 1, heads, v.shape[3]), None
-    if pack is not None:
-        q, k, v = (x[0].transpose(0, 1).index_select(0, pack.spread) for x in (q, k, v))
-        if pack.ragged:
-            q = q.bfloat16()  # (cells, heads, Dh)
-            k = k.bfloat16()
-            v = v.bfloat16()
-            bounds = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
-            causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
-            out = varlen_attn(q, k, v, *bounds, **causal)
-            return out.index_select(0, pack.collect)[None], None
-        # Else rows are a padded grid. Padding comes last, so that the causal mask hides it.
+    q = q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3])
+    out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+    return out.reshape(-1, 1, heads, v.shape[3]), None
+
+
+def packed_attention(q, k, v, scaling, pack: Packed):
+    """(heads, M, Dh) each -> (M, Hq, Dh)."""
+    q, k, v = (x.transpose(0, 1).index_select(0, pack.spread) for x in (q, k, v))
+    if pack.ragged:
+        q, k, v = (x.bfloat16() for x in (q, k, v))  # (cells, heads, Dh)
+        bounds = (pack.bounds, pack.bounds, pack.shape[1], pack.shape[1])
+        causal = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        out = varlen_attn(q, k, v, *bounds, **causal)
+    else:  # a padded grid: padding comes last, so that the causal mask hides it
         q, k, v = (x.unflatten(0, pack.shape).transpose(1, 2) for x in (q, k, v))
+        out = causal_attention(q, k, v, scaling).flatten(0, 1)
+    return out.index_select(0, pack.collect)
+
+
+def causal_attention(q, k, v, scaling):
+    """(B, heads, T, Dh) each -> (B, T, Hq, Dh)."""
     dtype = v.dtype
     if q.requires_grad and q.device.type == "cpu" and q.shape[2] < 256:
         # In float32 a CPU's backward pass over short rows takes half the time of bfloat16.
         dtype = torch.promote_types(dtype, torch.float32)
-    causal = dict(is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
+    causal = dict(is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     with torch.autocast(q.device.type, enabled=False):
         out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **causal)
-    out = out.transpose(1, 2)  # (B, T, Hq, Dh)
-    if pack is not None:
-        out = out.flatten(0, 1).index_select(0, pack.collect)[None]  # (1, M, Hq, Dh)
-    return out, None
+    return out.transpose(1, 2)
 
 
 transformers.AttentionInterface.register("t1", attention)
 
 
 def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], float]]:
-    """Row indices in groups of up to `most` tokens, each with weight 1. Rows of similar length are
-    together, which saves padding, and of these the rows of one prompt, which is then stored once: a
-    piece has the rows of a prompt between two powers of two. Sharded layers are gathered by all
-    ranks together, so all run the same number of micro-batches: a rank with fewer repeats a short
-    row with weight 0."""
+    """Row indices in groups of up to `most` tokens, each with weight 1. A piece is the rows of one
+    prompt whose lengths lie between the same powers of two; the groups take pieces in order of
+    length. So rows of similar length are together, which saves padding, and a prompt is stored
+    once. Sharded layers are gathered by all ranks together, so all run the same number of
+    micro-batches: a rank with fewer repeats a short row with weight 0."""
     sizes = [len(prompt) + len(response) for prompt, response in rows]
     pieces = {}
     for i in sorted(range(len(rows)), key=sizes.__getitem__):
@@ -723,19 +731,19 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
         weights = torch.tensor([1 / (B * len(r.ids)) for r in rollouts])
     mine = share_of_rank(rollouts)
     rows = [row_of(rollouts[i]) for i in mine]
-    sampled = [torch.tensor(rollouts[i].logprobs) for i in mine]
-    ranks = world() if isinstance(policy, FSDPModule) else 1  # FSDP takes the mean over ranks
     sums = torch.zeros(3, dtype=torch.float64)
     gaps = [torch.zeros(0)]
     with clock("gradient"), all_ranks_or_none():
         for group, weight in micro_batches(policy, rows, cfg.micro_tokens):
-            packed = policy.pack([rows[i] for i in group])
-            sizes = torch.tensor([len(rows[i][1]) for i in group])
             which = [mine[i] for i in group]
+            batch = [rollouts[i] for i in which]
+            packed = policy.pack([row_of(r) for r in batch])
+            sizes = torch.tensor([len(r.ids) for r in batch])
             A = advantages[which].repeat_interleave(sizes).to(policy.device)  # (n,)
-            w = weight * ranks * weights[which]
+            w = weight * world() * weights[which]  # FSDP takes the mean over ranks
             w = w.repeat_interleave(sizes).to(policy.device)  # (n,)
-            log_mu = torch.cat([sampled[i] for i in group]).to(policy.device)  # (n,), in SFT empty
+            log_mu = torch.cat([torch.tensor(r.logprobs) for r in batch])  # (n,), in SFT empty
+            log_mu = log_mu.to(policy.device)
             hidden = policy(packed)
             options = (cfg.entropy_coef, cfg.temperature, cfg.min_p, log_mu, cfg.tis_cap)
             loss, logprob, entropy = policy_loss(
@@ -743,7 +751,7 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
             )
             loss.backward()
             if weight:
-                part = torch.stack([loss.detach() / ranks, -logprob.sum(), entropy.sum()])
+                part = torch.stack([loss.detach() / world(), -logprob.sum(), entropy.sum()])
                 sums += part.double().cpu()
                 if len(log_mu):
                     gaps.append((logprob - log_mu).cpu())
@@ -751,10 +759,11 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
             raise Stop(f"rank {rank()}: loss, log-prob or entropy is not finite: {sums.tolist()}")
     gaps = torch.cat(gaps)
     noise = torch.stack([gaps.double().sum(), gaps.double().abs().sum()])
-    loss, nll, entropy, bias, gap = all_sum(torch.cat([sums, noise])).tolist()
+    parts = gather([torch.cat([sums, noise])])
+    loss, nll, entropy, bias, gap = sum(parts).tolist()
     p99 = np.quantile(gaps.abs().numpy(), 0.99).item() if len(gaps) else 0.0
-    distances = dict(bias=bias, gap=gap, gap_p99=max(gather([p99])))
-    return dict(loss=loss, nll=nll, entropy=entropy, **distances, tokens=N)
+    p99 = max(gather([p99]))
+    return dict(loss=loss, nll=nll, entropy=entropy, bias=bias, gap=gap, gap_p99=p99, tokens=N)
 
 
 @torch.no_grad()
@@ -764,10 +773,9 @@ def response_logprobs(policy, rows: list[Row], cfg, temperature: float = 1.0, mi
     for group, _ in micro_batches(policy, rows, cfg.micro_tokens):
         batch = policy.pack([rows[i] for i in group])
         hidden = policy(batch)
-        arguments = (hidden, policy.head, batch.targets, temperature, min_p)
-        logprob, _ = token_logprobs_and_entropy(*arguments)
+        logp, _ = token_logprobs_and_entropy(hidden, policy.head, batch.targets, temperature, min_p)
         sizes = [len(rows[i][1]) for i in group]
-        for i, part in zip(group, logprob.cpu().split(sizes)):
+        for i, part in zip(group, logp.cpu().split(sizes)):
             result[i] = part
     if isinstance(policy, FSDPModule):
         policy.reshard()  # no backward pass follows that would drop the gathered weights
@@ -897,10 +905,9 @@ class TorchEngine:
         B, longest = tokens.shape
         prefix = int(lengths.min())
         first = counts.cumsum(0) - counts  # row of each prompt's first sample
-        cache = Cache(policy)
+        cache = Cache(policy, counts, longest)
         hidden = self._last_hidden(tokens[first, :prefix], range(prefix), cache)
         hidden = hidden.repeat_interleave(counts, 0)  # (B, D)
-        cache.extend(counts, longest)
 
         row_of_slot = torch.arange(B, device=device)  # (b,)
         for t in range(prefix, longest):
@@ -958,8 +965,8 @@ class TorchEngine:
     def _last_hidden(self, ids, positions, cache) -> torch.Tensor:
         """ids (b, T) at T positions -> the last hidden state of each row, (b, D)."""
         positions = torch.tensor([list(positions)], device=ids.device)
-        inputs = dict(input_ids=ids, position_ids=positions, past_key_values=cache)
-        return self.policy.backbone(**inputs, use_cache=True)[:, -1]
+        hidden = self.policy.backbone(ids, positions, past_key_values=cache, use_cache=True)
+        return hidden[:, -1]
 
 
 # The head. Log-probs and entropy of N tokens need N x V logits, 2.5 GB at N = 4,096 and V =
@@ -1001,7 +1008,8 @@ class _PolicyLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=dtype)
         logprob = torch.empty(len(targets), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(logprob)
-        for s in _chunks(hidden, head, chunk):
+        for start in range(0, len(hidden), chunk):
+            s = slice(start, start + chunk)
             h = hidden[s].to(lm_head.dtype)
             y = targets[s]
             z, p, lse, logprob[s], entropy[s] = _chunk_stats(h, head, y, temperature, min_p)
@@ -1038,10 +1046,10 @@ def token_logprobs_and_entropy(
     (n,), float32, without gradient. The distribution is the sampled one: softmax(logits /
     temperature), renormalised on the min-p support."""
     head = cpu_float32(lm_head)
+    c = chunk or head_chunk(len(lm_head), hidden.device)
     stats = []
-    for s in _chunks(hidden, head, chunk):
-        h = hidden[s].to(lm_head.dtype)
-        stats.append(_chunk_stats(h, head, targets[s], temperature, min_p)[-2:])
+    for h, y in zip(hidden.to(lm_head.dtype).split(c), targets.split(c)):
+        stats.append(_chunk_stats(h, head, y, temperature, min_p)[-2:])
     logprobs, entropies = zip(*stats)
     return torch.cat(logprobs), torch.cat(entropies)
 
@@ -1090,14 +1098,12 @@ def _chunk_gradient(z, p, lse, entropy, targets, of_logp, of_entropy, temperatur
     return z.scatter_add_(1, targets[:, None], (of_logp / temperature)[:, None].to(z.dtype))
 
 
-def _chunks(hidden, lm_head, chunk: int) -> list[slice]:
-    size = chunk or head_chunk(len(lm_head), hidden.device)
-    return [slice(i, i + size) for i in range(0, len(hidden), size)]
-
-
 # ================================================================================================
 # T1 ends here. Below is what a run needs around it.
 # ================================================================================================
+# In this order: options and presets; problems and prompts; measures of a response; evaluation; the
+# vLLM engine; models and sharding; checkpoints and run folders; ranks, clock, signals; pictures;
+# the command line.
 import argparse
 import atexit
 import contextlib
@@ -1111,7 +1117,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import resource
 import runpy
 import select
 import shlex
@@ -1288,18 +1293,16 @@ def prepare(folder, source: str, cfg: Config):
     whole, tokenizer = load_whole(source, cfg)
     tests = encode_prompts(tests, tokenizer, cfg)
     problems = encode_prompts(rows, tokenizer, cfg)
-    examples = encode_responses(problems, tokenizer, cfg) if cfg.stage == "sft" else problems
+    examples = problems
+    steps = cfg.rl_steps
+    if cfg.stage == "sft":
+        examples = encode_responses(problems, tokenizer, cfg)
+        steps = cfg.sft_steps or math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
     prompt = look_at_prompt(problems, tokenizer, cfg)
     if not folder.source:
         on_rank0(try_export, whole, tokenizer, cfg)
-    folder.create(source, problems, tests, prompt, number_of_steps(examples, cfg))
+    folder.create(source, problems, tests, prompt, steps)
     return whole, tokenizer, examples, tests
-
-
-def number_of_steps(examples: list, cfg: Config) -> int:
-    if cfg.stage == "rl":
-        return cfg.rl_steps
-    return cfg.sft_steps or math.ceil(cfg.sft_epochs * len(examples) / cfg.sft_batch)
 
 
 def test_sets(cfg: Config) -> list[tuple[str, list[dict], int]]:
@@ -1630,27 +1633,25 @@ def means(rollouts: list[Rollout]) -> dict:
     """Means over judged responses (docs/metrics.md). None: there is nothing to take a mean of."""
     n = len(rollouts)
     tokens = sum(len(r.ids) for r in rollouts)
+    patterns = [r.pattern for r in rollouts]
+    checked = sum(r.behaviour["checks"] > 0 for r in rollouts)
 
     def total(name):
         return sum(r.behaviour[name] for r in rollouts)
 
     def of_checked(name):  # share of the responses that hold checks
-        checked = sum(r.behaviour["checks"] > 0 for r in rollouts)
         return total(name) / checked if checked else None
-
-    def share(pattern):
-        return sum(r.pattern == pattern for r in rollouts) / n
 
     return dict(
         accuracy=sum(r.right for r in rollouts) / n,
-        honest=total("honest") / total("checks") if total("checks") else None,
+        honest=total("honest") / total("checks") if checked else None,
         reward=sum(r.reward for r in rollouts) / n,
         length=tokens / n,
         checks=total("checks") / n,
-        overlong=share("overlong"),
-        repetition=share("repetition"),
-        garbled=share("garbled"),
-        high_perplexity=share("high_perplexity"),
+        overlong=patterns.count("overlong") / n,
+        repetition=patterns.count("repetition") / n,
+        garbled=patterns.count("garbled") / n,
+        high_perplexity=patterns.count("high_perplexity") / n,
         honoured=of_checked("honoured"),
         first_right=of_checked("first_right"),
         corrected=of_checked("corrected"),
@@ -1726,39 +1727,45 @@ def run_eval(cfg: Config):
     paths = checkpoints_to_evaluate(folder.parent, cfg)
     sets = test_sets(cfg)
     answer_weights = on_rank0(weights_of, latest(cfg.answer_model))
-    lock = []  # held until the stage ends
+    locks = []  # of rank 0, held until the stage ends
+
+    def lock():
+        with all_ranks_or_none():
+            if rank() == 0 and not locks:
+                locks.append(locked_folder(folder))
+
     engine = None
     for path, name in paths.items():
         models = (on_rank0(weights_of, path), answer_weights)
-        todo = []
+        known = {old["key"]: old for old in on_rank0(results_of, folder)}
+        todo = []  # entry, problems, samples
         for test, rows, samples in sets:
-            key = from_rank0(entry_key(models, rows, samples, cfg))
+            key = on_rank0(entry_key, models, rows, samples, cfg)
             entry = dict(key=key, name=name, checkpoint=path, test=test)
-            known = [old for old in from_rank0(on_rank0(results_of, folder)) if old["key"] == key]
-            if known:
-                print0(f"{path}, {test}: evaluated before, pass@1 {known[0]['pass_at_1']:.1%}")
-                if not lock:
-                    lock.append(on_rank0(locked_folder, folder))
-                on_rank0(add_result, folder, known[0] | entry)
+            if key in known:
+                print0(f"{path}, {test}: evaluated before, pass@1 {known[key]['pass_at_1']:.1%}")
+                lock()
+                on_rank0(add_result, folder, known[key] | entry)
             else:
                 todo.append((entry, rows, samples))
         if not todo:
             continue
         release(engine)
         whole, tokenizer = load_whole(path, cfg)
-        encoded = [encode_prompts(rows, tokenizer, cfg) for _, rows, _ in todo]
+        todo = [(entry, encode_prompts(rows, tokenizer, cfg), n) for entry, rows, n in todo]
+        first = todo[0][1]
         policy = shard(whole, tokenizer, cfg)
         del whole
         if engine is None:
-            look_at_prompt(encoded[0], tokenizer, cfg)
+            look_at_prompt(first, tokenizer, cfg)
             engine = make_engine(path, policy, tokenizer, cfg)
             answerer = answer_engine(engine, cfg) if cfg.answer_model else engine
-        if not lock:
-            lock.append(on_rank0(locked_folder, folder))
+        lock()
         engine.tokenizer = tokenizer
-        push_weights(engine, policy, encoded[0][0], cfg)
+        if engine.load(policy):
+            check_push(engine, policy, first[0].prompt, cfg)
         del policy
-        for (entry, _, samples), problems in zip(todo, encoded):
+        for entry, problems, samples in todo:
             result, rollouts = measure(engine, answerer, problems, samples, cfg)
             on_rank0(log_responses, folder, entry, rollouts)
             on_rank0(add_result, folder, entry | result)
@@ -1809,15 +1816,15 @@ def log_responses(folder: Path, entry: dict, rollouts: list[Rollout]):
         )
     rows = []
     for r in rollouts:
-        sampled = dict(sample=r.sample, finished=r.finished, ids=r.ids)
-        rows.append(entry | record_of(r) | sampled)
+        rows.append(entry | record_of(r) | dict(sample=r.sample, finished=r.finished, ids=r.ids))
     append_rows(path, rows, sync=True)
 
 
-def mean_and_error(values: list[list[float]]) -> tuple[float, float | None]:
-    """Mean over problems of the mean over each problem's samples, and its standard error (None for
-    one problem). The error is over PROBLEMS: the samples of one problem are not independent."""
-    per_problem = np.array([np.mean(v) for v in values], dtype=float)
+def mean_and_error(values) -> tuple[float, float | None]:
+    """(problems, samples) -> the mean over problems of the mean over each problem's samples, and
+    its standard error (None for one problem). The error is over PROBLEMS: the samples of one
+    problem are not independent."""
+    per_problem = np.mean(values, axis=1)
     n = len(per_problem)
     error = (per_problem.std(ddof=1) / n**0.5).item() if n > 1 else None
     return per_problem.mean().item(), error
@@ -1839,25 +1846,21 @@ def majority(answers: list[str | None]) -> int | None:
     return max(votes, key=votes.get, default=None)
 
 
-def grouped(values, n: int) -> list[list]:
-    """Consecutive values, n per problem -> one list per problem."""
-    return [list(values[i : i + n]) for i in range(0, len(values), n)]
-
-
 def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tuple[dict, list]:
     """A policy on a test set -> its entry of results.json (docs/metrics.md), and its responses."""
-    tokenizer = engine.tokenizer
     rollouts = evaluate(engine, problems, samples, cfg)
-    right = grouped([r.right for r in rollouts], samples)
+    right = np.reshape([r.right for r in rollouts], (-1, samples))
     value, error = mean_and_error(right)
-    answers = [r.behaviour["answer"] for r in rollouts]
-    ungradable = [answer is None or not verify.is_readable(answer) for answer in answers]
-    elected = [majority(group) for group in grouped(answers, samples)]
-    votes = [[i is not None and group[i]] for i, group in zip(elected, right)]
+    ungradable = [not verify.is_readable(r.behaviour["answer"] or "") for r in rollouts]
+    votes = []
+    for start in range(0, len(rollouts), samples):
+        group = rollouts[start : start + samples]
+        i = majority([r.behaviour["answer"] for r in group])
+        votes.append([i is not None and group[i].right])
     chances = []
     for i in range(samples.bit_length()):
         k = 2**i
-        chance = grouped([pass_at_k(samples, sum(group), k) for group in right], 1)
+        chance = [[pass_at_k(samples, n, k)] for n in right.sum(1)]
         chances.append([k, *mean_and_error(chance)])
     result = dict(
         problems=len(problems),
@@ -1876,7 +1879,7 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
     if not (cfg.test or cfg.data or cfg.benchmarks):
         result["habits"] = data_prep.habit_shares([record_of(r) for r in rollouts])
     if cfg.budgets:
-        result["scaling"] = accuracy_within(answerer, tokenizer, rollouts, samples, cfg)
+        result["scaling"] = accuracy_within(answerer, engine.tokenizer, rollouts, samples, cfg)
     return result, rollouts
 
 
@@ -1885,8 +1888,8 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
     given = cfg.checkpoint.split(",") if cfg.checkpoint else [cfg.model]
     paths = [latest(name) for name in given if name]
     if not paths:
-        sft = from_rank0(on_rank0(checkpoints, run / "sft"))
-        rl = from_rank0(on_rank0(checkpoints, run / "rl"))
+        sft = on_rank0(checkpoints, run / "sft")
+        rl = on_rank0(checkpoints, run / "rl")
         paths = [str(path) for path in sft[-1:] + rl]
     if not paths:
         raise Misuse(
@@ -1961,7 +1964,8 @@ def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: st
         )
         if rank() == 0:
             some = rollouts[:: max(1, len(rollouts) // 8)]
-            rows = [dict(step=folder.last, kind="held-out", **record_of(r)) for r in some]
+            step = folder.total - 1
+            rows = [dict(step=step, kind="held-out", **record_of(r)) for r in some]
             append_rows(folder.path / "samples.jsonl", rows)
     print0(next_command(folder, next_stage))
 
@@ -2032,7 +2036,7 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",  # after temperature and min-p, as sampled
                 logits_processors=[KnownIds],
                 generation_config="vllm",
-                enforce_eager=device_of(cfg).type != "cuda",
+                enforce_eager=run_device().type != "cuda",
                 disable_log_stats=True,
                 hf_overrides=dict(head_dtype="float32"),  # as the trainer's logits
             )
@@ -2065,8 +2069,15 @@ class VLLMEngine:
     def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0, ended=None):
         """As TorchEngine.generate. The ranks that share the engine call it together."""
         groups = by_problem(rollouts)
-        options = dict(temperature=temperature, min_p=min_p, max_tokens=max_new, logprobs=0)
-        options |= dict(stop_token_ids=self.end_ids, flat_logprobs=True, detokenize=False)
+        options = dict(
+            temperature=temperature,
+            min_p=min_p,
+            max_tokens=max_new,
+            logprobs=0,
+            stop_token_ids=self.end_ids,
+            flat_logprobs=True,
+            detokenize=False,
+        )
         prompts = [{"prompt_token_ids": group[0].problem.prompt} for group in groups]
         params = [self.sampling_params(n=len(group), **options) for group in groups]
         answers = []
@@ -2086,11 +2097,10 @@ class VLLMEngine:
 
 
 def import_vllm():
-    environment = dict(
+    os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process: weights need no copy to reach it
         VLLM_USE_V2_MODEL_RUNNER="0",  # V2: other logits processors, seeds that no call sets
     )
-    os.environ.update(environment)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     warnings.filterwarnings("ignore", module="vllm")
@@ -2099,7 +2109,7 @@ def import_vllm():
 
 def uses_vllm(cfg: Config) -> bool:
     if cfg.engine == "auto":
-        return device_of(cfg).type == "cuda" and installed("vllm")
+        return run_device().type == "cuda" and installed("vllm")
     return cfg.engine == "vllm"
 
 
@@ -2110,7 +2120,7 @@ def installed(package: str) -> bool:
 def sleeps(cfg: Config) -> bool:
     """Does the engine free its memory for the update? AdamW's state is offloaded during rollouts
     then."""
-    return cfg.stage == "rl" and uses_vllm(cfg) and device_of(cfg).type == "cuda"
+    return cfg.stage == "rl" and uses_vllm(cfg) and run_device().type == "cuda"
 
 
 def engine_ranks(weights: int, card: int, ranks: int) -> int:
@@ -2137,7 +2147,7 @@ def number_of_parameters(module) -> int:
 
 def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     """-> ranks that share a vLLM engine, and vLLM's options for its memory."""
-    if device_of(cfg).type == "cpu":
+    if run_device().type == "cpu":
         return cfg.vllm_tp or 1, dict(kv_cache_memory_bytes=1 << 29)
     torch.cuda.empty_cache()
     free, card = torch.cuda.mem_get_info()
@@ -2161,67 +2171,65 @@ def make_engine(folder: str, policy, tokenizer, cfg: Config):
     return TorchEngine(tokenizer, cfg)
 
 
-def push_weights(engine, policy, problem: Problem, cfg: Config):
-    if engine.load(policy):
-        check_push(engine, policy, problem.prompt, cfg)
+def engine_gaps(engine, policy, prompts: list[list[int]], max_new: int, cfg) -> torch.Tensor:
+    """Distances of the engine's log-probs of a greedy answer to each prompt from the trainer's."""
+    probes = [Rollout(Problem({}, prompt)) for prompt in prompts]
+    engine.generate(probes, max_new, temperature=0.0)
+    sampled = torch.cat([torch.tensor(r.logprobs) for r in probes])
+    scored = torch.cat(response_logprobs(policy, [row_of(r) for r in probes], cfg))
+    return (sampled - scored).abs()
 
 
 def check_push(engine, policy, prompt: list[int], cfg: Config):
     """After a push, engine and trainer must give the same log-probs to one greedy answer. A push
     that fails silently would leave the rollouts to an old policy for the rest of the run."""
-    probe = Rollout(Problem({}, prompt))
-    engine.generate([probe], 16, temperature=0.0)
-    (ours,) = response_logprobs(policy, [row_of(probe)], cfg)
-    gap = (torch.tensor(probe.logprobs) - ours).abs().mean().item()
+    gap = engine_gaps(engine, policy, [prompt], 16, cfg).mean().item()
     tolerance = PUSH_TOLERANCE[cfg.dtype]
-    error = None
-    if not gap <= tolerance:
-        error = Stop(
-            f"rank {rank()}: engine and trainer are {gap:.2g} nats per token apart after a push of"
-            f" weights (tolerance {tolerance}): it failed, or they differ"
-        )
-    all_ranks_agree(error)
+    with all_ranks_or_none():
+        if not gap <= tolerance:
+            raise Stop(
+                f"rank {rank()}: engine and trainer are {gap:.2g} nats per token apart after a push"
+                f" of weights (tolerance {tolerance}): it failed, or they differ"
+            )
 
 
 class Cache:
     """The cache of TorchEngine, with the methods that transformers' layers call: per layer one
     preallocated tensor of keys and values, (2, b, Hkv, longest, Dh), of which the first `n`
-    positions are filled."""
+    positions are filled. The prefill has one row a prompt, which is kept once for each of its
+    samples, `counts` (prompts,)."""
 
-    def __init__(self, policy):
-        layers = policy.lm.config.num_hidden_layers
-        self.kv = [None] * layers
-        self.n = [0] * layers
+    def __init__(self, policy, counts, longest: int):
+        self.kv = {}
+        self.n = {}
         self.dtype = torch.bfloat16 if policy.bfloat16 else torch.float32  # as attention reads it
+        self.counts = counts
+        self.longest = longest
 
     def update(self, k, v, layer: int, *args, **kwargs):
         if k.shape != v.shape:
             raise NotImplementedError("its keys and values have heads of different sizes")
-        n = self.n[layer]
+        n = self.get_seq_length(layer)
         end = n + k.shape[2]
         self.n[layer] = end
         new = torch.stack([k, v]).to(self.dtype)
         if n == 0:  # prefill
-            self.kv[layer] = new
+            _, _, heads, _, width = new.shape
+            room = new.new_empty(2, int(self.counts.sum()), heads, self.longest, width)
+            room[:, :, :, :end] = new.repeat_interleave(self.counts, 1)
+            self.kv[layer] = room
         else:
             self.kv[layer][:, :, :, n:end] = new
-        keys, values = self.kv[layer][:, :, :, :end]
+            new = self.kv[layer][:, :, :, :end]
+        keys, values = new
         return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return self.n[layer]
-
-    def extend(self, counts, longest: int):
-        """Repeat each prompt's prefix for its samples and make room for `longest` positions."""
-        for layer, x in enumerate(self.kv):
-            _, _, heads, _, width = x.shape
-            room = x.new_empty(2, int(counts.sum()), heads, longest, width)
-            room[:, :, :, : x.shape[3]] = x.repeat_interleave(counts, 1)
-            self.kv[layer] = room
+        return self.n.get(layer, 0)
 
     def keep(self, left: int, empty, moved):
         """Keep the first `left` slots, after the slots `moved` took the `empty` ones."""
-        for layer, x in enumerate(self.kv):
+        for layer, x in self.kv.items():
             n = self.n[layer]
             x[:, empty, :, :n] = x[:, moved, :, :n]
             self.kv[layer] = x[:, :left]
@@ -2255,24 +2263,25 @@ def head_chunk(vocabulary: int, device) -> int:
     return max(1, 2**bits // (4 * vocabulary))
 
 
-def device_of(cfg: Config) -> torch.device:
+def run_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 
-def load_policy(folder: str, cfg: Config, device=None):
-    """-> a Policy in float32 on `device` (the run's by default), and its tokenizer. Misuse where
-    anything is amiss."""
+def load_policy(folder: str, cfg: Config):
+    """-> a Policy in float32 and its tokenizer. Misuse where anything is amiss."""
     try:
-        for file in sorted(Path(folder).glob("adapter_*")):
-            raise Misuse(f"{file}: adapters are not supported; merge it into the weights")
         check_model_folder(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # `check_model` goes on with "t1".
-        options = dict(dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
-        options["output_loading_info"] = True
-        lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        lm, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
         faults = dict(missing="are missing", unexpected="that the model has no place for")
         for kind, what in faults.items():
             names = sorted(info[f"{kind}_keys"])
@@ -2281,12 +2290,11 @@ def load_policy(folder: str, cfg: Config, device=None):
                     f"{folder}: {len(names)} weights {what}, the first is {names[0]}; is"
                     " config.json its own?"
                 )
-        return checked_policy(lm, tokenizer, folder, cfg, device), tokenizer
+        return checked_policy(lm, tokenizer, folder, cfg), tokenizer
     except (Stop, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
-    except (
-        BaseException
-    ) as e:  # of the libraries, on a damaged folder (a Rust panic is no Exception)
+    except BaseException as e:
+        # Of the libraries, on a damaged folder. (A Rust panic is no Exception.)
         if no_more_processes(e):
             raise Stop(failure_of(e))
         raise Misuse(
@@ -2302,7 +2310,9 @@ def check_model_folder(folder: str):
         if folder.startswith((".", "/", "~")) or folder.count("/") > 1:
             raise Misuse(f"{folder}: there is no such folder")
         return  # a name on the hub
-    for file in path.iterdir():
+    for file in sorted(path.iterdir()):
+        if file.name.startswith("adapter_"):
+            raise Misuse(f"{file}: adapters are not supported; merge it into the weights")
         if not (file.is_file() or file.is_dir()):
             raise Misuse(f"{folder}: {file.name} is not an ordinary file")
     if (path / "generation_config.json").exists():
@@ -2319,15 +2329,15 @@ def check_model_folder(folder: str):
             )
 
 
-def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Policy:
-    """Validate model and tokenizer, and move the model to its device."""
-    if tokenizer.eos_token_id is None or not prompt_ids(
-        dict(problem="1 + 1", where=folder), tokenizer, cfg
-    ):
+def checked_policy(lm, tokenizer, folder: str, cfg: Config) -> Policy:
+    """Validate model and tokenizer, and move the model to its device: the CPU if it will be cut
+    into shards."""
+    row = dict(problem="1 + 1", where=folder)
+    if tokenizer.eos_token_id is None or not prompt_ids(row, tokenizer, cfg):
         raise Misuse(
             f"{folder}: the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
         )
-    policy = Policy(lm, tokenizer, cfg, device)
+    policy = Policy(lm, tokenizer, cfg, torch.device("cpu") if world() > 1 else None)
     mend_generation_config(policy, folder)
     rows = lm.get_input_embeddings().num_embeddings
     words = {i: word for word, i in tokenizer.get_vocab().items()}
@@ -2346,7 +2356,7 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config, device=None) -> Poli
             f"{folder}: its context of {context} tokens is shorter than --max-prompt and --max-new"
             " together; lower them"
         )
-    check_model(policy.to(policy.device), tokenizer, folder, cfg)
+    check_model(policy.to(policy.device), folder, cfg)
     return policy
 
 
@@ -2370,11 +2380,11 @@ PROBE_TEXT = (
 )
 
 
-def check_model(policy, tokenizer, folder: str, cfg: Config):
+def check_model(policy, folder: str, cfg: Config):
     """Prove what training relies on, or refuse the model in a line that says what differs."""
     family = policy.lm.config.model_type
     try:
-        fault = what_differs(policy, tokenizer, cfg)
+        fault = what_differs(policy, cfg)
     except torch.OutOfMemoryError:
         raise
     except NotImplementedError as e:  # of `attention` and `Cache`
@@ -2386,7 +2396,7 @@ def check_model(policy, tokenizer, folder: str, cfg: Config):
 
 
 @torch.no_grad()
-def what_differs(policy, tokenizer, cfg: Config) -> str:
+def what_differs(policy, cfg: Config) -> str:
     """Compare this file's forward with the library's own eager code -> what differs, or the empty
     string. Three rows of text in one pack score as the library scores them one by one, in float32
     and in the run's dtype; a longer row changes none of them; decoded tokens score as one
@@ -2396,18 +2406,15 @@ def what_differs(policy, tokenizer, cfg: Config) -> str:
     fault = unfit_config(lm, longest)
     if fault:
         return fault
-    ids = tokenizer(PROBE_TEXT).input_ids[:64]
+    ids = policy.tokenizer(PROBE_TEXT).input_ids[:64]
     rows = [(ids[:3], ids[3:9]), (ids[:3], ids[4:16]), (ids[:6], ids[6:])]
     cfg = dataclasses.replace(cfg, micro_tokens=10**6)  # one pack
     for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own dtype last: it stays
         policy.bfloat16 = dtype == "bfloat16"
         lm.set_attn_implementation("eager")
-        compared = rows[-1:] if policy.bfloat16 else rows  # its packing is that of float32
-        theirs = [library_logprobs(policy, row) for row in compared]
-        theirs = torch.cat(theirs)
+        theirs = torch.cat([library_logprobs(policy, row) for row in rows])
         lm.set_attn_implementation("t1")
-        ours = response_logprobs(policy, rows, cfg)
-        ours = torch.cat(ours[-len(compared) :])
+        ours = torch.cat(response_logprobs(policy, rows, cfg))
         if not ours.isfinite().all():
             return "its weights give log-probs that are not finite; they are damaged"
         # SmolLM2-135M: 6e-6 and 2e-5 in float32, 0.03 and 0.1 in bfloat16.
@@ -2421,7 +2428,10 @@ def what_differs(policy, tokenizer, cfg: Config) -> str:
             far, _ = token_logprobs_and_entropy(policy(batch), policy.head, batch.targets)
             if (far.cpu() - ours)[:-1].abs().max() > largest:
                 return "the longest row of a pack changes the positions of the others"
-            if not uses_vllm(cfg) and decoding_gap(policy, ids, cfg) > largest:
+            engine = TorchEngine(policy.tokenizer, cfg)
+            engine.policy = policy
+            decoded = [ids[:7], ids[:9]]
+            if not uses_vllm(cfg) and engine_gaps(engine, policy, decoded, 2, cfg).max() > largest:
                 return "decoded tokens do not score as one forward"
     return ""
 
@@ -2468,20 +2478,7 @@ def library_logprobs(policy, row: Row) -> torch.Tensor:
     return logp.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
 
 
-def decoding_gap(policy, ids: list[int], cfg: Config) -> float:
-    """Largest distance of TorchEngine's log-probs, against its cache, from those of one forward."""
-    engine = TorchEngine(policy.tokenizer, cfg)
-    engine.policy = policy
-    short = Rollout(Problem({}, ids[:7]))
-    long = Rollout(Problem({}, ids[:9]))
-    rollouts = [short, long]
-    engine.generate(rollouts, 2, temperature=0.0)
-    scores = torch.cat(response_logprobs(policy, [row_of(r) for r in rollouts], cfg))
-    sampled = torch.cat([torch.tensor(r.logprobs) for r in rollouts])
-    return (scores - sampled).abs().max().item()
-
-
-def tiny_policy(cfg: Config, device=None):
+def tiny_policy(cfg: Config):
     """-> the embedded model, with random weights, and its tokenizer; saved, they are an ordinary
     model folder."""
     tokenizer = data_prep.embedded_tokenizer()
@@ -2502,22 +2499,24 @@ def tiny_policy(cfg: Config, device=None):
     )
     lm = transformers.Qwen2ForCausalLM(config)
     lm.set_attn_implementation("t1")
-    return checked_policy(lm, tokenizer, "the embedded model", cfg, device), tokenizer
+    return checked_policy(lm, tokenizer, "the embedded model", cfg), tokenizer
 
 
 def load_whole(source: str, cfg: Config):
     """-> the policy of a folder, or the embedded one, and its tokenizer. With several ranks only
     rank 0 gets the policy, in CPU memory; `shard` deals it out."""
-    device = torch.device("cpu") if world() > 1 else None
-    load = functools.partial(load_policy, source) if source else tiny_policy
     refuse_damage(source)
-    policy, tokenizer = on_rank0(load, cfg, device) or (None, None)
+    policy = tokenizer = None
+    with all_ranks_or_none():
+        if rank() == 0:
+            policy, tokenizer = load_policy(source, cfg) if source else tiny_policy(cfg)
     return policy, from_rank0(tokenizer)
 
 
 def empty_lm(config, generation_config):
-    options = dict(dtype=torch.float32, attn_implementation="t1")
-    lm = transformers.AutoModelForCausalLM.from_config(config, **options)
+    lm = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="t1"
+    )
     lm.generation_config = generation_config
     return lm
 
@@ -2534,25 +2533,29 @@ def shard(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
         if cfg.compile:
             layer.forward = compiled(layer.forward)
         if cfg.checkpointing:
-            options = dict(use_reentrant=False, preserve_rng_state=False)
-            layer.forward = functools.partial(checkpoint, layer.forward, **options)
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
     return policy
 
 
 def sharded(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
-    configs = from_rank0((whole.lm.config, whole.lm.generation_config) if whole else None)
+    parts = None
+    if whole:
+        buffers = {name: b.cpu() for name, b in whole.named_buffers()}
+        parts = (whole.lm.config, whole.lm.generation_config, buffers)
+    config, generation_config, buffers = from_rank0(parts)
     with torch.device("meta"):
-        policy = Policy(empty_lm(*configs), tokenizer, cfg)
-    options = dict(mesh=dist.init_device_mesh(device_of(cfg).type, (world(),)))
+        policy = Policy(empty_lm(config, generation_config), tokenizer, cfg)
+    options = dict(mesh=dist.init_device_mesh(run_device().type, (world(),)))
     if cfg.dtype == "bfloat16":
-        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        options["mp_policy"] = MixedPrecisionPolicy(**dtypes)
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, **options)
     fully_shard(policy, **options, reshard_after_forward=False)
-    policy.to_empty(device=device_of(cfg))
-    buffers = {name: b.cpu() for name, b in whole.named_buffers()} if whole else None
-    buffers = from_rank0(buffers)
+    policy.to_empty(device=run_device())
     for name, b in policy.named_buffers():
         b.copy_(buffers[name])
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -2625,37 +2628,37 @@ def exported_weights(policy, dtype) -> dict:
     return {name: w.detach().cpu() for name, w in full_weights(policy, dtype) if name in names}
 
 
-def write_model(folder: Path, lm, tokenizer, weights: dict, dtype):
+def write_model(folder: Path, policy, weights: dict, dtype):
     """An ordinary Hugging Face folder of these weights."""
-    lm.save_pretrained(folder, state_dict=weights)
-    lm.config.dtype = dtype  # of these weights; the library wrote that of its own
-    lm.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    policy.lm.save_pretrained(folder, state_dict=weights)
+    policy.lm.config.dtype = dtype  # of these weights; the library wrote that of its own
+    policy.lm.config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
 
 
 def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
     """Write and read back a folder as checkpoints will be, before anything is trained: with weights
     of at most `limit` bytes; of a larger model their names and shapes. Misuse with the library's
     reason."""
-    lm = policy.lm
     dtype = getattr(torch, cfg.dtype)
     small = dtype.itemsize * number_of_parameters(policy) <= limit
     weights = exported_weights(policy, dtype) if small else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            write_model(folder, lm, tokenizer, weights, dtype)
+            write_model(folder, policy, weights, dtype)
             again = transformers.AutoTokenizer.from_pretrained(folder)
-            with torch.device("meta"):
-                read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
-            if weights:
-                options = dict(dtype=torch.float32, attn_implementation="t1")
-                read = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            if small:
+                read = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, attn_implementation="t1"
+                )
+            else:
+                with torch.device("meta"):
+                    read = empty_lm(transformers.AutoConfig.from_pretrained(folder), None)
         found = read.state_dict()
-        expected = full_weights(policy, dtype) if weights else lm.state_dict().items()
-        for name, w in expected:
+        for name, w in full_weights(policy, dtype):
             same = found[name].shape == w.shape
-            if same and weights:
-                same = w.cpu().float().equal(found[name].float())
+            if small:
+                same = found[name].float().equal(w.cpu().float())
             if not same:
                 raise ValueError(f"{name} is another one when it is read back")
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
@@ -2693,13 +2696,11 @@ def checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
         path = folder / name
         if not path.exists():
             return []
-        size = 0
         crc = 0
         with data_prep.naming(path), data_prep.open_file(path) as f:
             for part in iter(functools.partial(f.read, 1 << 20), b""):
-                size += len(part)
                 crc = zlib.crc32(part, crc)
-        return [size, crc]
+        return [path.stat().st_size, crc]
 
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(checksum, names)))
@@ -2718,9 +2719,9 @@ def manifest_of(checkpoint_folder: Path) -> dict:
         for name, (size, _) in manifest["files"].items():
             whole = whole and (checkpoint_folder / name).stat().st_size == size
         return manifest if whole else {}
-    except (FileNotFoundError, NotADirectoryError, Misuse):
+    except (FileNotFoundError, NotADirectoryError, Misuse):  # the file is not there, or none
         return {}
-    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):  # nor a manifest
         return {}
 
 
@@ -2758,8 +2759,8 @@ def weights_of(folder: str) -> dict | str:
 def refuse_damage(folder: str):
     """Misuse for a checkpoint whose weights, config or tokenizer are not those that were saved."""
     path = Path(folder)
-    if from_rank0(os.path.lexists(path / MANIFEST)):
-        manifest = from_rank0(on_rank0(manifest_of, path))
+    if on_rank0(os.path.lexists, path / MANIFEST):
+        manifest = on_rank0(manifest_of, path)
         damaged = damaged_file(path, model_files(manifest)) if manifest else MANIFEST
         if damaged:
             raise Misuse(
@@ -2769,8 +2770,8 @@ def refuse_damage(folder: str):
 
 
 def manifests(stage_folder: Path) -> dict[Path, dict]:
-    """Each folder checkpoint-N of a stage -> its manifest, {} if it is damaged or of another
-    run."""
+    """Each folder checkpoint-N of a stage -> its manifest, in order of steps; at the end those that
+    are damaged or of another run -> {}."""
     found = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = [n for n in os.listdir(stage_folder) if re.fullmatch(r"checkpoint-\d+", n)]
@@ -2780,7 +2781,7 @@ def manifests(stage_folder: Path) -> dict[Path, dict]:
             manifest = manifest_of(stage_folder / name)
             same_run = run is None or manifest.get("run") == run
             found[stage_folder / name] = manifest if same_run else {}
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1].get("step", math.inf)))
 
 
 # Which checkpoint? `checkpoints`: all of a stage. `latest`: what a name means. `sound_checkpoint`:
@@ -2789,39 +2790,37 @@ def manifests(stage_folder: Path) -> dict[Path, dict]:
 
 def checkpoints(stage_folder: Path) -> list[Path]:
     """A stage's checkpoints that were written to their end, in order of their manifests' steps."""
-    whole = [path for path, manifest in manifests(stage_folder).items() if manifest]
-    return sorted(whole, key=step_of)
+    return [path for path, manifest in manifests(stage_folder).items() if manifest]
 
 
 def latest(name: str) -> str:
     """The model that a name means: of a stage's folder (runs/NAME/sft) its last checkpoint, else
     the name itself."""
-    found = on_rank0(checkpoints, Path(name)) if name else None
-    return from_rank0(str(found[-1]) if found else name)
+    found = on_rank0(checkpoints, Path(name)) if name else []
+    return str(found[-1]) if found else name
 
 
 def sound_checkpoint(stage_folder: Path, at: int = 0) -> str:
     """The last checkpoint (`at`: that of a step) with the trainer's state and every byte as it was
     saved; the empty string if there is no checkpoint at all. What is damaged is said; Misuse if
     nothing else is left."""
-    found = from_rank0(on_rank0(manifests, stage_folder))
-    steps = []
-    newest_first = sorted(found, key=lambda path: -found[path].get("step", math.inf))
-    for path in newest_first:
-        manifest = found[path]
-        damaged = "" if manifest else "incomplete, or of another run"
-        if manifest and model_files(manifest) != manifest["files"]:
-            steps.append(manifest["step"])
-            if at not in (0, steps[-1]):
-                continue
-            damaged = damaged_file(path, manifest["files"])
-            if not damaged:
-                return str(path)
+    found = on_rank0(manifests, stage_folder)
+    steps = []  # with the trainer's state
+    for path, manifest in reversed(found.items()):
+        damaged = ""
+        if not manifest:
+            damaged = "incomplete, or of another run"
+        elif model_files(manifest) != manifest["files"]:
+            steps.insert(0, manifest["step"])
+            if at in (0, manifest["step"]):
+                damaged = damaged_file(path, manifest["files"])
+                if not damaged:
+                    return str(path)
         if damaged:
             print0(f"{path}: damaged ({damaged}), ignored")
     if found or at:
         asked = f" of step {at}" if at else ""
-        there = ", ".join(map(str, sorted(steps))) or "none"
+        there = ", ".join(map(str, steps)) or "none"
         raise Misuse(
             f"{stage_folder}: no checkpoint{asked} is whole and has the trainer's state; there"
             f" are: {there}; choose another --name (and --model CHECKPOINT: the weights of one"
@@ -2847,14 +2846,14 @@ def remove(checkpoint_folder: Path):
 
 def unfinished(source: str) -> str:
     """A remark on a checkpoint that is not the last of its stage, or the empty string."""
-    folder = Path(source)
-    config = folder.parent / "config.json"
-    ours = re.fullmatch(r"checkpoint-\d+", folder.name) and config.is_file()
-    steps = read_json(config).get("steps", 0) if ours else 0
-    step = manifest_of(folder).get("step", 0)
-    if step == 0 or step >= steps:
-        return ""
-    return f", which is step {step} of {steps}: its stage did not end"
+    manifest = manifest_of(Path(source))
+    config = Path(source).parent / "config.json"
+    if manifest and config.is_file():
+        step = manifest["step"]
+        steps = read_json(config).get("steps", 0)
+        if step < steps:
+            return f", which is step {step} of {steps}: its stage did not end"
+    return ""
 
 
 def drop_trainer_state(checkpoint_folder: Path):
@@ -2900,7 +2899,7 @@ def digest_of_rows(rows: list[dict]) -> str:
 
 
 def digest_of_code() -> str:
-    files = [module.__file__ for module in (sys.modules[__name__], data_prep, verify)]
+    files = (__file__, data_prep.__file__, verify.__file__)
     return digest([Path(file).read_bytes() for file in files])
 
 
@@ -2930,18 +2929,16 @@ def locked_folder(path: Path):
 
 def wait_for_rank0(lock: Path):
     """Every rank must see what rank 0 wrote; a network file system may show it late."""
-    written = from_rank0(rank() == 0 and lock.read_text())
-    error = None
-    for second in range(60):
-        if lock.exists() and lock.read_text() == written:
-            break
-        time.sleep(1)
-    else:
-        error = Misuse(
+    written = on_rank0(lock.read_text)
+    with all_ranks_or_none():
+        for second in range(60):
+            if lock.exists() and lock.read_text() == written:
+                return
+            time.sleep(1)
+        raise Misuse(
             f"{lock.parent}: rank {rank()} does not see what rank 0 writes there; --out must lie"
             " on a file system that all nodes share"
         )
-    all_ranks_agree(error)
 
 
 def written_files(beside: Path) -> dict[str, list[int]]:
@@ -2981,12 +2978,6 @@ def deciding(cfg: Config) -> dict:
         if of_stage and not option.metadata["free"]:
             values[option.name] = getattr(cfg, option.name)
     return values
-
-
-def resident_bytes() -> int:
-    """Memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 class RunFolder:
@@ -3038,8 +3029,11 @@ class RunFolder:
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
         the same contents of --data, --test, --reward and --model, wherever they lie, and the same
         text of the first prompt; another machine or version is said."""
-        self.lock = on_rank0(locked_folder, self.path)
+        with all_ranks_or_none():
+            if rank() == 0:
+                self.lock = locked_folder(self.path)
         wait_for_rank0(self.path / "lock")
+        self.total = steps
         rows = [problem.row for problem in problems]
         self.has_answers = all(row.get("answer") for row in rows)
         file, _, function = self.cfg.reward.rpartition(":")
@@ -3051,16 +3045,22 @@ class RunFolder:
         )
         model = latest(self.cfg.model)
         config = self.path / "config.json"
-        if rank() == 0 and not config.exists():
-            contents["model"] = digest(weights_of(model))
-            run = dict(config=self.values, steps=steps, started_from=source)
-            run["run"] = f"{time.time_ns():x}"
-            write_json(config, run | machine() | dict(contents=contents))
-        all_ranks_agree()
+        with all_ranks_or_none():
+            if rank() == 0 and not config.exists():
+                contents["model"] = digest(weights_of(model))
+                run = dict(
+                    config=self.values,
+                    steps=steps,
+                    started_from=source,
+                    run=f"{time.time_ns():x}",
+                    **machine(),
+                    contents=contents,
+                )
+                write_json(config, run)
         before = read_json(config)
         self.run = before.get("run")
         if before["config"].get("model") != self.cfg.model:
-            contents["model"] = digest(weights_of(model))
+            contents["model"] = digest(on_rank0(weights_of, model))
         for name, value in contents.items():
             old = before.get("contents", {}).get(name)
             if old != value:
@@ -3072,15 +3072,19 @@ class RunFolder:
             if before.get(name) != value:
                 print0(f"{self.path} was started with {name} {before.get(name)}, now {value}")
 
-    def steps(self, start: int, steps: int):
+    def steps(self):
         """The steps that are left, with a progress bar. A signal is heard after a step, and between
         the phases of one that has not reached its gradient: the checkpoint is then of the step
         before."""
-        self.last = steps - 1
         interrupt.stepping = True
-        options = dict(initial=start, total=steps, disable=rank() > 0, mininterval=1)
-        with tqdm(desc=self.cfg.stage, **options) as self.bar:
-            for step in range(start, steps):
+        with tqdm(
+            desc=self.cfg.stage,
+            initial=self.step,
+            total=self.total,
+            disable=rank() > 0,
+            mininterval=1,
+        ) as self.bar:
+            for step in range(self.step, self.total):
                 clock.take()
                 yield step
                 self.bar.update()
@@ -3095,11 +3099,12 @@ class RunFolder:
         step = row["step"]
         self.bar.set_postfix_str(console_words(row, wall), False)
         append_rows(self.path / "metrics.jsonl", [row])
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
         times = dict(
             step=step,
             **wall,
             tokens=row["tokens"],
-            resident=resident_bytes(),
+            resident=pages * os.sysconf("SC_PAGE_SIZE"),  # bytes of memory
             gpu_peak=torch.cuda.max_memory_allocated(),
         )
         append_rows(self.path / "timings.jsonl", [times])
@@ -3114,19 +3119,20 @@ class RunFolder:
             with data_prep.naming(path), gzip.open(path, "at", encoding="utf-8") as f:
                 f.writelines(data_prep.json_line(dict(step=step) | record_of(r)) for r in rollouts)
 
-    def after_step(self, done: int, steps: int, policy, optimizer, anchor=None):
+    def after_step(self, done: int):
         """Draw and save when it is time, at the end, and on a signal, which then ends the run."""
         of_rl = self.cfg.stage == "rl"
         save_every = self.cfg.rl_save_every if of_rl else self.cfg.sft_save_every
         signalled = interrupt.received()
-        now = done == steps or signalled
+        now = done == self.total or signalled
         if now or done % (10 if of_rl else 100) == 0:
             draw_steps(self.path)
         if done > self.step and (now or done % save_every == 0):
-            self.save(done, policy, optimizer, anchor)
+            self.save(done, *self.trained)
         if signalled:
             print0(
-                f"{signalled}: stopped after step {done} of {steps}; the same command resumes there"
+                f"{signalled}: stopped after step {done} of {self.total}; the same command resumes"
+                " there"
             )
             raise Interrupted
 
@@ -3142,16 +3148,16 @@ class RunFolder:
             weights = exported_weights(policy, dtype)
             if rank() == 0:
                 shutil.rmtree(beside, ignore_errors=True)
-                write_model(beside, policy.lm, policy.tokenizer, weights, dtype)
+                write_model(beside, policy, weights, dtype)
             del weights
             all_ranks_agree()
             with trainer_state(policy, optimizer, anchor) as state:
-                finite = finite and all(local(x).isfinite().all() for x in state.values())
-                error = Stop(
-                    f"rank {rank()}: weights, AdamW's state or log-probs are not finite: not saved;"
-                    f" lower the rate; {RESUMES}"
-                )
-                all_ranks_agree(None if finite else error)
+                with all_ranks_or_none():
+                    if not (finite and all(local(x).isfinite().all() for x in state.values())):
+                        raise Stop(
+                            f"rank {rank()}: weights, AdamW's state or log-probs are not finite:"
+                            f" not saved; lower the rate; {RESUMES}"
+                        )
                 # A file of 32 tensors is held in memory, then written.
                 files = {name: 1 + i // 32 for i, name in enumerate(state)}
                 place = str(beside / "trainer")
@@ -3163,15 +3169,13 @@ class RunFolder:
             on_rank0(self.seal, beside, step, gather([written]))
             self.step = step
             self.source = str(self.path / f"checkpoint-{step}")
-        except Stop:  # all ranks have it
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
         except (Exception, dcp.CheckpointException) as e:  # a full disk has many names
             shutil.rmtree(beside, ignore_errors=True)
-            line = -1 if isinstance(e, dcp.CheckpointException) else 0  # where the reason stands
+            if isinstance(e, Stop):  # all ranks have it
+                raise
             all_ranks_agree(
                 Stop(
-                    f"rank {rank()}: {beside}: cannot be written ({reason_of(e, line)}); make room:"
+                    f"rank {rank()}: {beside}: cannot be written ({reason_of(e)}); make room:"
                     f" {RESUMES}, {self.source or 'the start'}"
                 )
             )
@@ -3198,20 +3202,20 @@ class RunFolder:
             elif (old / "trainer").exists():
                 drop_trainer_state(old)
 
-    def resume(self, policy, optimizer, anchor=None) -> int:
-        """Load the trainer's state of `source` and cut the logs back to its step -> next step."""
+    def resume(self, policy, optimizer, anchor=None):
+        """Load the trainer's state of `source` and cut the logs back to its step. From now on
+        `after_step` saves these."""
+        self.trained = (policy, optimizer, anchor)
         if self.source:
-            error = None
-            try:
-                with trainer_state(policy, optimizer, anchor) as state:
-                    place = str(Path(self.source) / "trainer")
-                    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(place))
-            except (Exception, dcp.CheckpointException) as e:
-                error = Misuse(f"{self.source}: does not fit this model ({reason_of(e, -1)})")
-            all_ranks_agree(error)
+            reader = dcp.HuggingFaceStorageReader(str(Path(self.source) / "trainer"))
+            with all_ranks_or_none():
+                try:
+                    with trainer_state(policy, optimizer, anchor) as state:
+                        dcp.load(state, storage_reader=reader)
+                except (Exception, dcp.CheckpointException) as e:
+                    raise Misuse(f"{self.source}: does not fit this model ({reason_of(e)})")
             print0(f"resuming from {self.source}")
         on_rank0(self.tidy)
-        return self.step
 
     def tidy(self):
         """Remove what a kill left, give the checkpoint the name of its step, and cut the logs back
@@ -3319,13 +3323,6 @@ def exchange(rollouts: list[Rollout], share: list[Rollout], together: int = 1):
         rollouts[i :: len(shares)] = part
 
 
-def all_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks of a float64 tensor on the CPU."""
-    if world() > 1:
-        dist.all_reduce(x)
-    return x
-
-
 def from_rank0(value):
     box = [value]
     if world() > 1:
@@ -3334,12 +3331,12 @@ def from_rank0(value):
 
 
 def on_rank0(function, *args):
-    """Call on rank 0 alone -> its result there; its Stop is raised on all ranks."""
+    """Call on rank 0 alone -> its result, or its Stop, on all ranks."""
     result = None
     with all_ranks_or_none():
         if rank() == 0:
             result = function(*args)
-    return result
+    return from_rank0(result)
 
 
 @contextlib.contextmanager
@@ -3408,10 +3405,8 @@ def deal(work: list[int], shares: int) -> list[list[int]]:
 def seed_for(seed: int, *what) -> int:
     """A 63-bit seed for one purpose and step. Stateless: a resumed run draws what the uninterrupted
     one would have drawn."""
-    return (
-        int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), "big")
-        >> 1
-    )
+    hashed = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8)
+    return int.from_bytes(hashed.digest(), "big") >> 1
 
 
 def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
@@ -3425,9 +3420,10 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     return rows
 
 
-def reason_of(e: BaseException, line: int = 0) -> str:
-    """The first (or another) line of an error, for a message of one line."""
-    return (str(e).strip() or type(e).__name__).splitlines()[line]
+def reason_of(e: BaseException) -> str:
+    """The line of an error that says the reason, for a message of one line."""
+    lines = (str(e).strip() or type(e).__name__).splitlines()
+    return lines[-1 if isinstance(e, dcp.CheckpointException) else 0]
 
 
 class Clock:
@@ -3438,12 +3434,11 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        cpu = time.process_time()
-        wall = time.perf_counter()
+        cpu, wall = self.seconds.get(phase, (0.0, 0.0))
+        cpu -= time.process_time()
+        wall -= time.perf_counter()
         yield
-        before = self.seconds.get(phase, (0.0, 0.0))
-        cpu = before[0] + time.process_time() - cpu
-        self.seconds[phase] = (cpu, before[1] + time.perf_counter() - wall)
+        self.seconds[phase] = (cpu + time.process_time(), wall + time.perf_counter())
 
     def take(self) -> dict:
         """The seconds so far; the clock begins anew."""
@@ -3521,17 +3516,15 @@ class Interrupt:
 
     def hear(self, number, frame):
         name = signal.Signals(number).name
-        ends = not self.stepping or time.monotonic() > self.at + 10
-        with contextlib.suppress(Exception):
-            if ends:
+        if not self.stepping or time.monotonic() > self.at + 10:
+            with contextlib.suppress(Exception):
                 complain(f"{name}: stopped; {RESUMES}", 1)
-            elif not self.name:
-                print("\nstopping: a checkpoint is saved first", file=sys.stderr)
-        if ends:
             os._exit(1)
         if not self.name:
             self.name = name
             self.at = time.monotonic()
+            with contextlib.suppress(Exception):
+                print("\nstopping: a checkpoint is saved first", file=sys.stderr)
 
     def received(self) -> str:
         """The signal that any rank got, or the empty string; the same answer on every rank."""
@@ -3578,7 +3571,7 @@ def column(rows: list[dict], name: str) -> np.ndarray:
     return np.array([row.get(name) for row in rows], dtype=float)  # None becomes NaN
 
 
-def draw_steps(folder: Path, suffix: str = ".png"):
+def draw_steps(folder: Path):
     """curves.png from metrics.jsonl: steps are faint, a centred mean over 5 % of them is strong.
     Empty columns get no panel."""
     rows = read_log(folder / "metrics.jsonl") if rank() == 0 else []
@@ -3606,10 +3599,10 @@ def draw_steps(folder: Path, suffix: str = ".png"):
         if len(names) > 1:
             axis.legend(fontsize=8)
     title = f"stage {folder.name} of run {folder.parent.name}"
-    save_figure(figure, folder / f"curves{suffix}", title)
+    save_figure(figure, folder / "curves.png", title)
 
 
-def draw_results(folder: Path, suffix: str = ".png"):
+def draw_results(folder: Path):
     """inference_scaling.png of each test set: accuracy against thinking budget, a curve per
     checkpoint (section 3)."""
     by_test = {}
@@ -3637,7 +3630,7 @@ def draw_results(folder: Path, suffix: str = ".png"):
         title = f"{test}: {entry['problems']} problems x {entry['samples']} samples"
         title += f" at T = {entry['temperature']}; bars: standard error"
         which = re.sub(r"\W+", "-", f"-{Path(test).stem}") if len(by_test) > 1 else ""
-        save_figure(axis.figure, folder / f"inference_scaling{which}{suffix}", title)
+        save_figure(axis.figure, folder / f"inference_scaling{which}.png", title)
 
 
 def save_figure(figure: Figure, path: Path, title: str):
@@ -3656,15 +3649,21 @@ RESUMES = "the same command resumes from the last checkpoint"
 
 
 class Parser(argparse.ArgumentParser):
-    """One argument for each option of Config, as its `knob` declares it."""
+    """One argument for each option of Config, as its `knob` declares it; only those that are given
+    get a value."""
 
     def __init__(self):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog="t1.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+        super().__init__(
+            prog="t1.py",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
         for option in dataclasses.fields(Config):
             names = {f"--{option.name.replace('_', '-')}", f"--{option.name}"}
             choices = get_args(option.type)  # of a Literal
-            rules = dict(help=option.metadata["help"], default=option.default)
+            rules = dict(help=option.metadata["help"])
             if choices:
                 rules["choices"] = choices
             elif option.type is bool:
@@ -3689,14 +3688,14 @@ def truth(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def settings_before(args) -> dict:
+def settings_before(cfg: Config) -> dict:
     """The config of the stage that produced this stage's input model, {} if no stage did."""
-    given = args.model or args.checkpoint.split(",")[0]
-    run = Path(args.out) / (args.name or args.preset or "tiny")
+    given = cfg.model or cfg.checkpoint.split(",")[0]
+    run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
     folders = [run / "rl", run / "sft"]
     if given:
-        inside = Path(given).name.startswith("checkpoint-")
-        folders = [Path(given).parent if inside else Path(given)]
+        path = Path(given)
+        folders = [path.parent if path.name.startswith("checkpoint-") else path]
     for folder in folders:
         path = folder / "config.json"
         settings = read_json(path).get("config") if path.is_file() else None
@@ -3707,21 +3706,19 @@ def settings_before(args) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """The preset's values, then what the stage before hands on, then the options that are given."""
-    parser = Parser()
-    given = parser.parse_args(argv)
-    before = settings_before(given)
-    of_user = (given.model or given.checkpoint) and (given.data or given.test or given.benchmarks)
-    preset = given.preset or before.get("preset") or ("pretrained" if of_user else "tiny")
+    given = vars(Parser().parse_args(argv))
+    cfg = Config(**given)
+    before = settings_before(cfg)
+    of_user = (cfg.model or cfg.checkpoint) and (cfg.data or cfg.test or cfg.benchmarks)
+    preset = cfg.preset or before.get("preset") or ("pretrained" if of_user else "tiny")
     values = dict(PRESETS[preset])
-    if given.stage != "sft":
+    if cfg.stage != "sft":
         values.pop("model", None)  # where SFT starts; later stages take the run's checkpoints
     if before.get("preset") == preset:
         for option in dataclasses.fields(Config):
             if option.metadata["inherit"] and option.name in before:
                 values[option.name] = before[option.name]
-    parser.set_defaults(**values)
-    values = vars(parser.parse_args(argv))
-    cfg = Config(**values | dict(preset=preset))
+    cfg = Config(**values | given | dict(preset=preset))
     check_config(cfg)
     return cfg
 

@@ -151,7 +151,7 @@ def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
         other = dataclasses.replace(cfg, temperature=temperature, min_p=min_p)
         rollouts = judged(engine, problems, 8, other, "spread")
         gained = []
-        for group in t1.grouped([r.right for r in rollouts], 8):
+        for group in np.reshape([r.right for r in rollouts], (-1, 8)):
             gained.append(any(group) - sum(group) / 8)
         name = f"{temperature}, min-p {min_p}" if min_p else str(temperature)
         spread[name] = float(np.mean(gained))
