@@ -429,9 +429,8 @@ def sft_step(step: int, steps: int, traces: list[Rollout], policy, optimizer, cf
     SFT is the loss of RL with A = 1, alpha = 0 and temperature 1, on responses from the data.
     NOT IN PAPER: every response token of the batch weighs the same."""
     batch = [traces[i] for i in batch_indices(len(traces), cfg.sft_batch, step, cfg.seed)]
-    cfg = dataclasses.replace(
-        cfg, entropy_coef=0.0, temperature=1.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens"
-    )
+    plain = dict(entropy_coef=0.0, temperature=1.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
+    cfg = dataclasses.replace(cfg, **plain)
     sums = accumulate_gradient(policy, batch, torch.ones(len(batch)), cfg)
     lr = learning_rate(step, steps, cfg.sft_lr, cfg.warmup)
     norm = update(policy, optimizer, lr, cfg)
@@ -746,15 +745,13 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
             log_mu = log_mu.to(policy.device)
             hidden = policy(packed)
             options = (cfg.entropy_coef, cfg.temperature, cfg.min_p, log_mu, cfg.tis_cap)
-            loss, logprob, entropy = policy_loss(
-                hidden, policy.head, packed.targets, A, w, *options
-            )
+            loss, logp, entropy = policy_loss(hidden, policy.head, packed.targets, A, w, *options)
             loss.backward()
             if weight:
-                part = torch.stack([loss.detach() / world(), -logprob.sum(), entropy.sum()])
+                part = torch.stack([loss.detach() / world(), -logp.sum(), entropy.sum()])
                 sums += part.double().cpu()
                 if len(log_mu):
-                    gaps.append((logprob - log_mu).cpu())
+                    gaps.append((logp - log_mu).cpu())
         if not sums.isfinite().all():
             raise Stop(f"rank {rank()}: loss, log-prob or entropy is not finite: {sums.tolist()}")
     gaps = torch.cat(gaps)
