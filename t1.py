@@ -8,7 +8,7 @@ entropy bonus + a KL to a moving anchor + reward -1 for unexpected patterns.
     torchrun --nproc-per-node 8 t1.py --stage rl --preset qwen2.5-14b --data problems.jsonl
     python t1.py --help              every option: unit, default, the paper's value
 
-The objective, with P prompts per step and K samples per prompt:
+The loss, with P prompts per step and K samples per prompt:
 
   A_i  = LOO(r'_i - beta d_i)                d_i = log pi_theta(y_i|x) - log pi_ref(y_i|x)
   loss = -(1/N) sum_i sum_t [ A_i log pi_theta(y_it | x, y_i<t) + alpha H(pi_theta(. | x, y_i<t)) ]
@@ -19,7 +19,7 @@ LOO is leave-one-out: a value minus the mean of the other K-1. r' is 1 (right), 
 Letters: B = P*K responses, N generated tokens of the whole batch over all ranks, T positions, V
 vocabulary, D hidden width, n positions that are scored at once.
 
-Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, one block a step. At first skip
+Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, in six blocks. At first skip
 part 5 (how it is computed) and all below the banner (what a run needs around it). "(section 2)" is
 the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from below the banner:
 
@@ -28,8 +28,8 @@ the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from b
     clock("rollout")     times a phase
     x.on_device          inside this `with`, x is on the device
     Stop, Misuse         end the run with one line: a failure; a mistake of the user
-    rank(), world()      this process, and their number: torchrun starts several, of one result
-    share_of_rank        what this one computes; `exchange`: all get the shares of all
+    rank(), world()      this process's number, and how many processes torchrun started
+    share_of_rank        what this one trains on; `exchange`: all ranks get all finished shares
     gather               a list with the items of all ranks
     all_ranks_or_none    what a rank raises inside this `with`, all raise"""
 
@@ -100,7 +100,7 @@ class Method:
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
     max_nll: float = knob(0.0, "perplexity: largest mean -log-prob, nats; 0: off", zero=True)
     loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
-    tis_cap: float = knob(0.0, "cap of the importance weights; 0: none", "", "rl", zero=True)
+    tis_cap: float = knob(0.0, "cap of the importance weights; 0: off", "", "rl", zero=True)
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
 
@@ -115,10 +115,10 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
     samples). GRPO divides by the standard deviation of the group and T1 does not: the division
     raises most the weight of prompts that are nearly always or nearly never solved.
 
-    The KL is a part of the reward, r' - beta d, because E[d grad log pi] is the gradient of
-    KL(pi || pi_ref), while that of the sampled d itself, E[grad log pi], is zero. Leave-one-out is
-    T1's on-policy KL normalisation: what is common to the d of a prompt's samples, times grad log
-    pi, is zero in expectation and would only add variance."""
+    The KL is a part of the reward, r' - beta d, not of the loss: E[d grad log pi] is the gradient
+    of KL(pi || pi_ref), but E[grad d] = E[grad log pi] is zero. Leave-one-out is T1's on-policy KL
+    normalisation: what the d of a prompt's samples have in common would add nothing in expectation
+    but variance."""
     K = rewards.shape[1]
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (K - 1)  # (P, K)
     return rewards - baseline
@@ -152,9 +152,9 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
 
 
 def paper_loss(logprob, entropy, advantages, weights, entropy_coef: float):
-    """-sum_t w_t [A_t log pi(y_t) + alpha H_t], w_t = 1/N: (n,) each -> scalar (section 2). H is
-    differentiated at the sampled prefixes; that the policy also changes which prefixes are sampled
-    is left out, as in the paper."""
+    """-sum_t w_t [A_t log pi(y_t) + alpha H_t]: (n,) each -> scalar (section 2). H's gradient is
+    taken at the sampled prefixes; that the policy also changes which are sampled is left out, as in
+    the paper. NOT IN PAPER: w_t = 1/N."""
     return -(weights * (advantages * logprob + entropy_coef * entropy)).sum()
 
 
@@ -205,7 +205,7 @@ class Rollout:
     seed: int = 0  # of the problem's samples; with `sample` it decides the random numbers
     sample: int = 0  # 0..K-1
     ids: list[int] = field(default_factory=list)  # with the end token, if there is one
-    logprobs: list[float] = field(default_factory=list)  # log pi(y_t | x, y_<t), when sampled
+    logprobs: list[float] = field(default_factory=list)  # log pi(y_t | x, y_<t), by the sampler
     finished: bool = False  # ended by an end token within max_new
     text: str = ""
     right: bool = False
@@ -234,8 +234,8 @@ CODE = re.compile(r"\[asy\].*?(\[/asy\]|$)|```.*?(```|$)", re.S)
 
 
 def word_salad(text: str, prompt: str) -> bool:
-    """Is the prompt English (it has "the" or "and", and another of COMMON_WORDS), while 40 words in
-    a row are none of them, 20 different ones of 4 letters or more among them? Code is ignored."""
+    """Does `text` have 40 words in a row outside COMMON_WORDS, 20 different ones of 4 letters or
+    more among these? False unless the prompt has "the" or "and" and one more. Code is ignored."""
     english = COMMON_WORDS.intersection(WORD.findall(prompt.lower()))
     if len(english) < 2 or not english & {"the", "and"}:
         return False
@@ -361,7 +361,7 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
 def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) -> list[Rollout]:
     """K responses to each problem with the policy's present weights, (P * K,), on every rank."""
     with clock("push"):
-        if engine.load(policy):  # weights were copied: both must score an answer alike
+        if engine.load(policy):  # weights were copied: engine and policy must score alike
             check_push(engine, policy, problems[0].prompt, cfg)
     rollouts = []
     for number, problem in enumerate(problems):
@@ -378,7 +378,7 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
 
     NOT IN PAPER: the sampler's log-probs stand for the policy's own, which would cost one more
     forward. In float32 the two agree to 1e-6 per token; in bfloat16 their distance, `logprob_gap`,
-    is noise in A. (The `kl` of metrics.jsonl is corrected by their mean distance.)"""
+    is noise in A. (The `kl` of metrics.jsonl is corrected by their mean signed difference.)"""
     interrupt.check()  # a signal raises here: on large models the phases of a step take minutes
     mine = share_of_rank(rollouts)
     rows = [row_of(rollouts[i]) for i in mine]
@@ -395,7 +395,7 @@ def run_rl(cfg):
     folder = RunFolder(cfg)
     sft = str(folder.path.parent / "sft")
     source = folder.source or latest(cfg.model or sft)
-    if source == sft:  # `latest` gives back a folder without checkpoints
+    if source == sft:  # `latest` found no checkpoint in it
         raise Misuse(f"no SFT checkpoint beside {folder.path}: --stage sft first, or give --model")
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
     print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
@@ -406,7 +406,7 @@ def run_rl(cfg):
     if cfg.offload:
         anchor.on_device = Parked(anchor.parameters())
     policy = shard(whole, tokenizer, cfg)
-    del whole
+    del whole, whole_anchor
     optimizer = make_optimizer(policy, cfg)
     folder.resume(policy, optimizer, anchor)
     engine = make_engine(source, policy, tokenizer, cfg)
@@ -459,8 +459,8 @@ def run_sft(cfg):
 
 # ---------------------------------------- 4. Inference scaling (section 3), evaluation (section 4)
 def thought_length(rollout: Rollout, tokenizer) -> float:
-    """Tokens up to and including the one that completes `</think>`, found by bisection. Without it
-    all of a finished response is thought, and the thought of an unfinished one never ends."""
+    """Tokens up to and including the one that completes `</think>`, found by bisection. Without the
+    tag all of a finished response is thought, and the thought of an unfinished one never ends."""
     ids = rollout.ids
     if "</think>" not in tokenizer.decode(ids):
         return len(ids) if rollout.finished else math.inf
@@ -474,7 +474,7 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
 
     thoughts: `thought_length` of each. A thought that ended within the budget keeps its own answer.
     For a longer one the engine `answerer` writes it: a summary model, or the policy itself, behind
-    CLOSING. The text of these is without the thought; of their ids only the number is used.
+    CLOSING (`</think>`, an open box). Its text is the answer alone; its ids are only counted.
     NOT IN PAPER: finished thoughts keep their answer; the policy as answerer; greedy answers."""
     closing = "" if cfg.answer_model else CLOSING
     closing_ids = tokenizer(closing, add_special_tokens=False).input_ids
@@ -578,10 +578,10 @@ class Policy(torch.nn.Module):
 
 @dataclass
 class Packed:
-    """Rows end to end, without padding: M tokens, of which n predict a response token. A prompt
-    shared by consecutive rows is stored once. The last token of a row is only a target. Attention
-    needs whole rows: it copies the tokens into cells, row after row, here a padded grid (ragged:
-    0 1 2 3 / 0 1 4 / 0 1 5). Example: prompt a b, responses c d E, e E and f E:
+    """Rows end to end, without padding: M tokens, which predict n response tokens. A prompt shared
+    by consecutive rows is stored once. The last token of a row is only a target. For attention the
+    tokens are copied into cells, row after row: a padded grid, or, if ragged, the rows end to end
+    (0 1 2 3 / 0 1 4 / 0 1 5). Example: prompt a b, responses c d E, e E and f E, E the end:
 
         ids      a b c d e f                position  0 1 2 3 2 2
         predict  1 2 3  1 4  1 5            targets   c d E  e E  f E
@@ -633,7 +633,7 @@ def pack(rows: list[Row], device, ragged: bool = False) -> Packed:
     return Packed(**tensors, shape=(len(rows), T), ragged=ragged)
 
 
-# What transformers may pass on to an attention and `attention` does not compute.
+# What transformers may pass on and `attention` does not compute. Windows: `shortest_window`.
 NOT_COMPUTED = "attention_mask softcap s_aux position_bias indices block_indices".split()
 
 
@@ -651,7 +651,7 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
         return packed_attention(q[0], k[0], v[0], scaling, pack)[None], None
     if q.shape[2] > 1:
         return causal_attention(q, k, v, scaling), None
-    # Decoding: the query heads that share a key-value head stand as T queries of one head.
+    # Decoding: the query heads of a key-value head become its T queries: (B, Hkv, Hq / Hkv, Dh).
     heads = q.shape[1]
     kv_heads = k.shape[1]
     q = q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3])
@@ -690,16 +690,16 @@ transformers.AttentionInterface.register("t1", attention)
 
 def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], float]]:
     """Row indices in groups of up to `most` tokens, each with weight 1. A piece is the rows of one
-    prompt whose lengths lie between the same powers of two; the groups take pieces in order of
-    length. So rows of similar length are together, which saves padding, and a prompt is stored
-    once. Sharded layers are gathered by all ranks together, so all run the same number of
-    micro-batches: a rank with fewer repeats a short row with weight 0."""
+    prompt whose lengths have the same number of bits. Groups are filled piece by piece, short ones
+    first: that saves padding, and a group stores the prompt of a piece once. Sharded layers are
+    gathered by all ranks together, so all run the same number of micro-batches: a rank with fewer
+    repeats a short row with weight 0."""
     sizes = [len(prompt) + len(response) for prompt, response in rows]
     pieces = {}
     for i in sorted(range(len(rows)), key=sizes.__getitem__):
         pieces.setdefault((tuple(rows[i][0]), sizes[i].bit_length()), []).append(i)
     groups = []
-    room = 0
+    room = 0  # tokens that still fit in the last group
     for piece in sorted(pieces.values(), key=lambda piece: sizes[piece[-1]]):
         shared = 0  # tokens of the prompt, if it stands in the group
         for i in piece:
@@ -718,11 +718,11 @@ def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], f
 
 
 def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dict:
-    """Add the gradient of the objective on this rank's responses to .grad (section 2).
+    """Add the gradient of the loss on this rank's responses to .grad (section 2).
 
-    advantages (B,), one per response of the whole batch. -> sums over all tokens and ranks; bias
-    and gap are those of log pi - log mu and of its magnitude, mu the sampler's distribution;
-    gap_p99 is the largest of the ranks. Raises Stop on all ranks if a sum is not finite."""
+    advantages (B,), one per response of the whole batch. -> sums over all tokens and ranks: bias of
+    log pi - log mu, gap of |log pi - log mu|, mu the sampler's distribution. gap_p99: the largest
+    of the ranks' 99th percentiles. Raises Stop on all ranks if a sum is not finite."""
     N = sum(len(r.ids) for r in rollouts)  # of the whole batch and all ranks: the one division
     B = len(rollouts)
     weights = torch.full((B,), 1 / N)  # of each token of a response
@@ -813,8 +813,8 @@ def sample(logits, temperature: float, min_p: float, uniform):
 
 def draw(p, uniform):
     """(B, V) probabilities, (B,) uniform numbers -> tokens (B,) by the inverse of the cumulative
-    distribution in float64: first the block of 256 tokens, then the token in it. Rounding never
-    takes a token with p = 0."""
+    distribution in float64: the first block of 256 tokens, then the first token in it, whose
+    cumulative sum exceeds `uniform`. Rounding never takes a token with p = 0."""
     below_1 = 1 - 2.0**-52
     B, V = p.shape
     blocks = F.pad(p, (0, -V % 256)).view(B, -1, 256)
@@ -841,10 +841,11 @@ def generate(engine, rollouts, max_new: int, temperature: float, min_p=0.0, ende
 
 
 class TorchEngine:
-    """Sampling in plain torch, on any device. The model sees no padding: what all prompts have in
-    length is prefilled in one pass, the rest of longer prompts is fed token by token while shorter
-    ones already answer. Rows that ended leave the batch. The random numbers of a sample depend on
-    its seed, number and max_new alone: but for rounding, neither its batch nor the ranks matter."""
+    """Sampling in plain torch, on any device. The model sees no padding: each prompt is prefilled
+    to the length of the shortest, in one pass; the rest of longer ones is fed token by token while
+    shorter ones already answer. Rows that ended leave the batch. The random numbers of a sample
+    depend on its seed, number and max_new alone: but for rounding, neither its batch nor the ranks
+    matter."""
 
     ranks = 1  # per engine
 
@@ -885,7 +886,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p, ended):
-        """One batch of B rows, grouped by prompt. A row, 0..B-1, is a sample for good; slot s, of
+        """B samples of one batch, grouped by prompt. Row 0..B-1 is a sample's for good; slot s, of
         the b that still run, holds row_of_slot[s]. Position t counts from the prompt's start."""
         policy = self.policy
         device = policy.device
@@ -898,7 +899,7 @@ class TorchEngine:
         lm_head = policy.head
         head = cpu_float32(lm_head)
 
-        # Prefill what all prompts have in length, once per prompt, and repeat it for the samples.
+        # Prefill each prompt to the shortest one's length, once; the cache repeats it per sample.
         B, longest = tokens.shape
         prefix = int(lengths.min())
         first = counts.cumsum(0) - counts  # row of each prompt's first sample
@@ -966,10 +967,10 @@ class TorchEngine:
         return hidden[:, -1]
 
 
-# The head. Log-probs and entropy of N tokens need N x V logits, 2.5 GB at N = 4,096 and V =
-# 151,936. They are made chunk by chunk of positions. The loss is sum_t a_t log p_t + b_t H_t with
-# a = -w A (times the importance weight) and b = -w alpha: the backward pass of a chunk runs at
-# once, while its logits exist.
+# The head. Log-probs and entropy of n tokens need n x V logits, 2.5 GB at n = 4,096 and V =
+# 151,936: they are made chunk by chunk. The loss is sum_t a_t log p_t + b_t H_t with a = -w A
+# (times the importance weight), b = -w alpha; a chunk's backward pass runs while its logits exist.
+# On a CPU `cpu_float32` and `products_in` keep products of bfloat16 values in float32.
 
 
 def policy_loss(
@@ -977,8 +978,8 @@ def policy_loss(
     temperature: float = 1.0, min_p: float = 0.0, sampler_logprobs=None, tis_cap: float = 0.0,
     chunk: int = 0,
 ):  # fmt: skip
-    """`policy_loss_reference` -> loss; log-probs and entropies (n,), float32, without gradient. In
-    chunks of c positions, but where its six (n, V) tensors need no more room than two (c, V).
+    """The loss of `policy_loss_reference`; log-probs and entropies (n,), float32, without gradient.
+    In chunks of c positions, except where six (n, V) tensors need no more room than two (c, V).
 
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
@@ -1082,8 +1083,8 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
 
 
 def _chunk_gradient(z, p, lse, entropy, targets, of_logp, of_entropy, temperature):
-    """The gradient of of_logp log p_y + of_entropy H, both (c,), with respect to the logits: (c, V)
-    over z. With p = softmax(logits / tau) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / tau:
+    """d (of_logp log p_y + of_entropy H) / d logits, (c, V), written over z; the two factors are
+    (c,). With p = softmax(logits / tau) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / tau:
         d log p_y / dlogit_v = (1[v=y] - p_v) / tau
         dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / tau
     Here log p = z - lse, and the normalised p is `p` exp(-lse), which is 0 off the min-p
@@ -3362,7 +3363,7 @@ def share_of_rank(rollouts: list[Rollout]) -> list[int]:
     rank then has 2 % more tokens than the mean; else they are split in 2, 4, ... pieces."""
     of_prompt = {}
     for i, r in enumerate(rollouts):
-        of_prompt.setdefault(id(r.problem), []).append(i)
+        of_prompt.setdefault(tuple(r.problem.prompt), []).append(i)  # other ranks send copies
     pieces = 1
     while True:
         items = []
