@@ -409,7 +409,7 @@ def run_rl(cfg):
     del whole, whole_anchor
     optimizer = make_optimizer(policy, cfg)
     folder.resume(policy, optimizer, anchor)
-    engine = make_engine(source, policy, tokenizer, cfg)
+    engine = make_engine(folder.source or source, policy, tokenizer, cfg)
 
     for step in folder.steps():
         try:
@@ -844,8 +844,7 @@ class TorchEngine:
     """Sampling in plain torch, on any device. The model sees no padding: each prompt is prefilled
     to the length of the shortest, in one pass; the rest of longer ones is fed token by token while
     shorter ones already answer. Rows that ended leave the batch. The random numbers of a sample
-    depend on its seed, number and max_new alone: but for rounding, neither its batch nor the ranks
-    matter."""
+    depend on its seed, number and max_new alone and, but for rounding, not on batch or ranks."""
 
     ranks = 1  # per engine
 
@@ -868,6 +867,7 @@ class TorchEngine:
         weights = self.policy.lm.state_dict()
         for name, w in full_weights(policy):
             weights[name].copy_(w)
+        self.policy.end_ids = policy.end_ids  # evaluation comes with several checkpoints
         return True
 
     def sleep(self):
@@ -1246,7 +1246,7 @@ TINY = dict(layers=3, width=128)  # of the embedded model
 BENCHMARKS = Path("benchmarks")  # written by data_prep.py benchmarks
 ENTROPY_FLOOR = 0.01  # nats per token: warn below
 KL_CEILING = 50.0  # nats per response: warn above
-PUSH_TOLERANCE = dict(float32=1e-3, bfloat16=0.1)  # nats: largest log-prob gap after a push
+PUSH_TOLERANCE = dict(float32=1e-3, bfloat16=0.1)  # nats: mean log-prob gap allowed after a push
 
 
 # ------------------------------------------------------------------- problems, prompts and rewards
@@ -1271,7 +1271,7 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
         tests = list(held.values())
     rest = [row for key, row in zip(keys, rows) if key not in out]
     if not rest:
-        print0(f"{cfg.data}: no row is left beside the problems of the test: nothing is held out")
+        print0(f"{cfg.data}: no row is left beside the problems of the test: all are trained on")
         return rows, tests if cfg.test else []
     what = "are problems of --test" if cfg.test else "held out for evaluation (--test for others)"
     print0(f"{cfg.data}: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
@@ -2038,7 +2038,7 @@ class VLLMEngine:
                 disable_log_stats=True,
                 hf_overrides=dict(head_dtype="float32"),  # as the trainer's logits
             )
-        # vLLM decorates the class of some models (Glm), which the trainer uses as well.
+        # Of some models (Glm) vLLM changes the `__init__` of a class that the trainer uses as well.
         backbone.__init__ = init
         backbone.do_not_compile = True
 
@@ -2056,6 +2056,7 @@ class VLLMEngine:
             self.llm.collective_rpc("reload_weights", kwargs=weights)
             self.llm.reset_prefix_cache()
             self.llm.wake_up(tags=["kv_cache"])
+        self.end_ids = policy.end_ids
         return True
 
     def sleep(self):
@@ -2151,8 +2152,8 @@ def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     free, card = torch.cuda.mem_get_info()
     layers = [number_of_parameters(layer) for layer in policy.lm.base_model.layers]
     parameters = number_of_parameters(policy)
-    # FSDP gathers the root and two layers, each in a buffer and its copy; on one rank autocast
-    # copies all.
+    # The trainer's forward in `check_push` gathers the root and two layers, each as a buffer and
+    # its copy: 2 x 2 bytes a parameter. One rank gathers nothing, but autocast copies all: 2 bytes.
     gathered = 2 * parameters
     if world() > 1:
         gathered = 4 * (parameters - sum(layers[2:]))
@@ -2169,10 +2170,15 @@ def make_engine(folder: str, policy, tokenizer, cfg: Config):
     return TorchEngine(tokenizer, cfg)
 
 
-def engine_gaps(engine, policy, prompts: list[list[int]], max_new: int, cfg) -> torch.Tensor:
-    """Distances of the engine's log-probs of a greedy answer to each prompt from the trainer's."""
+# Both engines: their check, and the cache of TorchEngine.
+
+
+def engine_gaps(engine, policy, prompts, max_new: int, cfg, agreement=contextlib.nullcontext):
+    """Distances (n,) of the engine's log-probs of greedy answers to the prompts from the trainer's.
+    agreement: `all_ranks_or_none`, if all ranks call this together."""
     probes = [Rollout(Problem({}, prompt)) for prompt in prompts]
-    engine.generate(probes, max_new, temperature=0.0)
+    with agreement():
+        engine.generate(probes, max_new, temperature=0.0)
     sampled = torch.cat([torch.tensor(r.logprobs) for r in probes])
     scored = torch.cat(response_logprobs(policy, [row_of(r) for r in probes], cfg))
     return (sampled - scored).abs()
@@ -2181,7 +2187,7 @@ def engine_gaps(engine, policy, prompts: list[list[int]], max_new: int, cfg) -> 
 def check_push(engine, policy, prompt: list[int], cfg: Config):
     """After a push, engine and trainer must give the same log-probs to one greedy answer. A push
     that fails silently would leave the rollouts to an old policy for the rest of the run."""
-    gap = engine_gaps(engine, policy, [prompt], 16, cfg).mean().item()
+    gap = engine_gaps(engine, policy, [prompt], 16, cfg, all_ranks_or_none).mean().item()
     tolerance = PUSH_TOLERANCE[cfg.dtype]
     with all_ranks_or_none():
         if not gap <= tolerance:
@@ -2194,8 +2200,8 @@ def check_push(engine, policy, prompt: list[int], cfg: Config):
 class Cache:
     """The cache of TorchEngine, with the methods that transformers' layers call: per layer one
     preallocated tensor of keys and values, (2, b, Hkv, longest, Dh), of which the first `n`
-    positions are filled. The prefill has one row a prompt, which is kept once for each of its
-    samples, `counts` (prompts,)."""
+    positions are filled. The prefill has one row for each prompt; `counts` (prompts,) says how many
+    samples each has, and `update` then keeps its row once for each of them."""
 
     def __init__(self, policy, counts, longest: int):
         self.kv = {}
@@ -2418,7 +2424,7 @@ def what_differs(policy, cfg: Config) -> str:
         # SmolLM2-135M: 6e-6 and 2e-5 in float32, 0.03 and 0.1 in bfloat16.
         mean, largest = (0.1, 2.0) if policy.bfloat16 else (1e-4, 1e-3)
         gaps = (theirs - ours).abs()
-        if gaps.mean() > mean or gaps.max() > largest:
+        if not (gaps.mean() <= mean and gaps.max() <= largest):  # NaN, too
             return f"log-probs of packed rows are {gaps.max():.2g} nats off in {dtype}"
         if not policy.bfloat16:
             batch = policy.pack(rows)
@@ -2428,9 +2434,10 @@ def what_differs(policy, cfg: Config) -> str:
                 return "the longest row of a pack changes the positions of the others"
             engine = TorchEngine(policy.tokenizer, cfg)
             engine.policy = policy
-            decoded = [ids[:7], ids[:9]]
-            if not uses_vllm(cfg) and engine_gaps(engine, policy, decoded, 2, cfg).max() > largest:
-                return "decoded tokens do not score as one forward"
+            if not uses_vllm(cfg):
+                decoded = engine_gaps(engine, policy, [ids[:7], ids[:9]], 2, cfg)
+                if not decoded.max() <= largest:
+                    return "decoded tokens do not score as one forward"
     return ""
 
 
@@ -2983,7 +2990,9 @@ class RunFolder:
     same seed); timings.jsonl; samples.jsonl; checkpoint-N; curves.png.
 
     `source`: the last checkpoint that has the trainer's state and whose every byte is what was
-    saved; the same command resumes from it. Empty for a run that begins."""
+    saved; the same command resumes from it. Empty for a run that begins. `create` sets `total`, the
+    number of steps; `resume` sets what `after_step` saves. Then come, for each of `steps`, `log`
+    and `after_step`. All ranks call all of these."""
 
     logs = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "rollouts.jsonl.gz")
 
@@ -3014,7 +3023,7 @@ class RunFolder:
             raise Misuse(f"{config}: damaged; choose another --name, or remove that folder")
         changed = []
         for name, value in self.values.items():
-            of_content = name in ("model", "data", "test", "reward")  # see `create`
+            of_content = name in ("model", "data", "test", "reward")  # `create` compares contents
             if before.get(name) != value and not of_content:
                 changed.append(f"{name} ({before.get(name)!r} there, {value!r} now)")
         if changed:
@@ -3027,7 +3036,7 @@ class RunFolder:
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
         the same contents of --data, --test, --reward and --model, wherever they lie, and the same
         text of the first prompt; another machine or version is said."""
-        with all_ranks_or_none():
+        with all_ranks_or_none():  # not `on_rank0`: a lock cannot be sent to other ranks
             if rank() == 0:
                 self.lock = locked_folder(self.path)
         wait_for_rank0(self.path / "lock")
@@ -3055,7 +3064,7 @@ class RunFolder:
                     contents=contents,
                 )
                 write_json(config, run)
-        before = read_json(config)
+        before = on_rank0(read_json, config)  # a network file system shows it late to others
         self.run = before.get("run")
         if before["config"].get("model") != self.cfg.model:
             contents["model"] = digest(on_rank0(weights_of, model))
@@ -3086,6 +3095,7 @@ class RunFolder:
                 clock.take()
                 yield step
                 self.bar.update()
+        interrupt.check()  # a signal that came while the last checkpoint was saved
         interrupt.stepping = False
 
     def log(self, row: dict, rollouts: list[Rollout] = ()):
@@ -3118,15 +3128,15 @@ class RunFolder:
                 f.writelines(data_prep.json_line(dict(step=step) | record_of(r)) for r in rollouts)
 
     def after_step(self, done: int):
-        """Draw and save when it is time, at the end, and on a signal, which then ends the run."""
+        """Save and draw when it is time, at the end, and on a signal, which then ends the run."""
         of_rl = self.cfg.stage == "rl"
         save_every = self.cfg.rl_save_every if of_rl else self.cfg.sft_save_every
         signalled = interrupt.received()
         now = done == self.total or signalled
-        if now or done % (10 if of_rl else 100) == 0:
-            draw_steps(self.path)
         if done > self.step and (now or done % save_every == 0):
             self.save(done, *self.trained)
+        if now or done % (10 if of_rl else 100) == 0:
+            draw_steps(self.path)
         if signalled:
             print0(
                 f"{signalled}: stopped after step {done} of {self.total}; the same command resumes"
@@ -3148,7 +3158,7 @@ class RunFolder:
                 shutil.rmtree(beside, ignore_errors=True)
                 write_model(beside, policy, weights, dtype)
             del weights
-            all_ranks_agree()
+            all_ranks_agree()  # a rank that failed says so to this call, in `except`
             with trainer_state(policy, optimizer, anchor) as state:
                 with all_ranks_or_none():
                     if not (finite and all(local(x).isfinite().all() for x in state.values())):
@@ -3169,7 +3179,7 @@ class RunFolder:
             self.source = str(self.path / f"checkpoint-{step}")
         except (Exception, dcp.CheckpointException) as e:  # a full disk has many names
             shutil.rmtree(beside, ignore_errors=True)
-            if isinstance(e, Stop):  # all ranks have it
+            if isinstance(e, Stop):  # `all_ranks_agree` raised it, on all ranks
                 raise
             all_ranks_agree(
                 Stop(
@@ -3206,18 +3216,17 @@ class RunFolder:
         self.trained = (policy, optimizer, anchor)
         if self.source:
             reader = dcp.HuggingFaceStorageReader(str(Path(self.source) / "trainer"))
-            with all_ranks_or_none():
+            with trainer_state(policy, optimizer, anchor) as state:
                 try:
-                    with trainer_state(policy, optimizer, anchor) as state:
-                        dcp.load(state, storage_reader=reader)
-                except (Exception, dcp.CheckpointException) as e:
+                    dcp.load(state, storage_reader=reader)
+                except dcp.CheckpointException as e:  # raised on all ranks
                     raise Misuse(f"{self.source}: does not fit this model ({reason_of(e)})")
             print0(f"resuming from {self.source}")
-        on_rank0(self.tidy)
+        self.source = on_rank0(self.tidy)
 
-    def tidy(self):
+    def tidy(self) -> str:
         """Remove what a kill left, give the checkpoint the name of its step, and cut the logs back
-        to that step."""
+        to that step -> `source`, by that name."""
         for path in self.path.iterdir():
             if re.fullmatch(r"(partial|removed)-\d+", path.name) and path.is_dir():
                 print0(f"{path}: incomplete, removed")
@@ -3229,6 +3238,7 @@ class RunFolder:
             remove(named)
             source.rename(named)
             sync(self.path)
+            self.source = str(named)
         for name in self.logs:
             path = origin / name
             once = name in ("metrics.jsonl", "timings.jsonl")  # one row per step
@@ -3248,6 +3258,7 @@ class RunFolder:
                     f"{path}: {len(missing)} of {self.step} steps are missing, the first is"
                     f" {missing[0]}"
                 )
+        return self.source
 
 
 @contextlib.contextmanager
@@ -3263,7 +3274,7 @@ def trainer_state(policy, optimizer, anchor=None):
     if anchor is not None:
         for name, p in anchor.lm.named_parameters():
             state["anchor." + name] = p.detach()
-    with optimizer.on_device, (anchor or policy).on_device:  # a policy has nothing parked
+    with optimizer.on_device, (anchor or policy).on_device:  # the policy's parks nothing
         yield state
 
 
@@ -3283,9 +3294,9 @@ def console_words(row: dict, wall: dict) -> str:
 
 
 # --------------------------------------------------------------------- ranks, the clock, signals
-# A Stop of one rank ends all with its line (`all_ranks_agree`). A rank that ends otherwise breaks
-# the next collective of the others, which say that they lost contact (`main`). One that hangs is
-# given up after cfg.timeout.
+# A Stop, or an error of the disk, inside `all_ranks_or_none` ends all ranks with its line: no rank
+# may wait for the failed one between the error and the end of that `with`. Any other error ends its
+# rank alone: the others lose contact in their next collective (`main`), or after cfg.timeout.
 
 
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine; vLLM overwrites it
@@ -3787,8 +3798,10 @@ def main(argv: list[str] | None = None) -> int:
                 blocks = f"{cfg.repeat_count} blocks of {cfg.repeat_ngram} tokens"
                 print0(f"repetition is never found: {blocks} are more than --max-new {cfg.max_new}")
             STAGES[cfg.stage](cfg)
+            close_groups()
             return 0
         except Interrupted:
+            close_groups()
             return 0
         except Stop as e:
             return complain(str(e), e.code)
@@ -3797,12 +3810,6 @@ def main(argv: list[str] | None = None) -> int:
             if not reason:
                 raise
             return complain(reason, 1)
-        finally:
-            if dist.is_initialized() and "vllm" in sys.modules:
-                # Its groups first: it would look for them at exit.
-                sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
-            if dist.is_initialized():
-                dist.destroy_process_group()
 
 
 def changes_of(cfg: Config) -> str:
@@ -3863,6 +3870,16 @@ def join_ranks(cfg: Config):
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
 
 
+def close_groups():
+    """Called by all ranks together, since NCCL waits for the others here. A rank that fails alone
+    only exits, and torchrun then ends the rest."""
+    if dist.is_initialized() and "vllm" in sys.modules:
+        # Its groups first: it would look for them at exit.
+        sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def quiet():
     """Remarks of libraries stay off the console; failures raise."""
     transformers.utils.logging.set_verbosity_error()
@@ -3883,7 +3900,7 @@ def leave(code: int):
     tensor to release asks for the interpreter's lock there, and Python ends such a thread in a way
     that aborts the process (exit -6)."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and "vllm" not in sys.modules:  # which has shared memory to remove
+    if several and (code or "vllm" not in sys.modules):  # which has shared memory to remove
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(code)

@@ -278,7 +278,7 @@ LAYERS = {
 # comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
 # number)
 DENSITY = {
-    "t1.py": (10, 3, 6, 0, 0, 27_646),
+    "t1.py": (10, 3, 6, 0, 0, 27_701),
     "data_prep.py": (11, 3, 7, 0, 0, 18_455),
     "verify.py": (12, 15, 9, 5, 133, 22_471),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
@@ -1204,6 +1204,25 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
         talkative.policy.lm(torch.tensor([[3, 4]])).logits[0, -1].argmax() >= known
     )  # the model would
     assert max(i for r in engine.generate(asked([[3, 4]], 64), max_new=20) for i in r.ids) < known
+
+
+def test_an_engine_stops_where_the_policy_that_it_holds_stops(talkative, engine):
+    """Evaluation loads checkpoints one after the other; the second may have more end tokens."""
+    first = copy.deepcopy(talkative.policy)
+    if isinstance(engine, t1.TorchEngine):  # in bfloat16 it copies the weights
+        cfg = dataclasses.replace(talkative.cfg, dtype="bfloat16")
+        engine = t1.TorchEngine(talkative.tokenizer, cfg)
+        first.bfloat16 = True
+    engine.load(first)
+    prompts = random_prompts(talkative.tokenizer, 1, seed=11)
+    (free,) = engine.generate(asked(prompts), 20, 0.0)
+    assert len(free.ids) > 2
+    second = copy.deepcopy(first)
+    second.end_ids = [*first.end_ids, free.ids[1]]
+    engine.load(second)
+    (cut,) = engine.generate(asked(prompts), 20, 0.0)
+    assert cut.finished
+    assert cut.ids == free.ids[: free.ids.index(free.ids[1]) + 1]
 
 
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
