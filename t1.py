@@ -3247,7 +3247,8 @@ class RunFolder:
             def keep(row):
                 step = row.get("step")
                 good = type(step) is int and 0 <= step < self.step and not (once and step in seen)
-                seen.add(step)
+                if good:
+                    seen.add(step)
                 return good
 
             if path.exists():
