@@ -1962,8 +1962,7 @@ def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: st
         )
         if rank() == 0:
             some = rollouts[:: max(1, len(rollouts) // 8)]
-            step = folder.total - 1
-            rows = [dict(step=step, kind="held-out", **record_of(r)) for r in some]
+            rows = [dict(step=folder.total - 1, kind="held-out", **record_of(r)) for r in some]
             append_rows(folder.path / "samples.jsonl", rows)
     print0(next_command(folder, next_stage))
 
@@ -2430,11 +2429,11 @@ def what_differs(policy, cfg: Config) -> str:
             batch = policy.pack(rows)
             batch.position[0, -1] = longest - 1
             far, _ = token_logprobs_and_entropy(policy(batch), policy.head, batch.targets)
-            if (far.cpu() - ours)[:-1].abs().max() > largest:
+            if not (far.cpu() - ours)[:-1].abs().max() <= largest:
                 return "the longest row of a pack changes the positions of the others"
-            engine = TorchEngine(policy.tokenizer, cfg)
-            engine.policy = policy
             if not uses_vllm(cfg):
+                engine = TorchEngine(policy.tokenizer, cfg)
+                engine.policy = policy
                 decoded = engine_gaps(engine, policy, [ids[:7], ids[:9]], 2, cfg)
                 if not decoded.max() <= largest:
                     return "decoded tokens do not score as one forward"

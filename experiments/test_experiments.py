@@ -186,7 +186,7 @@ def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(
         patch.setattr(t1.Interrupt, "received", lambda self: "SIGTERM")
         assert ledger.main(args) == 0
         assert "the same command resumes" in capsys.readouterr().out
-    assert len(t1.read_log(tmp_path / "led/root/sft/metrics.jsonl")) == 1
+    assert len(t1.read_log(tmp_path / "led" / "root" / "sft" / "metrics.jsonl")) == 1
     assert not (tmp_path / "led/ledger.jsonl").exists()
 
     def fails(cfg):
@@ -194,7 +194,7 @@ def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(
 
     monkeypatch.setitem(t1.STAGES, "rl", fails)
     assert ledger.main(args) == 0
-    assert len(t1.read_log(tmp_path / "led/root/sft/metrics.jsonl")) == 2
+    assert len(t1.read_log(tmp_path / "led" / "root" / "sft" / "metrics.jsonl")) == 2
     assert t1.read_log(tmp_path / "led/ledger.jsonl")[1]["stopped"] == "the loss is not finite"
     assert "| alpha1e-1 | 1/1 |" in (tmp_path / "led/ledger.md").read_text()
 
