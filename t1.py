@@ -17,19 +17,21 @@ LOO is leave-one-out: a value minus the mean of the other K-1. r' is 1 (right), 
 (over-long, repetitive, garbled, improbable). One update per batch: no PPO ratio, no value network.
 
 Letters: B = P*K responses, N generated tokens of the whole batch over all ranks, T positions, V
-vocabulary, D hidden width, n positions that are scored at once.
+vocabulary, D hidden width, n tokens scored at once; alpha is entropy_coef, beta is kl_coef.
 
 Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, in six blocks. At first skip
 part 5 (how it is computed) and all below the banner (what a run needs around it). "(section 2)" is
 the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from below the banner:
 
     cfg                  the options of `Method` and of the run
-    RunFolder, latest    logs and checkpoints; the last checkpoint of a folder
+    RunFolder, latest    logs and checkpoints; a folder's last checkpoint, or the folder
     clock("rollout")     times a phase
     x.on_device          inside this `with`, x is on the device
+    interrupt.check      raises Interrupted after a signal
     Stop, Misuse         end the run with one line: a failure; a mistake of the user
     rank(), world()      this process's number, and how many processes torchrun started
-    share_of_rank        what this one trains on; `exchange`: all ranks get all finished shares
+    share_of_rank        indices of the responses that this process trains on
+    exchange             all ranks get all of the finished shares rollouts[i::n]
     gather               a list with the items of all ranks
     all_ranks_or_none    what a rank raises inside this `with`, all raise"""
 
@@ -100,7 +102,7 @@ class Method:
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
     max_nll: float = knob(0.0, "perplexity: largest mean -log-prob, nats; 0: off", zero=True)
     loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
-    tis_cap: float = knob(0.0, "cap of the importance weights; 0: off", "", "rl", zero=True)
+    tis_cap: float = knob(0.0, "cap of the weights pi / mu; 0: off", "", "rl", zero=True)
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
 
@@ -111,14 +113,14 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
         [[1, 0, 0]] -> [[1, -1/2, -1/2]]
 
-    A baseline without the sample itself adds no bias (1/N does, of order 1/B: N depends on the
-    samples). GRPO divides by the standard deviation of the group and T1 does not: the division
-    raises most the weight of prompts that are nearly always or nearly never solved.
+    A baseline without the sample itself adds no bias (1/N adds one of order 1/B, as N depends
+    on the samples). GRPO divides by the standard deviation of the group and T1 does not: the
+    division raises most the weight of prompts that are nearly always or nearly never solved.
 
     The KL is a part of the reward, r' - beta d, not of the loss: E[d grad log pi] is the gradient
     of KL(pi || pi_ref), but E[grad d] = E[grad log pi] is zero. Leave-one-out is T1's on-policy KL
-    normalisation: what the d of a prompt's samples have in common would add nothing in expectation
-    but variance."""
+    normalisation: it removes what the d of a prompt's samples have in common, which is only
+    variance."""
     K = rewards.shape[1]
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (K - 1)  # (P, K)
     return rewards - baseline
@@ -144,7 +146,7 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
     target is kept on the min-p support: rounding, or an anchor whose support differs, could drop
     it, and its log-prob would be -inf."""
     dtype = torch.promote_types(lm_head.dtype, torch.float32)
-    logits = hidden.to(lm_head.dtype).to(dtype) @ lm_head.to(dtype).T  # (n, V)
+    logits = hidden.to(lm_head.dtype).to(dtype) @ lm_head.to(dtype).T  # (n, V), operands rounded
     logp = log_softmax_min_p(logits / temperature, min_p, keep=targets)  # (n, V)
     finite = logp.masked_fill(logp.isinf(), 0) if min_p > 0 else logp  # 0 log 0 = 0
     entropy = -(logp.exp() * finite).sum(-1)
@@ -153,8 +155,8 @@ def logprob_and_entropy(hidden, lm_head, targets, temperature: float, min_p: flo
 
 def paper_loss(logprob, entropy, advantages, weights, entropy_coef: float):
     """-sum_t w_t [A_t log pi(y_t) + alpha H_t]: (n,) each -> scalar (section 2). H's gradient is
-    taken at the sampled prefixes; that the policy also changes which are sampled is left out, as in
-    the paper. NOT IN PAPER: w_t = 1/N."""
+    taken at the sampled prefixes; that the policy also chooses these is left out, as in the paper.
+    NOT IN PAPER: w_t = 1/N."""
     return -(weights * (advantages * logprob + entropy_coef * entropy)).sum()
 
 
@@ -163,7 +165,7 @@ def policy_loss_reference(
 ):
     """The loss in plain torch: hidden (n, D), lm_head (V, D); targets, advantages, weights (n,) ->
     scalar. Its up to six (n, V) tensors take 15 GB at n = 4,096 and V = 151,936. Training calls
-    `policy_loss`: the same where they are small, else in chunks."""
+    `policy_loss`: the same for small batches, else in chunks."""
     logprob, entropy = logprob_and_entropy(hidden, lm_head, targets, temperature, min_p)
     return paper_loss(logprob, entropy, advantages, weights, entropy_coef)
 
@@ -235,7 +237,8 @@ CODE = re.compile(r"\[asy\].*?(\[/asy\]|$)|```.*?(```|$)", re.S)
 
 def word_salad(text: str, prompt: str) -> bool:
     """Does `text` have 40 words in a row outside COMMON_WORDS, 20 different ones of 4 letters or
-    more among these? False unless the prompt has "the" or "and" and one more. Code is ignored."""
+    more among these? Code is ignored. False if the prompt has not two of COMMON_WORDS, "the" or
+    "and" among them."""
     english = COMMON_WORDS.intersection(WORD.findall(prompt.lower()))
     if len(english) < 2 or not english & {"the", "and"}:
         return False
@@ -248,9 +251,9 @@ def word_salad(text: str, prompt: str) -> bool:
 
 
 def garbled(text: str, prompt: str = "") -> bool:
-    """Mixed languages or random characters: more than 1 % of the characters are broken; 60 Latin
-    letters follow each other; at least 5 letters are of scripts used neither in mathematics nor in
-    the prompt, and are over 5 % of all or form 3 different runs of 2 or more; or a word salad."""
+    """Mixed languages or random characters. Over 1 % of the characters are broken; or 60 Latin
+    letters stand in a row; or 5 letters are of scripts used neither in mathematics nor in the
+    prompt, if they are over 5 % of all or form 3 different runs of 2 or more; or a word salad."""
     broken = text.count("\ufffd")  # the replacement character
     for c in text:
         if c < " ":
@@ -261,19 +264,21 @@ def garbled(text: str, prompt: str = "") -> bool:
         return True
     strange = data_prep.foreign_letters(text, prompt)
     if len(strange) >= 5:
-        groups = set(re.findall(f"[{''.join(set(strange))}]{{2,}}", text))
+        runs = set(re.findall(f"[{''.join(set(strange))}]{{2,}}", text))
         letters = sum(map(str.isalpha, text))
-        if len(groups) >= 3 or len(strange) > 0.05 * letters:
+        if len(runs) >= 3 or len(strange) > 0.05 * letters:
             return True
     return word_salad(text, prompt)
+
+
+PATTERNS = ("overlong", "repetition", "garbled", "high_perplexity")
 
 
 def unexpected_pattern(
     text: str, ids: list[int], finished: bool,
     repeat_ngram=20, repeat_count=20, prompt="", nll=0.0, max_nll=0.0,
 ) -> str | None:  # fmt: skip
-    """The first that applies of "overlong", "repetition", "garbled", "high_perplexity", or None
-    (section 2).
+    """The first of PATTERNS that applies, or None (section 2).
 
     NOT IN PAPER: the rules. Over-long: no end token within the limit. Repetition: a block of
     `repeat_ngram` tokens occurs `repeat_count` times. Garbled: see there. High perplexity: the
@@ -302,7 +307,7 @@ def grade(rollouts: list[Rollout]):
     texts = [r.text for r in rollouts]
     golds = [r.problem.row["answer"] for r in rollouts]
     problems = [r.problem.row["problem"] for r in rollouts]
-    grades = verify.grade(texts, golds, problems=problems)
+    grades = verify.grade(texts, golds, problems=problems)  # a list, with indices in .failed
     for i, r in enumerate(rollouts):
         r.right = grades[i]
         r.ungraded = i in grades.failed
@@ -319,8 +324,8 @@ def judge(rollouts: list[Rollout], tokenizer, cfg) -> torch.Tensor:
         grade(share)
         for r in share:
             problem = r.problem.row["problem"]
-            rules = (cfg.repeat_ngram, cfg.repeat_count, problem, r.nll, cfg.max_nll)
-            r.pattern = unexpected_pattern(r.text, r.ids, r.finished, *rules)
+            rest = (cfg.repeat_ngram, cfg.repeat_count, problem, r.nll, cfg.max_nll)
+            r.pattern = unexpected_pattern(r.text, r.ids, r.finished, *rest)
             value = own_reward(cfg.reward, r) if cfg.reward else r.right
             r.reward = penalised_reward(value, r.pattern, cfg.penalties)
             r.behaviour = behaviour_of(problem, r.text, r.right)
@@ -378,7 +383,7 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
 
     NOT IN PAPER: the sampler's log-probs stand for the policy's own, which would cost one more
     forward. In float32 the two agree to 1e-6 per token; in bfloat16 their distance, `logprob_gap`,
-    is noise in A. (The `kl` of metrics.jsonl is corrected by their mean signed difference.)"""
+    is noise in A. (metrics.jsonl corrects its `kl` by the mean of log pi - log mu.)"""
     interrupt.check()  # a signal raises here: on large models the phases of a step take minutes
     mine = share_of_rank(rollouts)
     rows = [row_of(rollouts[i]) for i in mine]
@@ -388,7 +393,7 @@ def kl_to_anchor(anchor, rollouts: list[Rollout], cfg) -> torch.Tensor:
     for i, logprobs in zip(mine, reference):
         kl[i] = sum(rollouts[i].logprobs) - logprobs.double().sum()
     interrupt.check()
-    return sum(gather([kl])).float()
+    return sum(gather([kl])).float()  # each rank filled its own places
 
 
 def run_rl(cfg):
@@ -408,7 +413,7 @@ def run_rl(cfg):
     policy = shard(whole, tokenizer, cfg)
     del whole, whole_anchor
     optimizer = make_optimizer(policy, cfg)
-    folder.resume(policy, optimizer, anchor)
+    folder.resume(policy, optimizer, anchor)  # it may rename folder.source
     engine = make_engine(folder.source or source, policy, tokenizer, cfg)
 
     for step in folder.steps():
@@ -464,6 +469,7 @@ def thought_length(rollout: Rollout, tokenizer) -> float:
     ids = rollout.ids
     if "</think>" not in tokenizer.decode(ids):
         return len(ids) if rollout.finished else math.inf
+    # The smallest n whose first n tokens hold the tag:
     return bisect.bisect_left(
         range(len(ids)), True, key=lambda n: "</think>" in tokenizer.decode(ids[:n])
     )
@@ -473,8 +479,8 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
     """The responses if their thoughts had been cut after `budget` tokens (section 3).
 
     thoughts: `thought_length` of each. A thought that ended within the budget keeps its own answer.
-    For a longer one the engine `answerer` writes it: a summary model, or the policy itself, behind
-    CLOSING (`</think>`, an open box). Its text is the answer alone; its ids are only counted.
+    For a longer one the engine `answerer` (a summary model, or the policy itself behind CLOSING:
+    `</think>`, an open box) writes the answer. Its text is then that alone; its ids are counted.
     NOT IN PAPER: finished thoughts keep their answer; the policy as answerer; greedy answers."""
     closing = "" if cfg.answer_model else CLOSING
     closing_ids = tokenizer(closing, add_special_tokens=False).input_ids
@@ -537,31 +543,30 @@ def row_of(rollout: Rollout) -> Row:
 
 class Policy(torch.nn.Module):
     """A Hugging Face causal LM: packed rows in, hidden states out, and the weight of its head.
-    FSDP wraps it as it is (`shard`); the root unit keeps embedding, last norm and head gathered."""
+    FSDP wraps it as it is (`shard`); its root unit (embedding, last norm, head) stays gathered."""
 
     def __init__(self, lm, tokenizer, cfg, device=None):
         super().__init__()
         self.lm = lm.eval()  # no dropout: the trained distribution is the sampled one
         self.tokenizer = tokenizer
         self.device = device or run_device()
-        self.bfloat16 = cfg.dtype == "bfloat16"
+        self.bf16 = cfg.dtype == "bfloat16"
         self.on_device = Parked()
         embeddings = lm.get_input_embeddings().num_embeddings
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, embeddings)
         eos = lm.generation_config.eos_token_id  # None, one or several
-        eos = eos if isinstance(eos, list) else [eos]
-        self.end_ids = [tokenizer.eos_token_id]
-        self.end_ids += [i for i in eos if i not in (None, tokenizer.eos_token_id)]
+        eos = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+        self.end_ids = [i for i in dict.fromkeys(eos) if i is not None]
 
     @property
     def head(self) -> torch.Tensor:
         """(V, D) without the rows that pad the vocabulary: ids beyond the tokenizer are neither
         sampled nor trained. Read it after a forward: before, FSDP holds a shard."""
         weight = self.lm.get_output_embeddings().weight[: self.vocabulary]
-        return weight.bfloat16() if self.bfloat16 else weight
+        return weight.bfloat16() if self.bf16 else weight
 
     def pack(self, rows: "list[Row]") -> "Packed":
-        return pack(rows, self.device, ragged=self.bfloat16 and self.device.type == "cuda")
+        return pack(rows, self.device, ragged=self.bf16 and self.device.type == "cuda")
 
     def forward(self, batch: "Packed") -> torch.Tensor:
         """-> (n, D), the hidden states that predict the response tokens. transformers hands `pack`
@@ -571,16 +576,16 @@ class Policy(torch.nn.Module):
 
     def backbone(self, ids, position, **options) -> torch.Tensor:
         """The transformer without its head: ids (B, T) -> (B, T, D)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.lm.base_model(input_ids=ids, position_ids=position, **options)
         return output.last_hidden_state
 
 
 @dataclass
 class Packed:
-    """Rows end to end, without padding: M tokens, which predict n response tokens. A prompt shared
-    by consecutive rows is stored once. The last token of a row is only a target. For attention the
-    tokens are copied into cells, row after row: a padded grid, or, if ragged, the rows end to end
+    """Rows without padding: M tokens, which predict n response tokens. A prompt shared by
+    consecutive rows is stored once. The last token of a row is only a target. For attention the
+    tokens are copied into cells, row after row: a padded grid, or, if ragged, without its padding
     (0 1 2 3 / 0 1 4 / 0 1 5). Example: prompt a b, responses c d E, e E and f E, E the end:
 
         ids      a b c d e f                position  0 1 2 3 2 2
@@ -592,7 +597,7 @@ class Packed:
     predict: torch.Tensor  # (n,) places in 0..M-1 that predict the response tokens
     targets: torch.Tensor  # (n,) response tokens, the end token included
     spread: torch.Tensor  # (cells,) the token of each cell
-    collect: torch.Tensor  # (M,) first cell of each token: a prompt's output is the same in all
+    collect: torch.Tensor  # (M,) first cell of each token; all its cells have the same output
     bounds: torch.Tensor  # (rows + 1,) int32, where each row begins, and the end
     shape: tuple[int, int]  # rows, and tokens of the longest
     ragged: bool  # cells are the rows end to end; else a grid: short rows repeat a token
@@ -633,7 +638,7 @@ def pack(rows: list[Row], device, ragged: bool = False) -> Packed:
     return Packed(**tensors, shape=(len(rows), T), ragged=ragged)
 
 
-# What transformers may pass on and `attention` does not compute. Windows: `shortest_window`.
+# What transformers may pass on and `attention` does not compute. `unfit_config` refuses windows.
 NOT_COMPUTED = "attention_mask softcap s_aux position_bias indices block_indices".split()
 
 
@@ -651,10 +656,10 @@ def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others
         return packed_attention(q[0], k[0], v[0], scaling, pack)[None], None
     if q.shape[2] > 1:
         return causal_attention(q, k, v, scaling), None
-    # Decoding: the query heads of a key-value head become its T queries: (B, Hkv, Hq / Hkv, Dh).
+    # Decoding: the query heads of a key-value head become queries, all at one position.
     heads = q.shape[1]
     kv_heads = k.shape[1]
-    q = q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3])
+    q = q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3])  # (B, Hkv, Hq / Hkv, Dh)
     out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
     return out.reshape(-1, 1, heads, v.shape[3]), None
 
@@ -680,7 +685,7 @@ def causal_attention(q, k, v, scaling):
         # In float32 a CPU's backward pass over short rows takes half the time of bfloat16.
         dtype = torch.promote_types(dtype, torch.float32)
     causal = dict(is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):  # it would cast back
         out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **causal)
     return out.transpose(1, 2)
 
@@ -720,8 +725,8 @@ def micro_batches(policy, rows: list[Row], most: int) -> list[tuple[list[int], f
 def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dict:
     """Add the gradient of the loss on this rank's responses to .grad (section 2).
 
-    advantages (B,), one per response of the whole batch. -> sums over all tokens and ranks: bias of
-    log pi - log mu, gap of |log pi - log mu|, mu the sampler's distribution. gap_p99: the largest
+    advantages (B,), one per response of the whole batch. -> sums over all tokens and ranks; `bias`
+    is that of log pi - log mu, mu the sampler, and `gap` that of its size; gap_p99 is the largest
     of the ranks' 99th percentiles. Raises Stop on all ranks if a sum is not finite."""
     N = sum(len(r.ids) for r in rollouts)  # of the whole batch and all ranks: the one division
     B = len(rollouts)
@@ -733,21 +738,21 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
     sums = torch.zeros(3, dtype=torch.float64)
     gaps = [torch.zeros(0)]
     with clock("gradient"), all_ranks_or_none():
-        for group, weight in micro_batches(policy, rows, cfg.micro_tokens):
+        for group, real in micro_batches(policy, rows, cfg.micro_tokens):
             which = [mine[i] for i in group]
             batch = [rollouts[i] for i in which]
             packed = policy.pack([row_of(r) for r in batch])
-            sizes = torch.tensor([len(r.ids) for r in batch])
-            A = advantages[which].repeat_interleave(sizes).to(policy.device)  # (n,)
-            w = weight * world() * weights[which]  # FSDP takes the mean over ranks
-            w = w.repeat_interleave(sizes).to(policy.device)  # (n,)
+            lengths = torch.tensor([len(r.ids) for r in batch])
+            A = advantages[which].repeat_interleave(lengths).to(policy.device)  # (n,)
+            w = real * world() * weights[which]  # FSDP takes the mean over ranks
+            w = w.repeat_interleave(lengths).to(policy.device)  # (n,)
             log_mu = torch.cat([torch.tensor(r.logprobs) for r in batch])  # (n,), in SFT empty
             log_mu = log_mu.to(policy.device)
             hidden = policy(packed)
             options = (cfg.entropy_coef, cfg.temperature, cfg.min_p, log_mu, cfg.tis_cap)
             loss, logp, entropy = policy_loss(hidden, policy.head, packed.targets, A, w, *options)
             loss.backward()
-            if weight:
+            if real:
                 part = torch.stack([loss.detach() / world(), -logp.sum(), entropy.sum()])
                 sums += part.double().cpu()
                 if len(log_mu):
@@ -764,15 +769,15 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
 
 
 @torch.no_grad()
-def response_logprobs(policy, rows: list[Row], cfg, temperature: float = 1.0, min_p: float = 0.0):
+def response_logprobs(policy, rows: list[Row], cfg, temperature=1.0, min_p=0.0):
     """log pi(y_t | x, y_<t) of each row's response: a tensor for each, float32, on the CPU."""
     result = [torch.zeros(0)] * len(rows)
     for group, _ in micro_batches(policy, rows, cfg.micro_tokens):
         batch = policy.pack([rows[i] for i in group])
         hidden = policy(batch)
         logp, _ = token_logprobs_and_entropy(hidden, policy.head, batch.targets, temperature, min_p)
-        sizes = [len(rows[i][1]) for i in group]
-        for i, part in zip(group, logp.cpu().split(sizes)):
+        lengths = [len(rows[i][1]) for i in group]
+        for i, part in zip(group, logp.cpu().split(lengths)):
             result[i] = part
     if isinstance(policy, FSDPModule):
         policy.reshard()  # no backward pass follows that would drop the gathered weights
@@ -798,9 +803,9 @@ def update(policy, optimizer, lr: float, cfg) -> float:
     return norm
 
 
-# Sampling. An engine has tokenizer; ranks, the processes that share it; load(policy) -> True if
-# weights were copied; generate(rollouts, ...), which fills them in; sleep(). `make_engine` chooses
-# TorchEngine or, on GPUs, VLLMEngine.
+# Sampling. An engine has `tokenizer`; `ranks`, how many processes share it; `load(policy)`, True if
+# weights were copied; `generate(rollouts, ...)`, which fills them in; `sleep()`. `make_engine`
+# chooses TorchEngine or, on GPUs, VLLMEngine.
 
 
 def sample(logits, temperature: float, min_p: float, uniform):
@@ -812,9 +817,9 @@ def sample(logits, temperature: float, min_p: float, uniform):
 
 
 def draw(p, uniform):
-    """(B, V) probabilities, (B,) uniform numbers -> tokens (B,) by the inverse of the cumulative
-    distribution in float64: the first block of 256 tokens, then the first token in it, whose
-    cumulative sum exceeds `uniform`. Rounding never takes a token with p = 0."""
+    """(B, V) probabilities, (B,) uniform numbers -> tokens (B,): the first whose cumulative sum, in
+    float64, exceeds `uniform` of the total. Its block of 256 tokens is found first: the sums of all
+    V tokens would be a (B, V) tensor. Rounding never takes a token with p = 0."""
     below_1 = 1 - 2.0**-52
     B, V = p.shape
     blocks = F.pad(p, (0, -V % 256)).view(B, -1, 256)
@@ -844,7 +849,7 @@ class TorchEngine:
     """Sampling in plain torch, on any device. The model sees no padding: each prompt is prefilled
     to the length of the shortest, in one pass; the rest of longer ones is fed token by token while
     shorter ones already answer. Rows that ended leave the batch. The random numbers of a sample
-    depend on its seed, number and max_new alone and, but for rounding, not on batch or ranks."""
+    depend on its seed, `sample` and max_new alone and, but for rounding, not on batch or ranks."""
 
     ranks = 1  # per engine
 
@@ -854,14 +859,14 @@ class TorchEngine:
         self.policy = None
 
     def load(self, policy) -> bool:
-        if not (policy.bfloat16 or isinstance(policy, FSDPModule)):
+        if not (policy.bf16 or isinstance(policy, FSDPModule)):
             self.policy = policy  # the trainer's own weights: nothing to copy
             return False
         if self.policy is None:  # a whole copy on each rank: large models need vLLM
             lm = empty_lm(policy.lm.config, policy.lm.generation_config)
             self.policy = Policy(lm, self.tokenizer, self.cfg)
             for module in lm.base_model.modules():
-                if isinstance(module, torch.nn.Linear) and policy.bfloat16:
+                if isinstance(module, torch.nn.Linear) and policy.bf16:
                     module.bfloat16()  # else autocast casts its weights again for every token
             self.policy.to(self.policy.device)
         weights = self.policy.lm.state_dict()
@@ -886,8 +891,9 @@ class TorchEngine:
 
     @torch.no_grad()
     def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p, ended):
-        """B samples of one batch, grouped by prompt. Row 0..B-1 is a sample's for good; slot s, of
-        the b that still run, holds row_of_slot[s]. Position t counts from the prompt's start."""
+        """B samples of one batch, grouped by prompt. A sample keeps its row, 0..B-1; those that
+        still run hold b slots: slot s is row row_of_slot[s]. Position t counts from the
+        prompt's start."""
         policy = self.policy
         device = policy.device
         rows = [r for group in groups for r in group]
@@ -918,7 +924,7 @@ class TorchEngine:
             tokens[row_of_slot, t] = token
             logprobs[row_of_slot, t] = logprob
 
-            # Rows that ended leave: slots from the end take their places.
+            # Rows that ended leave: slots that run, from `left` on, fill the gaps before it.
             stopped = (place >= 0) & torch.isin(token, end_tokens)
             end[row_of_slot] = torch.where(stopped, t + 1, end[row_of_slot])
             running = end[row_of_slot] > t + 1
@@ -969,20 +975,20 @@ class TorchEngine:
 
 # The head. Log-probs and entropy of n tokens need n x V logits, 2.5 GB at n = 4,096 and V =
 # 151,936: they are made chunk by chunk. The loss is sum_t a_t log p_t + b_t H_t with a = -w A
-# (times the importance weight), b = -w alpha; a chunk's backward pass runs while its logits exist.
+# (times the importance weight), b = -w alpha; `forward` makes a chunk's gradients with its logits.
 # On a CPU `cpu_float32` and `products_in` keep products of bfloat16 values in float32.
 
 
 def policy_loss(
     hidden, lm_head, targets, advantages, weights, entropy_coef: float = 0.0,
-    temperature: float = 1.0, min_p: float = 0.0, sampler_logprobs=None, tis_cap: float = 0.0,
+    temperature: float = 1.0, min_p: float = 0.0, log_mu=None, tis_cap: float = 0.0,
     chunk: int = 0,
 ):  # fmt: skip
     """The loss of `policy_loss_reference`; log-probs and entropies (n,), float32, without gradient.
-    In chunks of c positions, except where six (n, V) tensors need no more room than two (c, V).
+    In chunks of c positions; if 3 n <= c the plain way, which then needs no more memory.
 
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
-    from pi; with its log-probs `sampler_logprobs` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
+    from pi; with its log-probs `log_mu` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
     constant in the gradient. The prefixes stay mu's, which leaves a bias; the cap limits noise. The
     loss that is returned is without these weights."""
     c = chunk or head_chunk(len(lm_head), hidden.device)
@@ -992,9 +998,7 @@ def policy_loss(
         return loss, logprob.detach(), entropy.detach()
     a = -advantages * weights
     b = -entropy_coef * weights
-    return _PolicyLoss.apply(
-        hidden, lm_head, targets, a, b, temperature, min_p, c, sampler_logprobs, tis_cap
-    )
+    return _PolicyLoss.apply(hidden, lm_head, targets, a, b, temperature, min_p, c, log_mu, tis_cap)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -1037,14 +1041,10 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def token_logprobs_and_entropy(
-    hidden, lm_head, targets, temperature: float = 1.0, min_p: float = 0.0, chunk: int = 0
-):
-    """(n, D), (V, D), (n,) -> log-prob of each target and entropy of each distribution, (n,) and
-    (n,), float32, without gradient. The distribution is the sampled one: softmax(logits /
-    temperature), renormalised on the min-p support."""
+def token_logprobs_and_entropy(hidden, lm_head, targets, temperature=1.0, min_p=0.0):
+    """`logprob_and_entropy` in chunks, without gradient."""
     head = cpu_float32(lm_head)
-    c = chunk or head_chunk(len(lm_head), hidden.device)
+    c = head_chunk(len(lm_head), hidden.device)
     stats = []
     for h, y in zip(hidden.to(lm_head.dtype).split(c), targets.split(c)):
         stats.append(_chunk_stats(h, head, y, temperature, min_p)[-2:])
@@ -1082,24 +1082,24 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
     return z, p, lse, logprob, lse - pz / total  # entropy: -sum p log p
 
 
-def _chunk_gradient(z, p, lse, entropy, targets, of_logp, of_entropy, temperature):
-    """d (of_logp log p_y + of_entropy H) / d logits, (c, V), written over z; the two factors are
-    (c,). With p = softmax(logits / tau) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / tau:
+def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
+    """d (a log p_y + b H) / d logits, (c, V), written over z; a and b are (c,). With p =
+    softmax(logits / tau) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / tau:
         d log p_y / dlogit_v = (1[v=y] - p_v) / tau
         dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / tau
-    Here log p = z - lse, and the normalised p is `p` exp(-lse), which is 0 off the min-p
-    support."""
+    Together (a 1[v=y] - p_v (a + b (log p_v + H))) / tau, where log p = z - lse, and `p` exp(-lse)
+    stands for p: 0 off the min-p support."""
     scale = (-lse).exp() / temperature
-    z *= (-of_entropy * scale)[:, None]
-    z += ((of_entropy * (lse - entropy) - of_logp) * scale)[:, None]
+    z *= (-b * scale)[:, None]
+    z += ((b * (lse - entropy) - a) * scale)[:, None]
     z *= p
-    return z.scatter_add_(1, targets[:, None], (of_logp / temperature)[:, None].to(z.dtype))
+    return z.scatter_add_(1, targets[:, None], (a / temperature)[:, None].to(z.dtype))
 
 
 # ================================================================================================
 # T1 ends here. Below is what a run needs around it.
 # ================================================================================================
-# In this order: options and presets; problems and prompts; measures of a response; evaluation; the
+# In this order: presets and options; problems and prompts; measures of a response; evaluation; the
 # vLLM engine; models and sharding; checkpoints and run folders; ranks, clock, signals; pictures;
 # the command line.
 import argparse
@@ -1139,12 +1139,41 @@ from torch.utils.checkpoint import checkpoint
 from data_prep import append_rows, read_json, read_log, read_rows, sync, write_json
 
 
+PAPER = dict(
+    max_prompt=1024, max_new=10240, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
+    compile=True, offload=True, tis_cap=2.0, keep=2, keep_every=78, k=64, weight_decay=0.1,
+    sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=260, rl_save_every=13, temperature=1.2,
+    ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192,10240",
+)  # fmt: skip
+PRESETS = {
+    "tiny": {},
+    "small": dict(  # NOT IN PAPER: SmolLM2-135M on grade-school problems (docs/results.md)
+        max_prompt=512, max_new=256, dtype="bfloat16", micro_tokens=1536, warmup=3, tis_cap=2.0,
+        sft_lr=2e-4, sft_batch=8, rl_lr=3e-5, rl_steps=20, rl_save_every=5, rollout_rows=256,
+        budgets="8,16,32,64,128",
+    ),
+    "pretrained": dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
+        max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
+        tis_cap=2.0, keep=2, weight_decay=0.1, sft_lr=1e-5, rl_lr=1e-6, rl_steps=200,
+        ema_decay=0.99, repeat_ngram=20, repeat_count=20, rl_save_every=20,
+        budgets="128,256,512,1024",
+    ),
+    "glm4-9b": PAPER | dict(  # its context is 8,192 tokens
+        model="zai-org/glm-4-9b-hf", max_new=7168, budgets="1024,2048,4096,7040"
+    ),
+    "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
+    "qwen2.5-32b": PAPER | dict(
+        model="Qwen/Qwen2.5-32B", max_new=16384, budgets="1024,2048,4096,8192,16384"
+    ),
+}  # fmt: skip
+
+
 @dataclass
 class Config(Method):
     """All options: those of the method, and those of a run around it."""
 
     stage: Literal["sft", "rl", "eval"] = knob("", "what to do")
-    preset: Literal["", "tiny", "pretrained", "glm4-9b", "qwen2.5-14b", "qwen2.5-32b"] = knob(
+    preset: Literal["", *PRESETS] = knob(
         "", "values for a kind of model; empty: pretrained for --model on own data, else tiny"
     )
     name: str = knob("", "name of the run's folder; empty: the preset's name", free=True)
@@ -1222,26 +1251,6 @@ class Config(Method):
     )
 
 
-PAPER = dict(
-    max_prompt=1024, max_new=10240, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
-    compile=True, offload=True, tis_cap=2.0, keep=2, keep_every=78, k=64, weight_decay=0.1,
-    sft_lr=1e-5, sft_batch=64, rl_lr=1.5e-6, rl_steps=260, rl_save_every=13, temperature=1.2,
-    ema_decay=0.992, repeat_ngram=20, repeat_count=20, budgets="1024,2048,4096,8192,10240",
-)  # fmt: skip
-PRETRAINED = dict(  # NOT IN PAPER: a model of up to a few billion parameters on one machine
-    max_prompt=1024, max_new=1024, dtype="bfloat16", micro_tokens=16384, checkpointing=True,
-    tis_cap=2.0, keep=2, weight_decay=0.1, sft_lr=1e-5, rl_lr=1e-6, rl_steps=200, ema_decay=0.99,
-    repeat_ngram=20, repeat_count=20, rl_save_every=20, budgets="128,256,512,1024",
-)  # fmt: skip
-GLM_BUDGETS = "1024,2048,4096,7040"  # the context is 8,192 tokens
-LONG_BUDGETS = "1024,2048,4096,8192,16384"
-PRESETS = {
-    "tiny": {},
-    "pretrained": PRETRAINED,
-    "glm4-9b": PAPER | dict(model="zai-org/glm-4-9b-hf", max_new=7168, budgets=GLM_BUDGETS),
-    "qwen2.5-14b": PAPER | dict(model="Qwen/Qwen2.5-14B"),
-    "qwen2.5-32b": PAPER | dict(model="Qwen/Qwen2.5-32B", max_new=16384, budgets=LONG_BUDGETS),
-}
 TINY = dict(layers=3, width=128)  # of the embedded model
 BENCHMARKS = Path("benchmarks")  # written by data_prep.py benchmarks
 ENTROPY_FLOOR = 0.01  # nats per token: warn below
@@ -1646,10 +1655,7 @@ def means(rollouts: list[Rollout]) -> dict:
         reward=sum(r.reward for r in rollouts) / n,
         length=tokens / n,
         checks=total("checks") / n,
-        overlong=patterns.count("overlong") / n,
-        repetition=patterns.count("repetition") / n,
-        garbled=patterns.count("garbled") / n,
-        high_perplexity=patterns.count("high_perplexity") / n,
+        **{name: patterns.count(name) / n for name in PATTERNS},
         honoured=of_checked("honoured"),
         first_right=of_checked("first_right"),
         corrected=of_checked("corrected"),
@@ -2012,7 +2018,6 @@ class VLLMEngine:
 
         self.tokenizer = tokenizer
         self.cfg = cfg
-        self.end_ids = policy.end_ids
         self.sampling_params = vllm.SamplingParams
         self.dtype = getattr(torch, cfg.dtype)
         self.ranks, memory = engine_layout(policy, cfg)
@@ -2205,7 +2210,7 @@ class Cache:
     def __init__(self, policy, counts, longest: int):
         self.kv = {}
         self.n = {}
-        self.dtype = torch.bfloat16 if policy.bfloat16 else torch.float32  # as attention reads it
+        self.dtype = torch.bfloat16 if policy.bf16 else torch.float32  # as attention reads it
         self.counts = counts
         self.longest = longest
 
@@ -2413,7 +2418,7 @@ def what_differs(policy, cfg: Config) -> str:
     rows = [(ids[:3], ids[3:9]), (ids[:3], ids[4:16]), (ids[:6], ids[6:])]
     cfg = dataclasses.replace(cfg, micro_tokens=10**6)  # one pack
     for dtype in dict.fromkeys(["float32", cfg.dtype]):  # the run's own dtype last: it stays
-        policy.bfloat16 = dtype == "bfloat16"
+        policy.bf16 = dtype == "bfloat16"
         lm.set_attn_implementation("eager")
         theirs = torch.cat([library_logprobs(policy, row) for row in rows])
         lm.set_attn_implementation("t1")
@@ -2421,11 +2426,11 @@ def what_differs(policy, cfg: Config) -> str:
         if not ours.isfinite().all():
             return "its weights give log-probs that are not finite; they are damaged"
         # SmolLM2-135M: 6e-6 and 2e-5 in float32, 0.03 and 0.1 in bfloat16.
-        mean, largest = (0.1, 2.0) if policy.bfloat16 else (1e-4, 1e-3)
+        mean, largest = (0.1, 2.0) if policy.bf16 else (1e-4, 1e-3)
         gaps = (theirs - ours).abs()
         if not (gaps.mean() <= mean and gaps.max() <= largest):  # NaN, too
             return f"log-probs of packed rows are {gaps.max():.2g} nats off in {dtype}"
-        if not policy.bfloat16:
+        if not policy.bf16:
             batch = policy.pack(rows)
             batch.position[0, -1] = longest - 1
             far, _ = token_logprobs_and_entropy(policy(batch), policy.head, batch.targets)
@@ -2476,7 +2481,7 @@ def library_logprobs(policy, row: Row) -> torch.Tensor:
     """`response_logprobs` of one row by the library's own code, (T,)."""
     prompt, response = row
     ids = torch.tensor([prompt + response], device=policy.device)
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bfloat16):
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bf16):
         logits = policy.lm(ids).logits[0, len(prompt) - 1 : -1, : policy.vocabulary]
     logp = logits.float().log_softmax(-1)
     return logp.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
@@ -3387,7 +3392,8 @@ def share_of_rank(rollouts: list[Rollout]) -> list[int]:
             work.append(len(prompt) + sum(len(rollouts[i].ids) for i in item))
         parts = deal(work, world())
         loads = [sum(map(work.__getitem__, part)) for part in parts]
-        if max(loads) * world() <= 1.02 * sum(work) or len(items) == len(rollouts):
+        even = max(loads) * world() <= 1.02 * sum(work) and min(loads) > 0
+        if even or len(items) == len(rollouts):
             return sorted(itertools.chain(*[items[k] for k in parts[rank()]]))
         pieces *= 2
 
@@ -3557,7 +3563,7 @@ PANELS = {  # stage -> panels of curves.png: label with unit, and columns of met
     "rl": {
         "reward, share right": "reward accuracy",
         "response length (tokens)": "length",
-        "share of responses": "overlong repetition garbled high_perplexity",
+        "share of responses": " ".join(PATTERNS),
         "entropy (nats per token)": "entropy",
         "KL to the anchor (nats per response)": "kl",
         "share of groups with equal rewards": "flat_groups",
@@ -3628,7 +3634,6 @@ def draw_results(folder: Path):
                 100 * error,
                 label=entry["name"],
                 marker="osD^vPX*"[i % 8],
-                ls=["-", "--", "-.", ":"][i % 4],
                 color=colormaps["viridis_r"]((i + 1) / len(entries)),  # darker with each checkpoint
                 capsize=2,
             )

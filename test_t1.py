@@ -567,10 +567,11 @@ def assert_same_gradient(a, b, wrt, **tolerance):
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
 @pytest.mark.parametrize("chunk", [3, 100])
-def test_chunked_head_equals_full_logits(temperature, min_p, chunk):
+def test_chunked_head_equals_full_logits(temperature, min_p, chunk, monkeypatch):
+    monkeypatch.setattr(t1, "head_chunk", lambda *unused: chunk)
     hidden, head, targets = head_case(2, min_p=min_p)
     a, b = doubles(2, 11)
-    ours = t1.token_logprobs_and_entropy(hidden, head, targets, temperature, min_p, chunk)
+    ours = t1.token_logprobs_and_entropy(hidden, head, targets, temperature, min_p)
     plain = plain_stats(hidden, head, targets, temperature, min_p)
     for x, y in zip(ours, plain):
         assert torch.allclose(x, y, atol=1e-12)
@@ -603,12 +604,13 @@ def test_the_loss_equals_its_reference(temperature, min_p):
 
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.3, 0.05)])
-def test_head_gradcheck(temperature, min_p):
+def test_head_gradcheck(temperature, min_p, monkeypatch):
     """Each log-prob and each entropy by central differences. Without gradient they are the same
     numbers."""
     hidden, head, _ = head_case(3, n=5, V=7, D=4)
     targets = (hidden @ head.T).argmax(1)
-    stats = t1.token_logprobs_and_entropy(hidden, head, targets, temperature, min_p, 2)
+    monkeypatch.setattr(t1, "head_chunk", lambda *unused: 2)
+    stats = t1.token_logprobs_and_entropy(hidden, head, targets, temperature, min_p)
     zeros = torch.zeros(5, dtype=torch.float64)
     ones = zeros + 1
     for kind, (A, alpha) in enumerate([(ones, 0.0), (zeros, 1.0)]):
@@ -1212,7 +1214,7 @@ def test_an_engine_stops_where_the_policy_that_it_holds_stops(talkative, engine)
     if isinstance(engine, t1.TorchEngine):  # in bfloat16 it copies the weights
         cfg = dataclasses.replace(talkative.cfg, dtype="bfloat16")
         engine = t1.TorchEngine(talkative.tokenizer, cfg)
-        first.bfloat16 = True
+        first.bf16 = True
     engine.load(first)
     prompts = random_prompts(talkative.tokenizer, 1, seed=11)
     (free,) = engine.generate(asked(prompts), 20, 0.0)
@@ -2398,6 +2400,7 @@ def test_the_prompts_of_a_rank(monkeypatch):
 
     assert shares([[100] * 8] * 4, 2) == ([2, 2], [1600, 1600])
     assert shares([[100] * 8], 2) == ([1, 1], [400, 400])
+    assert min(shares([[100] * 8] * 63, 64)[0]) == 1  # no rank is idle
     lengths = np.random.default_rng(3).integers(200, 2000, (32, 64)).tolist()
     for ranks, most in ((8, 8), (64, 2)):
         prompts, loads = shares(lengths, ranks)
@@ -4431,7 +4434,7 @@ def test_a_model_is_compared_with_the_librarys_own_forward(
             p.mul_(scale if p.dim() > 1 else 1)
     save_model(tmp_path, lm, tiny.tokenizer)
     cfg = config("--dtype", dtype)
-    assert t1.load_policy(str(tmp_path), cfg)[0].bfloat16 == (dtype == "bfloat16")
+    assert t1.load_policy(str(tmp_path), cfg)[0].bf16 == (dtype == "bfloat16")
     position_free()
     with pytest.raises(t1.Misuse, match="a qwen2 model is not supported"):
         t1.load_policy(str(tmp_path), cfg)
@@ -4443,7 +4446,7 @@ def test_a_model_is_compared_with_the_librarys_own_forward(
 def test_a_real_model_passes_the_check_with_the_documented_defaults(position_free, dtype):
     cfg = config("--model", SMOLLM2, "--data", "traces.jsonl", "--dtype", dtype, stage="sft")
     assert cfg.preset == "pretrained"
-    assert t1.load_policy(SMOLLM2, cfg)[0].bfloat16 == (dtype == "bfloat16")
+    assert t1.load_policy(SMOLLM2, cfg)[0].bf16 == (dtype == "bfloat16")
     position_free()
     with pytest.raises(t1.Misuse, match="a llama model is not supported"):
         t1.load_policy(SMOLLM2, cfg)

@@ -13,11 +13,14 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import data_prep
 import experiments
 import t1
 from experiments import claims
 
+SEEDS = [(f"words{seed}", "rl 20") for seed in (1, 2, 3)]
 LOCAL = ("key", "checkpoint", "test")  # of a machine
 CALCULATION = re.compile("<<(.*?)=(.*?)>>")
 
@@ -82,23 +85,50 @@ def publish(args):
     """words.jsonl: an entry of results.json for each checkpoint of the runs."""
     rows = []
     for folder in map(Path, args.runs.split(",")):
-        for entry in t1.results_of(folder / "eval"):
+        grades = {}  # of each entry and problem
+        for row in data_prep.read_log(folder / "eval" / "responses.jsonl"):
+            grades.setdefault((row["key"], row["problem"]), []).append(row["right"])
+        entries = t1.results_of(folder / "eval")
+        for entry in entries:
+            gain = gain_over(entries[0]["key"], entry["key"], grades)
             kept = {name: value for name, value in entry.items() if name not in LOCAL}
-            rows.append(dict(run=folder.name, **kept))
+            rows.append(dict(run=folder.name, **kept, gain=gain))
     data_prep.write(args.out / "words.jsonl", map(data_prep.json_line, rows))
-    print(table(rows))
+    print(table(rows), mean_gain(rows), sep="\n")
+
+
+def gain_over(first: str, key: str, grades: dict) -> tuple[float, float]:
+    """Of an entry over the first one of its run: mean and standard error, paired by problem."""
+    differences = []
+    for (name, problem), right in grades.items():
+        if name == key:
+            differences.append([np.mean(right) - np.mean(grades[first, problem])])
+    return t1.mean_and_error(differences)
 
 
 def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
+        right = percent(row["pass_at_1"], row["standard_error"])
+        change, spread = np.multiply(100, row["gain"])
+        gain = f"{change:+.1f} ± {spread:.1f}" if spread else ""
         k, chance, error = row["pass_at_k"][-1]
-        right = f"{100 * row['pass_at_1']:.1f} ± {100 * row['standard_error']:.1f} %"
-        best = f"{100 * chance:.1f} ± {100 * error:.1f} % ({k})"
+        best = f"{percent(chance, error)} ({k})"
         cut = f"{100 * row['overlong']:.1f} %"
-        lines.append([row["run"], row["name"], right, best, f"{row['length']:.0f}", cut])
-    columns = ["run", "checkpoint", "pass@1", "pass@k (k)", "length", "over-long"]
+        lines.append([row["run"], row["name"], right, gain, best, f"{row['length']:.0f}", cut])
+    columns = ["run", "checkpoint", "pass@1", "gain, points", "pass@k (k)", "length", "over-long"]
     return claims.table_of(columns, lines)
+
+
+def percent(value: float, error: float) -> str:
+    return f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
+def mean_gain(rows: list[dict]) -> str:
+    """Of the last checkpoints of SEEDS."""
+    gains = [100 * row["gain"][0] for row in rows if (row["run"], row["name"]) in SEEDS]
+    each = ", ".join(f"{gain:.1f}" for gain in gains)
+    return f"{each}: mean {np.mean(gains):.1f}, standard deviation {np.std(gains, ddof=1):.1f}"
 
 
 def make(args):
