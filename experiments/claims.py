@@ -23,7 +23,6 @@ LEVEL = 0.05  # of the intervals and, after Holm's correction, of the verdicts
 PUBLISHED = Path(__file__).parent.parent / "figures" / "ledger.jsonl"
 
 # --- What is run ----------------------------------------------------------------------------------
-
 VARIANTS = {  # name -> options of t1.py's stage rl, in the order in which they are run
     "sft": "",
     "base": "",
@@ -56,7 +55,6 @@ STARTS = {"garbage": "sft-garbage", "garbage-unpunished": "sft-garbage"}  # the 
 GONE = "beta5e-2-uncentred"  # its runs are published, its switch (--kl-center false) is gone
 
 # --- What a run shows: one record -----------------------------------------------------------------
-
 HELD_OUT = "pass_at_1 length overlong repetition".split()
 STEPS = "reward accuracy entropy nll kl flat_groups".split()
 ENDS = ("measures.json", "stopped.json")  # the last file of a run
@@ -101,16 +99,13 @@ def record_of(base: Path, name: str, seed: int) -> dict:
 
 
 # --- What is asked --------------------------------------------------------------------------------
-
-
 def at_budget(record: dict, budget: int) -> float:
     """Accuracy of the thoughts cut at this budget."""
     return dict(record["scaling"])[budget]
 
 
 def entropy_at(record: dict, accuracy: float) -> float:
-    """Entropy where training first reaches this accuracy, interpolated between tenths of the
-    run."""
+    """Entropy where training first reaches this accuracy, between tenths of the run."""
     right = record["steps"]["accuracy"]
     entropy = record["steps"]["entropy"]
     i = next(i for i, value in enumerate(right) if value >= accuracy)
@@ -119,8 +114,7 @@ def entropy_at(record: dict, accuracy: float) -> float:
 
 
 def entropy_difference(a: dict, b: dict) -> float:
-    """Entropy of a minus that of b, both where they first reach the best accuracy of the weaker
-    one."""
+    """Entropy of a minus that of b, both where they first reach the weaker one's best accuracy."""
     level = min(max(a["steps"]["accuracy"]), max(b["steps"]["accuracy"]))
     return entropy_at(a, level) - entropy_at(b, level)
 
@@ -190,8 +184,7 @@ Claim = namedtuple("Claim", "paper text does pays")
 
 
 def parse_test(text: str, measure: str = "pass@1, points") -> Test | None:
-    """`k4 < base`: the paper claims that k4 is below base; `base >`: above zero; `a ~ b`: no
-    claim."""
+    """`k4 < base`: it is claimed that k4 is below base; `base >`: above zero; `a ~ b`: no claim."""
     if not text:
         return None
     variant, sign, against = [*text.split(), ""][:3]
@@ -240,9 +233,8 @@ self-correcting   | RL over SFT             | corrected, points: base > sft     
 CLAIMS = [parse_claim(line) for line in CLAIMS.strip().splitlines()]
 TESTS = list(dict.fromkeys(test for claim in CLAIMS for test in (claim.does, claim.pays) if test))
 
+
 # --- Statistics -----------------------------------------------------------------------------------
-
-
 def p_value(t: float, dof: int) -> float:
     """Two-sided: the chance that Student's t with `dof` degrees of freedom lies farther from zero
     than `t`, as an incomplete beta function (Abramowitz and Stegun 26.7.1)."""
@@ -271,8 +263,7 @@ def holm(values: list[float]) -> list[float]:
 
 
 def statistics(differences: list[float]) -> dict:
-    """n, mean, standard deviation, half-width of the 95 % interval and p-value of paired
-    differences."""
+    """n, mean, standard deviation, half-width of the 95 % interval and p-value."""
     n, mean = len(differences), float(np.mean(differences))
     sd = float(np.std(differences, ddof=1))
     if sd == 0:
@@ -284,10 +275,8 @@ def statistics(differences: list[float]) -> dict:
 
 def seeds_for(sd: float, effect: float) -> int:
     """The fewest seeds whose interval, at this standard deviation, is no wider than +- `effect`."""
-    for n in range(2, 100):
-        if t_quantile(n - 1) * sd / math.sqrt(n) <= effect:
-            return n
-    return 100
+    enough = (n for n in range(2, 100) if t_quantile(n - 1) * sd / math.sqrt(n) <= effect)
+    return next(enough, 100)
 
 
 def verdict(mean: float, sign: int, p: float) -> str:
@@ -301,8 +290,7 @@ def verdict(mean: float, sign: int, p: float) -> str:
 
 
 def differences(records: list[dict], test: Test) -> list[float]:
-    """One per seed in which both runs are there and neither stopped, in order of seeds; without
-    those of no value."""
+    """One per seed whose two runs are there, did not stop and have a value; in order of seeds."""
     runs = {(r["variant"], r["seed"]): r for r in records if "stopped" not in r}
     measure, found = MEASURES[test.measure], []
     for seed in sorted({seed for _, seed in runs}):
@@ -315,8 +303,7 @@ def differences(records: list[dict], test: Test) -> list[float]:
 
 
 def answers(records: list[dict]) -> dict[Test, dict]:
-    """Test -> its `statistics` with Holm's p-value (`holm`) and `verdict`, where it has two
-    seeds."""
+    """Test -> its `statistics` with Holm's p-value and `verdict`, where it has two seeds."""
     found = {test: differences(records, test) for test in TESTS}
     result = {test: statistics(values) for test, values in found.items() if len(values) > 1}
     corrected = holm([answer["p"] for answer in result.values()])
@@ -326,7 +313,6 @@ def answers(records: list[dict]) -> dict[Test, dict]:
 
 
 # --- Tables and picture ---------------------------------------------------------------------------
-
 HOW_TO_READ = """
 Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict is
 `yes` or `no` where the p-value, corrected for the number of questions by Holm's procedure, is at
@@ -336,8 +322,7 @@ Else it is open, and effects outside the interval are excluded, each at 95 %.
 
 
 def write_ledger(base: Path):
-    """ledger.jsonl, ledger.md and ledger.png, from the finished runs under `base`, or from the
-    published ones."""
+    """ledger.jsonl, .md and .png, from the finished runs under `base`, or the published ones."""
     records = read_records(base)
     if records:
         data_prep.write(base / "ledger.jsonl", map(data_prep.json_line, records))
@@ -359,8 +344,7 @@ def table_of(columns: list[str], rows: list[list]) -> str:
 
 
 def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
-    """Two cells: the difference with its interval and seeds; the verdict with its corrected
-    p-value."""
+    """Two cells: the difference with its interval and seeds; the verdict with its p-value."""
     if not test or test not in found:
         return ["", "no two seeds" if test else ""]
     measure, answer = MEASURES[test.measure], found[test]

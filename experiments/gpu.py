@@ -42,8 +42,7 @@ class Sizes:
 
 
 def timed(sizes: Sizes, work, repeats: int = 3) -> tuple[float, float]:
-    """-> median wall seconds of work() after one call to warm up, and GiB that it took beside what
-    was there (0 on a CPU)."""
+    """-> median wall seconds of work() after a warm-up, and GiB that it took (0 on a CPU)."""
     seconds = []
     memory = 0
     gpu = sizes.device == "cuda"
@@ -109,8 +108,7 @@ def flat_gradient(policy) -> torch.Tensor:
 
 
 def measure_card(sizes: Sizes) -> dict:
-    """Matrix products in bfloat16, copies on the card, copies from pinned memory: constants of
-    plan.Machine."""
+    """Products in bfloat16, copies on the card and from pinned memory, as in plan.Machine."""
     n, where = sizes.product, sizes.device
     a = torch.randn(n, n, device=where, dtype=torch.bfloat16)
     host = torch.empty(sizes.copied, dtype=torch.uint8, pin_memory=where == "cuda")
@@ -264,8 +262,7 @@ def items_of(sizes: Sizes) -> dict:
 
 
 def run_gpu(sizes: Sizes, about: str, path: Path) -> int:
-    """Measure every item, print the table and write it as JSON -> exit code, 1 if an item
-    failed."""
+    """Measure every item, print the table, write it as JSON -> exit code: 1 if an item failed."""
     results = {}
     t1.print0(about)
     for name, (measure, *args) in items_of(sizes).items():

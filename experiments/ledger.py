@@ -25,7 +25,7 @@ import torch
 import data_prep
 import experiments
 import t1
-from experiments.claims import GONE, STARTS, TRACES, VARIANTS, write_ledger
+from experiments.claims import ENDS, GONE, STARTS, TRACES, VARIANTS, write_ledger
 
 SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8"
 BRANCH = "--sft-steps 80 --sft-lr 5e-4 --max-new 640"  # of each seed; garbage has 487 tokens
@@ -36,8 +36,6 @@ DRAWN_K = (4, 16, 64)
 DRAWN_P = 4
 SPREAD = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05))  # temperature and min-p,
 SPREAD_P = 64  # of so many problems
-
-# --- Runs -----------------------------------------------------------------------------------------
 
 
 def garbage_traces() -> list[dict]:
@@ -61,72 +59,62 @@ def write_data(folder: Path):
         data_prep.write(last, map(data_prep.json_line, garbage_traces()))
 
 
-def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
-    """Run one variant of one seed, and before it what it starts from, unless finished -> False if a
-    signal asked for an end. A run that cannot continue (a loss that is not finite, say) is a
-    result: stopped.json says why."""
+def run_variant(base: Path, name: str, seed: int, options: list[str]):
+    """Run one variant of one seed, and before it what it starts from, unless finished. A run that
+    cannot continue (a loss that is not finite, say) is a result: stopped.json says why."""
     run = base / f"{name}-seed{seed}"
-    if name == GONE or (run / "measures.json").exists() or (run / "stopped.json").exists():
-        return True
-    if name not in TRACES and not run_variant(base, STARTS.get(name, "sft"), seed, options):
-        return False
+    if name == GONE or any((run / end).exists() for end in ENDS):
+        return
+    if name not in TRACES:
+        run_variant(base, STARTS.get(name, "sft"), seed, options)
     t1.print0(f"{run.name}: {VARIANTS[name] or 'nothing changed'}")
     try:
-        return run_stages(base, name, seed, options)
+        run_stages(base, name, seed, options)
     except t1.Misuse:
         raise
     except t1.Stop as e:
         t1.print0(f"{run.name} stopped: {e}")
         run.mkdir(parents=True, exist_ok=True)
         t1.write_json(run / "stopped.json", dict(reason=str(e)))
-        return True
 
 
-def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
-    """SFT or RL, evaluation and measures of one run -> False if a signal asked for an end."""
+def run_stages(base: Path, name: str, seed: int, options: list[str]):
+    """SFT or RL, evaluation and measures of one run."""
     data = base / "data"
     write_data(data)
     run = base / f"{name}-seed{seed}"
     fixed = dict(out=base, name=run.name, seed=seed, keep=1, test=data / "test.jsonl")
-    stage = "sft" if name in TRACES else "rl"
-    if stage == "sft":
-        root = fixed | dict(name="root", seed=0, data=data / "traces.jsonl")
-        if not run_stage("sft", root, options):
-            return False
-        of_run = dict(model=base / "root/sft", data=data / f"{TRACES[name]}.jsonl")
-        options_of_run = BRANCH
+    if name in TRACES:
+        stage = "sft"
+        run_stage(stage, fixed | dict(name="root", seed=0, data=data / "traces.jsonl"), options)
+        start = base / "root/sft"
+        rows = f"{TRACES[name]}.jsonl"
+        of_run = BRANCH
     else:
-        start = STARTS.get(name, "sft")
-        of_run = dict(model=base / f"{start}-seed{seed}/sft", data=data / "train.jsonl")
-        options_of_run = VARIANTS[name]
-    if not run_stage(stage, fixed | of_run, [*options, *options_of_run.split()]):
-        return False
+        stage = "rl"
+        start = base / f"{STARTS.get(name, 'sft')}-seed{seed}/sft"
+        rows = "train.jsonl"
+        of_run = VARIANTS[name]
+    run_stage(stage, fixed | dict(model=start, data=data / rows), [*options, *of_run.split()])
     last = t1.latest(str(run / stage))
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
     cfg = stage_config("rl", fixed | dict(data=data / "train.jsonl"), options)
-    measures = dict(distance=distance(run, of_run["model"], cfg)) if stage == "rl" else {}
+    measures = dict(distance=distance(run, start, cfg)) if stage == "rl" else {}
     if name == "sft":
         measures = measures_of_start(last, cfg)
     for path in t1.checkpoints(run / stage):
         t1.drop_trainer_state(path)  # nothing will resume from it
     t1.write_json(run / "measures.json", measures)
-    return True
 
 
-def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
-    """One stage of t1.py -> False if a signal asked for an end. A stage that reached its end has
-    held-out samples."""
+def run_stage(stage: str, fixed: dict, options: list[str]):
+    """One stage of t1.py. SFT that reached its end, perhaps for another seed, has held-out samples:
+    it is not run again."""
     cfg = stage_config(stage, fixed, options)
-    samples = Path(cfg.out) / cfg.name / stage / "samples.jsonl"
-    last = [row for row in t1.read_log(samples) if row.get("kind") == "held-out"]
-    if stage == "sft" and last:
-        return True  # finished, perhaps by another seed
-    try:
+    samples = t1.read_log(Path(cfg.out) / cfg.name / stage / "samples.jsonl")
+    if stage != "sft" or not any(row.get("kind") == "held-out" for row in samples):
         t1.STAGES[stage](cfg)
-    except t1.Interrupted:
-        return False
-    return True
 
 
 def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
@@ -185,23 +173,19 @@ def gradient_variance(policy, engine, problems: list, K: int, cfg: t1.Config) ->
 
 
 def distance(run: Path, start: Path, cfg: t1.Config) -> float:
-    """KL of the trained policy to the SFT policy that it began from (in `start`), nats per
-    response: the mean of log pi(y) - log pi_sft(y) over the first held-out response to each
-    problem, at temperature 1."""
+    """KL of the trained policy to the SFT policy of `start`, nats per response: the mean of
+    log pi(y) - log pi_sft(y) over each problem's first held-out response, at temperature 1."""
     responses = t1.read_log(run / "eval/responses.jsonl")
-    first = [row for row in responses if row["sample"] == 0]
     means = []
     for folder in (run / "rl", start):
         policy, tokenizer = t1.load_policy(t1.latest(str(folder)), cfg)
         rows = []
-        for row in first:
-            rows.append((t1.prompt_ids(row, tokenizer, cfg), row["ids"]))
+        for row in responses:
+            if row["sample"] == 0:
+                rows.append((t1.prompt_ids(row, tokenizer, cfg), row["ids"]))
         logprobs = t1.response_logprobs(policy, rows, cfg)
         means.append(np.mean([part.double().sum().item() for part in logprobs]))
     return float(means[0] - means[1])
-
-
-# --- Command line ---------------------------------------------------------------------------------
 
 
 @experiments.program
@@ -218,10 +202,12 @@ def main(argv: list[str] | None = None):
     names = own.variants.split(",")
     if not set(names) <= set(VARIANTS):
         raise t1.Misuse(f"--variants {own.variants}: choose from {', '.join(VARIANTS)}")
-    for seed, name in [] if own.table else itertools.product(own.seeds, names):
-        if not run_variant(base, name, seed, options):
-            t1.print0("interrupted; the same command resumes")
-            return
+    try:
+        for seed, name in [] if own.table else itertools.product(own.seeds, names):
+            run_variant(base, name, seed, options)
+    except t1.Interrupted:
+        t1.print0("interrupted; the same command resumes")
+        return
     write_ledger(base)
     t1.print0((base / "ledger.md").read_text(encoding="utf-8"))
 

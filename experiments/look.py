@@ -103,39 +103,32 @@ class Checkpoint:
             cards.append(card)
         return cards
 
-    def groups(self, jobs: list[tuple]) -> list[dict]:
-        """K responses to each (step, place, problem): its logs, or drawn again beside them."""
+    def group(self, step: int, place: int, problem: t1.Problem, logs: list[dict]) -> dict:
+        """K responses to the problem at this place of a step: its logs, or drawn again beside."""
         cfg = self.cfg
         options = (cfg.temperature, cfg.min_p)
-        drawn = []
-        for step, place, problem, logs in jobs:
+        rollouts = []
+        if len(logs) < cfg.k:
             seed = t1.seed_for(cfg.seed, "rollout", step, place)
-            samples = range(cfg.k if len(logs) < cfg.k else 0)
-            drawn += [t1.Rollout(problem, seed, sample) for sample in samples]
-        t1.generate(self.engine, drawn, cfg.max_new, *options)
-        t1.judge(drawn, self.tokenizer, cfg)
-        result = []
-        for step, _, problem, logs in jobs:
-            rollouts = []
-            if len(logs) < cfg.k:
-                rollouts = [drawn.pop(0) for _ in range(cfg.k)]
-                others = {row["response"]: row for row in logs}
-                logs = [others[text] for text in others if text not in [r.text for r in rollouts]]
-            rows = []
-            for row in logs[: cfg.k]:  # the ids are those of the text
-                trace = t1.Problem(row, problem.prompt)
-                unlimited = dataclasses.replace(cfg, max_new=10**9)
-                (trace,) = t1.encode_responses([trace], self.tokenizer, unlimited)
-                rows.append((problem.prompt, trace.ids[: row["length"]]))
-            rows += map(t1.row_of, rollouts)
-            cards = self.cards([*logs[: cfg.k], *map(t1.record_of, rollouts)], rows, *options)
-            rewards = [card["reward"] - cfg.kl_coef * card["d"] for card in cards[-cfg.k :]]
-            advantages = t1.rloo_advantages(torch.tensor([rewards]))[0]
-            for i, card in enumerate(cards[-cfg.k :]):
-                card |= dict(name=f"{i + 1}", advantage=round(advantages[i].item(), 3))
-            about = f"Right: {problem.row['answer']}. Scored by {self.name}."
-            result.append(dict(step=step, about=about, cards=cards))
-        return result
+            rollouts = [t1.Rollout(problem, seed, sample) for sample in range(cfg.k)]
+            t1.generate(self.engine, rollouts, cfg.max_new, *options)
+            t1.judge(rollouts, self.tokenizer, cfg)
+            others = {row["response"]: row for row in logs}
+            logs = [others[text] for text in others if text not in [r.text for r in rollouts]]
+        rows = []
+        for row in logs[: cfg.k]:  # the ids are those of the text
+            unlimited = dataclasses.replace(cfg, max_new=10**9)
+            trace = t1.Problem(row, problem.prompt)
+            (trace,) = t1.encode_responses([trace], self.tokenizer, unlimited)
+            rows.append((problem.prompt, trace.ids[: row["length"]]))
+        rows += map(t1.row_of, rollouts)
+        cards = self.cards([*logs[: cfg.k], *map(t1.record_of, rollouts)], rows, *options)
+        rewards = [card["reward"] - cfg.kl_coef * card["d"] for card in cards[-cfg.k :]]
+        advantages = t1.rloo_advantages(torch.tensor([rewards]))[0]
+        for i, card in enumerate(cards[-cfg.k :]):
+            card |= dict(name=f"{i + 1}", advantage=round(advantages[i].item(), 3))
+        about = f"Right: {problem.row['answer']}. Scored by {self.name}."
+        return dict(step=step, about=about, cards=cards)
 
     def answers(self, tests: list[t1.Problem]) -> list[dict]:
         """A card for each held-out problem, with its answers after cut thoughts."""
@@ -172,7 +165,6 @@ def look(own, options: list[str]):
             tests = evenly(t1.encode_prompts(tests, model.tokenizer, cfg), own.problems)
         if tests and at in (min(found), max(found)):
             answers.append(model.answers(tests))
-        jobs = []
         for step in [x for x in logs if at == min(found, key=lambda y: abs(y - x))]:
             batch = {}
             for place, i in enumerate(t1.batch_indices(len(problems), cfg.prompts, step, cfg.seed)):
@@ -180,8 +172,7 @@ def look(own, options: list[str]):
             if not set(logs[step]) <= set(batch):
                 raise t1.Misuse(f"--data {cfg.data}: the run's step {step} had other problems")
             for text in list(logs[step] or batch)[-2:]:
-                jobs.append((step, *batch[text], logs[step].get(text, [])))
-        groups += model.groups(jobs)
+                groups.append(model.group(step, *batch[text], logs[step].get(text, [])))
     data = dict(panels=t1.PANELS, words=t1.WORDS, name=own.folder.resolve().name)
     data["about"] = f"P {cfg.prompts}, K {cfg.k}, T {cfg.temperature}{t1.changes_of(cfg)}"
     for stage in t1.PANELS:

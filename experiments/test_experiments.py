@@ -29,8 +29,6 @@ from test_t1 import one_tokenizer, talkative  # noqa: F401 (fixtures)
 
 
 # ------------------------------------------------------------------------------------------- ledger
-
-
 def test_the_quantiles_are_those_of_the_printed_tables():
     printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 10: 2.228, 30: 2.042}
     for dof, quantile in printed.items():
@@ -252,8 +250,6 @@ def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- plan
-
-
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize(
     "layers, width, vocabulary, length, micro",
@@ -418,8 +414,6 @@ def test_plan_command(talkative, capsys):
 
 
 # -------------------------------------------------------------------------------------------- bench
-
-
 TINY_BENCH = "--prompts 2 --k 2 --max-new 8 --sft-batch 4".split()
 
 
@@ -543,8 +537,6 @@ def test_packed_rows_that_see_each_other_are_further_from_float32_than_the_libra
 
 
 # --------------------------------------------------------------------------------------------- look
-
-
 HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>"
 DRIVER = """<script>
 function shown(id, value, where) {
@@ -650,8 +642,6 @@ def test_the_page_in_a_browser(seen, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- stress
-
-
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -675,8 +665,6 @@ def test_no_file_makes_a_traceback_and_a_killed_run_resumes_to_the_same_bits(
 
 
 # ------------------------------------------------------------------------------------ command lines
-
-
 @pytest.mark.parametrize(
     "name", ["bench", "ledger", "look", "plan", "smollm2", "stress", "walkthrough", "words"]
 )
