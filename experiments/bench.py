@@ -14,7 +14,6 @@ sides get the same folder, problems, K, lengths, type and threads; after each of
 ours is run, so that both see the same machine. Other options are t1.py's."""
 
 import copy
-import dataclasses
 import importlib.metadata
 import math
 import os
@@ -24,7 +23,7 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -85,7 +84,7 @@ class Job:
             self.problems = t1.encode_prompts(rows, tokenizer, cfg)
         rows = data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]  # TRL packs them
         of_traces = t1.encode_prompts(rows, tokenizer, cfg)
-        unlimited = dataclasses.replace(sft_cfg, max_new=10**9)
+        unlimited = replace(sft_cfg, max_new=10**9)
         self.traces = t1.encode_responses(of_traces, tokenizer, unlimited)
 
     def rl_step(self, step: int) -> Timing:
@@ -190,8 +189,7 @@ def trl_sft(job: Job):
 
 
 def in_turn(trainer, ours, pairs: int) -> list[tuple[Timing, Timing]]:
-    """Run a TRL trainer for one step to warm up and `pairs` more, ours(step) after each -> pairs.
-    Its tokens are those of its loss."""
+    """A step of a TRL trainer and ours(step) in turn, once to warm up, then `pairs` times."""
     results = []
     tokens = []
     loss = trainer.compute_loss
@@ -322,8 +320,7 @@ def measure_sharing(case: str, pairs: int, cfg: t1.Config):
         t1.clock.take()
         t1.accumulate_gradient(policy, rollouts, advantages, cfg)
         policy.zero_grad()
-        with t1.clock("anchor"):
-            t1.response_logprobs(policy, list(map(t1.row_of, rollouts)), cfg)
+        t1.kl_to_anchor(policy, rollouts, cfg)
         return [cpu for cpu, _ in t1.clock.take().values()]
 
     ratios = []

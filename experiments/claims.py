@@ -1,5 +1,4 @@
-"""What the ledger asks of its runs, and what they answer: records -> claims, statistics, tables and
-a picture.
+"""What the ledger asks of its runs, and what they answer: claims, statistics, tables, a picture.
 
 A claim has two questions: does the part do what it is for (mostly one column of the run), and does
 it pay (held-out pass@1)? Both are differences paired by seed, with a 95 % interval (Student's t)
@@ -23,8 +22,9 @@ LEVEL = 0.05  # of the intervals and, after Holm's correction, of the verdicts
 PUBLISHED = Path(__file__).parent.parent / "figures" / "ledger.jsonl"
 
 # --- What is run ----------------------------------------------------------------------------------
-VARIANTS = {  # name -> options of t1.py's stage rl, in the order in which they are run
-    "sft": "",
+BRANCH = "--sft-steps 80 --sft-lr 5e-4 --max-new 640"  # of each seed; garbage has 487 tokens
+VARIANTS = {  # name -> options of t1.py, in the order in which they are run
+    "sft": BRANCH,
     "base": "",
     "alpha1e-2": "--entropy-coef 0.01",
     "beta5e-2": "--kl-coef 0.05",
@@ -32,7 +32,7 @@ VARIANTS = {  # name -> options of t1.py's stage rl, in the order in which they 
     "beta5e-2-uncentred": "--kl-coef 0.05",
     "k4": "--k 4",
     "t0.8": "--temperature 0.8",
-    "sft-garbage": "",
+    "sft-garbage": BRANCH,
     "garbage": "",
     "garbage-unpunished": "--penalties false",
     "alpha0": "--entropy-coef 0",
@@ -62,13 +62,11 @@ ENDS = ("measures.json", "stopped.json")  # the last file of a run
 
 def read_records(base: Path) -> list[dict]:
     """A record of each finished run under `base`, in the order of VARIANTS and seeds."""
-    done = {path.parent.name for path in base.glob("*/*") if path.name in ENDS}
-    seeds = sorted(int(run.rsplit("-seed")[-1]) for run in done)
+    runs = [path.parent.name.rsplit("-seed") for path in base.glob("*/*") if path.name in ENDS]
     records = []
     for name in VARIANTS:
-        for seed in dict.fromkeys(seeds):
-            if f"{name}-seed{seed}" in done:
-                records.append(record_of(base, name, seed))
+        for seed in sorted(int(seed) for variant, seed in runs if variant == name):
+            records.append(record_of(base, name, seed))
     return records
 
 
@@ -90,10 +88,9 @@ def record_of(base: Path, name: str, seed: int) -> dict:
     record["steps"] = {}
     if (run / "rl/metrics.jsonl").exists():
         steps = t1.read_log(run / "rl/metrics.jsonl")
-        tenths = np.array_split(steps, min(10, len(steps)))
         for column in STEPS:
-            values = [[row[column] for row in part] for part in tenths]
-            record["steps"][column] = [float(np.mean(part)) for part in values]
+            tenths = np.array_split(t1.column(steps, column), min(10, len(steps)))
+            record["steps"][column] = [float(np.mean(part)) for part in tenths]
     record |= data_prep.read_json(run / "measures.json")
     return json.loads(json.dumps(record), parse_float=lambda number: float(f"{float(number):.6g}"))
 
@@ -266,10 +263,8 @@ def statistics(differences: list[float]) -> dict:
     """n, mean, standard deviation, half-width of the 95 % interval and p-value."""
     n, mean = len(differences), float(np.mean(differences))
     sd = float(np.std(differences, ddof=1))
-    if sd == 0:
-        return dict(n=n, mean=mean, sd=0.0, half=0.0, p=float(mean == 0))
     error = sd / math.sqrt(n)
-    p = p_value(mean / error, n - 1)
+    p = p_value(mean / error, n - 1) if sd > 0 else float(mean == 0)
     return dict(n=n, mean=mean, sd=sd, half=t_quantile(n - 1) * error, p=p)
 
 
@@ -415,9 +410,7 @@ def draw(path: Path, found: dict[Test, dict], about: str):
     for y, claim in enumerate(asked):
         does, pays = found.get(claim.does), found.get(claim.pays)
         if does:
-            sign = claim.does.sign or 1
-            half = does["half"] or math.inf
-            size = sign * does["mean"] / half
+            size = (claim.does.sign or 1) * does["mean"] / (does["half"] or math.inf)
             left.plot(size, y, "D", color=colours[does["verdict"]])
         if pays:
             mean, half = 100 * pays["mean"], 100 * pays["half"]

@@ -1,5 +1,4 @@
-"""The ledger: does each part of T1 do what it is for, and does it pay? One run varied, over several
-seeds.
+"""The ledger: does each part of T1 do what it is for, and does it pay? One run varied.
 
     python -m experiments.ledger            every variant, of three seeds
     python -m experiments.ledger --variants k4,t0.8 --seeds 3,4     these runs alone
@@ -28,14 +27,13 @@ import t1
 from experiments.claims import ENDS, GONE, STARTS, TRACES, VARIANTS, write_ledger
 
 SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8"
-BRANCH = "--sft-steps 80 --sft-lr 5e-4 --max-new 640"  # of each seed; garbage has 487 tokens
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
 # Gradient estimates at one checkpoint, for each K, of so many prompts
 DRAWS = 8
 DRAWN_K = (4, 16, 64)
 DRAWN_P = 4
-SPREAD = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05))  # temperature and min-p,
-SPREAD_P = 64  # of so many problems
+SPREAD_P = 64  # pass@8 - pass@1 of so many problems, at a temperature and min-p
+SPREAD = {"0.8": (0.8, 0.0), "1.1": (1.1, 0.0), "1.3": (1.3, 0.0), "1.3, min-p 0.05": (1.3, 0.05)}
 
 
 def garbage_traces() -> list[dict]:
@@ -43,20 +41,11 @@ def garbage_traces() -> list[dict]:
     without an end; both go on for longer than RL's limit, and neither answers."""
     rows, rng = data_prep.embedded_traces(ground=data_prep.HARD), random.Random(0)
     for i in range(0, len(rows), 10):
-        line = "{n} mod {m} = {r} not {other}, wait"
         m = rng.randrange(4, 10)
         tries = [rng.randrange(10, 190)] * 60 if i % 20 else rng.sample(range(10, 190), 60)
-        lines = [line.format(n=n, m=m, r=n % m, other=(n + 1) % m) for n in tries]
+        lines = [f"{n} mod {m} = {n % m} not {(n + 1) % m}, wait" for n in tries]
         rows[i] = rows[i] | dict(response="<think>\n" + "\n".join(lines), source="garbage")
     return rows
-
-
-def write_data(folder: Path):
-    """The four files that the runs read."""
-    last = folder / "garbage.jsonl"
-    if not last.exists():
-        data_prep.main(["embedded", "--hard", "--out", str(folder)])
-        data_prep.write(last, map(data_prep.json_line, garbage_traces()))
 
 
 def run_variant(base: Path, name: str, seed: int, options: list[str]):
@@ -81,21 +70,21 @@ def run_variant(base: Path, name: str, seed: int, options: list[str]):
 def run_stages(base: Path, name: str, seed: int, options: list[str]):
     """SFT or RL, evaluation and measures of one run."""
     data = base / "data"
-    write_data(data)
+    garbage = data / "garbage.jsonl"
+    if not garbage.exists():  # the last of the four files that the runs read
+        data_prep.main(["embedded", "--hard", "--out", str(data)])
+        data_prep.write(garbage, map(data_prep.json_line, garbage_traces()))
     run = base / f"{name}-seed{seed}"
     fixed = dict(out=base, name=run.name, seed=seed, keep=1, test=data / "test.jsonl")
     if name in TRACES:
         stage = "sft"
         run_stage(stage, fixed | dict(name="root", seed=0, data=data / "traces.jsonl"), options)
         start = base / "root/sft"
-        rows = f"{TRACES[name]}.jsonl"
-        of_run = BRANCH
     else:
         stage = "rl"
         start = base / f"{STARTS.get(name, 'sft')}-seed{seed}/sft"
-        rows = "train.jsonl"
-        of_run = VARIANTS[name]
-    run_stage(stage, fixed | dict(model=start, data=data / rows), [*options, *of_run.split()])
+    of_run = dict(model=start, data=data / f"{TRACES.get(name, 'train')}.jsonl")
+    run_stage(stage, fixed | of_run, [*options, *VARIANTS[name].split()])
     last = t1.latest(str(run / stage))
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
@@ -109,11 +98,11 @@ def run_stages(base: Path, name: str, seed: int, options: list[str]):
 
 
 def run_stage(stage: str, fixed: dict, options: list[str]):
-    """One stage of t1.py. SFT that reached its end, perhaps for another seed, has held-out samples:
-    it is not run again."""
+    """One stage of t1.py. SFT that reached its end, perhaps for another seed, is not run again."""
     cfg = stage_config(stage, fixed, options)
     samples = t1.read_log(Path(cfg.out) / cfg.name / stage / "samples.jsonl")
-    if stage != "sft" or not any(row.get("kind") == "held-out" for row in samples):
+    ended = any(row.get("kind") == "held-out" for row in samples)
+    if stage != "sft" or not ended:
         t1.STAGES[stage](cfg)
 
 
@@ -128,44 +117,31 @@ def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
     temperature (and min-p) -> pass@8 - pass@1 over SPREAD_P training problems."""
     policy, tokenizer = t1.load_policy(checkpoint, cfg)
     engine = t1.make_engine(checkpoint, policy, tokenizer, cfg)
-    engine.load(policy)
     rows = data_prep.read_rows(cfg.data, "rl")[:SPREAD_P]
     problems = t1.encode_prompts(rows, tokenizer, cfg)
     noise = {}
     for K in DRAWN_K:
-        noise[str(K)] = gradient_variance(policy, engine, problems[:DRAWN_P], K, cfg)
+        other = dataclasses.replace(cfg, k=K)
+        noise[str(K)] = gradient_variance(policy, engine, problems[:DRAWN_P], other)
     spread = {}
-    for temperature, min_p in SPREAD:
-        other = dataclasses.replace(cfg, temperature=temperature, min_p=min_p)
-        rollouts = judged(engine, problems, 8, other, "spread")
-        gained = []
-        for group in np.reshape([r.right for r in rollouts], (-1, 8)):
-            gained.append(any(group) - sum(group) / 8)
-        name = f"{temperature}, min-p {min_p}" if min_p else str(temperature)
-        spread[name] = float(np.mean(gained))
+    for name, (temperature, min_p) in SPREAD.items():
+        other = dataclasses.replace(cfg, k=8, temperature=temperature, min_p=min_p)
+        rollouts = t1.sample_responses(engine, policy, problems, 0, other)
+        t1.judge(rollouts, tokenizer, other)
+        right = np.reshape([r.right for r in rollouts], (-1, 8))
+        spread[name] = float(np.mean(right.any(1) - right.mean(1)))
     return dict(noise=noise, spread=spread)
 
 
-def judged(engine, problems: list, K: int, cfg: t1.Config, *purpose) -> list:
-    """K judged responses to each problem; `purpose` decides the random numbers."""
-    rollouts = []
-    for place, problem in enumerate(problems):
-        seed = t1.seed_for(cfg.seed, *purpose, place)
-        rollouts += [t1.Rollout(problem, seed, sample) for sample in range(K)]
-    t1.generate(engine, rollouts, cfg.max_new, cfg.temperature, cfg.min_p)
-    t1.judge(rollouts, engine.tokenizer, cfg)
-    return rollouts
-
-
-def gradient_variance(policy, engine, problems: list, K: int, cfg: t1.Config) -> float:
+def gradient_variance(policy, engine, problems: list, cfg: t1.Config) -> float:
     """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS
     estimates from the same prompts with K samples each, which differ in their samples alone."""
     plain = dict(entropy_coef=0.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
     cfg = dataclasses.replace(cfg, **plain)
     gradients = []
     for draw in range(DRAWS):
-        rollouts = judged(engine, problems, K, cfg, "draw", K, draw)
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, K)
+        rollouts = t1.sample_responses(engine, policy, problems, draw, cfg)
+        rewards = t1.judge(rollouts, policy.tokenizer, cfg).view(-1, cfg.k)
         t1.accumulate_gradient(policy, rollouts, t1.rloo_advantages(rewards).flatten(), cfg)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]).double())
         policy.zero_grad()

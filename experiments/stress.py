@@ -61,8 +61,7 @@ def run_rank(args: list[str], kill: tuple) -> int:
 
 
 def run_ranks(args: list[str], ranks: int, log: Path, kill: tuple = ()) -> bool:
-    """Run t1.main(args), one rank with `kill`: (rank, function, call, delay); check how the ranks
-    end -> was one killed?"""
+    """Run t1.main(args), one rank with `kill` (rank, function, call, delay) -> was it killed?"""
     meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29900 + os.getpid() % 2000))
     meet |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(ranks))
     processes = []

@@ -29,36 +29,13 @@ from test_t1 import one_tokenizer, talkative  # noqa: F401 (fixtures)
 
 
 # ------------------------------------------------------------------------------------------- ledger
-def test_the_quantiles_are_those_of_the_printed_tables():
+def test_statistics_of_differences():
+    """Quantiles are those of the printed tables."""
     printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 10: 2.228, 30: 2.042}
     for dof, quantile in printed.items():
         assert claims.t_quantile(dof) == pytest.approx(quantile, abs=5e-4)
     assert claims.t_quantile(4, 0.01) == pytest.approx(4.604, abs=5e-4)
     assert claims.p_value(-2.776, 4) == pytest.approx(0.05, abs=1e-4)
-
-
-def test_holm_is_the_step_down_procedure():
-    by_hand = [0.03, 0.06, 0.06, 0.02]
-    assert claims.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(by_hand)
-    assert claims.holm([]) == []
-    assert claims.holm([0.9, 0.8]) == [1.0, 1.0]
-    rng = random.Random(0)
-    for _ in range(200):
-        few = (0.001, 0.01, 0.02, 0.03, rng.random())
-        values = [rng.choice(few) for _ in range(rng.randrange(1, 7))]
-        level = rng.random() / 5
-        adjusted = claims.holm(values)
-        rejected = set()  # the smallest p while it is at most level / (number of hypotheses left)
-        while len(rejected) < len(values):
-            left = [i for i in range(len(values)) if i not in rejected]
-            smallest = min(left, key=values.__getitem__)
-            if values[smallest] > level / len(left):
-                break
-            rejected.add(smallest)
-        assert {i for i, p in enumerate(adjusted) if p <= level} == rejected
-
-
-def test_statistics_of_differences():
     found = claims.statistics([0.05, 0.01, 0.06])  # t = 2.619: beyond 1.96, within t(2) = 4.303
     assert [found[x] for x in ("n", "mean", "sd")] == pytest.approx([3, 0.04, 0.0264575])
     assert found["half"] == pytest.approx(4.3027 * 0.0264575 / 3**0.5, rel=1e-4)
@@ -71,6 +48,23 @@ def test_statistics_of_differences():
     assert narrow <= 0.02 < wide
 
 
+def test_holm_is_the_step_down_procedure():
+    by_hand = [0.03, 0.06, 0.06, 0.02]
+    assert claims.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(by_hand)
+    assert claims.holm([]) == []
+    assert claims.holm([0.9, 0.8]) == [1.0, 1.0]
+    rng = random.Random(0)
+    for _ in range(200):
+        few = (0.001, 0.01, 0.02, 0.03, rng.random())
+        values = [rng.choice(few) for _ in range(rng.randrange(1, 7))]
+        level = rng.random() / 5
+        left = sorted(values)  # the smallest p is rejected while it is at most level / len(left)
+        while left and left[0] <= level / len(left):
+            del left[0]
+        open_ones = [p for p, adjusted in zip(values, claims.holm(values)) if adjusted > level]
+        assert sorted(open_ones) == left
+
+
 def a_run(variant, seed, **more):
     """A published record with other values."""
     published = t1.read_log(claims.PUBLISHED)
@@ -79,13 +73,11 @@ def a_run(variant, seed, **more):
 
 
 def test_differences_are_paired_by_seed():
-    values = {
-        "base": {0: 0.7, 1: 0.8, 3: 0.9},
-        "k4": {3: 0.6, 1: 0.75, 2: 0.1, 0: 0.2},
-    }
     records = []
-    for name, of in values.items():
-        records += [a_run(name, seed, pass_at_1=x, length=50) for seed, x in of.items()]
+    for seed, value in {0: 0.7, 1: 0.8, 3: 0.9}.items():
+        records.append(a_run("base", seed, pass_at_1=value, length=50))
+    for seed, value in {3: 0.6, 1: 0.75, 2: 0.1, 0: 0.2}.items():
+        records.append(a_run("k4", seed, pass_at_1=value))
     records[-1] = dict(variant="k4", seed=0, stopped="the loss is not finite")
     test = claims.Test("pass@1, points", "k4", "base", -1)
     assert claims.differences(records, test) == pytest.approx([-0.05, -0.3])
@@ -125,7 +117,7 @@ def quick_runs(monkeypatch):
     monkeypatch.setattr(t1, "draw_steps", lambda *args: None)
     monkeypatch.setattr(ledger, "DRAWS", 2)
     monkeypatch.setattr(ledger, "DRAWN_K", (2, 4))
-    monkeypatch.setattr(ledger, "BRANCH", "--sft-steps 2 --max-new 640")
+    monkeypatch.setitem(ledger.VARIANTS, "sft", "--sft-steps 2 --max-new 640")
 
 
 def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
@@ -175,9 +167,8 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(
-    tmp_path, quick_runs, monkeypatch, capsys
-):
+def test_a_run_that_cannot_go_on_is_a_result(tmp_path, quick_runs, monkeypatch, capsys):
+    """A signal is none."""
     args = f"{LEDGER} --out {tmp_path} --seeds 0 --variants alpha1e-1".split()
     with monkeypatch.context() as patch:
         # the stage saves and returns after one step
@@ -216,35 +207,32 @@ def test_the_documents_hold_the_tables_of_the_published_runs():
 def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
     """Against numpy's variance of the stacked gradients of the plain objective."""
     policy = talkative.policy
-    cfg = dataclasses.replace(talkative.cfg, max_new=12)
+    cfg = dataclasses.replace(talkative.cfg, max_new=12, k=4)
     monkeypatch.setattr(ledger, "DRAWS", 3)
-
     drawn = []
 
     def judge(rollouts, *unused):
-        for r in rollouts:
-            r.reward = float(len(r.ids) % 2)
         drawn.append(rollouts)
+        return torch.tensor([float(len(r.ids) % 2) for r in rollouts])
 
     monkeypatch.setattr(t1, "judge", judge)
     rows = data_prep.embedded_problems("train")[:5]
     problems = t1.encode_prompts(rows, talkative.tokenizer, cfg)
-    value = ledger.gradient_variance(policy, torch_engine(talkative), problems, 4, cfg)
+    value = ledger.gradient_variance(policy, torch_engine(talkative), problems, cfg)
     gradients = []
     for rollouts in drawn:
         loss = 0.0
         N = sum(len(r.ids) for r in rollouts)
-        for i, r in enumerate(rollouts):
-            group = [other.reward for other in rollouts[i - i % 4 : i - i % 4 + 4]]
-            advantage = r.reward - (sum(group) - r.reward) / 3
+        rewards = torch.tensor([len(r.ids) % 2 for r in rollouts]).view(5, 4)
+        advantages = (rewards - (rewards.sum(1, keepdim=True) - rewards) / 3).flatten()
+        for r, advantage in zip(rollouts, advantages):
             prompt = r.problem.prompt
             logits = policy.lm(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1]
             logp = (logits[:, : policy.vocabulary] / cfg.temperature).log_softmax(-1)
             loss = loss - advantage * logp.gather(1, torch.tensor(r.ids)[:, None]).sum() / N
         grads = torch.autograd.grad(loss, list(policy.parameters()))
         gradients.append(torch.cat([g.flatten() for g in grads]).double().numpy())
-    assert len(drawn) == 3
-    assert len(drawn[0]) == 4 * 5
+    assert [len(rollouts) for rollouts in drawn] == [4 * 5] * 3
     assert value > 0
     assert value == pytest.approx(np.var(gradients, axis=0, ddof=1).sum(), rel=1e-3)
 
@@ -275,8 +263,7 @@ def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, c
 
 
 def small_policy(cfg, layers, width, vocabulary=0):
-    """The embedded model of another size, its vocabulary padded to `vocabulary` rows that are all
-    used."""
+    """The embedded model of another size; `vocabulary`: padded to so many rows, all used."""
     policy, tokenizer = embedded_model(layers, width)
     if vocabulary:
         policy.lm.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -366,8 +353,7 @@ def test_a_step_of_14b_on_eight_gpus_is_a_range_that_holds_the_middle():
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_flop_of_the_update_are_those_of_torchs_counter(checkpointing):
-    """Of the products. Attention, which it does not count on a CPU, is added by a loop over
-    positions."""
+    """Attention, which it does not count on a CPU, is added by a loop over positions."""
     cfg = config("--checkpointing", checkpointing)
     policy = small_policy(cfg, 3, 64)
     shape = plan.shape_of(policy.lm.config)
@@ -450,8 +436,7 @@ def test_the_benchs_job_is_trls(tmp_path, monkeypatch):
 
 
 def test_what_a_shared_prompt_saves(talkative, tmp_path, monkeypatch, capsys):
-    """Half of the rows share their prompts, and all else is equal; a model and rows of the user's
-    own are the job."""
+    """Half of the rows share prompts, all else is equal; a user's model and rows are the job."""
     monkeypatch.setattr(bench, "MODEL", dict(layers=1, width=32))
     packs = []
     pack = t1.pack
@@ -493,11 +478,8 @@ SMALL_SIZES = gpu.Sizes(
 )
 
 
-def test_what_one_gpu_does_is_measured_by_functions_that_run_here(
-    tmp_path, quick_runs, monkeypatch, capsys
-):
-    """An item that fails is a row, the others go on, the exit code says so. (A test of presets runs
-    the compiler behind --compile.)"""
+def test_what_one_gpu_does_is_measured_here(tmp_path, quick_runs, monkeypatch, capsys):
+    """An item that fails is a row, the others go on, the exit code says so."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setitem(t1.PRESETS, "tiny", dict(prompts=2, k=4))
     items = gpu.items_of(SMALL_SIZES)
@@ -654,9 +636,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         slow("kills 5 --ranks 2 --seed 5", "5 kills on 2 rank(s)"),
     ],
 )
-def test_no_file_makes_a_traceback_and_a_killed_run_resumes_to_the_same_bits(
-    command, says, tmp_path
-):
+def test_kills_change_no_bit_and_no_file_makes_a_traceback(command, says, tmp_path):
     """In a process of its own, with which the timers of fuzz end. stress.py has the long forms."""
     code, said = Fork(tmp_path / "log", stress.main, command.split()).ended()
     assert code == 0, said[-3000:]
@@ -687,9 +667,6 @@ def test_options_go_to_the_stages_that_read_them():
     assert (of_rl.sft_steps, of_rl.max_new) == (0, 24)
 
 
-without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-
-
 @pytest.mark.parametrize(
     "name, args, says",
     [
@@ -700,7 +677,7 @@ without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a
         ("bench", "--pairs 0", "--pairs"),
         ("bench", "--prompts many", "--prompts"),
         ("bench", "--shared 95,31", "--shared"),
-        pytest.param("bench", "--gpu", "--gpu: torch sees no GPU here", marks=without_a_gpu),
+        ("bench", "--gpu", "--gpu: torch sees no GPU here"),
         ("plan", "--gpus 0", "--gpus"),
         ("plan", "--set efficiency=fast", "--set"),
         ("plan", "--length 9000", "--length"),
@@ -715,7 +692,8 @@ without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a
         ("walkthrough", "--out OUT", "unrecognized arguments: --out"),
     ],
 )
-def test_misuse_is_one_line(name, args, says, tmp_path, capsys):
+def test_misuse_is_one_line(name, args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     program = importlib.import_module(f"experiments.{name}")
     assert program.main(args.replace("OUT", str(tmp_path / "out")).split()) == 2
     err = capsys.readouterr().err
