@@ -7,11 +7,9 @@
     python -m experiments.bench --shared 95,31,8  prompt and response tokens, K: what sharing saves
     python -m experiments.bench --gpu             what one GPU does, in minutes; no download
 
-The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch,
-float32, random weights. Up to 128 new tokens the model has one end token, so nearly all responses
-have the full length; above, one token in 64 is an end token: lengths differ, 64 on average. Both
-sides get the same folder, problems, K, lengths, type and threads; after each of TRL's steps one of
-ours is run, so that both see the same machine. Other options are t1.py's."""
+The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, random weights; the rest is
+in docs/speed.md. Both sides get the same folder, problems, K, lengths, type and threads, and take
+their steps in turn, so that both see the same machine. Other options are t1.py's."""
 
 import copy
 import importlib.metadata
@@ -101,7 +99,8 @@ class Job:
 
 
 def model_of(cfg: t1.Config) -> t1.Policy:
-    """The model of --model, or the job's own with random weights."""
+    """The model of --model, or the job's own with random weights. Up to 128 new tokens that has one
+    end token, so nearly all responses have the full length; above, one token in 64 is one."""
     with mock.patch.dict(t1.TINY, MODEL):
         policy, tokenizer = t1.load_whole(cfg.model, cfg)
     if not cfg.model:

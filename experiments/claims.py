@@ -318,14 +318,11 @@ Else it is open, and effects outside the interval are excluded, each at 95 %.
 
 def write_ledger(base: Path):
     """ledger.jsonl, .md and .png, from the finished runs under `base`, or the published ones."""
-    records = read_records(base)
-    if records:
-        data_prep.write(base / "ledger.jsonl", map(data_prep.json_line, records))
-    elif PUBLISHED.exists():
-        records = t1.read_log(PUBLISHED)
-        base.mkdir(parents=True, exist_ok=True)
-    else:
+    records = read_records(base) or t1.read_log(PUBLISHED)
+    if not records:
         raise t1.Misuse(f"{base}: no finished run there; give --out and --name of a ledger")
+    base.mkdir(parents=True, exist_ok=True)
+    data_prep.write(base / "ledger.jsonl", map(data_prep.json_line, records))
     found = answers(records)
     about = f"{len(records)} runs, {len(found)} questions with two seeds or more."
     parts = [about + "\n", claim_table(found), seeds_needed(found), variant_table(records)]

@@ -1,5 +1,4 @@
-"""What one GPU does with this code: `python -m experiments.bench --gpu`, in minutes, with random
-weights, no download.
+"""What one GPU does with this code: `python -m experiments.bench --gpu`.
 
 Every function runs on a CPU, too, with smaller Sizes (test_experiments.py), so that nothing is new
 on a GPU but the device. An item that fails is a row of the table; the others go on."""

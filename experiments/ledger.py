@@ -5,12 +5,10 @@
     python -m experiments.ledger --table    run nothing: the tables of finished runs, or where there
                                             are none of figures/ledger.jsonl
 
-Problems and traces are those of `data_prep.py embedded --hard`. One policy is trained on the traces
-from random weights; each seed branches off it with some more steps in its own order, on the same
-traces or on ones of which a tenth is garbage. All runs of a seed begin at that checkpoint, so
-differences are paired by seed. Each run is an ordinary folder OUT/NAME/VARIANT-seedS (OUT: runs,
-NAME: ledger); after a kill the same command resumes. Other options are those of t1.py and hold for
-every run, for instance --prompts 16, but where its variant sets the same field."""
+The ground is `data_prep.py embedded --hard`. Each seed branches off one policy with some more steps
+of SFT; all its runs begin there, so differences are paired by seed. Each run is an ordinary folder
+OUT/NAME/VARIANT-seedS (OUT: runs, NAME: ledger); after a kill the same command resumes. Options of
+t1.py hold for every run, such as --prompts 16, but where its variant sets the same field."""
 
 import dataclasses
 import itertools

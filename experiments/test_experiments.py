@@ -307,13 +307,16 @@ def step_of(shape, gpus, length, prompt, *args, engine={}, **constants):
     return cfg, memory, plan.step_seconds(shape, gpus, length, prompt, memory, cfg, machine)
 
 
-@pytest.mark.parametrize("name, billions", [*zip(plan.SHAPES, (9.40, 14.77, 32.76))])
-def test_plan_of_the_papers_models(name, billions):
-    plain = step_of(plan.SHAPES[name], 8, 3200, 200, "--offload", "false")[1]
-    parked = step_of(plan.SHAPES[name], 8, 3200, 200)[1]
-    assert plain["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
-    assert parked["update"] == plain["update"] - plain["anchor"]
-    assert parked["cache"] > plain["cache"]  # the engine gets what the anchor leaves
+def test_plan_of_the_papers_models():
+    for shape, billions in zip(plan.SHAPES.values(), (9.40, 14.77, 32.76), strict=True):
+        plain = step_of(shape, 8, 3200, 200, "--offload", "false")[1]
+        parked = step_of(shape, 8, 3200, 200)[1]
+        assert plain["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
+        assert parked["update"] == plain["update"] - plain["anchor"]
+        assert parked["cache"] > plain["cache"]  # the engine gets what the anchor leaves
+    cfg, memory, _ = step_of(shape, 16, 3200, 200)  # the last: 32B
+    assert memory["update"] < 0.9 * plan.Machine().card
+    assert memory["cache"] > 8 * (cfg.max_prompt + cfg.max_new)
 
 
 # NeMo RL v0.4, performance summary: 64 prompts x 32 samples, at most 4,096 tokens with the prompt;
@@ -341,14 +344,12 @@ def test_a_step_of_14b_on_eight_gpus_is_a_range_that_holds_the_middle():
         return sum(seconds.values())
 
     page = (HERE / "docs/cluster.md").read_text(encoding="utf-8")
-    says = f"{total():.0f} | {total(**plan.BEST):.0f}-{total(**plan.WORST):,.0f} |"
+    low, high = total(**plan.BEST), total(**plan.WORST)
+    says = f"{total():.0f} | {low:.0f}-{high:,.0f} |"
     assert f"| Qwen2.5-14B | 8 | 2 | 33 | 459 k | 461 | 84 | 334 | {says}" in page
     for name in plan.BEST:
         assert total(**{name: plan.BEST[name]}) < total()
         assert total(**{name: plan.WORST[name]}) > total()
-    cfg, memory, _ = step_of(plan.SHAPES["Qwen/Qwen2.5-32B"], 16, 3200, 200)
-    assert memory["update"] < 0.9 * plan.Machine().card
-    assert memory["cache"] > 8 * (cfg.max_prompt + cfg.max_new)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -403,20 +404,9 @@ def test_plan_command(talkative, capsys):
 TINY_BENCH = "--prompts 2 --k 2 --max-new 8 --sft-batch 4".split()
 
 
-def test_bench_command(capsys, monkeypatch):
-    """At a size of seconds; where TRL is installed its lines are printed, too."""
-    monkeypatch.setattr(bench, "MODEL", dict(layers=1, width=32))
-    assert bench.main(["--pairs", "1", *TINY_BENCH]) == 0
-    out = capsys.readouterr().out
-    lines = {line.split("  ")[0] for line in out.splitlines()}
-    assert {"rollout", "judge", "anchor", "gradient", "update", bench.RL, bench.SFT} <= lines
-    assert "peak memory of the process" in out
-    with_trl = "RLOOTrainer: trained tokens per CPU second" in out and "SFTTrainer, packing" in out
-    assert ("TRL is not installed" in out) != with_trl
-
-
-def test_the_benchs_job_is_trls(tmp_path, monkeypatch):
-    """The values that docs/speed.md names, and the very step of t1.py: a policy that moves."""
+def test_the_benchs_job_is_trls(tmp_path, monkeypatch, capsys):
+    """The values that docs/speed.md names, and the very step of t1.py: a policy that moves. Then
+    the command, at a size of seconds; where TRL is installed its lines are printed, too."""
     cfg, sft_cfg = bench.configs_of([])
     assert (cfg.prompts, cfg.k, cfg.max_new) == (16, 16, 128)
     assert (cfg.temperature, cfg.rl_lr) == (1.0, 1e-4)
@@ -433,6 +423,13 @@ def test_the_benchs_job_is_trls(tmp_path, monkeypatch):
     assert timing.rate(0) == pytest.approx(timing.tokens / cpu)
     assert len(job.policy.end_ids) > 1
     assert job.sft_step(0).tokens > 0
+    assert bench.main(["--pairs", "1", *TINY_BENCH]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0] for line in out.splitlines()}
+    assert {"rollout", "judge", "anchor", "gradient", "update", bench.RL, bench.SFT} <= lines
+    assert "peak memory of the process" in out
+    with_trl = "RLOOTrainer: trained tokens per CPU second" in out and "SFTTrainer, packing" in out
+    assert ("TRL is not installed" in out) != with_trl
 
 
 def test_what_a_shared_prompt_saves(talkative, tmp_path, monkeypatch, capsys):
@@ -587,7 +584,8 @@ def test_the_page_shows_the_runs_responses_and_what_its_models_give_them(seen):
         entropy = -(logp.exp() * logp).sum(-1)
         places = torch.arange(len(ids)), torch.tensor(ids)
         ratio = logp[places] - reference[places]
-        for name, values in dict(logprob=logp[places], entropy=entropy, ratio=ratio).items():
+        found = dict(logprob=logp[places], entropy=entropy, ratio=ratio)
+        for name, values in found.items():
             assert card[name] == pytest.approx(values.tolist(), abs=1e-3)
         assert card["d"] == pytest.approx(ratio.sum().item(), abs=1e-3)
         assert card["advantage"] == pytest.approx(own - (sum(paid) - own) / 5, abs=1e-3)
