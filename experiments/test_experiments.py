@@ -212,27 +212,26 @@ def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
     drawn = []
 
     def judge(rollouts, *unused):
-        drawn.append(rollouts)
-        return torch.tensor([float(len(r.ids) % 2) for r in rollouts])
+        rewards = torch.tensor([float(len(r.ids) % 2) for r in rollouts])
+        drawn.append((rollouts, rewards))
+        return rewards
 
     monkeypatch.setattr(t1, "judge", judge)
     rows = data_prep.embedded_problems("train")[:5]
     problems = t1.encode_prompts(rows, talkative.tokenizer, cfg)
     value = ledger.gradient_variance(policy, torch_engine(talkative), problems, cfg)
     gradients = []
-    for rollouts in drawn:
+    for rollouts, rewards in drawn:
         loss = 0.0
         N = sum(len(r.ids) for r in rollouts)
-        rewards = torch.tensor([len(r.ids) % 2 for r in rollouts]).view(5, 4)
-        advantages = (rewards - (rewards.sum(1, keepdim=True) - rewards) / 3).flatten()
-        for r, advantage in zip(rollouts, advantages):
+        for r, advantage in zip(rollouts, t1.rloo_advantages(rewards.view(5, 4)).flatten()):
             prompt = r.problem.prompt
             logits = policy.lm(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1]
             logp = (logits[:, : policy.vocabulary] / cfg.temperature).log_softmax(-1)
             loss = loss - advantage * logp.gather(1, torch.tensor(r.ids)[:, None]).sum() / N
         grads = torch.autograd.grad(loss, list(policy.parameters()))
         gradients.append(torch.cat([g.flatten() for g in grads]).double().numpy())
-    assert [len(rollouts) for rollouts in drawn] == [4 * 5] * 3
+    assert [len(rewards) for _, rewards in drawn] == [4 * 5] * 3
     assert value > 0
     assert value == pytest.approx(np.var(gradients, axis=0, ddof=1).sum(), rel=1e-3)
 
