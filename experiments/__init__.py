@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import os
 
 import t1
@@ -40,7 +39,6 @@ def program(main):
     """Decorator of main(argv) -> exit code (None: 0). A misuse or a failure is one line; remarks of
     libraries stay off the console."""
 
-    @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
         t1.quiet()
         try:

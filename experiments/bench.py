@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import resource
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -199,11 +198,8 @@ def in_turn(trainer, ours, pairs: int) -> list[tuple[Timing, Timing]]:
         return loss(model, inputs, *args, **kwargs)
 
     class InTurn(transformers.TrainerCallback):
-        def start(self):
+        def on_step_begin(self, *args, **kwargs):
             self.started = time.process_time(), time.perf_counter()
-
-        def on_train_begin(self, *args, **kwargs):
-            self.start()
 
         def on_step_end(self, *args, **kwargs):
             took = time.process_time() - self.started[0], time.perf_counter() - self.started[1]
@@ -215,7 +211,6 @@ def in_turn(trainer, ours, pairs: int) -> list[tuple[Timing, Timing]]:
             said = f"{rates[0]:,.0f} and {rates[1]:,.0f} tokens per CPU second"
             pair = f"{type(trainer).__name__} {len(results) - 1} of {pairs}"
             t1.print0(f"{pair}: {said}, {rates[0] / rates[1]:.2f}")
-            self.start()
 
     trainer.compute_loss = counted
     trainer.add_callback(InTurn())
@@ -366,4 +361,4 @@ def configs_of(options: list[str]) -> list[t1.Config]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -13,7 +13,6 @@ t1.py hold for every run, such as --prompts 16, but where its variant sets the s
 import dataclasses
 import itertools
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -187,4 +186,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,7 +9,6 @@ rounding. Other options are t1.py's, in place of the run's: --data FILE, --k 8."
 import copy
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -308,4 +307,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import traceback
@@ -262,4 +261,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

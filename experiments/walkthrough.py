@@ -7,7 +7,6 @@ anchor differ. Then each line of `t1.rl_step` is taken by hand, and what it made
 
 import copy
 import dataclasses
-import sys
 import textwrap
 from pathlib import Path
 
@@ -133,4 +132,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
