@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 
 import t1
@@ -36,9 +37,9 @@ def stage_options(stage: str, options: list[str]) -> list[str]:
 
 
 def program(main):
-    """Decorator of main(argv) -> exit code (None: 0). A misuse or a failure is one line; remarks of
-    libraries stay off the console."""
+    """Decorator of main(argv) -> exit code (None: 0). A misuse or a failure is one line."""
 
+    @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
         t1.quiet()
         try:

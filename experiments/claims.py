@@ -189,8 +189,7 @@ def parse_test(text: str, measure: str = "pass@1, points") -> Test | None:
 
 
 def parse_claim(line: str) -> Claim:
-    """Paper's claim | here | measure: test of what the part is for | test of pass@1, where a sign
-    alone compares the same two runs."""
+    """Paper's claim | here | measure: test | test of pass@1; a sign alone: of the same two runs."""
     paper, text, does, brings = (cell.strip() for cell in line.split("|"))
     measure, _, test = does.partition(": ")
     does = parse_test(test, measure)
@@ -275,8 +274,7 @@ def seeds_for(sd: float, effect: float) -> int:
 
 
 def verdict(mean: float, sign: int, p: float) -> str:
-    """yes or no: does the difference have the claimed sign? "higher" or "lower" where none is
-    claimed; "open" if p is above LEVEL."""
+    """yes, no: is the sign as claimed? higher, lower: none is claimed. open: p is above LEVEL."""
     if p > LEVEL:
         return "open"
     if sign == 0:

@@ -24,8 +24,6 @@ class Sizes:
     """What --gpu works on."""
 
     device: str = "cuda"
-    product: int = 8192  # side of the matrices
-    copied: int = 2**30  # bytes
     rows: int = 4  # of a micro-batch
     row: int = 4096  # tokens
     stack: Shape = Shape(1024, 4, 2816, 16, 4, 64, 4096, True)  # whose gradients are compared
@@ -104,19 +102,6 @@ def gradient_of(policy, rows: list[tuple], cfg: t1.Config):
 
 def flat_gradient(policy) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
-
-
-def measure_card(sizes: Sizes) -> dict:
-    """Products in bfloat16, copies on the card and from pinned memory, as in plan.Machine."""
-    n, where = sizes.product, sizes.device
-    a = torch.randn(n, n, device=where, dtype=torch.bfloat16)
-    host = torch.empty(sizes.copied, dtype=torch.uint8, pin_memory=where == "cuda")
-    b = host.to(where)
-    return {
-        "TFLOP/s": 2e-12 * n**3 / timed(sizes, lambda: a @ a)[0],
-        "memory TB/s": 2e-12 * sizes.copied / timed(sizes, b.clone)[0],
-        "host GB/s": 1e-9 * sizes.copied / timed(sizes, lambda: b.copy_(host))[0],
-    }
 
 
 def compare_with_float32(sizes: Sizes) -> dict:
@@ -235,7 +220,6 @@ def measure_stages(sizes: Sizes, engine: str) -> dict:
 def items_of(sizes: Sizes) -> dict:
     """Name -> the measurement, in the order of the table."""
     items = {
-        "card": (measure_card,),
         "packed rows and gradient against float32": (compare_with_float32,),
         "head, {} positions, D {}, V {:,}".format(*sizes.head): (measure_head,),
     }
