@@ -305,11 +305,10 @@ def measure_sharing(case: str, pairs: int, cfg: t1.Config):
             sampled = dict(ids=answer, logprobs=[0.0] * len(answer))
             shared.append(t1.Rollout(t1.Problem({}, ids), **sampled))
             apart.append(t1.Rollout(t1.Problem({}, [i, *ids[1:]]), **sampled))
-    advantages = torch.randn(4 * K)
 
     def seconds(rollouts) -> list[float]:
         t1.clock.take()
-        t1.accumulate_gradient(policy, rollouts, advantages, cfg)
+        t1.accumulate_gradient(policy, rollouts, torch.ones(len(rollouts)), cfg)
         policy.zero_grad()
         t1.kl_to_anchor(policy, rollouts, cfg)
         return [cpu for cpu, _ in t1.clock.take().values()]

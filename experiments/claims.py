@@ -379,11 +379,9 @@ COLUMNS = {  # of the table of runs -> a measure; pass@1 first, `variant_table` 
 def variant_table(records: list[dict]) -> str:
     """Means over seeds and the sd of pass@1; `stopped` counts the runs that could not continue."""
     rows = []
-    for name in VARIANTS:
+    for name in dict.fromkeys(r["variant"] for r in records):
         runs = [r for r in records if r["variant"] == name]
         done = [r for r in runs if "stopped" not in r]
-        if not runs:
-            continue
         row = [name, f"{len(runs) - len(done)}/{len(runs)}"]
         for measure in map(MEASURES.get, COLUMNS.values()):
             mean = np.mean([measure.scale * measure.of(r) for r in done]) if done else math.nan

@@ -165,8 +165,7 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_run_that_cannot_go_on_is_a_result(tmp_path, quick_runs, monkeypatch, capsys):
-    """A signal is none."""
+def test_a_stop_is_a_result_and_a_signal_is_not(tmp_path, quick_runs, monkeypatch, capsys):
     args = f"{LEDGER} --out {tmp_path} --seeds 0 --variants alpha1e-1".split()
     with monkeypatch.context() as patch:
         # the stage saves and returns after one step
