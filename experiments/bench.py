@@ -98,8 +98,8 @@ class Job:
 
 
 def model_of(cfg: t1.Config) -> t1.Policy:
-    """The model of --model, or the job's own with random weights. Up to 128 new tokens that has one
-    end token, so nearly all responses have the full length; above, one token in 64 is one."""
+    """The model of --model, or the job's own: it has one end token, so that nearly all responses
+    have the full length, but above 128 new tokens one token in 64 is an end token."""
     with mock.patch.dict(t1.TINY, MODEL):
         policy, tokenizer = t1.load_whole(cfg.model, cfg)
     if not cfg.model:
