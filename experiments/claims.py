@@ -403,7 +403,8 @@ def draw(path: Path, found: dict[Test, dict], about: str):
     for y, claim in enumerate(asked):
         does, pays = found.get(claim.does), found.get(claim.pays)
         if does:
-            size = (claim.does.sign or 1) * does["mean"] / (does["half"] or math.inf)
+            sign = claim.does.sign or 1
+            size = sign * does["mean"] / (does["half"] or math.inf)
             left.plot(size, y, "D", color=colours[does["verdict"]])
         if pays:
             mean, half = 100 * pays["mean"], 100 * pays["half"]

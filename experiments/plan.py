@@ -5,8 +5,8 @@
     python -m experiments.plan --model FOLDER --preset pretrained --gpus 1,2 --length 400
     python -m experiments.plan --set card=1.49e11,bandwidth=4.8e12         an H200
 
-Computed for FSDP2 with vLLM beside it; no number comes from a GPU of ours. docs/cluster.md says what
-is checked. BEST and WORST say what moves a step. Evaluation and checkpoints come on top."""
+Computed for FSDP2 with vLLM beside it; no number comes from a GPU of ours: docs/cluster.md says
+what is checked. BEST and WORST say what moves a step. Evaluation and checkpoints come on top."""
 
 import math
 from dataclasses import dataclass, replace
