@@ -1,5 +1,4 @@
-"""Programs that measure the method; `python -m experiments.NAME --help` explains each. They import
-t1; t1 imports none of them."""
+"""Programs that measure the method; `python -m experiments.NAME --help` explains each."""
 
 import argparse
 import dataclasses
@@ -28,8 +27,7 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def stage_options(stage: str, options: list[str]) -> list[str]:
-    """t1.py's `options` for one stage, as a command line: those that only other stages read are
-    left out."""
+    """A command line of one stage: t1.py's `options` without those that only other stages read."""
     others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for field in dataclasses.fields(t1.Config):
         if field.metadata["stage"] not in ("", stage):
@@ -39,8 +37,7 @@ def stage_options(stage: str, options: list[str]) -> list[str]:
 
 
 def program(main):
-    """Decorator of main(argv) -> exit code (None: 0). A misuse or a failure is one line; remarks of
-    libraries stay off the console."""
+    """Decorator of main(argv) -> exit code (None: 0). A misuse or a failure is one line."""
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:

@@ -7,24 +7,20 @@
     python -m experiments.bench --shared 95,31,8  prompt and response tokens, K: what sharing saves
     python -m experiments.bench --gpu             what one GPU does, in minutes; no download
 
-The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, AdamW, one update per batch,
-float32, random weights. Up to 128 new tokens the model has one end token, so nearly all responses
-have the full length; above, one token in 64 is an end token: lengths differ, 64 on average. Both
-sides get the same folder, problems, K, lengths, type and threads; after each of TRL's steps one of
-ours is run, so that both see the same machine. Other options are t1.py's."""
+The job: 16 prompts "a+b=" x 16 samples, T = 1, KL to a moving anchor, random weights; the rest is
+in docs/speed.md. Both sides get the same folder, problems, K, lengths, type and threads, and take
+their steps in turn, so that both see the same machine. Other options are t1.py's."""
 
 import copy
-import dataclasses
 import importlib.metadata
 import math
 import os
 import platform
 import re
 import resource
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -53,18 +49,14 @@ class Timing:
     seconds: dict[str, tuple[float, float]]
 
     def rate(self, clock: int, phase: str = "") -> float:
-        """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the whole
-        step."""
+        """Tokens per second of CPU (clock 0) or wall time (1), of one phase or of the step."""
         phases = [self.seconds[phase]] if phase else self.seconds.values()
         return self.tokens / sum(seconds[clock] for seconds in phases)
 
 
 # --- Our side: the very steps of t1.py ------------------------------------------------------------
-
-
 class Job:
-    """A model, saved to `folder` for the other side, and problems and traces for pairs + 1
-    steps."""
+    """Problems and traces for pairs + 1 steps, and a model: the other side reads it in `folder`."""
 
     def __init__(self, folder: Path, pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
         self.folder = folder
@@ -89,7 +81,7 @@ class Job:
             self.problems = t1.encode_prompts(rows, tokenizer, cfg)
         rows = data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]  # TRL packs them
         of_traces = t1.encode_prompts(rows, tokenizer, cfg)
-        unlimited = dataclasses.replace(sft_cfg, max_new=10**9)
+        unlimited = replace(sft_cfg, max_new=10**9)
         self.traces = t1.encode_responses(of_traces, tokenizer, unlimited)
 
     def rl_step(self, step: int) -> Timing:
@@ -106,7 +98,8 @@ class Job:
 
 
 def model_of(cfg: t1.Config) -> t1.Policy:
-    """The model of --model, or the job's own with random weights."""
+    """The model of --model, or the job's own: it has one end token, so that nearly all responses
+    have the full length, but above 128 new tokens one token in 64 is an end token."""
     with mock.patch.dict(t1.TINY, MODEL):
         policy, tokenizer = t1.load_whole(cfg.model, cfg)
     if not cfg.model:
@@ -117,11 +110,18 @@ def model_of(cfg: t1.Config) -> t1.Policy:
 
 
 # --- The other side: TRL's trainers ---------------------------------------------------------------
+def trl_reward(completions, answer, **unused) -> list[float]:
+    """A reward that costs TRL next to nothing."""
+    return [float(c.strip().startswith(a)) for c, a in zip(completions, answer)]
 
 
-def trl_options(job: Job, cfg: t1.Config) -> dict:
-    """What both of TRL's trainers are told."""
-    return dict(
+def trl_trainer(kind: str, job: Job, cfg: t1.Config, rows: list[dict], settings: dict, **more):
+    """TRL's trainer of this kind on the bench's model and rows."""
+    import datasets
+    import trl
+
+    datasets.disable_progress_bars()
+    settings = getattr(trl, f"{kind}Config")(
         output_dir=f"{job.folder}/trl",
         max_steps=job.pairs + 1,
         lr_scheduler_type="constant",
@@ -129,25 +129,13 @@ def trl_options(job: Job, cfg: t1.Config) -> dict:
         bf16=cfg.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
-        seed=0,
         report_to=[],
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
+        **settings,
     )
-
-
-def trl_reward(completions, answer, **unused) -> list[float]:
-    """A reward that costs TRL next to nothing."""
-    return [float(c.strip().startswith(a)) for c, a in zip(completions, answer)]
-
-
-def trl_trainer(make, job: Job, settings, rows: list[dict], **more):
-    """One of TRL's trainers on the bench's model and rows."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    return make(
+    return getattr(trl, f"{kind}Trainer")(
         model=transformers.AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32),
         processing_class=transformers.AutoTokenizer.from_pretrained(job.folder),
         args=settings,
@@ -157,13 +145,10 @@ def trl_trainer(make, job: Job, settings, rows: list[dict], **more):
 
 
 def trl_rloo(job: Job):
-    """TRL's RLOOTrainer on the bench's job, and the list in which it counts its trained tokens."""
-    import trl
-
+    """TRL's RLOOTrainer on the bench's job."""
     cfg = job.cfg
     micro = math.gcd(cfg.prompts * cfg.k, 8 if cfg.model else TRL_ROWS)
-    settings = trl.RLOOConfig(
-        **trl_options(job, cfg),
+    settings = dict(
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=cfg.prompts * cfg.k // micro,
         num_generations=cfg.k,
@@ -180,25 +165,13 @@ def trl_rloo(job: Job):
     for problem in job.problems:
         prompt = job.policy.tokenizer.decode(problem.prompt)
         rows.append(dict(prompt=prompt, answer=problem.row["answer"]))
-    trainer = trl_trainer(trl.RLOOTrainer, job, settings, rows, reward_funcs=trl_reward)
-    tokens, generate = [], trainer._generate_single_turn
-
-    def counted(*args, **kwargs):
-        ids = generate(*args, **kwargs)
-        tokens.extend(map(len, ids))
-        return ids
-
-    trainer._generate_single_turn = counted
-    return trainer, tokens
+    return trl_trainer("RLOO", job, cfg, rows, settings, reward_funcs=trl_reward)
 
 
 def trl_sft(job: Job):
-    """TRL's SFTTrainer with packing, and the list in which it counts its trained tokens."""
-    import trl
-
+    """TRL's SFTTrainer with packing."""
     length, packed = TRL_PACK
-    settings = trl.SFTConfig(
-        **trl_options(job, job.sft_cfg),
+    settings = dict(
         packing=True,
         max_length=length,
         per_device_train_batch_size=1,
@@ -209,28 +182,23 @@ def trl_sft(job: Job):
     for trace in job.traces:
         row = trace.problem.row
         rows.append(dict(prompt=row["problem"] + "\n", completion=row["response"]))
-    trainer = trl_trainer(trl.SFTTrainer, job, settings, rows)
-    tokens, loss = [], trainer.compute_loss
+    return trl_trainer("SFT", job, job.sft_cfg, rows, settings)
+
+
+def in_turn(trainer, ours, pairs: int) -> list[tuple[Timing, Timing]]:
+    """A step of a TRL trainer and ours(step) in turn, once to warm up, then `pairs` times."""
+    results = []
+    tokens = []
+    loss = trainer.compute_loss
 
     def counted(model, inputs, *args, **kwargs):
-        tokens.append((inputs["labels"] != -100).sum().item())
+        trained = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"]
+        tokens.append(trained.sum().item())
         return loss(model, inputs, *args, **kwargs)
 
-    trainer.compute_loss = counted
-    return trainer, tokens
-
-
-def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, Timing]]:
-    """Run a TRL trainer for one step to warm up and `pairs` more, and ours(step) after each -> the
-    pairs."""
-    results = []
-
     class InTurn(transformers.TrainerCallback):
-        def start(self):
+        def on_step_begin(self, *args, **kwargs):
             self.started = time.process_time(), time.perf_counter()
-
-        def on_train_begin(self, *args, **kwargs):
-            self.start()
 
         def on_step_end(self, *args, **kwargs):
             took = time.process_time() - self.started[0], time.perf_counter() - self.started[1]
@@ -238,12 +206,10 @@ def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, 
             tokens.clear()
             mine = ours(len(results))
             results.append((mine, theirs))
-            rates = mine.rate(0), theirs.rate(0)
-            said = f"{rates[0]:,.0f} and {rates[1]:,.0f} tokens per CPU second"
             pair = f"{type(trainer).__name__} {len(results) - 1} of {pairs}"
-            t1.print0(f"{pair}: {said}, {rates[0] / rates[1]:.2f}")
-            self.start()
+            t1.print0(f"{pair}: ratio {mine.rate(0) / theirs.rate(0):.2f}")
 
+    trainer.compute_loss = counted
     trainer.add_callback(InTurn())
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
@@ -251,8 +217,6 @@ def in_turn(trainer, tokens: list[int], ours, pairs: int) -> list[tuple[Timing, 
 
 
 # --- The table ------------------------------------------------------------------------------------
-
-
 def median_of(values) -> str:
     """Median (smallest-largest)."""
     digits = 2 if max(values) < 100 else 0
@@ -312,17 +276,13 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
             rl = [job.rl_step(step) for step in range(pairs + 1)][1:]
             sft = [job.sft_step(step) for step in range(pairs + 1)][1:]
             report(rl, sft, peak_memory())
-            t1.print0(
-                "TRL is not installed here (pip install trl==1.16.0): nothing to compare with"
-            )
+            t1.print0("TRL is not installed (pip install trl==1.16.0): nothing to compare with")
             return
         job.rl_step(0)
         job.sft_step(0)
         memory = peak_memory()
-        rl_trainer = trl_rloo(job)
-        sft_trainer = trl_sft(job)
-        rl = in_turn(*rl_trainer, job.rl_step, pairs)
-        sft = in_turn(*sft_trainer, job.sft_step, pairs)
+        rl = in_turn(trl_rloo(job), job.rl_step, pairs)
+        sft = in_turn(trl_sft(job), job.sft_step, pairs)
     report([a for a, _ in rl], [a for a, _ in sft], memory)
     report_pairs("RLOOTrainer", rl)
     report_pairs("SFTTrainer, packing", sft)
@@ -330,8 +290,6 @@ def run_bench(pairs: int, cfg: t1.Config, sft_cfg: t1.Config):
 
 
 # --- What a prompt that stands once saves ---------------------------------------------------------
-
-
 def measure_sharing(case: str, pairs: int, cfg: t1.Config):
     """Gradient and anchor's log-probs of K responses to each of 4 prompts, of random ids, in turn
     with the same rows whose prompts differ in their first id, so that none is shared."""
@@ -347,28 +305,20 @@ def measure_sharing(case: str, pairs: int, cfg: t1.Config):
             sampled = dict(ids=answer, logprobs=[0.0] * len(answer))
             shared.append(t1.Rollout(t1.Problem({}, ids), **sampled))
             apart.append(t1.Rollout(t1.Problem({}, [i, *ids[1:]]), **sampled))
-    advantages = torch.randn(4 * K)
 
     def seconds(rollouts) -> list[float]:
         t1.clock.take()
-        t1.accumulate_gradient(policy, rollouts, advantages, cfg)
+        t1.accumulate_gradient(policy, rollouts, torch.ones(len(rollouts)), cfg)
         policy.zero_grad()
-        with t1.clock("anchor"):
-            t1.response_logprobs(policy, list(map(t1.row_of, rollouts)), cfg)
+        t1.kl_to_anchor(policy, rollouts, cfg)
         return [cpu for cpu, _ in t1.clock.take().values()]
 
     ratios = []
     for _ in range(pairs + 1):
         once = seconds(shared)
-        again = seconds(apart)
-        ratios.append([a / b for a, b in zip(again, once)])
-        said = f"gradient {again[0]:.2f} and {once[0]:.2f} CPU s, anchor"
-        t1.print0(f"apart and shared: {said} {again[1]:.2f} and {once[1]:.2f}")
+        ratios.append([a / b for a, b in zip(seconds(apart), once)])
     for name, values in zip(("gradient", "anchor"), zip(*ratios[1:])):
         t1.print0(f"{case}, {name}: shared prompts are {median_of(values)} times as fast")
-
-
-# --- Command line ---------------------------------------------------------------------------------
 
 
 @experiments.program
@@ -378,7 +328,6 @@ def main(argv: list[str] | None = None):
     add("--pairs", type=int, default=5, help="measured steps of each kind (default: %(default)s)")
     add("--shared", default="", help="PROMPT,RESPONSE,K: measure the shared prompt (default: off)")
     add("--gpu", action="store_true", help="measure this machine's GPU instead (default: off)")
-    add("--json", default="bench-gpu.json", help="--gpu: file of numbers (default: %(default)s)")
     own, options = parser.parse_known_args(argv)
     if own.pairs < 1:
         raise t1.Misuse("--pairs must be above 0")
@@ -388,7 +337,7 @@ def main(argv: list[str] | None = None):
         raise t1.Misuse("--gpu: torch sees no GPU here")
     if own.gpu:
         about = f"{torch.cuda.get_device_name()}; {about_machine()}"
-        return gpu.run_gpu(gpu.Sizes(), about, Path(own.json))
+        return gpu.run_gpu(gpu.Sizes(), about, Path("bench-gpu.json"))
     cfg, sft_cfg = configs_of(options)
     if own.shared:
         if not re.fullmatch(r"[1-9]\d*,[1-9]\d+,[1-9]\d*", own.shared):
@@ -405,4 +354,4 @@ def configs_of(options: list[str]) -> list[t1.Config]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,5 +1,4 @@
-"""What the ledger asks of its runs, and what they answer: records -> claims, statistics, tables and
-a picture.
+"""What the ledger asks of its runs, and what they answer: claims, statistics, tables, a picture.
 
 A claim has two questions: does the part do what it is for (mostly one column of the run), and does
 it pay (held-out pass@1)? Both are differences paired by seed, with a 95 % interval (Student's t)
@@ -23,9 +22,9 @@ LEVEL = 0.05  # of the intervals and, after Holm's correction, of the verdicts
 PUBLISHED = Path(__file__).parent.parent / "figures" / "ledger.jsonl"
 
 # --- What is run ----------------------------------------------------------------------------------
-
-VARIANTS = {  # name -> options of t1.py's stage rl, in the order in which they are run
-    "sft": "",
+BRANCH = "--sft-steps 80 --sft-lr 5e-4 --max-new 640"  # of each seed; garbage has 487 tokens
+VARIANTS = {  # name -> options of t1.py, in the order in which they are run
+    "sft": BRANCH,
     "base": "",
     "alpha1e-2": "--entropy-coef 0.01",
     "beta5e-2": "--kl-coef 0.05",
@@ -33,7 +32,7 @@ VARIANTS = {  # name -> options of t1.py's stage rl, in the order in which they 
     "beta5e-2-uncentred": "--kl-coef 0.05",
     "k4": "--k 4",
     "t0.8": "--temperature 0.8",
-    "sft-garbage": "",
+    "sft-garbage": BRANCH,
     "garbage": "",
     "garbage-unpunished": "--penalties false",
     "alpha0": "--entropy-coef 0",
@@ -56,7 +55,6 @@ STARTS = {"garbage": "sft-garbage", "garbage-unpunished": "sft-garbage"}  # the 
 GONE = "beta5e-2-uncentred"  # its runs are published, its switch (--kl-center false) is gone
 
 # --- What a run shows: one record -----------------------------------------------------------------
-
 HELD_OUT = "pass_at_1 length overlong repetition".split()
 STEPS = "reward accuracy entropy nll kl flat_groups".split()
 ENDS = ("measures.json", "stopped.json")  # the last file of a run
@@ -64,13 +62,11 @@ ENDS = ("measures.json", "stopped.json")  # the last file of a run
 
 def read_records(base: Path) -> list[dict]:
     """A record of each finished run under `base`, in the order of VARIANTS and seeds."""
-    done = {path.parent.name for path in base.glob("*/*") if path.name in ENDS}
-    seeds = sorted(int(run.rsplit("-seed")[-1]) for run in done)
+    runs = [path.parent.name.rsplit("-seed") for path in base.glob("*/*") if path.name in ENDS]
     records = []
     for name in VARIANTS:
-        for seed in dict.fromkeys(seeds):
-            if f"{name}-seed{seed}" in done:
-                records.append(record_of(base, name, seed))
+        for seed in sorted(int(seed) for variant, seed in runs if variant == name):
+            records.append(record_of(base, name, seed))
     return records
 
 
@@ -92,25 +88,21 @@ def record_of(base: Path, name: str, seed: int) -> dict:
     record["steps"] = {}
     if (run / "rl/metrics.jsonl").exists():
         steps = t1.read_log(run / "rl/metrics.jsonl")
-        tenths = np.array_split(steps, min(10, len(steps)))
         for column in STEPS:
-            values = [[row[column] for row in part] for part in tenths]
-            record["steps"][column] = [float(np.mean(part)) for part in values]
+            tenths = np.array_split(t1.column(steps, column), min(10, len(steps)))
+            record["steps"][column] = [float(np.mean(part)) for part in tenths]
     record |= data_prep.read_json(run / "measures.json")
     return json.loads(json.dumps(record), parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
 # --- What is asked --------------------------------------------------------------------------------
-
-
 def at_budget(record: dict, budget: int) -> float:
     """Accuracy of the thoughts cut at this budget."""
     return dict(record["scaling"])[budget]
 
 
 def entropy_at(record: dict, accuracy: float) -> float:
-    """Entropy where training first reaches this accuracy, interpolated between tenths of the
-    run."""
+    """Entropy where training first reaches this accuracy, between tenths of the run."""
     right = record["steps"]["accuracy"]
     entropy = record["steps"]["entropy"]
     i = next(i for i, value in enumerate(right) if value >= accuracy)
@@ -119,8 +111,7 @@ def entropy_at(record: dict, accuracy: float) -> float:
 
 
 def entropy_difference(a: dict, b: dict) -> float:
-    """Entropy of a minus that of b, both where they first reach the best accuracy of the weaker
-    one."""
+    """Entropy of a minus that of b, both where they first reach the weaker one's best accuracy."""
     level = min(max(a["steps"]["accuracy"]), max(b["steps"]["accuracy"]))
     return entropy_at(a, level) - entropy_at(b, level)
 
@@ -190,8 +181,7 @@ Claim = namedtuple("Claim", "paper text does pays")
 
 
 def parse_test(text: str, measure: str = "pass@1, points") -> Test | None:
-    """`k4 < base`: the paper claims that k4 is below base; `base >`: above zero; `a ~ b`: no
-    claim."""
+    """`k4 < base`: it is claimed that k4 is below base; `base >`: above zero; `a ~ b`: no claim."""
     if not text:
         return None
     variant, sign, against = [*text.split(), ""][:3]
@@ -199,8 +189,7 @@ def parse_test(text: str, measure: str = "pass@1, points") -> Test | None:
 
 
 def parse_claim(line: str) -> Claim:
-    """Paper's claim | here | measure: test of what the part is for | test of pass@1, where a sign
-    alone compares the same two runs."""
+    """Paper's claim | here | measure: test | test of pass@1; a sign alone: of the same two runs."""
     paper, text, does, brings = (cell.strip() for cell in line.split("|"))
     measure, _, test = does.partition(": ")
     does = parse_test(test, measure)
@@ -240,9 +229,8 @@ self-correcting   | RL over SFT             | corrected, points: base > sft     
 CLAIMS = [parse_claim(line) for line in CLAIMS.strip().splitlines()]
 TESTS = list(dict.fromkeys(test for claim in CLAIMS for test in (claim.does, claim.pays) if test))
 
+
 # --- Statistics -----------------------------------------------------------------------------------
-
-
 def p_value(t: float, dof: int) -> float:
     """Two-sided: the chance that Student's t with `dof` degrees of freedom lies farther from zero
     than `t`, as an incomplete beta function (Abramowitz and Stegun 26.7.1)."""
@@ -271,28 +259,22 @@ def holm(values: list[float]) -> list[float]:
 
 
 def statistics(differences: list[float]) -> dict:
-    """n, mean, standard deviation, half-width of the 95 % interval and p-value of paired
-    differences."""
+    """n, mean, standard deviation, half-width of the 95 % interval and p-value."""
     n, mean = len(differences), float(np.mean(differences))
     sd = float(np.std(differences, ddof=1))
-    if sd == 0:
-        return dict(n=n, mean=mean, sd=0.0, half=0.0, p=float(mean == 0))
     error = sd / math.sqrt(n)
-    p = p_value(mean / error, n - 1)
+    p = p_value(mean / error, n - 1) if sd > 0 else float(mean == 0)
     return dict(n=n, mean=mean, sd=sd, half=t_quantile(n - 1) * error, p=p)
 
 
 def seeds_for(sd: float, effect: float) -> int:
     """The fewest seeds whose interval, at this standard deviation, is no wider than +- `effect`."""
-    for n in range(2, 100):
-        if t_quantile(n - 1) * sd / math.sqrt(n) <= effect:
-            return n
-    return 100
+    enough = (n for n in range(2, 100) if t_quantile(n - 1) * sd / math.sqrt(n) <= effect)
+    return next(enough, 100)
 
 
 def verdict(mean: float, sign: int, p: float) -> str:
-    """yes or no: does the difference have the claimed sign? "higher" or "lower" where none is
-    claimed; "open" if p is above LEVEL."""
+    """yes, no: is the sign as claimed? higher, lower: none is claimed. open: p is above LEVEL."""
     if p > LEVEL:
         return "open"
     if sign == 0:
@@ -301,8 +283,7 @@ def verdict(mean: float, sign: int, p: float) -> str:
 
 
 def differences(records: list[dict], test: Test) -> list[float]:
-    """One per seed in which both runs are there and neither stopped, in order of seeds; without
-    those of no value."""
+    """One per seed whose two runs are there, did not stop and have a value; in order of seeds."""
     runs = {(r["variant"], r["seed"]): r for r in records if "stopped" not in r}
     measure, found = MEASURES[test.measure], []
     for seed in sorted({seed for _, seed in runs}):
@@ -315,8 +296,7 @@ def differences(records: list[dict], test: Test) -> list[float]:
 
 
 def answers(records: list[dict]) -> dict[Test, dict]:
-    """Test -> its `statistics` with Holm's p-value (`holm`) and `verdict`, where it has two
-    seeds."""
+    """Test -> its `statistics` with Holm's p-value and `verdict`, where it has two seeds."""
     found = {test: differences(records, test) for test in TESTS}
     result = {test: statistics(values) for test, values in found.items() if len(values) > 1}
     corrected = holm([answer["p"] for answer in result.values()])
@@ -326,7 +306,6 @@ def answers(records: list[dict]) -> dict[Test, dict]:
 
 
 # --- Tables and picture ---------------------------------------------------------------------------
-
 HOW_TO_READ = """
 Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict is
 `yes` or `no` where the p-value, corrected for the number of questions by Holm's procedure, is at
@@ -336,16 +315,12 @@ Else it is open, and effects outside the interval are excluded, each at 95 %.
 
 
 def write_ledger(base: Path):
-    """ledger.jsonl, ledger.md and ledger.png, from the finished runs under `base`, or from the
-    published ones."""
-    records = read_records(base)
-    if records:
-        data_prep.write(base / "ledger.jsonl", map(data_prep.json_line, records))
-    elif PUBLISHED.exists():
-        records = t1.read_log(PUBLISHED)
-        base.mkdir(parents=True, exist_ok=True)
-    else:
+    """ledger.jsonl, .md and .png, from the finished runs under `base`, or the published ones."""
+    records = read_records(base) or t1.read_log(PUBLISHED)
+    if not records:
         raise t1.Misuse(f"{base}: no finished run there; give --out and --name of a ledger")
+    base.mkdir(parents=True, exist_ok=True)
+    data_prep.write(base / "ledger.jsonl", map(data_prep.json_line, records))
     found = answers(records)
     about = f"{len(records)} runs, {len(found)} questions with two seeds or more."
     parts = [about + "\n", claim_table(found), seeds_needed(found), variant_table(records)]
@@ -359,8 +334,7 @@ def table_of(columns: list[str], rows: list[list]) -> str:
 
 
 def in_words(test: Test | None, found: dict[Test, dict]) -> list[str]:
-    """Two cells: the difference with its interval and seeds; the verdict with its corrected
-    p-value."""
+    """Two cells: the difference with its interval and seeds; the verdict with its p-value."""
     if not test or test not in found:
         return ["", "no two seeds" if test else ""]
     measure, answer = MEASURES[test.measure], found[test]
@@ -405,11 +379,9 @@ COLUMNS = {  # of the table of runs -> a measure; pass@1 first, `variant_table` 
 def variant_table(records: list[dict]) -> str:
     """Means over seeds and the sd of pass@1; `stopped` counts the runs that could not continue."""
     rows = []
-    for name in VARIANTS:
+    for name in dict.fromkeys(r["variant"] for r in records):
         runs = [r for r in records if r["variant"] == name]
         done = [r for r in runs if "stopped" not in r]
-        if not runs:
-            continue
         row = [name, f"{len(runs) - len(done)}/{len(runs)}"]
         for measure in map(MEASURES.get, COLUMNS.values()):
             mean = np.mean([measure.scale * measure.of(r) for r in done]) if done else math.nan
@@ -432,8 +404,7 @@ def draw(path: Path, found: dict[Test, dict], about: str):
         does, pays = found.get(claim.does), found.get(claim.pays)
         if does:
             sign = claim.does.sign or 1
-            half = does["half"] or math.inf
-            size = sign * does["mean"] / half
+            size = sign * does["mean"] / (does["half"] or math.inf)
             left.plot(size, y, "D", color=colours[does["verdict"]])
         if pays:
             mean, half = 100 * pays["mean"], 100 * pays["half"]

@@ -1,5 +1,4 @@
-"""What one GPU does with this code: `python -m experiments.bench --gpu`, in minutes, with random
-weights, no download.
+"""What one GPU does with this code: `python -m experiments.bench --gpu`.
 
 Every function runs on a CPU, too, with smaller Sizes (test_experiments.py), so that nothing is new
 on a GPU but the device. An item that fails is a row of the table; the others go on."""
@@ -25,8 +24,6 @@ class Sizes:
     """What --gpu works on."""
 
     device: str = "cuda"
-    product: int = 8192  # side of the matrices
-    copied: int = 2**30  # bytes
     rows: int = 4  # of a micro-batch
     row: int = 4096  # tokens
     stack: Shape = Shape(1024, 4, 2816, 16, 4, 64, 4096, True)  # whose gradients are compared
@@ -42,8 +39,7 @@ class Sizes:
 
 
 def timed(sizes: Sizes, work, repeats: int = 3) -> tuple[float, float]:
-    """-> median wall seconds of work() after one call to warm up, and GiB that it took beside what
-    was there (0 on a CPU)."""
+    """-> median wall seconds of work() after a warm-up, and GiB that it took (0 on a CPU)."""
     seconds = []
     memory = 0
     gpu = sizes.device == "cuda"
@@ -108,20 +104,6 @@ def flat_gradient(policy) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
-def measure_card(sizes: Sizes) -> dict:
-    """Matrix products in bfloat16, copies on the card, copies from pinned memory: constants of
-    plan.Machine."""
-    n, where = sizes.product, sizes.device
-    a = torch.randn(n, n, device=where, dtype=torch.bfloat16)
-    host = torch.empty(sizes.copied, dtype=torch.uint8, pin_memory=where == "cuda")
-    b = host.to(where)
-    return {
-        "TFLOP/s": 2e-12 * n**3 / timed(sizes, lambda: a @ a)[0],
-        "memory TB/s": 2e-12 * sizes.copied / timed(sizes, b.clone)[0],
-        "host GB/s": 1e-9 * sizes.copied / timed(sizes, lambda: b.copy_(host))[0],
-    }
-
-
 def compare_with_float32(sizes: Sizes) -> dict:
     """Log-probs and gradients of rows of different lengths, packed and in bfloat16, against the
     library's own forward row by row: its bfloat16 and its float32. Ours should be about as far from
@@ -170,12 +152,8 @@ def measure_head(sizes: Sizes) -> dict:
         inputs += [torch.randint(V, (n,)), torch.randn(n), torch.full((n,), 1 / n), 1e-3, 1.2]
     ours, memory = timed(sizes, lambda: t1.policy_loss(*inputs)[0].backward())
     reference, more = timed(sizes, lambda: t1.policy_loss_reference(*inputs).backward(), 1)
-    return {
-        "ms": 1e3 * ours,
-        "GiB": memory,
-        "reference ms": 1e3 * reference,
-        "reference GiB": more,
-    }
+    row = {"ms": 1e3 * ours, "GiB": memory}
+    return row | {"reference ms": 1e3 * reference, "reference GiB": more}
 
 
 def measure_update(sizes: Sizes, shape: Shape, compiled: bool) -> dict:
@@ -185,12 +163,8 @@ def measure_update(sizes: Sizes, shape: Shape, compiled: bool) -> dict:
     seconds, memory = timed(sizes, lambda: gradient_of(policy, rows, cfg))
     # of the model: without what is computed again
     plain = update_flop(shape, sizes.rows, sizes.row - 8, 8, gpu_config(sizes))[1]
-    n = sizes.rows * sizes.row
-    row = {
-        "tokens/s": n / seconds,
-        "MFU %": 100 * plain / seconds / sizes.peak,
-        "GiB": memory,
-    }
+    rate = sizes.rows * sizes.row / seconds
+    row = {"tokens/s": rate, "MFU %": 100 * plain / seconds / sizes.peak, "GiB": memory}
     if compiled:
         return row
     optimizer = t1.make_optimizer(policy, cfg)
@@ -220,11 +194,8 @@ def measure_rollout(sizes: Sizes, shape: Shape) -> dict:
     problem = t1.Problem({}, list(range(1, 65)))
     rollouts = [t1.Rollout(problem, 0, sample) for sample in range(sizes.samples)]
     seconds, memory = timed(sizes, lambda: engine.generate(rollouts, sizes.new, 1.2), 1)
-    return {
-        "tokens/s": sizes.samples * sizes.new / seconds,
-        "ms a token": 1e3 * seconds / sizes.new,
-        "GiB": memory,
-    }
+    steps = sizes.new / seconds
+    return {"tokens/s": sizes.samples * steps, "ms a token": 1e3 / steps, "GiB": memory}
 
 
 def measure_stages(sizes: Sizes, engine: str) -> dict:
@@ -249,7 +220,6 @@ def measure_stages(sizes: Sizes, engine: str) -> dict:
 def items_of(sizes: Sizes) -> dict:
     """Name -> the measurement, in the order of the table."""
     items = {
-        "card": (measure_card,),
         "packed rows and gradient against float32": (compare_with_float32,),
         "head, {} positions, D {}, V {:,}".format(*sizes.head): (measure_head,),
     }
@@ -264,8 +234,7 @@ def items_of(sizes: Sizes) -> dict:
 
 
 def run_gpu(sizes: Sizes, about: str, path: Path) -> int:
-    """Measure every item, print the table and write it as JSON -> exit code, 1 if an item
-    failed."""
+    """Measure every item, print the table, write it as JSON -> exit code: 1 if an item failed."""
     results = {}
     t1.print0(about)
     for name, (measure, *args) in items_of(sizes).items():

@@ -1,22 +1,18 @@
-"""The ledger: does each part of T1 do what it is for, and does it pay? One run varied, over several
-seeds.
+"""The ledger: does each part of T1 do what it is for, and does it pay? One run varied.
 
     python -m experiments.ledger            every variant, of three seeds
     python -m experiments.ledger --variants k4,t0.8 --seeds 3,4     these runs alone
     python -m experiments.ledger --table    run nothing: the tables of finished runs, or where there
                                             are none of figures/ledger.jsonl
 
-Problems and traces are those of `data_prep.py embedded --hard`. One policy is trained on the traces
-from random weights; each seed branches off it with some more steps in its own order, on the same
-traces or on ones of which a tenth is garbage. All runs of a seed begin at that checkpoint, so
-differences are paired by seed. Each run is an ordinary folder OUT/NAME/VARIANT-seedS (OUT: runs,
-NAME: ledger); after a kill the same command resumes. Other options are those of t1.py and hold for
-every run, for instance --prompts 16, but where its variant sets the same field."""
+The ground is `data_prep.py embedded --hard`. Each seed branches off one policy with some more steps
+of SFT; all its runs begin there, so differences are paired by seed. Each run is an ordinary folder
+OUT/NAME/VARIANT-seedS (OUT: runs, NAME: ledger); after a kill the same command resumes. Options of
+t1.py hold for every run, such as --prompts 16, but where its variant sets the same field."""
 
 import dataclasses
 import itertools
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +21,16 @@ import torch
 import data_prep
 import experiments
 import t1
-from experiments.claims import GONE, STARTS, TRACES, VARIANTS, write_ledger
+from experiments.claims import ENDS, GONE, STARTS, TRACES, VARIANTS, write_ledger
 
 SETTING = "--max-new 320 --prompts 8 --k 16 --rl-steps 40 --rl-save-every 40 --eval-samples 8"
-BRANCH = "--sft-steps 80 --sft-lr 5e-4 --max-new 640"  # of each seed; garbage has 487 tokens
 BUDGETS = "32,64,128,320"  # thinking budgets of inference scaling, tokens
 # Gradient estimates at one checkpoint, for each K, of so many prompts
 DRAWS = 8
 DRAWN_K = (4, 16, 64)
 DRAWN_P = 4
-SPREAD = ((0.8, 0.0), (1.1, 0.0), (1.3, 0.0), (1.3, 0.05))  # temperature and min-p,
-SPREAD_P = 64  # of so many problems
-
-# --- Runs -----------------------------------------------------------------------------------------
+SPREAD_P = 64  # pass@8 - pass@1 of so many problems, at a temperature and min-p
+SPREAD = {"0.8": (0.8, 0.0), "1.1": (1.1, 0.0), "1.3": (1.3, 0.0), "1.3, min-p 0.05": (1.3, 0.05)}
 
 
 def garbage_traces() -> list[dict]:
@@ -45,88 +38,69 @@ def garbage_traces() -> list[dict]:
     without an end; both go on for longer than RL's limit, and neither answers."""
     rows, rng = data_prep.embedded_traces(ground=data_prep.HARD), random.Random(0)
     for i in range(0, len(rows), 10):
-        line = "{n} mod {m} = {r} not {other}, wait"
         m = rng.randrange(4, 10)
         tries = [rng.randrange(10, 190)] * 60 if i % 20 else rng.sample(range(10, 190), 60)
-        lines = [line.format(n=n, m=m, r=n % m, other=(n + 1) % m) for n in tries]
+        lines = [f"{n} mod {m} = {n % m} not {(n + 1) % m}, wait" for n in tries]
         rows[i] = rows[i] | dict(response="<think>\n" + "\n".join(lines), source="garbage")
     return rows
 
 
-def write_data(folder: Path):
-    """The four files that the runs read."""
-    last = folder / "garbage.jsonl"
-    if not last.exists():
-        data_prep.main(["embedded", "--hard", "--out", str(folder)])
-        data_prep.write(last, map(data_prep.json_line, garbage_traces()))
-
-
-def run_variant(base: Path, name: str, seed: int, options: list[str]) -> bool:
-    """Run one variant of one seed, and before it what it starts from, unless finished -> False if a
-    signal asked for an end. A run that cannot continue (a loss that is not finite, say) is a
-    result: stopped.json says why."""
+def run_variant(base: Path, name: str, seed: int, options: list[str]):
+    """Run one variant of one seed, and before it what it starts from, unless finished. A run that
+    cannot continue (a loss that is not finite, say) is a result: stopped.json says why."""
     run = base / f"{name}-seed{seed}"
-    if name == GONE or (run / "measures.json").exists() or (run / "stopped.json").exists():
-        return True
-    if name not in TRACES and not run_variant(base, STARTS.get(name, "sft"), seed, options):
-        return False
+    if name == GONE or any((run / end).exists() for end in ENDS):
+        return
+    if name not in TRACES:
+        run_variant(base, STARTS.get(name, "sft"), seed, options)
     t1.print0(f"{run.name}: {VARIANTS[name] or 'nothing changed'}")
     try:
-        return run_stages(base, name, seed, options)
+        run_stages(base, name, seed, options)
     except t1.Misuse:
         raise
     except t1.Stop as e:
         t1.print0(f"{run.name} stopped: {e}")
         run.mkdir(parents=True, exist_ok=True)
         t1.write_json(run / "stopped.json", dict(reason=str(e)))
-        return True
 
 
-def run_stages(base: Path, name: str, seed: int, options: list[str]) -> bool:
-    """SFT or RL, evaluation and measures of one run -> False if a signal asked for an end."""
+def run_stages(base: Path, name: str, seed: int, options: list[str]):
+    """SFT or RL, evaluation and measures of one run."""
     data = base / "data"
-    write_data(data)
+    garbage = data / "garbage.jsonl"
+    if not garbage.exists():  # the last of the four files that the runs read
+        data_prep.main(["embedded", "--hard", "--out", str(data)])
+        data_prep.write(garbage, map(data_prep.json_line, garbage_traces()))
     run = base / f"{name}-seed{seed}"
     fixed = dict(out=base, name=run.name, seed=seed, keep=1, test=data / "test.jsonl")
-    stage = "sft" if name in TRACES else "rl"
-    if stage == "sft":
-        root = fixed | dict(name="root", seed=0, data=data / "traces.jsonl")
-        if not run_stage("sft", root, options):
-            return False
-        of_run = dict(model=base / "root/sft", data=data / f"{TRACES[name]}.jsonl")
-        options_of_run = BRANCH
+    if name in TRACES:
+        stage = "sft"
+        run_stage(stage, fixed | dict(name="root", seed=0, data=data / "traces.jsonl"), options)
+        start = base / "root/sft"
     else:
-        start = STARTS.get(name, "sft")
-        of_run = dict(model=base / f"{start}-seed{seed}/sft", data=data / "train.jsonl")
-        options_of_run = VARIANTS[name]
-    if not run_stage(stage, fixed | of_run, [*options, *options_of_run.split()]):
-        return False
+        stage = "rl"
+        start = base / f"{STARTS.get(name, 'sft')}-seed{seed}/sft"
+    of_run = dict(model=start, data=data / f"{TRACES.get(name, 'train')}.jsonl")
+    run_stage(stage, fixed | of_run, [*options, *VARIANTS[name].split()])
     last = t1.latest(str(run / stage))
     budgets = BUDGETS if name in ("sft", "base") else ""
     run_stage("eval", fixed | dict(checkpoint=last, budgets=budgets), options)
     cfg = stage_config("rl", fixed | dict(data=data / "train.jsonl"), options)
-    measures = dict(distance=distance(run, of_run["model"], cfg)) if stage == "rl" else {}
+    measures = dict(distance=distance(run, start, cfg)) if stage == "rl" else {}
     if name == "sft":
         measures = measures_of_start(last, cfg)
     for path in t1.checkpoints(run / stage):
         t1.drop_trainer_state(path)  # nothing will resume from it
     t1.write_json(run / "measures.json", measures)
-    return True
 
 
-def run_stage(stage: str, fixed: dict, options: list[str]) -> bool:
-    """One stage of t1.py -> False if a signal asked for an end. A stage that reached its end has
-    held-out samples."""
+def run_stage(stage: str, fixed: dict, options: list[str]):
+    """One stage of t1.py. SFT that reached its end, perhaps for another seed, is not run again."""
     cfg = stage_config(stage, fixed, options)
-    samples = Path(cfg.out) / cfg.name / stage / "samples.jsonl"
-    last = [row for row in t1.read_log(samples) if row.get("kind") == "held-out"]
-    if stage == "sft" and last:
-        return True  # finished, perhaps by another seed
-    try:
+    samples = t1.read_log(Path(cfg.out) / cfg.name / stage / "samples.jsonl")
+    ended = any(row.get("kind") == "held-out" for row in samples)
+    if stage != "sft" or not ended:
         t1.STAGES[stage](cfg)
-    except t1.Interrupted:
-        return False
-    return True
 
 
 def stage_config(stage: str, fixed: dict, options: list[str]) -> t1.Config:
@@ -140,44 +114,31 @@ def measures_of_start(checkpoint: str, cfg: t1.Config) -> dict:
     temperature (and min-p) -> pass@8 - pass@1 over SPREAD_P training problems."""
     policy, tokenizer = t1.load_policy(checkpoint, cfg)
     engine = t1.make_engine(checkpoint, policy, tokenizer, cfg)
-    engine.load(policy)
     rows = data_prep.read_rows(cfg.data, "rl")[:SPREAD_P]
     problems = t1.encode_prompts(rows, tokenizer, cfg)
     noise = {}
     for K in DRAWN_K:
-        noise[str(K)] = gradient_variance(policy, engine, problems[:DRAWN_P], K, cfg)
+        other = dataclasses.replace(cfg, k=K)
+        noise[str(K)] = gradient_variance(policy, engine, problems[:DRAWN_P], other)
     spread = {}
-    for temperature, min_p in SPREAD:
-        other = dataclasses.replace(cfg, temperature=temperature, min_p=min_p)
-        rollouts = judged(engine, problems, 8, other, "spread")
-        gained = []
-        for group in np.reshape([r.right for r in rollouts], (-1, 8)):
-            gained.append(any(group) - sum(group) / 8)
-        name = f"{temperature}, min-p {min_p}" if min_p else str(temperature)
-        spread[name] = float(np.mean(gained))
+    for name, (temperature, min_p) in SPREAD.items():
+        other = dataclasses.replace(cfg, k=8, temperature=temperature, min_p=min_p)
+        rollouts = t1.sample_responses(engine, policy, problems, 0, other)
+        t1.judge(rollouts, tokenizer, other)
+        right = np.reshape([r.right for r in rollouts], (-1, 8))
+        spread[name] = float(np.mean(right.any(1) - right.mean(1)))
     return dict(noise=noise, spread=spread)
 
 
-def judged(engine, problems: list, K: int, cfg: t1.Config, *purpose) -> list:
-    """K judged responses to each problem; `purpose` decides the random numbers."""
-    rollouts = []
-    for place, problem in enumerate(problems):
-        seed = t1.seed_for(cfg.seed, *purpose, place)
-        rollouts += [t1.Rollout(problem, seed, sample) for sample in range(K)]
-    t1.generate(engine, rollouts, cfg.max_new, cfg.temperature, cfg.min_p)
-    t1.judge(rollouts, engine.tokenizer, cfg)
-    return rollouts
-
-
-def gradient_variance(policy, engine, problems: list, K: int, cfg: t1.Config) -> float:
+def gradient_variance(policy, engine, problems: list, cfg: t1.Config) -> float:
     """Variance of the estimated gradient of the expected reward, summed over the weights: DRAWS
     estimates from the same prompts with K samples each, which differ in their samples alone."""
     plain = dict(entropy_coef=0.0, min_p=0.0, tis_cap=0.0, loss_norm="tokens")
     cfg = dataclasses.replace(cfg, **plain)
     gradients = []
     for draw in range(DRAWS):
-        rollouts = judged(engine, problems, K, cfg, "draw", K, draw)
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, K)
+        rollouts = t1.sample_responses(engine, policy, problems, draw, cfg)
+        rewards = t1.judge(rollouts, policy.tokenizer, cfg).view(-1, cfg.k)
         t1.accumulate_gradient(policy, rollouts, t1.rloo_advantages(rewards).flatten(), cfg)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]).double())
         policy.zero_grad()
@@ -185,23 +146,19 @@ def gradient_variance(policy, engine, problems: list, K: int, cfg: t1.Config) ->
 
 
 def distance(run: Path, start: Path, cfg: t1.Config) -> float:
-    """KL of the trained policy to the SFT policy that it began from (in `start`), nats per
-    response: the mean of log pi(y) - log pi_sft(y) over the first held-out response to each
-    problem, at temperature 1."""
+    """KL of the trained policy to the SFT policy of `start`, nats per response: the mean of
+    log pi(y) - log pi_sft(y) over each problem's first held-out response, at temperature 1."""
     responses = t1.read_log(run / "eval/responses.jsonl")
-    first = [row for row in responses if row["sample"] == 0]
     means = []
     for folder in (run / "rl", start):
         policy, tokenizer = t1.load_policy(t1.latest(str(folder)), cfg)
         rows = []
-        for row in first:
-            rows.append((t1.prompt_ids(row, tokenizer, cfg), row["ids"]))
+        for row in responses:
+            if row["sample"] == 0:
+                rows.append((t1.prompt_ids(row, tokenizer, cfg), row["ids"]))
         logprobs = t1.response_logprobs(policy, rows, cfg)
         means.append(np.mean([part.double().sum().item() for part in logprobs]))
     return float(means[0] - means[1])
-
-
-# --- Command line ---------------------------------------------------------------------------------
 
 
 @experiments.program
@@ -218,13 +175,15 @@ def main(argv: list[str] | None = None):
     names = own.variants.split(",")
     if not set(names) <= set(VARIANTS):
         raise t1.Misuse(f"--variants {own.variants}: choose from {', '.join(VARIANTS)}")
-    for seed, name in [] if own.table else itertools.product(own.seeds, names):
-        if not run_variant(base, name, seed, options):
-            t1.print0("interrupted; the same command resumes")
-            return
+    try:
+        for seed, name in [] if own.table else itertools.product(own.seeds, names):
+            run_variant(base, name, seed, options)
+    except t1.Interrupted:
+        t1.print0("interrupted; the same command resumes")
+        return
     write_ledger(base)
     t1.print0((base / "ledger.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

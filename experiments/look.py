@@ -6,10 +6,10 @@ Without --keep-rollouts the nearest checkpoint draws the K responses of a step i
 again, with the step's random numbers: at a checkpoint's own step they are the run's, but for
 rounding. Other options are t1.py's, in place of the run's: --data FILE, --k 8."""
 
+import base64
 import copy
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -103,39 +103,32 @@ class Checkpoint:
             cards.append(card)
         return cards
 
-    def groups(self, jobs: list[tuple]) -> list[dict]:
-        """K responses to each (step, place, problem): its logs, or drawn again beside them."""
+    def group(self, step: int, place: int, problem: t1.Problem, logs: list[dict]) -> dict:
+        """K responses to the problem at this place of a step: its logs, or drawn again beside."""
         cfg = self.cfg
         options = (cfg.temperature, cfg.min_p)
-        drawn = []
-        for step, place, problem, logs in jobs:
+        rollouts = []
+        if len(logs) < cfg.k:
             seed = t1.seed_for(cfg.seed, "rollout", step, place)
-            samples = range(cfg.k if len(logs) < cfg.k else 0)
-            drawn += [t1.Rollout(problem, seed, sample) for sample in samples]
-        t1.generate(self.engine, drawn, cfg.max_new, *options)
-        t1.judge(drawn, self.tokenizer, cfg)
-        result = []
-        for step, _, problem, logs in jobs:
-            rollouts = []
-            if len(logs) < cfg.k:
-                rollouts = [drawn.pop(0) for _ in range(cfg.k)]
-                others = {row["response"]: row for row in logs}
-                logs = [others[text] for text in others if text not in [r.text for r in rollouts]]
-            rows = []
-            for row in logs[: cfg.k]:  # the ids are those of the text
-                trace = t1.Problem(row, problem.prompt)
-                unlimited = dataclasses.replace(cfg, max_new=10**9)
-                (trace,) = t1.encode_responses([trace], self.tokenizer, unlimited)
-                rows.append((problem.prompt, trace.ids[: row["length"]]))
-            rows += map(t1.row_of, rollouts)
-            cards = self.cards([*logs[: cfg.k], *map(t1.record_of, rollouts)], rows, *options)
-            rewards = [card["reward"] - cfg.kl_coef * card["d"] for card in cards[-cfg.k :]]
-            advantages = t1.rloo_advantages(torch.tensor([rewards]))[0]
-            for i, card in enumerate(cards[-cfg.k :]):
-                card |= dict(name=f"{i + 1}", advantage=round(advantages[i].item(), 3))
-            about = f"Right: {problem.row['answer']}. Scored by {self.name}."
-            result.append(dict(step=step, about=about, cards=cards))
-        return result
+            rollouts = [t1.Rollout(problem, seed, sample) for sample in range(cfg.k)]
+            t1.generate(self.engine, rollouts, cfg.max_new, *options)
+            t1.judge(rollouts, self.tokenizer, cfg)
+            others = {row["response"]: row for row in logs}
+            logs = [others[text] for text in others if text not in [r.text for r in rollouts]]
+        rows = []
+        for row in logs[: cfg.k]:  # the ids are those of the text
+            unlimited = dataclasses.replace(cfg, max_new=10**9)
+            trace = t1.Problem(row, problem.prompt)
+            (trace,) = t1.encode_responses([trace], self.tokenizer, unlimited)
+            rows.append((problem.prompt, trace.ids[: row["length"]]))
+        rows += map(t1.row_of, rollouts)
+        cards = self.cards([*logs[: cfg.k], *map(t1.record_of, rollouts)], rows, *options)
+        rewards = [card["reward"] - cfg.kl_coef * card["d"] for card in cards[-cfg.k :]]
+        advantages = t1.rloo_advantages(torch.tensor([rewards]))[0]
+        for i, card in enumerate(cards[-cfg.k :]):
+            card |= dict(name=f"{i + 1}", advantage=round(advantages[i].item(), 3))
+        about = f"Right: {problem.row['answer']}. Scored by {self.name}."
+        return dict(step=step, about=about, cards=cards)
 
     def answers(self, tests: list[t1.Problem]) -> list[dict]:
         """A card for each held-out problem, with its answers after cut thoughts."""
@@ -172,7 +165,6 @@ def look(own, options: list[str]):
             tests = evenly(t1.encode_prompts(tests, model.tokenizer, cfg), own.problems)
         if tests and at in (min(found), max(found)):
             answers.append(model.answers(tests))
-        jobs = []
         for step in [x for x in logs if at == min(found, key=lambda y: abs(y - x))]:
             batch = {}
             for place, i in enumerate(t1.batch_indices(len(problems), cfg.prompts, step, cfg.seed)):
@@ -180,13 +172,12 @@ def look(own, options: list[str]):
             if not set(logs[step]) <= set(batch):
                 raise t1.Misuse(f"--data {cfg.data}: the run's step {step} had other problems")
             for text in list(logs[step] or batch)[-2:]:
-                jobs.append((step, *batch[text], logs[step].get(text, [])))
-        groups += model.groups(jobs)
-    data = dict(panels=t1.PANELS, words=t1.WORDS, name=own.folder.resolve().name)
+                groups.append(model.group(step, *batch[text], logs[step].get(text, [])))
+    data = dict(name=own.folder.resolve().name, curves=[], groups=groups)
     data["about"] = f"P {cfg.prompts}, K {cfg.k}, T {cfg.temperature}{t1.changes_of(cfg)}"
-    for stage in t1.PANELS:
-        data[stage] = evenly(t1.read_log(own.folder / stage / "metrics.jsonl"), 300)
-    data["groups"] = groups
+    for picture in (folder / "curves.png", own.folder / "sft/curves.png"):
+        if picture.exists():
+            data["curves"].append(base64.b64encode(picture.read_bytes()).decode())
     data["pairs"] = list(zip(*answers))  # the answers to each problem, before and after RL
     data["golds"] = [problem.row["answer"] for problem in tests]
     path = own.folder / "look.html"
@@ -197,19 +188,19 @@ def look(own, options: list[str]):
 
 TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>T1</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'; img-src data:">
 <style>
 * { box-sizing: border-box; min-width: 0 } .tail { background: #fff3bf; outline: 1px solid #e6c94c }
 body { margin: 0 auto; max-width: 1500px; padding: 0 16px 60px; background: #f6f7f9;
   color: #1c2430; font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
 h1, h2 { margin: 28px 0 8px; line-height: 1.2 } select { font: inherit; max-width: 100% }
-small, svg { color: #667085; fill: #667085; font-size: 12px }
+small { color: #667085; font-size: 12px } img { max-width: 50%; vertical-align: top }
 .bar { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: 6px 9px; background: inherit }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)) }
 .box { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 10px }
 .right { border-top: 4px solid #12a150 } .wrong { border-top: 4px solid #d92d20 }
 pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: 6px 0 0 }
-</style><h1></h1><p id="about"></p><h2>Curves</h2><div id="curves" class="grid"></div>
+</style><h1></h1><p id="about"></p><h2>Curves</h2><div id="curves"></div>
 <h2>K responses to one problem at one step</h2>
 <div class="bar"><select id="step"></select> <select id="kind"><option value="entropy">entropy
 <option value="logprob">log π<option value="ratio">log π - log π_ref</select>
@@ -226,8 +217,7 @@ const data = JSON.parse(at("data").textContent);
 const KINDS = {entropy: [1.5, "234,88,12"], logprob: [-3, "37,99,235"], ratio: [0.3, "5,150,105"]};
 // What a run wrote goes through textContent alone: it is never read as HTML.
 function add(parent, tag, text = "", attributes = {}) {
-  const space = tag == "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI;
-  const made = parent.appendChild(document.createElementNS(space, tag));
+  const made = parent.appendChild(document.createElement(tag));
   made.textContent = text;
   for (const name in attributes) made.setAttribute(name, attributes[name]);
   return made;
@@ -252,34 +242,9 @@ function show(parent, card, cut = card) {
   });
   if (cut.tail) add(text, "span", cut.tail, {class: "tail"});
 }
-function curve(stage, label, names, step) {
-  const rows = data[stage].filter(row => names.every(name => row[name] != null));
-  if (!rows.length) return;
-  const values = rows.flatMap(row => names.map(name => row[name]));
-  const [low, high] = [Math.min(0, ...values), Math.max(1e-9, ...values)];
-  const x = done => 40 + 250 * done / (rows.at(-1).step + 1);
-  const y = value => 100 - 92 * (value - low) / (high - low);
-  const box = add(at("curves"), "div", "", {class: "box"});
-  add(box, "small", `${stage}: ${label}`);
-  const picture = add(box, "svg", "", {viewBox: "0 0 300 104"});
-  for (const value of [low, high]) {
-    add(picture, "text", +value.toPrecision(2), {x: 36, y: y(value) + 4, "text-anchor": "end"});
-    add(picture, "path", "", {d: `M40 ${y(value)}H290`, stroke: "#dfe3e8"});
-  }
-  if (stage == "rl") add(picture, "path", "", {d: `M${x(step)} 6V100`, stroke: "#98a2b3"});
-  names.forEach((name, i) => {
-    const stroke = ["#2563eb", "#ea580c", "#059669"][i];
-    const points = rows.map(row => [x(row.step + 1), y(row[name])]);
-    add(picture, "polyline", "", {points, stroke, fill: "none", "stroke-width": 1.4});
-    if (names[1]) add(box, "small", `${data.words[name] || name} `, {style: `color: ${stroke}`});
-  });
-}
 function render() {
-  for (const id of ["curves", "group", "pair"]) at(id).replaceChildren();
+  for (const id of ["group", "pair"]) at(id).replaceChildren();
   const group = data.groups[at("step").value];
-  for (const stage of ["rl", "sft"])
-    for (const label in data.panels[stage])
-      curve(stage, label, data.panels[stage][label].split(" "), group.step);
   at("asked").textContent = group.cards[0].problem;
   add(at("asked"), "small", ` ${group.about}`);
   group.cards.forEach(card => show(at("group"), card));
@@ -296,6 +261,7 @@ function render() {
 }
 document.title = document.querySelector("h1").textContent = `Run ${data.name}`;
 at("about").textContent = data.about;
+data.curves.forEach(png => add(at("curves"), "img", "", {src: `data:image/png;base64,${png}`}));
 data.groups.forEach(({step, cards}, value) =>
   add(at("step"), "option", `step ${step}: ${cards[0].problem}`.slice(0, 80), {value}));
 data.pairs.forEach(([card], value) => add(at("test"), "option", card.problem.slice(0,80), {value}));
@@ -317,4 +283,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

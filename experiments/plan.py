@@ -5,14 +5,11 @@
     python -m experiments.plan --model FOLDER --preset pretrained --gpus 1,2 --length 400
     python -m experiments.plan --set card=1.49e11,bandwidth=4.8e12         an H200
 
-Computed for FSDP2 with vLLM beside it; no number comes from a GPU of ours. Tests check the memory
-against live tensors, the FLOP against torch's counter, the seconds against two steps that NVIDIA
-measured. BEST and WORST say what moves a step. Evaluation and checkpoints come on top."""
+Computed for FSDP2 with vLLM beside it; no number comes from a GPU of ours: docs/cluster.md says
+what is checked. BEST and WORST say what moves a step. Evaluation and checkpoints come on top."""
 
-import dataclasses
 import math
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import transformers
@@ -227,7 +224,7 @@ def print_table(name: str, shape: Shape, own, cfg, machine: Machine):
         row += f"{max(0, plan['cache']):11,.0f}{'  yes' if fits else '   no'}"
         if plan["cache"] >= longest:
             job = shape, gpus, length, own.prompt, plan, cfg
-            machines = [dataclasses.replace(machine, **changed) for changed in ({}, BEST, WORST)]
+            machines = [replace(machine, **changed) for changed in ({}, BEST, WORST)]
             steps = [step_seconds(*job, at) for at in machines]
             step, low, high = (sum(phases.values()) for phases in steps)
             hours = step * cfg.rl_steps / 3600
@@ -261,7 +258,7 @@ def main(argv: list[str] | None = None):
     own, options = parser.parse_known_args(argv)
     pairs = [part.split("=") for part in own.set.split(",") if part]
     try:
-        machine = dataclasses.replace(Machine(), **{name: float(value) for name, value in pairs})
+        machine = replace(Machine(), **{name: float(value) for name, value in pairs})
     except (TypeError, ValueError):
         raise t1.Misuse(f"--set {own.set}: NAME=NUMBER, names are {', '.join(vars(Machine()))}")
     if min(own.gpus) < 1:
@@ -277,4 +274,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

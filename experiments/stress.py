@@ -15,10 +15,8 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections import Counter
 from functools import cache, partial
@@ -37,51 +35,48 @@ OFTEN = """TorchEngine._generate judge response_logprobs accumulate_gradient upd
     RunFolder.log draw_steps RunFolder.save RunFolder.seal""".split()
 
 
-def kill_in(function: str, nth: int, delay: float, log: Path):
+def kill_in(function: str, nth: int, delay: float):
     """Let this process be killed `delay` seconds after the nth call of t1's `function` begins."""
     owner, _, name = function.rpartition(".")
     holder = getattr(t1, owner) if owner else t1
     inner, calls = getattr(holder, name), []
 
-    def die():
-        time.sleep(delay)
-        log.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
     def watched(*args, **kwargs):
         calls.append(0)
         if len(calls) == nth:
-            threading.Thread(target=die, daemon=True).start()
+            timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
         return inner(*args, **kwargs)
 
     setattr(holder, name, watched)
 
 
-def run_rank(args: list[str], kill: tuple | None, log: Path) -> int:
+def run_rank(args: list[str], kill: tuple) -> int:
     t1.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave
     if kill and kill[0] == int(os.environ["RANK"]):
-        kill_in(*kill[1:], log)
+        kill_in(*kill[1:])
     return t1.main(args)
 
 
-def run_ranks(args: list[str], ranks: int, log: Path, kill: tuple | None = None):
-    """Run t1.main(args), one rank with `kill`: (rank, function, call, delay); check the ends."""
-    log.unlink(missing_ok=True)
+def run_ranks(args: list[str], ranks: int, log: Path, kill: tuple = ()) -> bool:
+    """Run t1.main(args), one rank with `kill` (rank, function, call, delay) -> was it killed?"""
     meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29900 + os.getpid() % 2000))
     meet |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(ranks))
     processes = []
-    for rank in range(ranks):
-        ours = meet | dict.fromkeys(["RANK", "LOCAL_RANK"], str(rank))
-        job = run_rank, args, kill, log
-        processes.append(test_t1.Fork(f"{log}.{rank}", *job, environment=ours))
-    for rank, process in enumerate(processes):
-        code, said = process.ended()
+    for rank in map(str, range(ranks)):
+        ours = meet | dict(RANK=rank, LOCAL_RANK=rank)
+        processes.append(test_t1.Fork(f"{log}.{rank}", run_rank, args, kill, environment=ours))
+    ends = []
+    for process in processes:
+        ends.append(process.ended())
         process.kill()  # if it hangs
+    hit = bool(kill) and ends[kill[0]][0] == -signal.SIGKILL
+    for rank, (code, said) in enumerate(ends):
         one_line = said.count("lost contact with another rank") == 1 and "Traceback" not in said
-        expected = code == 0
-        if log.exists():  # the kill hit
-            expected = code == -signal.SIGKILL if rank == kill[0] else code == 0 or one_line
+        expected = code == 0 or hit and (rank == kill[0] or one_line)
         assert expected, f"rank {rank} ended with {code}: {said[-2000:]}"
+    return hit
 
 
 def run_kills(count: int, ranks: int, seed: int, base: Path):
@@ -97,8 +92,7 @@ def run_kills(count: int, ranks: int, seed: int, base: Path):
             nth = 1 if function in ONCE else rng.randrange(1, 4)
             delay = rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)))
             kill = rng.randrange(ranks), function, nth, delay
-            run_ranks([*args, str(base / "killed")], ranks, log, kill)
-            hit[function] += log.exists()
+            hit[function] += run_ranks([*args, str(base / "killed")], ranks, log, kill)
         run_ranks([*args, str(base / "killed")], ranks, log)
         assert test_t1.outcome(folder, 20) == whole, f"seed {seed}: after {hit} another run"
         assert not list(folder.glob("partial-*"))
@@ -228,8 +222,8 @@ def fuzz_case(kind: str, rng: random.Random, good: Path, folder: Path) -> str:
     return said
 
 
-def run_fuzz(cases: range, seed: int, folder: Path) -> Counter:
-    """-> counts of (kind, outcome). A failure is printed with the options that repeat it."""
+def run_fuzz(cases: range, seed: int, folder: Path) -> int:
+    """Run the cases and print counts of (kind, outcome) -> exit code, 1 if a case failed."""
     counts, kinds = Counter(), list(READERS)
     good_files(folder / "good")
     for case in cases:
@@ -241,7 +235,11 @@ def run_fuzz(cases: range, seed: int, folder: Path) -> Counter:
             print(f"{kind}: stress fuzz 1 --seed {seed} --case {case}\n{traceback.format_exc()}")
         counts[kind, said] += 1
         shutil.rmtree(folder / f"case{case}")
-    return counts
+    for (kind, said), n in sorted(counts.items()):
+        print(f"{kind:8} {said:9}{n:6}")
+    failed = sum(n for (_, said), n in counts.items() if said == "FAILED")
+    print(f"{counts.total()} cases, {failed} failed, seed {seed}")
+    return int(failed > 0)
 
 
 @experiments.program
@@ -258,15 +256,9 @@ def main(argv: list[str] | None = None) -> int:
         raise t1.Misuse("COUNT and --ranks must be above 0")
     with tempfile.TemporaryDirectory() as folder:
         if own.what == "kills":
-            run_kills(own.count, own.ranks, own.seed, Path(folder))
-            return 0
-        cases = range(own.case, own.case + own.count)
-        counts = run_fuzz(cases, own.seed, Path(folder))
-    failed = sum(n for (_, said), n in counts.items() if said == "FAILED")
-    print("\n".join(f"{kind:8} {said:9}{n:6}" for (kind, said), n in sorted(counts.items())))
-    print(f"{counts.total()} cases, {failed} failed, seed {own.seed}")
-    return 1 if failed else 0
+            return run_kills(own.count, own.ranks, own.seed, Path(folder))
+        return run_fuzz(range(own.case, own.case + own.count), own.seed, Path(folder))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -29,14 +29,23 @@ from test_t1 import one_tokenizer, talkative  # noqa: F401 (fixtures)
 
 
 # ------------------------------------------------------------------------------------------- ledger
-
-
-def test_the_quantiles_are_those_of_the_printed_tables():
-    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 10: 2.228, 30: 2.042}
+def test_statistics_of_differences():
+    """Quantiles are those of the printed tables."""
+    printed = {1: 12.706, 2: 4.303, 4: 2.776, 6: 2.447, 10: 2.228, 30: 2.042}
     for dof, quantile in printed.items():
         assert claims.t_quantile(dof) == pytest.approx(quantile, abs=5e-4)
     assert claims.t_quantile(4, 0.01) == pytest.approx(4.604, abs=5e-4)
     assert claims.p_value(-2.776, 4) == pytest.approx(0.05, abs=1e-4)
+    found = claims.statistics([0.05, 0.01, 0.06])  # t = 2.619: beyond 1.96, within t(2) = 4.303
+    half = 4.3027 * 0.0264575 / 3**0.5
+    expected = dict(n=3, mean=0.04, sd=0.0264575, half=half, p=0.12012)
+    assert found == pytest.approx(expected, rel=1e-4)
+    same = claims.statistics([0.5, 0.5])
+    none = claims.statistics([0.0, 0.0])
+    assert (same["p"], same["half"], none["p"]) == (0.0, 0.0, 1.0)
+    n = claims.seeds_for(0.03, 0.02)
+    wide, narrow = (claims.t_quantile(m - 1) * 0.03 / m**0.5 for m in (n - 1, n))
+    assert narrow <= 0.02 < wide
 
 
 def test_holm_is_the_step_down_procedure():
@@ -49,28 +58,11 @@ def test_holm_is_the_step_down_procedure():
         few = (0.001, 0.01, 0.02, 0.03, rng.random())
         values = [rng.choice(few) for _ in range(rng.randrange(1, 7))]
         level = rng.random() / 5
-        adjusted = claims.holm(values)
-        rejected = set()  # the smallest p while it is at most level / (number of hypotheses left)
-        while len(rejected) < len(values):
-            left = [i for i in range(len(values)) if i not in rejected]
-            smallest = min(left, key=values.__getitem__)
-            if values[smallest] > level / len(left):
-                break
-            rejected.add(smallest)
-        assert {i for i, p in enumerate(adjusted) if p <= level} == rejected
-
-
-def test_statistics_of_differences():
-    found = claims.statistics([0.05, 0.01, 0.06])  # t = 2.619: beyond 1.96, within t(2) = 4.303
-    assert [found[x] for x in ("n", "mean", "sd")] == pytest.approx([3, 0.04, 0.0264575])
-    assert found["half"] == pytest.approx(4.3027 * 0.0264575 / 3**0.5, rel=1e-4)
-    assert found["p"] == pytest.approx(0.1201, abs=1e-4)
-    same = claims.statistics([0.5, 0.5])
-    none = claims.statistics([0.0, 0.0])
-    assert (same["p"], same["half"], none["p"]) == (0.0, 0.0, 1.0)
-    n = claims.seeds_for(0.03, 0.02)
-    wide, narrow = (claims.t_quantile(m - 1) * 0.03 / m**0.5 for m in (n - 1, n))
-    assert narrow <= 0.02 < wide
+        left = sorted(values)  # the smallest p is rejected while it is at most level / len(left)
+        while left and left[0] <= level / len(left):
+            del left[0]
+        open_ones = [p for p, adjusted in zip(values, claims.holm(values)) if adjusted > level]
+        assert sorted(open_ones) == left
 
 
 def a_run(variant, seed, **more):
@@ -81,13 +73,11 @@ def a_run(variant, seed, **more):
 
 
 def test_differences_are_paired_by_seed():
-    values = {
-        "base": {0: 0.7, 1: 0.8, 3: 0.9},
-        "k4": {3: 0.6, 1: 0.75, 2: 0.1, 0: 0.2},
-    }
     records = []
-    for name, of in values.items():
-        records += [a_run(name, seed, pass_at_1=x, length=50) for seed, x in of.items()]
+    for seed, value in {0: 0.7, 1: 0.8, 3: 0.9}.items():
+        records.append(a_run("base", seed, pass_at_1=value, length=50))
+    for seed, value in {3: 0.6, 1: 0.75, 2: 0.1, 0: 0.2}.items():
+        records.append(a_run("k4", seed, pass_at_1=value))
     records[-1] = dict(variant="k4", seed=0, stopped="the loss is not finite")
     test = claims.Test("pass@1, points", "k4", "base", -1)
     assert claims.differences(records, test) == pytest.approx([-0.05, -0.3])
@@ -98,9 +88,7 @@ def test_differences_are_paired_by_seed():
     assert claims.parse_test("t0.8 < base") not in found
     smallest = min(found.values(), key=lambda answer: answer["p"])
     assert smallest["holm"] == pytest.approx(len(found) * smallest["p"])
-
-
-def test_entropy_is_compared_at_equal_accuracy():
+    # entropy: at equal accuracy
     steps = dict(accuracy=[0.2, 0.6, 0.8], entropy=[1.0, 0.6, 0.4])
     fast = a_run("base", 0, steps=steps)
     steps = dict(accuracy=[0.3, 0.4, 0.5], entropy=[0.9, 0.8, 0.2])
@@ -127,7 +115,7 @@ def quick_runs(monkeypatch):
     monkeypatch.setattr(t1, "draw_steps", lambda *args: None)
     monkeypatch.setattr(ledger, "DRAWS", 2)
     monkeypatch.setattr(ledger, "DRAWN_K", (2, 4))
-    monkeypatch.setattr(ledger, "BRANCH", "--sft-steps 2 --max-new 640")
+    monkeypatch.setitem(ledger.VARIANTS, "sft", "--sft-steps 2 --max-new 640")
 
 
 def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
@@ -177,9 +165,7 @@ def test_the_ledger_end_to_end_with_a_kill(tmp_path, quick_runs, monkeypatch):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_run_that_cannot_go_on_is_a_result_and_a_signal_is_not(
-    tmp_path, quick_runs, monkeypatch, capsys
-):
+def test_a_stop_is_a_result_and_a_signal_is_not(tmp_path, quick_runs, monkeypatch, capsys):
     args = f"{LEDGER} --out {tmp_path} --seeds 0 --variants alpha1e-1".split()
     with monkeypatch.context() as patch:
         # the stage saves and returns after one step
@@ -218,42 +204,36 @@ def test_the_documents_hold_the_tables_of_the_published_runs():
 def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
     """Against numpy's variance of the stacked gradients of the plain objective."""
     policy = talkative.policy
-    cfg = dataclasses.replace(talkative.cfg, max_new=12)
+    cfg = dataclasses.replace(talkative.cfg, max_new=12, k=4)
     monkeypatch.setattr(ledger, "DRAWS", 3)
-
     drawn = []
 
     def judge(rollouts, *unused):
-        for r in rollouts:
-            r.reward = float(len(r.ids) % 2)
-        drawn.append(rollouts)
+        rewards = torch.tensor([float(len(r.ids) % 2) for r in rollouts])
+        drawn.append((rollouts, rewards))
+        return rewards
 
     monkeypatch.setattr(t1, "judge", judge)
     rows = data_prep.embedded_problems("train")[:5]
     problems = t1.encode_prompts(rows, talkative.tokenizer, cfg)
-    value = ledger.gradient_variance(policy, torch_engine(talkative), problems, 4, cfg)
+    value = ledger.gradient_variance(policy, torch_engine(talkative), problems, cfg)
     gradients = []
-    for rollouts in drawn:
+    for rollouts, rewards in drawn:
         loss = 0.0
         N = sum(len(r.ids) for r in rollouts)
-        for i, r in enumerate(rollouts):
-            group = [other.reward for other in rollouts[i - i % 4 : i - i % 4 + 4]]
-            advantage = r.reward - (sum(group) - r.reward) / 3
+        for r, advantage in zip(rollouts, t1.rloo_advantages(rewards.view(5, 4)).flatten()):
             prompt = r.problem.prompt
             logits = policy.lm(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1]
             logp = (logits[:, : policy.vocabulary] / cfg.temperature).log_softmax(-1)
             loss = loss - advantage * logp.gather(1, torch.tensor(r.ids)[:, None]).sum() / N
         grads = torch.autograd.grad(loss, list(policy.parameters()))
         gradients.append(torch.cat([g.flatten() for g in grads]).double().numpy())
-    assert len(drawn) == 3
-    assert len(drawn[0]) == 4 * 5
+    assert [len(rewards) for _, rewards in drawn] == [4 * 5] * 3
     assert value > 0
     assert value == pytest.approx(np.var(gradients, axis=0, ddof=1).sum(), rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------------- plan
-
-
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize(
     "layers, width, vocabulary, length, micro",
@@ -261,8 +241,7 @@ def test_gradient_variance_is_that_over_draws(talkative, monkeypatch):
 )
 def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, checkpointing):
     """One rank, float32: the most bytes of tensors that live during log-probs of the anchor,
-    gradient (several micro-batches) and update. vocabulary 0: the tokenizer's; length: of a row;
-    micro: tokens of a micro-batch."""
+    gradient (several micro-batches of so many tokens) and update. length: of a row."""
     cfg = config("--micro-tokens", micro, "--checkpointing", checkpointing)
     policy = small_policy(cfg, layers, width, vocabulary)
     anchor = copy.deepcopy(policy).requires_grad_(False)
@@ -279,8 +258,7 @@ def test_plan_is_the_measured_memory(layers, width, vocabulary, length, micro, c
 
 
 def small_policy(cfg, layers, width, vocabulary=0):
-    """The embedded model of another size, its vocabulary padded to `vocabulary` rows that are all
-    used."""
+    """The embedded model of another size; `vocabulary`: padded to so many rows, all used."""
     policy, tokenizer = embedded_model(layers, width)
     if vocabulary:
         policy.lm.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -290,8 +268,7 @@ def small_policy(cfg, layers, width, vocabulary=0):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_plans_activations_are_what_autograd_saves(dtype):
-    """Of each layer, by torch's hooks on saved tensors, distinct storages that are no parameters: a
-    model wholly in the type of the run."""
+    """By torch's hooks on saved tensors: distinct storages of a layer that are no parameters."""
     rows = [([i], list(range(2, 299))) for i in range(4)]  # too long for float32 in `attention`
     n = sum(len(y) for _, y in rows)  # tokens that go in: the last one predicts nothing
 
@@ -324,13 +301,16 @@ def step_of(shape, gpus, length, prompt, *args, engine={}, **constants):
     return cfg, memory, plan.step_seconds(shape, gpus, length, prompt, memory, cfg, machine)
 
 
-@pytest.mark.parametrize("name, billions", [*zip(plan.SHAPES, (9.40, 14.77, 32.76))])
-def test_plan_of_the_papers_models(name, billions):
-    plain = step_of(plan.SHAPES[name], 8, 3200, 200, "--offload", "false")[1]
-    parked = step_of(plan.SHAPES[name], 8, 3200, 200)[1]
-    assert plain["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
-    assert parked["update"] == plain["update"] - plain["anchor"]
-    assert parked["cache"] > plain["cache"]  # the engine gets what the anchor leaves
+def test_plan_of_the_papers_models():
+    for shape, billions in zip(plan.SHAPES.values(), (9.40, 14.77, 32.76), strict=True):
+        plain = step_of(shape, 8, 3200, 200, "--offload", "false")[1]
+        parked = step_of(shape, 8, 3200, 200)[1]
+        assert plain["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
+        assert parked["update"] == plain["update"] - plain["anchor"]
+        assert parked["cache"] > plain["cache"]  # the engine gets what the anchor leaves
+    cfg, memory, _ = step_of(shape, 16, 3200, 200)  # the last: 32B
+    assert memory["update"] < 0.9 * plan.Machine().card
+    assert memory["cache"] > 8 * (cfg.max_prompt + cfg.max_new)
 
 
 # NeMo RL v0.4, performance summary: 64 prompts x 32 samples, at most 4,096 tokens with the prompt;
@@ -358,20 +338,17 @@ def test_a_step_of_14b_on_eight_gpus_is_a_range_that_holds_the_middle():
         return sum(seconds.values())
 
     page = (HERE / "docs/cluster.md").read_text(encoding="utf-8")
-    says = f"{total():.0f} | {total(**plan.BEST):.0f}-{total(**plan.WORST):,.0f} |"
+    low, high = total(**plan.BEST), total(**plan.WORST)
+    says = f"{total():.0f} | {low:.0f}-{high:,.0f} |"
     assert f"| Qwen2.5-14B | 8 | 2 | 33 | 459 k | 461 | 84 | 334 | {says}" in page
     for name in plan.BEST:
         assert total(**{name: plan.BEST[name]}) < total()
         assert total(**{name: plan.WORST[name]}) > total()
-    cfg, memory, _ = step_of(plan.SHAPES["Qwen/Qwen2.5-32B"], 16, 3200, 200)
-    assert memory["update"] < 0.9 * plan.Machine().card
-    assert memory["cache"] > 8 * (cfg.max_prompt + cfg.max_new)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_flop_of_the_update_are_those_of_torchs_counter(checkpointing):
-    """Of the products. Attention, which it does not count on a CPU, is added by a loop over
-    positions."""
+    """Attention, which it does not count on a CPU, is added by a loop over positions."""
     cfg = config("--checkpointing", checkpointing)
     policy = small_policy(cfg, 3, 64)
     shape = plan.shape_of(policy.lm.config)
@@ -418,25 +395,12 @@ def test_plan_command(talkative, capsys):
 
 
 # -------------------------------------------------------------------------------------------- bench
-
-
 TINY_BENCH = "--prompts 2 --k 2 --max-new 8 --sft-batch 4".split()
 
 
-def test_bench_command(capsys, monkeypatch):
-    """At a size of seconds; where TRL is installed its lines are printed, too."""
-    monkeypatch.setattr(bench, "MODEL", dict(layers=1, width=32))
-    assert bench.main(["--pairs", "1", *TINY_BENCH]) == 0
-    out = capsys.readouterr().out
-    lines = {line.split("  ")[0] for line in out.splitlines()}
-    assert {"rollout", "judge", "anchor", "gradient", "update", bench.RL, bench.SFT} <= lines
-    assert "peak memory of the process" in out
-    with_trl = "RLOOTrainer: trained tokens per CPU second" in out and "SFTTrainer, packing" in out
-    assert ("TRL is not installed" in out) != with_trl
-
-
-def test_the_benchs_job_is_trls(tmp_path, monkeypatch):
-    """The values that docs/speed.md names, and the very step of t1.py: a policy that moves."""
+def test_the_benchs_job_is_trls(tmp_path, monkeypatch, capsys):
+    """The values that docs/speed.md names, and the very step of t1.py: a policy that moves. Then
+    the command, at a size of seconds; where TRL is installed its lines are printed, too."""
     cfg, sft_cfg = bench.configs_of([])
     assert (cfg.prompts, cfg.k, cfg.max_new) == (16, 16, 128)
     assert (cfg.temperature, cfg.rl_lr) == (1.0, 1e-4)
@@ -453,11 +417,17 @@ def test_the_benchs_job_is_trls(tmp_path, monkeypatch):
     assert timing.rate(0) == pytest.approx(timing.tokens / cpu)
     assert len(job.policy.end_ids) > 1
     assert job.sft_step(0).tokens > 0
+    assert bench.main(["--pairs", "1", *TINY_BENCH]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0] for line in out.splitlines()}
+    assert {"rollout", "judge", "anchor", "gradient", "update", bench.RL, bench.SFT} <= lines
+    assert "peak memory of the process" in out
+    with_trl = "RLOOTrainer: trained tokens per CPU second" in out and "SFTTrainer, packing" in out
+    assert ("TRL is not installed" in out) != with_trl
 
 
 def test_what_a_shared_prompt_saves(talkative, tmp_path, monkeypatch, capsys):
-    """Half of the rows share their prompts, and all else is equal; a model and rows of the user's
-    own are the job."""
+    """Half of the rows share prompts, all else is equal; a user's model and rows are the job."""
     monkeypatch.setattr(bench, "MODEL", dict(layers=1, width=32))
     packs = []
     pack = t1.pack
@@ -486,8 +456,6 @@ def test_what_a_shared_prompt_saves(talkative, tmp_path, monkeypatch, capsys):
 SMALL_SHAPE = plan.Shape(64, 2, 128, 4, 2, 16, 512, True)
 SMALL_SIZES = gpu.Sizes(
     device="cpu",
-    product=64,
-    copied=2**16,
     rows=3,
     row=48,
     stack=SMALL_SHAPE,
@@ -499,11 +467,8 @@ SMALL_SIZES = gpu.Sizes(
 )
 
 
-def test_what_one_gpu_does_is_measured_by_functions_that_run_here(
-    tmp_path, quick_runs, monkeypatch, capsys
-):
-    """An item that fails is a row, the others go on, the exit code says so. (A test of presets runs
-    the compiler behind --compile.)"""
+def test_what_one_gpu_does_is_measured_here(tmp_path, quick_runs, monkeypatch, capsys):
+    """An item that fails is a row, the others go on, the exit code says so."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setitem(t1.PRESETS, "tiny", dict(prompts=2, k=4))
     items = gpu.items_of(SMALL_SIZES)
@@ -526,14 +491,11 @@ def test_what_one_gpu_does_is_measured_by_functions_that_run_here(
     rows = data_prep.read_json(numbers)["results"]
     assert rows["card"] == dict(failed="ZeroDivisionError: division by zero")
     assert "ms" in rows["head"]
-
-
-def test_packed_rows_that_see_each_other_are_further_from_float32_than_the_library(monkeypatch):
-    """The comparison can fail: with one row end forgotten, ours is far off."""
-    ends = t1.pack
+    # The comparison can fail: with one row end forgotten, ours is far off.
+    pack = t1.pack
 
     def forgetful(rows, device, ragged):
-        packed = ends(rows, device, ragged)
+        packed = pack(rows, device, ragged)
         packed.spread = packed.spread.roll(1)
         return packed
 
@@ -543,8 +505,6 @@ def test_packed_rows_that_see_each_other_are_further_from_float32_than_the_libra
 
 
 # --------------------------------------------------------------------------------------------- look
-
-
 HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>"
 DRIVER = """<script>
 function shown(id, value, where) {
@@ -557,7 +517,7 @@ seen.groups = data.groups.map((group, i) => shown("step", i, "group"));
 seen.kinds = ["entropy", "ratio"].map(kind => shown("kind", kind, "group"));
 seen.pairs = [at("budget").max, 0].map(budget => shown("budget", budget, "pair"));
 seen.tails = document.querySelectorAll(".tail").length;
-seen.tags = document.querySelectorAll("p *:not(small), pre *:not(span), img, option *").length;
+seen.tags = document.querySelectorAll("p *:not(small), pre *:not(span), .box img, option *").length;
 document.body.textContent = JSON.stringify(seen);
 </script>"""
 
@@ -613,7 +573,8 @@ def test_the_page_shows_the_runs_responses_and_what_its_models_give_them(seen):
         entropy = -(logp.exp() * logp).sum(-1)
         places = torch.arange(len(ids)), torch.tensor(ids)
         ratio = logp[places] - reference[places]
-        for name, values in dict(logprob=logp[places], entropy=entropy, ratio=ratio).items():
+        found = dict(logprob=logp[places], entropy=entropy, ratio=ratio)
+        for name, values in found.items():
             assert card[name] == pytest.approx(values.tolist(), abs=1e-3)
         assert card["d"] == pytest.approx(ratio.sum().item(), abs=1e-3)
         assert card["advantage"] == pytest.approx(own - (sum(paid) - own) / 5, abs=1e-3)
@@ -633,7 +594,7 @@ BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 @pytest.mark.skipif(not BROWSER, reason="no browser: apt-get install chromium-headless-shell")
 def test_the_page_in_a_browser(seen, tmp_path):
     page = seen[2]
-    assert set(re.findall("https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert not re.findall("https?://[^\"' ]+", page)
     alarm = "<script>window.onerror = what => { window.failed = what };</script>"
     path = tmp_path / "page.html"
     path.write_text(page.replace("<style>", alarm + "<style>") + DRIVER, encoding="utf-8")
@@ -650,8 +611,6 @@ def test_the_page_in_a_browser(seen, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- stress
-
-
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -664,9 +623,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         slow("kills 5 --ranks 2 --seed 5", "5 kills on 2 rank(s)"),
     ],
 )
-def test_no_file_makes_a_traceback_and_a_killed_run_resumes_to_the_same_bits(
-    command, says, tmp_path
-):
+def test_kills_change_no_bit_and_no_file_makes_a_traceback(command, says, tmp_path):
     """In a process of its own, with which the timers of fuzz end. stress.py has the long forms."""
     code, said = Fork(tmp_path / "log", stress.main, command.split()).ended()
     assert code == 0, said[-3000:]
@@ -675,8 +632,6 @@ def test_no_file_makes_a_traceback_and_a_killed_run_resumes_to_the_same_bits(
 
 
 # ------------------------------------------------------------------------------------ command lines
-
-
 @pytest.mark.parametrize(
     "name", ["bench", "ledger", "look", "plan", "smollm2", "stress", "walkthrough", "words"]
 )
@@ -699,9 +654,6 @@ def test_options_go_to_the_stages_that_read_them():
     assert (of_rl.sft_steps, of_rl.max_new) == (0, 24)
 
 
-without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-
-
 @pytest.mark.parametrize(
     "name, args, says",
     [
@@ -712,7 +664,7 @@ without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a
         ("bench", "--pairs 0", "--pairs"),
         ("bench", "--prompts many", "--prompts"),
         ("bench", "--shared 95,31", "--shared"),
-        pytest.param("bench", "--gpu", "--gpu: torch sees no GPU here", marks=without_a_gpu),
+        ("bench", "--gpu", "--gpu: torch sees no GPU here"),
         ("plan", "--gpus 0", "--gpus"),
         ("plan", "--set efficiency=fast", "--set"),
         ("plan", "--length 9000", "--length"),
@@ -727,7 +679,8 @@ without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a
         ("walkthrough", "--out OUT", "unrecognized arguments: --out"),
     ],
 )
-def test_misuse_is_one_line(name, args, says, tmp_path, capsys):
+def test_misuse_is_one_line(name, args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     program = importlib.import_module(f"experiments.{name}")
     assert program.main(args.replace("OUT", str(tmp_path / "out")).split()) == 2
     err = capsys.readouterr().err

@@ -7,7 +7,6 @@ anchor differ. Then each line of `t1.rl_step` is taken by hand, and what it made
 
 import copy
 import dataclasses
-import sys
 import textwrap
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def page(out: str, steps: int = 10) -> str:
     prompt = textwrap.fill(rollouts[0].problem.row["problem"], 100)
     responses = "\n".join(f"--- response {i}\n{r.text}" for i, r in enumerate(rollouts, 1))
     kl = t1.kl_to_anchor(anchor, rollouts, cfg).view(1, 4)
-    advantages = t1.rloo_advantages(rewards - cfg.kl_coef * kl)
+    advantages = t1.rloo_advantages(rewards - cfg.kl_coef * kl)[0]
     text = f"""# One step of T1, number by number
 
 `python -m experiments.walkthrough` wrote this page: the embedded model after its cold start and
@@ -92,26 +91,21 @@ def page(out: str, steps: int = 10) -> str:
    tokens of each response, in nats
    - d: {numbers(kl[0])}
 4. `advantages = rloo_advantages(rewards - cfg.kl_coef * kl)`, with beta = {cfg.kl_coef}
-   - A: {numbers(advantages[0])}
+   - A: {numbers(advantages)}
 """
-    return text + update_in_numbers(policy, anchor, optimizer, rollouts, advantages[0], steps, cfg)
-
-
-def update_in_numbers(policy, anchor, optimizer, rollouts, advantages, step: int, cfg) -> str:
-    """The second half of the page, from the gradient on."""
     first = [repr(policy.tokenizer.decode([i])) for i in rollouts[0].ids[:8]]
     n = len(first)
     plain, chunked, logprob, entropy = losses(policy, rollouts, advantages, cfg)
     before = logprob_of(policy, rollouts, cfg)
     sums = t1.accumulate_gradient(policy, rollouts, advantages, cfg)
-    lr = t1.learning_rate(step, cfg.rl_steps, cfg.rl_lr, cfg.warmup, constant=True)
+    lr = t1.learning_rate(steps, cfg.rl_steps, cfg.rl_lr, cfg.warmup, constant=True)
     norm = t1.update(policy, optimizer, lr, cfg)
     said = f"the gradient's norm is {norm:.4f}, the rate {lr:.6f}"
     after = logprob_of(policy, rollouts, cfg)
     decay = cfg.ema_decay
     t1.ema_update_(anchor, policy, decay)
     behind = before - logprob_of(anchor, rollouts, cfg)
-    return f"""\
+    return f"""{text}\
 5. `sums = accumulate_gradient(policy, rollouts, advantages.flatten(), cfg)`: the loss is
    -(1/N) sum [A log pi + alpha H] over N = {sums["tokens"]} tokens, with alpha = {cfg.entropy_coef}
    - tokens of response 1: {" ".join(first)}
@@ -138,4 +132,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
