@@ -85,25 +85,18 @@ def publish(args):
     """words.jsonl: an entry of results.json for each checkpoint of the runs."""
     rows = []
     for folder in map(Path, args.runs.split(",")):
-        grades = {}  # of each entry and problem
+        right = {}  # of each checkpoint and problem
         for row in data_prep.read_log(folder / "eval" / "responses.jsonl"):
-            grades.setdefault((row["key"], row["problem"]), []).append(row["right"])
+            right.setdefault(row["key"], {}).setdefault(row["problem"], []).append(row["right"])
         entries = t1.results_of(folder / "eval")
-        for entry in entries:
-            gain = gain_over(entries[0]["key"], entry["key"], grades)
+        first = right[entries[0]["key"]]
+        for entry in entries:  # its gain over the first one: mean and error, paired by problem
+            own = right[entry["key"]]
+            gain = t1.mean_and_error([[np.mean(own[x]) - np.mean(first[x])] for x in own])
             kept = {name: value for name, value in entry.items() if name not in LOCAL}
             rows.append(dict(run=folder.name, **kept, gain=gain))
     data_prep.write(args.out / "words.jsonl", map(data_prep.json_line, rows))
     print(table(rows), mean_gain(rows), sep="\n")
-
-
-def gain_over(first: str, key: str, grades: dict) -> tuple[float, float]:
-    """Of an entry over the first one of its run: mean and standard error, paired by problem."""
-    differences = []
-    for (name, problem), right in grades.items():
-        if name == key:
-            differences.append([np.mean(right) - np.mean(grades[first, problem])])
-    return t1.mean_and_error(differences)
 
 
 def table(rows: list[dict]) -> str:
