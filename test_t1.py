@@ -4151,6 +4151,28 @@ def test_numbers_and_empty_marks_of_parquet(tmp_path):
     assert data_prep.marked_invalid(data_prep.to_problem(*raw, "")) is None
 
 
+def test_parquet_names_that_are_twice_and_ids_that_are_no_json(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pa.array(["2"])
+    pq.write_table(pa.table([column] * 3, names=["problem", "answer", "answer"]), path)
+    with pytest.raises(t1.Misuse, match='a.parquet: .*Field "answer" exists 2 times'):
+        t1.read_rows(str(path), "rl")
+    row = dict(problem="What is 1 + 1?", answer="2", id=decimal.Decimal("1.5"))
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    (found,) = t1.read_rows(str(path), "rl")
+    rollout = t1.Rollout(t1.Problem(found, []), text="2")
+    assert json.loads(data_prep.json_line(t1.record_of(rollout)))["id"] == "1.5"
+
+
+def test_problems_in_files_of_their_own_have_ids_of_their_own(tmp_path):
+    for i, name in enumerate(("algebra/1", "algebra/2", "geometry/1")):
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(dict(problem=f"What is {i} + 1?", answer=str(i + 1))))
+    problems = data_prep.read_problems(str(tmp_path))
+    assert [row["id"] for row in problems] == ["algebra-1-1", "algebra-2-1", "geometry-1-1"]
+
+
 def test_columns_of_other_names(tmp_path):
     row = {"Frage": "What is 1 + 1?", "x": {"y": 2.0}, "answer": "a note", "loss": 1}
     path = str(jsonl(tmp_path / "rows.jsonl", [row] * 3))
@@ -6424,9 +6446,8 @@ def test_data_boxes_against_a_character_loop(text):
 @pytest.mark.parametrize("case", cases("rules"), ids=case_id)
 def test_data_rules(case):
     row = {"id": "1", "solution": "", "source": "s", "level": None, "flags": {}} | case
-    reason = next(
-        filter(None, (rule(row) for rule in data_prep.rules(tuple(case.get("scripts", ()))))), None
-    )
+    data_prep.prepare([], tuple(case.get("scripts", ())))
+    reason = next(filter(None, (rule(row) for rule in data_prep.RULES)), None)
     assert reason == case["reason"] and (
         reason in data_prep.REASONS or not data_prep.ungradable([row["answer"]])
     )
