@@ -34,6 +34,7 @@ import re
 import signal
 import stat
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -110,9 +111,9 @@ DATA_FILES = ".jsonl .ndjson .json .csv .parquet".split()  # all but the last al
 UNREAD = ".arrow .tsv .zst .xz .bz2".split()  # of a folder: not passed over
 NO_ROWS = "dataset_info.json dataset_infos.json report.json state.json".split()  # beside rows
 LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long
-_SPLIT = re.compile(
-    r"(?<![a-z\d])(train|test|val|dev|eval|hold|held|bench)"
-    r"(?:ing|id|idation|uation|s|set|_?data|_?out|mark|marks)?\d*(?![a-z\d])"
+_SPLIT = re.compile(  # in a path: test, TEST, MathTest, but not latest
+    r"(?:(?<![A-Za-z\d])|(?=[A-Z][a-z]))((?i:train|test|val|dev|eval|hold|held|bench))"
+    r"(?i:ing|id|idation|uation|s|set|_?data|_?out|mark|marks)?\d*(?![a-z\d])"
 )
 
 
@@ -130,11 +131,11 @@ def local_files(name: str) -> list[Path]:
         return sorted(map(Path, found))
     files = {}  # file -> its split
     for file in sorted(path.rglob("*")):
-        inside = file.relative_to(path).as_posix().lower()
-        data = inside.removesuffix(".gz").endswith((*DATA_FILES, *UNREAD))
+        inside = file.relative_to(path).as_posix()
+        data = inside.lower().removesuffix(".gz").endswith((*DATA_FILES, *UNREAD))
         if data and file.name not in NO_ROWS and "/." not in f"/{inside}":
             shard = re.findall(r"(.+)-\d{5}-of-\d{5}", file.name)  # cot-00000-of-00144
-            files[file] = (shard or _SPLIT.findall(inside) or ["other"])[-1]
+            files[file] = (shard or _SPLIT.findall(inside) or ["other"])[-1].lower()
     if not files:
         raise Misuse(f"{name}: no {', '.join(DATA_FILES)} file in this folder")
     splits = sorted(set(files.values()))
@@ -282,7 +283,7 @@ def hub_rows(name: str) -> Iterator[tuple]:
             for number, row in enumerate(rows, 1):
                 yield (place, number), row
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
-            said = " ".join(str(e).split())[:200]
+            said = textwrap.shorten(str(e), 200)
             raise Misuse(f"{name}: cannot be loaded from the hub ({said}); give a local copy")
 
 
@@ -437,8 +438,10 @@ COLUMNS = {
     "problem": "=problem problem question.problem question chat.user prompt query instruction"
     " text input problem_statement 0.value squestion original_text message_1 user",
     "answer": "=answer expected_answer final_answer final_ans answer_number ground_truth gt gold"
-    " correct_answer answer answers ans output_answer lsolutions reward_model.ground_truth"
-    " 1.ground_truth.value verification_info.ground_truth question.ground_truth_answer",
+    " ground_truth_answer gt_answer gt_ans gold_answer gold_ans golden_answer reference_answer"
+    " ref_answer ref_ans true_answer target_answer standard_answer std_answer correct_answer answer"
+    " answers ans output_answer lsolutions reward_model.ground_truth 1.ground_truth.value"
+    " verification_info.ground_truth question.ground_truth_answer",
     "label": "=label label target result",  # the answer where no text says one
     "solution": "=solution solution gold_standard_solution question.ground_truth_solution"
     " reference_solution solutions",
@@ -446,27 +449,17 @@ COLUMNS = {
     " generation r1_solution_1 chat.assistant deepseek_solution deepseek_attempt attempt"
     " gemini_attempt model_answer reannotated_assistant_content qwq longcot combined_text"
     " message_2 assistant",
-    "thought": "=thought reasoning_content thinking reasoning reasoning_details reasoning_text think"
-    " thoughts thought deepseek_thinking_trajectory thinking_trajectories chain_of_thought a_thought",
+    "thought": "=thought reasoning_content thinking thought reasoning deepseek_thinking_trajectory"
+    " thinking_trajectories gemini_thinking_trajectory",  # and what _THOUGHT matches
     "system": "=system chat.system system system_prompt",
     "chat": "=chat messages conversations conversation contents",
     "turn": "content value parts text",  # of a chat
     "source": "=source source data_source problem_source source_type source_dataset dataset",
 }
-# Names of the same kind, which are too many to list: -> one of the table
-SAME_NAMES = [
-    (r"[ -]+", "_"),
-    (
-        r"\A(?:gt|gold(?:en)?|true|standard|std|target|ref|reference|ground_true|ground_truth)"
-        r"_(?:final_)?ans(?:wer)?\Z",
-        "ground_truth",
-    ),
-    (
-        r"\A(?:\w+_)?(?:think|thinking|thoughts?|reasoning|cot)"
-        r"(?:_(?:content|text|trace|process|trajector(?:y|ies)|chain|output|\d+))?\Z",
-        "a_thought",
-    ),
-]
+_THOUGHT = re.compile(
+    r"(\w+_)?(think|thinking|thoughts?|reasoning|cot)"
+    r"(_(content|text|trace|process|trajectory|chain|output|details|\d+))?"
+)
 # What a problem cannot be understood without: its options, pictures, earlier turns; and places in
 # its text that stand for such (MAWPS: N_00), or a reply that its text goes on with
 BESIDE = re.compile(
@@ -546,7 +539,10 @@ def as_text(value) -> str | None:
 def field(row: dict, kind: str, where) -> str:
     """The text of the first column of a kind that holds some; "" if none does; Misuse where another
     value stands."""
-    for name in COLUMNS[kind].split():
+    names = COLUMNS[kind].split()
+    if kind == "thought":
+        names += filter(_THOUGHT.fullmatch, row)
+    for name in names:
         value = at(row, name)
         if value is None or kind == "thought" and isinstance(value, Number):  # a switch
             continue
@@ -663,7 +659,7 @@ def reading(row: dict, where) -> dict:
     """What a row says, whatever its layout: its problem, answer, solution, response, system message
     and source, empty where it has none. An answer in the solution stays there. Misuse where
     it cannot be understood."""
-    row = {substituted(name.strip().lower(), SAME_NAMES): row[name] for name in row} | row
+    row = {re.sub(r"[ -]+", "_", name.strip().lower()): row[name] for name in row} | row
     row |= chat(row, where)
     # Nothing that the problem needs may stand beside it.
     for name, value in row.items():
@@ -1452,7 +1448,7 @@ class Benchmarks:
 
     def __init__(self, rows: list[dict]):
         self.rows = []  # (id, words, their key, gold answer)
-        self.alike = defaultdict(list)  # signs -> (key, id) of the rows that have them
+        self.alike = defaultdict(list)  # signs, or key without signs -> (key, id) of those rows
         owners = defaultdict(set)  # gram -> rows
         for i, row in enumerate(rows):
             words = tokens(repair(row["problem"]))
@@ -1460,7 +1456,7 @@ class Benchmarks:
             gold = bare(row["answer"] or final(row["solution"]) or "")
             text = key(plain)
             self.rows.append((row["id"], plain, text, gold))
-            self.alike[key(signs(plain))].append((text, row["id"]))
+            self.alike[key(signs(plain)) or text].append((text, row["id"]))
             for gram in self.grams(words, plain):
                 owners[gram].add(i)
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
@@ -1473,7 +1469,7 @@ class Benchmarks:
         """The id of the benchmark problem that a row with these tokens repeats, or None."""
         plain = spoken(words)
         text = key(plain)
-        for inside, name in self.alike.get(key(signs(plain)), ()):
+        for inside, name in self.alike.get(key(signs(plain)) or text, ()):
             if inside in text:  # equal, or within a prompt for models
                 return name
         grams = self.grams(words, plain)
@@ -1968,8 +1964,7 @@ class Journal:
                 pool.shutdown(cancel_futures=True)
         outcomes = list(map(self.outcomes.get, keys))
         if faults:
-            said = f"{outcomes.count(None)} of {len(problems)} problems are still open"
-            said += f" ({faults[-1]})"
+            said = f"{outcomes.count(None)} of {len(keys)} problems are still open ({faults[-1]})"
             if any(isinstance(fault, Unfinished) for fault in faults):
                 raise Unfinished(f"{said}; run the same command again to resume")
             self.refused = Refused(said)

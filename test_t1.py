@@ -4054,6 +4054,8 @@ def test_folders_patterns_and_splits(tmp_path):
         ("train.jsonl test2.jsonl", "several splits .test, train."),
         ("train12k.jsonl test500.jsonl", "several splits .other, test."),
         ("TrainSet.jsonl TestSet.jsonl", "several splits .test, train."),
+        ("MathTrain.jsonl MathTest.jsonl", "several splits .test, train."),
+        ("TRAIN.JSONL TEST.jsonl", "several splits .test, train."),
         ("data/a.jsonl tests/a.jsonl", "several splits .other, test."),
         ("train.jsonl held_out.jsonl", "several splits .held, train."),
         ("train.jsonl benchmarks/a.jsonl", "several splits .bench, train."),
