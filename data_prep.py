@@ -732,7 +732,7 @@ def to_problem(where, row: dict, default_source: str) -> dict:
 
 
 def too_long(row: dict) -> str | None:
-    long = any(len(row[name] or "") > LONGEST for name in "problem solution answer".split())
+    long = any(len(row[name]) > LONGEST for name in "problem solution answer".split())
     return "too long" if long else None
 
 
@@ -871,12 +871,13 @@ _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dia
         |\bthe last line\b|\bshow\b
         |\bsolve th\w+\b|\bthink\b|\bmake sure\b|\boutput\b|\b(?:give|return|write|box|state
         |provide) (?:me )?(?:your|the final)\b
-        |\ba conversation\b)[^.?!\n]{0,99}?(?:step[- ]by[- ]step|\\boxed|final answer
+        |\byour final\b|\bthe (?:user|assistant|reasoning)\b|\ba conversation\b)[^.?!\n]{0,99}?(?:step[- ]by[- ]step|\\boxed|final answer
         |\byour (?:answer|response|work|reasoning)
-        |following (?:math )?(?:question|problem)|assistant|tutor|mathematician)
+        |following (?:math )?(?:question|problem)|user|assistant|tutor|mathematician|enclosed)
         (?:[^.?!\n:]|:(?! \S)|(?<=answer):|(?<=format):)*(?:[.?!\n:]+|\Z)
         |</?(?:think|answer)>|<\|\w+\|>(?:system|user|assistant)?
-        |\b(?:question|problem|answer|solution|user|assistant|human):""",
+        |\bbelow is an instruction[^.\n]*|\bwrite a response that[^.\n]*
+        |\b(?:question|problem|answer|solution|user|assistant|human|instruction|response):""",
     re.I,
 )
 _PLAINER = [
@@ -1878,8 +1879,7 @@ class Server:
 
 def is_reply(value) -> bool:
     """Is a value of JSON the three parts of a Reply?"""
-    kinds = list(map(type, value)) if isinstance(value, list) else []
-    return kinds == [str, str, bool]
+    return isinstance(value, list) and list(map(type, value)) == [str, str, bool]
 
 
 class Journal:
