@@ -732,7 +732,7 @@ def to_problem(where, row: dict, default_source: str) -> dict:
 
 
 def too_long(row: dict) -> str | None:
-    long = any(len(row[name]) > LONGEST for name in "problem solution answer".split())
+    long = any(len(row[name] or "") > LONGEST for name in "problem solution answer".split())
     return "too long" if long else None
 
 
@@ -871,13 +871,15 @@ _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dia
         |\bthe last line\b|\bshow\b
         |\bsolve th\w+\b|\bthink\b|\bmake sure\b|\boutput\b|\b(?:give|return|write|box|state
         |provide) (?:me )?(?:your|the final)\b
-        |\byour final\b|\bthe (?:user|assistant|reasoning)\b|\ba conversation\b)[^.?!\n]{0,99}?(?:step[- ]by[- ]step|\\boxed|final answer
-        |\byour (?:answer|response|work|reasoning)
+        |\byour final\b|\bthe (?:user|assistant|reasoning)\b|\ba conversation\b)
+        [^.?!\n]{0,99}?
+        (?:step[- ]by[- ]step|\\boxed|final answer|\byour (?:answer|response|work|reasoning)
         |following (?:math )?(?:question|problem)|user|assistant|tutor|mathematician|enclosed)
-        (?:[^.?!\n:]|:(?! \S)|(?<=answer):|(?<=format):)*(?:[.?!\n:]+|\Z)
+        (?:i\.e\.|[^.?!\n:]|:(?! \S)|(?<=answer):|(?<=format):)*(?:[.?!\n:]+|\Z)
         |</?(?:think|answer)>|<\|\w+\|>(?:system|user|assistant)?
         |\bbelow is an instruction[^.\n]*|\bwrite a response that[^.\n]*
-        |\b(?:question|problem|answer|solution|user|assistant|human|instruction|response):""",
+        |(?:\#+ |\bhere is a )?\b(?:math )?(?:question|problem|answer|solution|user|assistant|human
+        |instruction|response):""",
     re.I,
 )
 _PLAINER = [
@@ -1396,17 +1398,14 @@ RULES = (  # in the order of the funnel
 )
 
 
-REASONS = re.split(
-    r";\s",
-    """too long; no solution; empty problem; marked invalid by its source;
-link or missing figure; answer given; proof; no box; empty answer;
-answer continues after the box; several different boxes; answer and box differ;
-another script; multiple choice; yes or no, true or false; several questions;
-answer longer than 80 characters; answer in prose; rounded answer;
-letters that the problem does not name; nothing definite asked; ungradable;
-in a benchmark; same problem, different answers; duplicate; near-duplicate;
-solved too seldom; solved too often; beyond the target""",
-)
+REASONS = """too long; no solution; empty problem; marked invalid by its source; \
+link or missing figure; answer given; proof; no box; empty answer; \
+answer continues after the box; several different boxes; answer and box differ; \
+another script; multiple choice; yes or no, true or false; several questions; \
+answer longer than 80 characters; answer in prose; rounded answer; \
+letters that the problem does not name; nothing definite asked; ungradable; \
+in a benchmark; same problem, different answers; duplicate; near-duplicate; \
+solved too seldom; solved too often; beyond the target""".split("; ")
 
 # --- curate: benchmark problems and near-duplicates -----------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
