@@ -466,7 +466,7 @@ BESIDE = re.compile(
     r"(answer_|mc_|multiple_)?(option|choice)s?(_list|_?[a-h\d])?|op_?d|endings|alternatives"
     r"|(distractor|(incorrect|wrong|possible)_answer)s?_?\d*|mc[12]_targets|history|prev_messages"
     r"|(decoded_)?(image|img|picture|figure|diagram|video|audio)s?(_\d|_(path|url|file|base64)s?)?"
-    r"|background|premise|paragraph|article|story|scenario"
+    r"|background|premise|paragraph"
 )
 CONTEXT = ("context", "passage", "table")  # Dolly; AGIEval; TabMWP
 _CUT = re.compile(r"<think>(?!.*</think>\s*\S)", re.S)  # a thought without end, or without answer
@@ -480,7 +480,7 @@ IDS = "id _id unique_id uuid problem_id row".split()
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
 _MARKS = re.compile(  # columns that say whether a response, or each of several, is right
     r"(\w+_)?(correct|right|verified|passed)|correctness(_\w+)?|rewards?|scores?|\w*verif[iy]\w*"
-    r"|verdicts?|judge?ments?|(\w+_)?match(es)?"
+    r"|verdicts?|judge?ments?|(answer|exact)_match(es)?"
 )
 RIGHT = "true 1 1.0 yes correct right".split()
 WRONG = "false 0 0.0 -1 -1.0 no incorrect wrong".split()
@@ -605,7 +605,7 @@ def chat(row: dict, where) -> dict:
     *whole, prompt, asked, completion = (value if roles_of(value) else [] for value in values)
     turns = next(filter(None, whole), (prompt or asked) + completion)
     roles = roles_of(turns)
-    if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
+    if not re.fullmatch(r"((system )?user( assistant)?)?", " ".join(roles)):
         raise Misuse(
             f"{row_at(where)}: a conversation must be [system,] user, assistant; found "
             f"{', '.join(roles)}"
@@ -627,6 +627,7 @@ def choose_response(row: dict, where) -> bool:
         said = list(map(says_right, value)) if isinstance(value, list) else []
         if True in said or False in said:
             marks[name] = said
+            wrong |= said == [False]
         elif name != "score":  # which may count votes
             wrong |= says_right(value) is False
     for name in COLUMNS["response"].split():
@@ -672,7 +673,7 @@ def reading(row: dict, where) -> dict:
     # The problem is joined with its context.
     for name in ("input", *CONTEXT):  # Alpaca
         text = as_text(row.get(name)) or ""
-        if problem and text.strip() and (name != "input" or problem == row.get("instruction")):
+        if problem and text.strip() and (name != "input" or problem not in text):
             problem += "\n\n" + text
     if problem and (body := as_text(row.get("body"))):  # SVAMP
         problem = f"{body} {problem}"
@@ -877,7 +878,7 @@ _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dia
         |following (?:math )?(?:question|problem)|user|assistant|tutor|mathematician|enclosed)
         (?:i\.e\.|[^.?!\n:]|:(?! \S)|(?<=answer):|(?<=format):)*(?:[.?!\n:]+|\Z)
         |</?(?:think|answer)>|<\|\w+\|>(?:system|user|assistant)?
-        |\bbelow is an instruction[^.\n]*|\bwrite a response that[^.\n]*
+        |\b(?:below is an instruction|write a response that|I hope it is correct)\b[^.\n]*
         |(?:\#+ |\bhere is a )?\b(?:math )?(?:question|problem|answer|solution|user|assistant|human
         |instruction|response):""",
     re.I,

@@ -6555,7 +6555,7 @@ def test_data_decontamination(case):
 
 PLAIN = {r"\leq": "<=", r"\le": "<=", r"\geq": ">=", r"\ge": ">=", r"\neq": "!=", r"\times": "*"}
 PLAIN |= {r"\cdot": "*", r"\ldots": "...", r"\cdots": "...", r"\pm": "+-", r"\to": "->"}
-PROMPTS = [  # of verl, Qwen, DAPO, and two others
+PROMPTS = [  # of verl, Qwen, DAPO, two others, ours, PRIME, Llama, DeepSeek-R1, Alpaca, ChatML
     "{} Let's think step by step and output the final answer within \\boxed{{}}.",
     "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
     "Solve the following math problem step by step. The last line of your response should be of "
@@ -6564,6 +6564,20 @@ PROMPTS = [  # of verl, Qwen, DAPO, and two others
     'Remember to put your answer on its own line after "Answer:".',
     "Question: {}\nAnswer:",
     data_prep.ATTEMPT.replace("{problem}", "{}"),
+    "Solve the following math problem and put your final answer in \\boxed{{}}: {}",
+    "Solve the following math problem efficiently and clearly. The last line of your response "
+    "should be of the following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope "
+    "it is correct' (without quotes) where ANSWER is just the final number or expression that "
+    "solves the problem. Think step by step before answering.\n\n{}",
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
+    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>. User: {}. Assistant:",
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.",
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n",
 ]
 
 
