@@ -876,7 +876,7 @@ _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dia
         [^.?!\n]{0,99}?
         (?:step[- ]by[- ]step|\\boxed|final answer|\byour (?:answer|response|work|reasoning)
         |following (?:math )?(?:question|problem)|user|assistant|tutor|mathematician|enclosed)
-        (?:i\.e\.|[^.?!\n:]|:(?! \S)|(?<=answer):|(?<=format):)*(?:[.?!\n:]+|\Z)
+        (?:i\.e\.|[^.?!\n:]|:(?! \S)|(?<=answer):|(?<=answer is):|(?<=format):)*(?:[.?!\n:]+|\Z)
         |</?(?:think|answer)>|<\|\w+\|>(?:system|user|assistant)?
         |\b(?:below is an instruction|write a response that|I hope it is correct)\b[^.\n]*
         |(?:\#+ |\bhere is a )?\b(?:math )?(?:question|problem|answer|solution|user|assistant|human
