@@ -135,7 +135,8 @@ def local_files(name: str) -> list[Path]:
         data = inside.lower().removesuffix(".gz").endswith((*DATA_FILES, *UNREAD))
         if data and file.name not in NO_ROWS and "/." not in f"/{inside}":
             shard = re.findall(r"(.+)-\d{5}-of-\d{5}", file.name)  # cot-00000-of-00144
-            files[file] = (shard or _SPLIT.findall(inside) or ["other"])[-1].lower()
+            split = list(map(str.lower, _SPLIT.findall(inside)))
+            files[file] = (shard or split or ["other"])[-1]
     if not files:
         raise Misuse(f"{name}: no {', '.join(DATA_FILES)} file in this folder")
     splits = sorted(set(files.values()))
@@ -283,8 +284,10 @@ def hub_rows(name: str) -> Iterator[tuple]:
             for number, row in enumerate(rows, 1):
                 yield (place, number), row
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
-            said = textwrap.shorten(str(e), 200)
-            raise Misuse(f"{name}: cannot be loaded from the hub ({said}); give a local copy")
+            raise Misuse(
+                f"{name}: cannot be loaded from the hub ({textwrap.shorten(str(e), 200)}); give a "
+                "local copy"
+            )
 
 
 def _unique(pairs) -> dict:
