@@ -34,6 +34,7 @@ import re
 import signal
 import stat
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -110,9 +111,9 @@ DATA_FILES = ".jsonl .ndjson .json .csv .parquet".split()  # all but the last al
 UNREAD = ".arrow .tsv .zst .xz .bz2".split()  # of a folder: not passed over
 NO_ROWS = "dataset_info.json dataset_infos.json report.json state.json".split()  # beside rows
 LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long
-_SPLIT = re.compile(
-    r"(?<![a-z\d])(train|test|val|dev|eval|hold|held|bench)"
-    r"(?:ing|id|idation|uation|s|set|_?data|_?out|mark|marks)?\d*(?![a-z\d])"
+_SPLIT = re.compile(  # in a path: test, TEST, MathTest, but not latest
+    r"(?:(?<![A-Za-z\d])|(?=[A-Z][a-z]))((?i:train|test|val|dev|eval|hold|held|bench))"
+    r"(?i:ing|id|idation|uation|s|set|_?data|_?out|mark|marks)?\d*(?![a-z\d])"
 )
 
 
@@ -130,11 +131,12 @@ def local_files(name: str) -> list[Path]:
         return sorted(map(Path, found))
     files = {}  # file -> its split
     for file in sorted(path.rglob("*")):
-        inside = file.relative_to(path).as_posix().lower()
-        data = inside.removesuffix(".gz").endswith((*DATA_FILES, *UNREAD))
+        inside = file.relative_to(path).as_posix()
+        data = inside.lower().removesuffix(".gz").endswith((*DATA_FILES, *UNREAD))
         if data and file.name not in NO_ROWS and "/." not in f"/{inside}":
             shard = re.findall(r"(.+)-\d{5}-of-\d{5}", file.name)  # cot-00000-of-00144
-            files[file] = (shard or _SPLIT.findall(inside) or ["other"])[-1]
+            split = list(map(str.lower, _SPLIT.findall(inside)))
+            files[file] = (shard or split or ["other"])[-1]
     if not files:
         raise Misuse(f"{name}: no {', '.join(DATA_FILES)} file in this folder")
     splits = sorted(set(files.values()))
@@ -207,7 +209,7 @@ def file_rows(path: Path) -> Iterator[tuple]:
     except Exception as e:  # a damaged file makes the libraries raise almost anything
         raise Misuse(
             f"{path}: cannot be read as {kind[1:]} (after row {number}: {type(e).__name__}: "
-            f"{getattr(e, 'strerror', None) or e})"
+            f"{getattr(e, 'strerror', None) or e}); repair it, or name it by what it is"
         )
 
 
@@ -216,7 +218,7 @@ def byte_lines(path: Path, longest: int = ROW_BYTES) -> Iterator[bytes]:
     with open_file(path) as plain:
         file = plain
         most = math.inf
-        if plain.peek(2)[:2] == b"\x1f\x8b":
+        if plain.peek(2).startswith(b"\x1f\x8b"):
             file = gzip.GzipFile(fileobj=plain)
             most = max(GZIP_BYTES, GZIP_RATIO * os.fstat(plain.fileno()).st_size)
         for number, line in enumerate(iter(partial(file.readline, longest + 1), b""), 1):
@@ -266,7 +268,7 @@ def parquet_rows(path: Path) -> Iterator[dict]:
 
     with open_file(path) as file:
         for batch in pq.ParquetFile(file).iter_batches(200):
-            yield from batch.to_pylist()
+            yield from batch.select(batch.schema.names).to_pylist()  # refuses a name that is twice
 
 
 def hub_rows(name: str) -> Iterator[tuple]:
@@ -282,8 +284,10 @@ def hub_rows(name: str) -> Iterator[tuple]:
             for number, row in enumerate(rows, 1):
                 yield (place, number), row
         except (OSError, ValueError) as e:  # connection, missing repository, missing split
-            said = " ".join(str(e).split())[:200]
-            raise Misuse(f"{name}: cannot be loaded from the hub ({said}); give a local copy")
+            raise Misuse(
+                f"{name}: cannot be loaded from the hub ({textwrap.shorten(str(e), 200)}); give a "
+                "local copy"
+            )
 
 
 def _unique(pairs) -> dict:
@@ -329,7 +333,7 @@ def parse(where, raw) -> dict:
             row = {"0": row[0], "1": row[-1], "messages": row}  # ORZ: a row is a list of turns
         if isinstance(row, dict):
             return row
-        fault = "a row must be a JSON object"
+        fault = "a row must be a JSON object; a file that is one array of rows is named .json"
     except UnicodeError as e:
         fault = f"not UTF-8 text ({e}); save the file as UTF-8, or repair the line"
     except (ValueError, RecursionError) as e:
@@ -338,7 +342,7 @@ def parse(where, raw) -> dict:
 
 
 def json_line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"  # str: a date as an id
 
 
 @contextmanager
@@ -436,33 +440,39 @@ def chunks(rows, size: int) -> Iterator[list]:
 COLUMNS = {
     "problem": "=problem problem question.problem question chat.user prompt query instruction"
     " text input problem_statement 0.value squestion original_text message_1 user",
-    "answer": "=answer expected_answer final_answer final_ans answer_number ground_truth gt_answer"
-    " gt ground_truth_answer reference_answer gold_answer golden_answer answer correct_answer"
+    "answer": "=answer expected_answer final_answer final_ans answer_number ground_truth gt gold"
+    " ground_truth_answer gt_answer gt_ans gold_answer gold_ans golden_answer reference_answer"
+    " ref_answer ref_ans true_answer target_answer standard_answer std_answer correct_answer answer"
     " answers ans output_answer lsolutions reward_model.ground_truth 1.ground_truth.value"
     " verification_info.ground_truth question.ground_truth_answer",
-    "label": "=label label target gold result",  # the answer where no text says one
+    "label": "=label label target result",  # the answer where no text says one
     "solution": "=solution solution gold_standard_solution question.ground_truth_solution"
     " reference_solution solutions",
     "response": "=response response completion output generated_solution llm_response generations"
     " generation r1_solution_1 chat.assistant deepseek_solution deepseek_attempt attempt"
     " gemini_attempt model_answer reannotated_assistant_content qwq longcot combined_text"
     " message_2 assistant",
-    "thought": "=thought reasoning_content thinking thought reasoning complex_cot model_reasoning"
-    " deepseek_reasoning deepseek_thinking_trajectory thinking_trajectories chain_of_thought cot"
-    " gemini_thinking_trajectory",
+    "thought": "=thought reasoning_content thinking thought reasoning deepseek_thinking_trajectory"
+    " thinking_trajectories gemini_thinking_trajectory",  # and what _THOUGHT matches
     "system": "=system chat.system system system_prompt",
     "chat": "=chat messages conversations conversation contents",
-    "turn": "content value parts",  # of a chat
+    "turn": "content value parts text",  # of a chat
     "source": "=source source data_source problem_source source_type source_dataset dataset",
 }
+_THOUGHT = re.compile(
+    r"(\w+_)?(think|thinking|thoughts?|reasoning|cot)"
+    r"(_(content|text|trace|process|trajectory|chain|output|details|\d+))?"
+)
 # What a problem cannot be understood without: its options, pictures, earlier turns; and places in
 # its text that stand for such (MAWPS: N_00), or a reply that its text goes on with
 BESIDE = re.compile(
-    r"(answer_)?(option|choice)s?(_list|_?[a-h\d])?|op_?d|(distractor|incorrect_answer)s?_?\d*"
-    r"|(decoded_)?(image|picture)s?(_\d|_(path|url|file|base64)s?)?|history|prev_messages"
+    r"(answer_|mc_|multiple_)?(option|choice)s?(_list|_?[a-h\d])?|op_?d|endings|alternatives"
+    r"|(distractor|(incorrect|wrong|possible)_answer)s?_?\d*|mc[12]_targets|history|prev_messages"
+    r"|(decoded_)?(image|img|picture|figure|diagram|video|audio)s?(_\d|_(path|url|file|base64)s?)?"
+    r"|background|premise|paragraph"
 )
 CONTEXT = ("context", "passage", "table")  # Dolly; AGIEval; TabMWP
-_CUT = re.compile(r"<think>(?!.*</think>)", re.S)  # a thought that does not end
+_CUT = re.compile(r"<think>(?!.*</think>\s*\S)", re.S)  # a thought without end, or without answer
 _HOLE = re.compile(
     r"<image>|\bN_0\d|\bnumber0|(?:<\|im_start\|>assistant|assistant<\|end_header_id\|>|\[/INST\]"
     r"|### (?:Response|Answer|Solution):)\s*(?!<think>\s*\Z|Let's think)\S"
@@ -473,8 +483,10 @@ IDS = "id _id unique_id uuid problem_id row".split()
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
 _MARKS = re.compile(  # columns that say whether a response, or each of several, is right
     r"(\w+_)?(correct|right|verified|passed)|correctness(_\w+)?|rewards?|scores?|\w*verif[iy]\w*"
+    r"|verdicts?|judge?ments?|(answer|exact)_match(es)?"
 )
-VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+RIGHT = "true 1 1.0 yes correct right".split()
+WRONG = "false 0 0.0 -1 -1.0 no incorrect wrong".split()
 _WORKED = re.compile(  # no bare value, nor a single word
     r"(?s)\A(?![\s$]*(?:\\text\w*\{)?[A-Za-z]+[\s}$.]*\Z).*?"
     r"(?:\n|\\f?box|####|(?<![\\A-Za-z])[A-Za-z]{3,}|.{101})"
@@ -503,7 +515,8 @@ def unpacked(value):
 
 def says_right(mark) -> bool | None:
     """What a mark says of a response; None of anything else, such as a share."""
-    return VERDICTS.get(str(mark).lower())
+    word = str(mark).lower()
+    return word in RIGHT if word in RIGHT + WRONG else None
 
 
 def at(row: dict, path: str):
@@ -529,9 +542,12 @@ def as_text(value) -> str | None:
 def field(row: dict, kind: str, where) -> str:
     """The text of the first column of a kind that holds some; "" if none does; Misuse where another
     value stands."""
-    for name in COLUMNS[kind].split():
+    names = COLUMNS[kind].split()
+    if kind == "thought":
+        names += filter(_THOUGHT.fullmatch, row)
+    for name in names:
         value = at(row, name)
-        if value is None or kind == "thought" and isinstance(value, bool):  # a switch
+        if value is None or kind == "thought" and isinstance(value, Number):  # a switch
             continue
         if name == "label" and not isinstance(value, str):  # a class: KTO
             continue
@@ -562,7 +578,7 @@ def roles_of(value) -> list[str]:
     """Who speaks in each turn of a chat: system, user, assistant or another; [] of all else."""
     roles = []
     for turn in value if isinstance(value, list) else ():
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        role = turn.get("role") or turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(role, str):
             return []
         roles.append(ROLES.get(role.lower(), role.lower()))
@@ -592,7 +608,7 @@ def chat(row: dict, where) -> dict:
     *whole, prompt, asked, completion = (value if roles_of(value) else [] for value in values)
     turns = next(filter(None, whole), (prompt or asked) + completion)
     roles = roles_of(turns)
-    if not re.fullmatch(r"(system )?user( assistant)?", " ".join(roles or ["user"])):
+    if not re.fullmatch(r"((system )?user( assistant)?)?", " ".join(roles)):
         raise Misuse(
             f"{row_at(where)}: a conversation must be [system,] user, assistant; found "
             f"{', '.join(roles)}"
@@ -614,6 +630,7 @@ def choose_response(row: dict, where) -> bool:
         said = list(map(says_right, value)) if isinstance(value, list) else []
         if True in said or False in said:
             marks[name] = said
+            wrong |= said == [False]
         elif name != "score":  # which may count votes
             wrong |= says_right(value) is False
     for name in COLUMNS["response"].split():
@@ -659,7 +676,7 @@ def reading(row: dict, where) -> dict:
     # The problem is joined with its context.
     for name in ("input", *CONTEXT):  # Alpaca
         text = as_text(row.get(name)) or ""
-        if problem and text.strip() and (name != "input" or problem == row.get("instruction")):
+        if problem and text.strip() and (name != "input" or problem not in text):
             problem += "\n\n" + text
     if problem and (body := as_text(row.get("body"))):  # SVAMP
         problem = f"{body} {problem}"
@@ -700,11 +717,12 @@ def to_problem(where, row: dict, default_source: str) -> dict:
     if "_id" in row:  # the authors' rows
         source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
     level = re.fullmatch(
-        r"(?:Level )?(\d{1,9}(\.\d{1,9})?)", str(row.get("level", row.get("difficulty", "")))
+        r"(?:Level )?((?:0|[1-9]\d{0,8})(?:\.\d{1,9})?)",
+        str(row.get("level", row.get("difficulty", ""))),
     )
     folder, file = os.path.split(where[0])
     stem = file.split(".")[0]
-    if folder and _SPLIT.match(stem):  # train-00000-of-00001 of each folder
+    if folder and (_SPLIT.match(stem) or stem.isdigit()):  # the same in each folder
         stem = f"{os.path.basename(folder)}-{stem}"
     return {
         "id": own if isinstance(own, str) else f"{stem}-{own}",
@@ -712,7 +730,7 @@ def to_problem(where, row: dict, default_source: str) -> dict:
         "answer": said["answer"],
         "solution": said["solution"] or said["response"].rpartition("</think>")[2].strip(),
         "source": source,
-        "level": level and (float if level[2] else int)(level[1]),
+        "level": level and json.loads(level[1]),
         "flags": row,
     }
 
@@ -852,15 +870,20 @@ _HARMLESS = set(
     say simplest form common fraction s th expression""".split()
 )
 _FORM = pattern(  # how to answer, as prompts for models say it; labels of a dialogue
-    r"""(?:\blet'?s\b|\bplease\b|\bremember\b|\bput\b|\bpresent\b|\byou (?:must|should|need|are)\b
+    r"""(?:\blet'?s\b|\bplease\b|\bremember\b|\bput\b|\bpresent\b|\bexplain\b
+        |\byou (?:must|should|need|are)\b
         |\bthe last line\b|\bshow\b
         |\bsolve th\w+\b|\bthink\b|\bmake sure\b|\boutput\b|\b(?:give|return|write|box|state
         |provide) (?:me )?(?:your|the final)\b
-        |\ba conversation\b)[^.?!\n]{0,99}?(?:step[- ]by[- ]step|\\boxed|final answer
-        |\byour (?:answer|response|work|reasoning)
-        |following (?:math )?(?:question|problem)|assistant|tutor|mathematician)[^.?!\n]*(?:[.?!\n]+
-        |\Z)
-        |\b(?:question|problem|answer|solution|user|assistant|human):""",
+        |\byour final\b|\bthe (?:user|assistant|reasoning)\b|\ba conversation\b)
+        [^.?!\n]{0,99}?
+        (?:step[- ]by[- ]step|\\boxed|final answer|\byour (?:answer|response|work|reasoning)
+        |following (?:math )?(?:question|problem)|user|assistant|tutor|mathematician|enclosed)
+        (?:i\.e\.|[^.?!\n:]|:(?! \S)|(?<=answer):|(?<=answer is):|(?<=format):)*(?:[.?!\n:]+|\Z)
+        |</?(?:think|answer)>|<\|\w+\|>(?:system|user|assistant)?
+        |\b(?:below is an instruction|write a response that|I hope it is correct)\b[^.\n]*
+        |(?:\#+ |\bhere is a )?\b(?:math )?(?:question|problem|answer|solution|user|assistant|human
+        |instruction|response):""",
     re.I,
 )
 _PLAINER = [
@@ -1233,7 +1256,7 @@ def several_questions(row: dict) -> str | None:
 _NOT_VARIABLES = pattern(
     r"""\\(?:text|textbf|mathrm|operatorname|mbox|mathbb)\s*\{[^}]*\}|\\[a-zA-Z]+|\d+_\{?\w+\}?
         |[a-zA-Z]{3,}
-        |(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|or|if|m|s|h|g)(?![a-zA-Z])"""
+        |(?<![a-zA-Z])(?:cm|mm|km|kg|ft|in|no|or|if|m|s|h|g)(?![a-zA-Z])"""
 )
 _USUAL = set("eidxyfcnzpqrs")  # constants, and the names that answers give to the unknown
 
@@ -1253,10 +1276,11 @@ def unknown_letter(row: dict) -> str | None:
     )
 
 
-def another_script(scripts: tuple[str, ...], row: dict) -> str | None:
-    """Letters of other scripts than the given ones, broken characters, and those of private use."""
+def another_script(row: dict) -> str | None:
+    """Letters of other scripts than those of --scripts, broken characters, and those of private
+    use."""
     text = row["problem"] + row["answer"]
-    strange = set(map(script_of, foreign_letters(text))) - {*scripts}
+    strange = set(map(script_of, foreign_letters(text))) - {*_WORKER["scripts"]}
     broken = re.search("[\ue000-\uf8ff\ufffd]", text)
     return "another script" if strange or broken else None
 
@@ -1265,7 +1289,7 @@ _VALUE_WORDS = """and|sin|cos|tan|log|frac|sqrt|square|cubic|per|hours|minutes|s
     |pmatrix|begin|end"""
 
 
-RULES = (  # in the order of the funnel; the rule on scripts stands between the two parts
+RULES = (  # in the order of the funnel
     too_long,
     empty_problem,
     marked_invalid,
@@ -1293,8 +1317,7 @@ RULES = (  # in the order of the funnel; the rule on scripts stands between the 
             |(?:^|[.,;:)]\s+|\b(?:and|then|to|you|please)\s+)(?:show|verify)\s+(?:that|why)\b""",
     ),
     find_answer,
-)
-LATER_RULES = (
+    another_script,
     searched(
         "multiple choice",
         # at least three options, in order
@@ -1379,19 +1402,14 @@ LATER_RULES = (
 )
 
 
-def rules(scripts: tuple[str, ...]) -> tuple[Callable, ...]:
-    """The rules in the order of the funnel."""
-    return (*RULES, partial(another_script, scripts), *LATER_RULES)
-
-
-REASONS = """too long; no solution; empty problem; marked invalid by its source
-link or missing figure; answer given; proof; no box; empty answer
-answer continues after the box; several different boxes; answer and box differ
-another script; multiple choice; yes or no, true or false; several questions
-answer longer than 80 characters; answer in prose; rounded answer
-letters that the problem does not name; nothing definite asked; ungradable
-in a benchmark; same problem, different answers; duplicate; near-duplicate
-solved too seldom; solved too often; beyond the target""".replace("\n", "; ").split("; ")
+REASONS = """too long; no solution; empty problem; marked invalid by its source; \
+link or missing figure; answer given; proof; no box; empty answer; \
+answer continues after the box; several different boxes; answer and box differ; \
+another script; multiple choice; yes or no, true or false; several questions; \
+answer longer than 80 characters; answer in prose; rounded answer; \
+letters that the problem does not name; nothing definite asked; ungradable; \
+in a benchmark; same problem, different answers; duplicate; near-duplicate; \
+solved too seldom; solved too often; beyond the target""".split("; ")
 
 # --- curate: benchmark problems and near-duplicates -----------------------------------------------
 # NOT IN PAPER: how they are found. The evaluation sets must not be trained on.
@@ -1434,14 +1452,15 @@ class Benchmarks:
 
     def __init__(self, rows: list[dict]):
         self.rows = []  # (id, words, their key, gold answer)
-        self.ids = {}  # key -> id
+        self.alike = defaultdict(list)  # signs, or key without signs -> (key, id) of those rows
         owners = defaultdict(set)  # gram -> rows
         for i, row in enumerate(rows):
             words = tokens(repair(row["problem"]))
             plain = spoken(words)
             gold = bare(row["answer"] or final(row["solution"]) or "")
-            self.rows.append((row["id"], plain, key(plain), gold))
-            self.ids.setdefault(key(plain), row["id"])
+            text = key(plain)
+            self.rows.append((row["id"], plain, text, gold))
+            self.alike[key(signs(plain)) or text].append((text, row["id"]))
             for gram in self.grams(words, plain):
                 owners[gram].add(i)
         self.owners = {gram: found for gram, found in owners.items() if len(found) <= PHRASE}
@@ -1454,8 +1473,9 @@ class Benchmarks:
         """The id of the benchmark problem that a row with these tokens repeats, or None."""
         plain = spoken(words)
         text = key(plain)
-        if text in self.ids:
-            return self.ids[text]
+        for inside, name in self.alike.get(key(signs(plain)) or text, ()):
+            if inside in text:  # equal, or within a prompt for models
+                return name
         grams = self.grams(words, plain)
         for i in sorted({i for gram in grams for i in self.owners.get(gram, ())}):
             name, other, inside, gold = self.rows[i]
@@ -1468,7 +1488,7 @@ class Benchmarks:
 
 # --- curate: the pipeline -------------------------------------------------------------------------
 
-_WORKER = {}  # benchmarks and rules of this process, set once by `prepare`
+_WORKER = {}  # benchmarks, scripts and rules of this process, set once by `prepare`
 
 
 class Candidate(NamedTuple):
@@ -1485,10 +1505,10 @@ class Candidate(NamedTuple):
 
 def prepare(benchmarks: list[dict], scripts: tuple[str, ...], solutions_only: bool = False):
     """Gives a process what it needs to judge rows."""
-    checks = rules(scripts)
+    checks = RULES
     if solutions_only:
         checks = (*checks, searched("no solution", solution=r"\A[^ ]{0,80}\Z"))
-    _WORKER.update(benchmarks=Benchmarks(benchmarks), rules=checks)
+    _WORKER.update(benchmarks=Benchmarks(benchmarks), scripts=scripts, rules=checks)
 
 
 def sift(chunk) -> tuple[Counter, list[Candidate]]:
@@ -1552,7 +1572,7 @@ def ungradable(answers: list[str]) -> set[str]:
     deadline there."""
     different = sorted(set(answers))
     equal = verify.grade(["\\boxed{" + a + "}" for a in different], different)
-    return {a for a, ok in zip(different, equal, strict=True) if not ok}
+    return {a for a, ok in zip(different, equal) if not ok}
 
 
 def near_pairs(rows: list[Candidate], alive: list[int]) -> list[tuple[int, int]]:
@@ -1862,8 +1882,7 @@ class Server:
 
 def is_reply(value) -> bool:
     """Is a value of JSON the three parts of a Reply?"""
-    kinds = list(map(type, value)) if isinstance(value, list) else []
-    return kinds == [str, str, bool]
+    return isinstance(value, list) and list(map(type, value)) == [str, str, bool]
 
 
 class Journal:
@@ -1948,8 +1967,7 @@ class Journal:
                 pool.shutdown(cancel_futures=True)
         outcomes = list(map(self.outcomes.get, keys))
         if faults:
-            said = f"{outcomes.count(None)} of {len(problems)} problems are still open"
-            said += f" ({faults[-1]})"
+            said = f"{outcomes.count(None)} of {len(keys)} problems are still open ({faults[-1]})"
             if any(isinstance(fault, Unfinished) for fault in faults):
                 raise Unfinished(f"{said}; run the same command again to resume")
             self.refused = Refused(said)
@@ -2108,8 +2126,8 @@ _ITEM = r"""(?:\\(?!(?:to|Rightarrow|implies|q?quad)(?![a-zA-Z]))[a-zA-Z]+|\\[{}
         |[-+−±*/^_%°√πθ∞²³·×÷½∪()\[\]{}|]|,(?=\S))"""
 _VALUE = pattern(rf"(?>{_ITEM}(?: ?{_ITEM}){{0,99}})")
 _VALUES = pattern(  # several values, or an equation
-    rf"""{_VALUE.pattern}(?:\s?(?:[=<>≤≥;,]|,? (?:and|or|to)\b|\\(?:leq?|geq?
-        |in)\b)\s?{_VALUE.pattern})+"""
+    rf"""{_VALUE.pattern}(?:\s{{0,2}}(?:[=<>≤≥;,]|,? {{1,2}}(?:and|or|to)\b|\\(?:leq?|geq?
+        |in)\b)\s{{0,2}}{_VALUE.pattern})+"""
 )
 _END = re.compile(r"[.?!](?=\s|$)|\n|\Z")  # of a sentence
 _LEADS = pattern(  # to a result
@@ -2171,6 +2189,8 @@ _GIVEN_AWAY = pattern(  # the answer that was given, the critiques, the instruct
         |\b(?:answer|solution|result) (?:was )?provided\b
         |\battempts? *(?:\#?\d|one\b|two\b|three\b)
         |\b(?:the|wrong|right|failed|given|provided|correct|these|both|all) attempts?\b(?! to)
+        |\bthe (?:first|second|third|last|previous|earlier|other|next) attempts?\b
+        |\bthe rules (?:say|ask|require)\b|\bexpected result (?:is|was)\b
         |\bground[- ]truth\b
         |\b(?:given|provided|expected|official|known|stated|supplied|reference|gold
         |target) (?:final )?answer\b
@@ -2534,10 +2554,9 @@ def benchmarks(args, out: Path) -> int:
         path = out / f"{'omni500' if source == 'omni' else source}.jsonl"
         contents[path] = rows
         report["benchmarks"][source] = entry
-        listed = f": {', '.join(unreadable[:5])}" if unreadable else ""
         print(
             f"{len(rows):6,} problems for {path}; {len(unreadable)} of {entry['rows']:,} golds not "
-            f"readable{listed}"
+            "readable (report.json lists them)"
         )
     for path, rows in contents.items():  # after all have been read: a misuse leaves none of them
         write(path, map(json_line, rows))
@@ -2681,8 +2700,14 @@ def _rows_of(family: Callable, ground: Ground) -> tuple[list, list]:
     random.Random(family.__name__).shuffle(puzzles)
     rows = []
     for i, puzzle in enumerate(puzzles):
-        row = dict(id=f"{family.__name__}/{i}", problem=puzzle.words, answer=str(puzzle.answer))
-        rows.append((row | dict(source="embedded", level=puzzle.level), puzzle))
+        row = dict(
+            id=f"{family.__name__}/{i}",
+            problem=puzzle.words,
+            answer=str(puzzle.answer),
+            source="embedded",
+            level=puzzle.level,
+        )
+        rows.append((row, puzzle))
     cut = 256 * FAMILIES[family] // sum(FAMILIES.values())
     return rows[cut:], rows[:cut]
 
@@ -2882,7 +2907,6 @@ SETS = [
     (f"--{source}", None, f"file, or {name or 'your own copy of gpqa_diamond.csv'}")
     for source, name in BENCHMARKS.items()
 ]
-DRAW = ("--seed", 0, "of the 500 of Omni-MATH and of GPQA's options")
 GROUND = [
     ("--hard", False, "problems with longer searches (t1.py: --max-new 320)"),
     ("--correct-only", False, "traces without the failed tries: each a jump to the answer"),
@@ -2894,7 +2918,7 @@ COMMANDS = [  # (function, folder of the results, help, options)
         benchmarks,
         "benchmarks",
         "the evaluation sets in one form (all but GPQA)",
-        [*SETS, NAMES, DRAW],
+        [*SETS, NAMES, ("--seed", 0, "of the 500 of Omni-MATH and of GPQA's options")],
     ),
     (embedded, "data", "the embedded problems, their test set and their traces, as files", GROUND),
 ]

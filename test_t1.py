@@ -4057,6 +4057,8 @@ def test_folders_patterns_and_splits(tmp_path):
         ("train.jsonl test2.jsonl", "several splits .test, train."),
         ("train12k.jsonl test500.jsonl", "several splits .other, test."),
         ("TrainSet.jsonl TestSet.jsonl", "several splits .test, train."),
+        ("MathTrain.jsonl MathTest.jsonl", "several splits .test, train."),
+        ("TRAIN.JSONL TEST.jsonl", "several splits .test, train."),
         ("data/a.jsonl tests/a.jsonl", "several splits .other, test."),
         ("train.jsonl held_out.jsonl", "several splits .held, train."),
         ("train.jsonl benchmarks/a.jsonl", "several splits .bench, train."),
@@ -4152,6 +4154,28 @@ def test_numbers_and_empty_marks_of_parquet(tmp_path):
     assert found["answer"] == "2"
     (raw,) = data_prep.raw_rows(str(tmp_path / "a.parquet"))
     assert data_prep.marked_invalid(data_prep.to_problem(*raw, "")) is None
+
+
+def test_parquet_names_that_are_twice_and_ids_that_are_no_json(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pa.array(["2"])
+    pq.write_table(pa.table([column] * 3, names=["problem", "answer", "answer"]), path)
+    with pytest.raises(t1.Misuse, match='a.parquet: .*Field "answer" exists 2 times'):
+        t1.read_rows(str(path), "rl")
+    row = dict(problem="What is 1 + 1?", answer="2", id=decimal.Decimal("1.5"))
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    (found,) = t1.read_rows(str(path), "rl")
+    rollout = t1.Rollout(t1.Problem(found, []), text="2")
+    assert json.loads(data_prep.json_line(t1.record_of(rollout)))["id"] == "1.5"
+
+
+def test_problems_in_files_of_their_own_have_ids_of_their_own(tmp_path):
+    for i, name in enumerate(("algebra/1", "algebra/2", "geometry/1")):
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(dict(problem=f"What is {i} + 1?", answer=str(i + 1))))
+    problems = data_prep.read_problems(str(tmp_path))
+    assert [row["id"] for row in problems] == ["algebra-1-1", "algebra-2-1", "geometry-1-1"]
 
 
 def test_columns_of_other_names(tmp_path):
@@ -6427,9 +6451,8 @@ def test_data_boxes_against_a_character_loop(text):
 @pytest.mark.parametrize("case", cases("rules"), ids=case_id)
 def test_data_rules(case):
     row = {"id": "1", "solution": "", "source": "s", "level": None, "flags": {}} | case
-    reason = next(
-        filter(None, (rule(row) for rule in data_prep.rules(tuple(case.get("scripts", ()))))), None
-    )
+    data_prep.prepare([], tuple(case.get("scripts", ())))
+    reason = next(filter(None, (rule(row) for rule in data_prep.RULES)), None)
     assert reason == case["reason"] and (
         reason in data_prep.REASONS or not data_prep.ungradable([row["answer"]])
     )
@@ -6535,7 +6558,7 @@ def test_data_decontamination(case):
 
 PLAIN = {r"\leq": "<=", r"\le": "<=", r"\geq": ">=", r"\ge": ">=", r"\neq": "!=", r"\times": "*"}
 PLAIN |= {r"\cdot": "*", r"\ldots": "...", r"\cdots": "...", r"\pm": "+-", r"\to": "->"}
-PROMPTS = [  # of verl, Qwen, DAPO, and two others
+PROMPTS = [  # of verl, Qwen, DAPO, two others, ours, PRIME, Llama, DeepSeek-R1, Alpaca, ChatML
     "{} Let's think step by step and output the final answer within \\boxed{{}}.",
     "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
     "Solve the following math problem step by step. The last line of your response should be of "
@@ -6544,6 +6567,20 @@ PROMPTS = [  # of verl, Qwen, DAPO, and two others
     'Remember to put your answer on its own line after "Answer:".',
     "Question: {}\nAnswer:",
     data_prep.ATTEMPT.replace("{problem}", "{}"),
+    "Solve the following math problem and put your final answer in \\boxed{{}}: {}",
+    "Solve the following math problem efficiently and clearly. The last line of your response "
+    "should be of the following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope "
+    "it is correct' (without quotes) where ANSWER is just the final number or expression that "
+    "solves the problem. Think step by step before answering.\n\n{}",
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
+    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>. User: {}. Assistant:",
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.",
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n",
 ]
 
 
