@@ -278,8 +278,8 @@ LAYERS = {
 # comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
 # number)
 DENSITY = {
-    "t1.py": (10, 3, 6, 0, 0, 27_704),
-    "data_prep.py": (11, 3, 7, 0, 0, 18_455),
+    "t1.py": (10, 3, 6, 0, 0, 27_703),
+    "data_prep.py": (11, 3, 7, 0, 0, 18_449),
     "verify.py": (12, 15, 9, 5, 133, 22_471),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
     "experiments/*.py": (12, 10, 10, 2, 0, 0),
@@ -6569,8 +6569,8 @@ PROMPTS = [  # of verl, Qwen, DAPO, two others, ours, PRIME, Llama, DeepSeek-R1,
     data_prep.ATTEMPT.replace("{problem}", "{}"),
     "Solve the following math problem and put your final answer in \\boxed{{}}: {}",
     "Solve the following math problem efficiently and clearly. The last line of your response "
-    "should be of the following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope "
-    "it is correct' (without quotes) where ANSWER is just the final number or expression that "
+    "should be of the following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I "
+    "hope it is correct' (without quotes) where ANSWER is just the final number or expression that "
     "solves the problem. Think step by step before answering.\n\n{}",
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
     "it. The assistant first thinks about the reasoning process in the mind and then provides the "
