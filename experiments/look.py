@@ -194,7 +194,8 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>T1</ti
 body { margin: 0 auto; max-width: 1500px; padding: 0 16px 60px; background: #f6f7f9;
   color: #1c2430; font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
 h1, h2 { margin: 28px 0 8px; line-height: 1.2 } select { font: inherit; max-width: 100% }
-small { color: #667085; font-size: 12px } img { max-width: min(100%, max(49%, 600px)) }
+small { color: #667085; font-size: 12px }
+img { max-width: min(100%, max(49%, 600px)); vertical-align: top }
 .bar { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: 6px 9px; background: inherit }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)) }
 .box { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 10px }
