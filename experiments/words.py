@@ -10,7 +10,6 @@ The thought is SVAMP's equation, and the calculations of GSM8K's human solutions
 with at most two are taken. Each set comes from the hub or from a file of its rows."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +88,8 @@ def publish(args):
         for row in data_prep.read_log(folder / "eval" / "responses.jsonl"):
             right.setdefault(row["key"], {}).setdefault(row["problem"], []).append(row["right"])
         entries = t1.results_of(folder / "eval")
-        first = right[entries[0]["key"]]
-        for entry in entries:  # its gain over the first one: mean and error, paired by problem
+        for entry in entries:  # its gain over the first one of its test: mean, error, by problem
+            first = next(right[e["key"]] for e in entries if e["test"] == entry["test"])
             own = right[entry["key"]]
             gain = t1.mean_and_error([[np.mean(own[x]) - np.mean(first[x])] for x in own])
             kept = {name: value for name, value in entry.items() if name not in LOCAL}
@@ -107,8 +106,8 @@ def table(rows: list[dict]) -> str:
         gain = f"{change:+.1f} ± {spread:.1f}" if spread else ""
         k, chance, error = row["pass_at_k"][-1]
         best = f"{percent(chance, error)} ({k})"
-        cut = f"{100 * row['overlong']:.1f} %"
-        lines.append([row["run"], row["name"], right, gain, best, f"{row['length']:.0f}", cut])
+        rest = (f"{row['length']:.0f}", f"{100 * row['overlong']:.1f} %")
+        lines.append([row["run"], row["name"], right, gain, best, *rest])
     columns = ["run", "checkpoint", "pass@1", "gain, points", "pass@k (k)", "length", "over-long"]
     return claims.table_of(columns, lines)
 
@@ -118,10 +117,11 @@ def percent(value: float, error: float) -> str:
 
 
 def mean_gain(rows: list[dict]) -> str:
-    """Of the last checkpoints of SEEDS."""
+    """Of the last checkpoints of SEEDS, if two are there."""
     gains = [100 * row["gain"][0] for row in rows if (row["run"], row["name"]) in SEEDS]
-    each = ", ".join(f"{gain:.1f}" for gain in gains)
-    return f"{each}: mean {np.mean(gains):.1f}, standard deviation {np.std(gains, ddof=1):.1f}"
+    if len(gains) < 2:
+        return ""
+    return f"mean gain {np.mean(gains):.1f}, standard deviation {np.std(gains, ddof=1):.1f}"
 
 
 def make(args):
@@ -155,4 +155,4 @@ def make(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
