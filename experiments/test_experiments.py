@@ -730,12 +730,11 @@ def test_word_problems_as_data(tmp_path):
 
     # Problems with right and with wrong responses are chosen.
     responses = []
-    for i, row in enumerate(t1.read_log(tmp_path / "rl.jsonl")):
+    rl = t1.read_log(tmp_path / "rl.jsonl")
+    for i, row in enumerate(rl):
         for sample in range(3):
             responses.append(dict(problem=row["problem"], right=i % 4 == 0 or i % 4 == sample))
     responses = write_rows(tmp_path / "responses.jsonl", responses)
     assert words.main(f"--responses {responses} --out {tmp_path}".split()) == 0
     chosen = t1.read_log(tmp_path / "chosen.jsonl")
-    assert chosen == [
-        r for i, r in enumerate(t1.read_log(tmp_path / "rl.jsonl")) if i % 4 in (1, 2)
-    ]
+    assert chosen == [row for i, row in enumerate(rl) if i % 4 in (1, 2)]

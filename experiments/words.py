@@ -55,11 +55,12 @@ def is_one(row: dict) -> bool:
 @experiments.program
 def main(argv: list[str] | None = None):
     parser = experiments.Parser("words", __doc__)
-    parser.add_argument("--svamp", default="ChilleD/SVAMP")
-    parser.add_argument("--gsm8k", nargs="+", default=["openai/gsm8k:train", "openai/gsm8k"])
-    parser.add_argument("--runs", default="", help="folders of evaluated runs, by commas")
-    parser.add_argument("--responses", type=Path, help="of an evaluation on rl.jsonl")
-    parser.add_argument("--out", type=Path, required=True)
+    add = parser.add_argument
+    add("--svamp", default="ChilleD/SVAMP", help="a set of the hub or a file")
+    add("--gsm8k", nargs="+", default=["openai/gsm8k:train", "openai/gsm8k"], help="the same")
+    add("--runs", default="", help="folders of evaluated runs, by commas")
+    add("--responses", type=Path, help="of an evaluation on rl.jsonl")
+    add("--out", type=Path, required=True, help="folder of the written files")
     args = parser.parse_args(argv)
     if args.runs:
         publish(args)
@@ -87,9 +88,9 @@ def publish(args):
         right = {}  # of each checkpoint and problem
         for row in data_prep.read_log(folder / "eval" / "responses.jsonl"):
             right.setdefault(row["key"], {}).setdefault(row["problem"], []).append(row["right"])
-        entries = t1.results_of(folder / "eval")
-        for entry in entries:  # its gain over the first one of its test: mean, error, by problem
-            first = next(right[e["key"]] for e in entries if e["test"] == entry["test"])
+        entries = [e for e in t1.results_of(folder / "eval") if e["test"].endswith("test.jsonl")]
+        first = right[entries[0]["key"]]
+        for entry in entries:  # its gain over the first: mean and error, paired by problem
             own = right[entry["key"]]
             gain = t1.mean_and_error([[np.mean(own[x]) - np.mean(first[x])] for x in own])
             kept = {name: value for name, value in entry.items() if name not in LOCAL}
