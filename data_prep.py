@@ -1192,15 +1192,17 @@ def find_answer(row: dict) -> str | None:
     (paper: answers extracted). Returns why there is none, or none that can be trusted."""
     raw = boxes(row["solution"])
     found = [bare(box or "") for box in raw] or [""]
+    last = found[-1]
+    value = value_of(last, row["problem"])
     if row["answer"]:
-        row["answer"] = bare(row["answer"])
-        is_letter = pattern(_LETTER, re.S).search(plain_text(found[-1]))
-        if found[-1] and not is_letter and not same_answer(found[-1], row["answer"]):
+        row["answer"] = value_of(bare(row["answer"]), row["problem"])
+        is_letter = pattern(_LETTER, re.S).search(plain_text(last))
+        if last and not is_letter and not same_answer(value, row["answer"]):
             return "answer and box differ"
     elif not raw or None in raw:
         return "no box"
     else:
-        row["answer"] = found[-1]
+        row["answer"] = value
         before, _, after = row["solution"].rpartition("{" + raw[-1] + "}")
         # one value of several, the one asked for
         name = re.search(r"(\S+)\s*=\s*\\boxed\s*\Z", before[-60:])
@@ -1210,9 +1212,8 @@ def find_answer(row: dict) -> str | None:
         )
         if _CONTINUES.match(after[:200]) and not asked:
             return "answer continues after the box"
-        if found[-1] and not all(same_answer(box, found[-1]) for box in set(found)):
+        if last and not all(same_answer(box, last) for box in set(found)):
             return "several different boxes"
-    row["answer"] = value_of(row["answer"], row["problem"])
     row["plain"] = plain_text(row["answer"])
     return None if row["answer"] else "empty answer"
 

@@ -6737,6 +6737,21 @@ def test_data_curate_reads_every_schema(tmp_path):
     assert sorted(kept, key=str) == sorted(wanted, key=str)
 
 
+def test_data_cot_reads_what_curate_wrote(tmp_path):
+    """An answer that `curate` made of a box is not another answer than the box."""
+    progression = "In an arithmetic progression $a_5 = 1$ and $a_8 = 1.5$. Find $a_{12}+a_{14}$."
+    apples = "Apples cost 0,2 coins a kilogram. What is the price of 3,5 kg of apples?"
+    rows = [
+        dict(problem=progression, solution="So $\\boxed{a_{12}+a_{14} = 5}$."),
+        dict(problem=apples, solution="So $\\boxed{0{,}7}$."),
+    ]
+    pool = jsonl(tmp_path / "pool.jsonl", rows)
+    succeed("curate", "--numina", pool, "--processes", 1, "--out", tmp_path / "o")
+    kept = tmp_path / "o/rl.jsonl"
+    assert [row["answer"] for row in read_jsonl(kept)] == ["5", "0.7"]
+    assert [row["answer"] for row in data_prep.read_problems(str(kept))] == ["5", "0.7"]
+
+
 def test_data_curate_marks_a_set_without_solutions_and_leaves_it_out(tmp_path):
     rows = pool_rows(60)
     bare = [
