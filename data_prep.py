@@ -2371,10 +2371,11 @@ def read_problems(name: str, columns: str = "") -> list[dict]:
     ids."""
     rows = {}
     for where, row in all_problems(name, "local", columns):
-        if find_answer(row):
+        fault = find_answer(row)
+        if fault:
             raise Misuse(
-                f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a "
-                "box of 'solution'; run `curate` first"
+                f"{row_at(where)}: no answer that can be trusted ({fault}); mend field 'answer' "
+                "or the box of 'solution', or run `curate` first"
             )
         if row["id"] in rows:
             raise Misuse(

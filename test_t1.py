@@ -6750,6 +6750,9 @@ def test_data_cot_reads_what_curate_wrote(tmp_path):
     kept = tmp_path / "o/rl.jsonl"
     assert [row["answer"] for row in read_jsonl(kept)] == ["5", "0.7"]
     assert [row["answer"] for row in data_prep.read_problems(str(kept))] == ["5", "0.7"]
+    differ = jsonl(tmp_path / "differ.jsonl", [read_jsonl(kept)[0] | dict(answer="6")])
+    with pytest.raises(data_prep.Misuse, match="answer and box differ"):
+        data_prep.read_problems(str(differ))
 
 
 def test_data_curate_marks_a_set_without_solutions_and_leaves_it_out(tmp_path):
