@@ -890,7 +890,7 @@ _PLAINER = [
     (_FORM, " "),
     (_DRAWING, " "),
     (r"(\\[dtc]?frac)\s*(\d)\s*(?=\d)", r"\1 \2 "),  # \frac12 is 1/2, not a fraction of 12
-    (r"(?:^|\n)\s*[-*\u2022]\s+(?=[A-Za-z$\\(])", " "),  # bullets
+    (r"(?:^|\n)[^\S\n]*[-*\u2022]\s+(?=[A-Za-z$\\(])", " "),  # bullets
     (r"(?<=\d)(?:,|\{,\}|,?\\!|\\,)(?=\d{3}(?!\d))", ""),  # 1,000
     (r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})", " "),  # a hyphen is no minus
     (r"(?:\\_|_){2,}|\\underline\s*\{[\s\\,;:~]*\}|\\\\(?:\[[^\]]*\])?", " "),  # blanks, line ends

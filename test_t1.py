@@ -6410,6 +6410,13 @@ def test_data_text_is_equal_or_tells_two_problems_apart(case):
         assert data_prep.same_problem(a, a, False) and data_prep.same_problem(b, b, True)
 
 
+def test_data_tokens_of_blank_lines_take_linear_time():
+    """One row of 200 kB, most of which is blank, held t1.py up for minutes."""
+    for blank in ("\n", " \n", "\n "):
+        with cpu_seconds(2, repr(blank)):
+            assert data_prep.tokens("What is 1" + blank * 100_000 + "+ 2?")[-3:] == ["1", "+", "2"]
+
+
 def test_data_repair():
     assert data_prep.repair("$(-\x0crac{1}{125})$ \x0cx") == r"$(-\frac{1}{125})$ x"
     assert data_prep.repair(r"S\_n \equal{} \\frac{1}{2}") == r"S_n = \frac{1}{2}"
