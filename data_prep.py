@@ -273,17 +273,18 @@ def parquet_rows(path: Path) -> Iterator[dict]:
 
 def hub_rows(name: str) -> Iterator[tuple]:
     """(where, row) of a data set of the hub, streamed."""
-    from datasets import load_dataset
-
     for config, split, file in HUB[name]:
         place = config or name.split("/")[1].replace(":", "-")
         try:
+            from datasets import load_dataset
+
             rows = load_dataset(
                 name.split(":")[0], config, split=split, data_files=file, streaming=True
             )
             for number, row in enumerate(rows, 1):
                 yield (place, number), row
-        except (OSError, ValueError) as e:  # connection, missing repository, missing split
+        # connection, missing repository, missing split, missing package
+        except (OSError, ValueError, ImportError) as e:
             raise Misuse(
                 f"{name}: cannot be loaded from the hub ({textwrap.shorten(str(e), 200)}); give a "
                 "local copy"
@@ -2959,8 +2960,8 @@ def show_any_text():
 
 
 def main(argv=None) -> int:
-    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on
-    stderr."""
+    """A command line -> exit code: 0, 1 (resume it, a full disk, a package that is missing) or 2
+    (misuse), with one line on stderr."""
     args = parse_args(argv)
     show_any_text()
     try:
@@ -2969,7 +2970,8 @@ def main(argv=None) -> int:
         except OSError as e:
             raise Misuse(f"--out {args.out}: not a folder that can be made ({e.strerror})")
         return args.run(args, Path(args.out))
-    except (Stop, OSError) as e:  # OSError: a full disk, a folder that nobody may write to
+    # OSError: a full disk, a folder that nobody may write to; ImportError: no openai
+    except (Stop, OSError, ImportError) as e:
         print(f"data_prep.py: error: {e if isinstance(e, Stop) else Stop(e)}", file=sys.stderr)
         return getattr(e, "code", 1)
 

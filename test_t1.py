@@ -7240,6 +7240,22 @@ def test_data_cot_ctrl_c_does_not_wait_for_the_server(tmp_path):
         assert len(read_jsonl(tmp_path / "o" / "sft.jsonl")) == 2
 
 
+def test_data_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch):
+    """openai and datasets are optional."""
+    problems = jsonl(tmp_path / "problems.jsonl", SUMS[:1])
+    for package in ("openai", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+    commands = {
+        "cot": (["--problems", problems, "--teacher", "m"], 1, "openai"),
+        "benchmarks": ([], 2, "datasets .*give a local copy"),
+    }
+    for command, (options, expected, said) in commands.items():
+        code, _, err = data_main(command, *options, "--out", tmp_path / "o")
+        assert code == expected and re.search(said, err) and err.count("\n") == 1
+    code, _, err = main("--stage", "sft", "--data", "zai-org/T1:sft", "--out", tmp_path)
+    assert code == 2 and re.search("datasets .*give a local copy", err)
+
+
 def test_data_prep_without_a_stderr(tmp_path):
     pool = jsonl(tmp_path / "pool.jsonl", SUMS[:9])
     options = f"--numina {pool} --processes 1 --out {tmp_path / 'o'}"
