@@ -3703,10 +3703,10 @@ def truth(text: str) -> bool:
 
 
 def settings_before(cfg: Config) -> dict:
-    """The config of the stage that produced this stage's input model, {} if no stage did."""
+    """The config of this stage, or of the one that produced its input model; {} if neither is."""
     given = cfg.model or cfg.checkpoint.split(",")[0]
     run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
-    folders = [run / "rl", run / "sft"]
+    folders = [run / cfg.stage, run / "rl", run / "sft"]  # a stage that runs again: its own
     if given:
         path = Path(given)
         folders = [path.parent if path.name.startswith("checkpoint-") else path]

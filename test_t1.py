@@ -2190,6 +2190,17 @@ def test_a_stage_keeps_what_the_model_before_saw(tmp_path):
     )
 
 
+def test_sft_does_not_change_with_the_rl_that_followed(tmp_path):
+    """The same commands again: SFT was refused for the --max-new that RL had."""
+    for stage, options in (("sft", []), ("rl", ["--max-new", 320, "--preset", "small"])):
+        cfg = config(*options, "--name", "mine", "--out", tmp_path, stage=stage)
+        (tmp_path / "mine" / stage).mkdir(parents=True)
+        t1.write_json(tmp_path / "mine" / stage / "config.json", dict(config=t1.deciding(cfg)))
+    cfg = config("--name", "mine", "--out", tmp_path, stage="sft")
+    assert (cfg.preset, cfg.max_new) == ("tiny", 160)
+    t1.RunFolder(cfg)
+
+
 def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 9)
     branch = [*args, "--resume-from", 6]
