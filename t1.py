@@ -2903,8 +2903,8 @@ def digest(value) -> str:
 
 
 def digest_of_rows(rows: list[dict]) -> str:
-    names = ("problem", "response", "answer", "system")
-    return digest([list(map(row.get, names)) for row in rows])
+    """Of all columns, which --reward may read, wherever the rows lie."""
+    return digest([digest(row | dict(where="")) for row in rows])
 
 
 def digest_of_code() -> str:

@@ -3407,6 +3407,10 @@ def test_resume_compares_the_reward_and_the_model(guess, tmp_path):
     assert main(*args, f"{tmp_path}/a.py:value")[0] == main(*args, f"{tmp_path}/b.py:value")[0] == 0
     code, _, err = main(*args, f"{tmp_path}/c.py:value")
     assert code == 2 and "was started with another --reward" in err
+    rows = [row | dict(hint="x") for row in naming_rows(10)]  # a column that FUNCTION may read
+    other = write_rows(tmp_path / "other.jsonl", rows)
+    code, _, err = main(*args, f"{tmp_path}/a.py:value", "--data", other)
+    assert code == 2 and "was started with another --data" in err
     same = shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "model")
     args += [f"{tmp_path}/a.py:value", "--model"]
     assert main(*args, same)[0] == 0
