@@ -3777,8 +3777,11 @@ def check_config(cfg: Config):
     if cfg.reward:
         reward_function(cfg.reward)  # before a model is loaded
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
-    vllm = "not installed here: pip install vllm==0.32.0"
-    need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
+    need(
+        cfg.engine != "vllm" or installed("vllm"),
+        "engine",
+        "not installed here: pip install vllm==0.32.0",
+    )
     compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     need(not (cfg.checkpoint and cfg.model), "checkpoint", "or --model, not both")
     need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
@@ -3787,7 +3790,8 @@ def check_config(cfg: Config):
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
     one_each = f"each of the {ranks} ranks needs at least one"
     need(cfg.prompts * cfg.k >= ranks, "prompts", f"{one_each} response")
-    need(cfg.sft_batch >= ranks, "sft_batch", f"{one_each} trace")
+    if cfg.stage == "sft":
+        need(cfg.sft_batch >= ranks, "sft_batch", f"{one_each} trace")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1291,6 +1291,17 @@ def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatc
             config(*options)
 
 
+def test_rl_and_eval_take_more_ranks_than_a_batch_of_sft(monkeypatch):
+    """They cannot change --sft-batch, and were refused for it."""
+    ranks = dict(WORLD_SIZE=128, RANK=0, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29500)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, str(value))
+    for stage in ("rl", "eval"):
+        assert config("--preset", "qwen2.5-32b", stage=stage).sft_batch == 64
+    with pytest.raises(t1.Misuse, match="--sft-batch 64: each of the 128 ranks"):
+        config("--preset", "qwen2.5-32b", stage="sft")
+
+
 def test_rank_0_decides_which_checkpoint_is_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(t1, "from_rank0", lambda value: [Path("what rank 0 sees")])
     assert t1.latest(str(tmp_path)) == "what rank 0 sees"
