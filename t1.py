@@ -1266,12 +1266,14 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     tests = read_rows(cfg.test, "eval", cfg.columns) if cfg.test else []
     if cfg.stage == "eval" and cfg.test:
         return [], tests
-    if not cfg.data:
-        tests = tests or data_prep.embedded_problems("test")
-        if cfg.stage == "sft":
-            return data_prep.embedded_traces(), tests
-        return data_prep.embedded_problems("train"), tests
-    rows = read_rows(cfg.data, cfg.stage, cfg.columns)
+    if cfg.data:
+        rows = read_rows(cfg.data, cfg.stage, cfg.columns)
+    elif cfg.stage == "sft":
+        rows = data_prep.embedded_traces()
+    else:
+        rows = data_prep.embedded_problems("train")
+    if not (cfg.data or cfg.test):
+        return rows, data_prep.embedded_problems("test")
     keys = [text_key(row) for row in rows]
     out = {text_key(row) for row in tests}
     if not cfg.test:
@@ -1280,10 +1282,10 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
         tests = list(held.values())
     rest = [row for key, row in zip(keys, rows) if key not in out]
     if not rest:
-        print0(f"{cfg.data}: no row is left beside the problems of the test: all are trained on")
+        print0("data: no row is left beside the problems of the test: all are trained on")
         return rows, tests if cfg.test else []
     what = "are problems of --test" if cfg.test else "held out for evaluation (--test for others)"
-    print0(f"{cfg.data}: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
+    print0(f"data: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
     return rest, tests
 
 

@@ -4266,6 +4266,15 @@ def test_held_out_problems_are_not_trained_on_in_another_spelling(tmp_path, caps
     assert "20 rows are problems of --test, 780 rows left" in capsys.readouterr().out
 
 
+def test_embedded_problems_of_a_test_are_not_trained_on(tmp_path):
+    """The hard test set has 46 of the easy problems."""
+    test = jsonl(tmp_path / "test.jsonl", data_prep.embedded_problems("test", data_prep.HARD))
+    rest, tests = t1.read_data(config("--test", test))
+    texts = {text_key(row["problem"]) for row in rest}
+    assert len(tests) == 256 and len(rest) == 1_792 - 46
+    assert not texts & {text_key(row["problem"]) for row in tests}
+
+
 def test_the_system_message_of_a_row_is_asked_with_its_problem(tiny):
     tokenizer = copy.deepcopy(tiny.tokenizer)
     cfg = config("--system", "Be brief.")
