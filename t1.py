@@ -67,7 +67,7 @@ from data_prep import Misuse, Stop
 
 # ----------------------------------------------------------------------------- the method's options
 def knob(default, doc, paper="", stage="", zero=False, free=False, inherit=False):
-    """An option. paper: its value there; stage: the only one that accepts it; zero: 0 is allowed;
+    """An option. paper: its value there; stage: only this one accepts it; zero: 0 is allowed;
     free: it may change when a run resumes; inherit: the next stages of a run keep its value."""
     words = f"{doc} (default: {default!r}{'; paper: ' if paper else ''}{paper})"
     rules = dict(help=words, stage=stage, zero=zero, free=free, inherit=inherit)
@@ -1189,7 +1189,11 @@ class Config(Method):
     columns: str = knob("", "other names of columns of --data: problem=COLUMN,answer=COLUMN, ...")
     test: str = knob("", "problems to evaluate on; empty: a held-out part of --data, or embedded")
     resume_from: int = knob(
-        0, "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N", zero=True
+        0,
+        "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N",
+        "",
+        "sft or rl",
+        zero=True,
     )
     checkpoint: str = knob(
         "", "folders, by commas; empty: the run's last SFT and all its RL checkpoints", "", "eval"
@@ -1990,7 +1994,7 @@ def next_command(folder, stage: str) -> str:
     words.append(f"t1.py --stage {stage}")
     for option in dataclasses.fields(cfg):
         value = getattr(cfg, option.name)
-        of_stage = option.metadata["stage"] or option.name in ("stage", "model", "resume_from")
+        of_stage = option.metadata["stage"] or option.name in ("stage", "model")
         if not of_stage and value != getattr(usual, option.name):
             words.append(f"--{option.name.replace('_', '-')} {shlex.quote(str(value))}")
     return " ".join(words)
@@ -2985,7 +2989,7 @@ def deciding(cfg: Config) -> dict:
     """The options that a stage's results depend on."""
     values = {}
     for option in dataclasses.fields(cfg):
-        of_stage = option.metadata["stage"] in ("", cfg.stage)
+        of_stage = cfg.stage in (option.metadata["stage"] or cfg.stage)
         if of_stage and not option.metadata["free"]:
             values[option.name] = getattr(cfg, option.name)
     return values
@@ -3753,7 +3757,7 @@ def check_config(cfg: Config):
         name = option.name
         value = getattr(cfg, name)
         stage = option.metadata["stage"] or cfg.stage
-        if stage != cfg.stage:
+        if cfg.stage not in stage:
             need(value == getattr(usual, name), name, f"only --stage {stage} uses it")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")

@@ -2226,6 +2226,14 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     assert code == 2 and "there are: 3, 6, 9" in err
 
 
+def test_only_training_branches():
+    """eval took --resume-from and evaluated the run in place of its branch."""
+    for stage in ("sft", "rl"):
+        assert t1.deciding(config("--resume-from", 6, stage=stage))["resume_from"] == 6
+    with pytest.raises(t1.Misuse, match="--resume-from 6: only --stage sft or rl uses it"):
+        config("--resume-from", 6, stage="eval")
+
+
 def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_path):
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 1)
     assert main(*args, "--keep-every", 6)[0] == 0
