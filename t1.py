@@ -3251,6 +3251,8 @@ class RunFolder:
             self.source = str(named)
         for name in self.logs:
             path = origin / name
+            if not path.exists():  # a branch may keep rollouts that its origin did not
+                path = self.path / name
             once = name in ("metrics.jsonl", "timings.jsonl")  # one row per step
             seen = set()
 

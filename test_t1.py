@@ -3343,6 +3343,20 @@ def test_a_broken_gzip_log_keeps_its_whole_rows(tmp_path):
     assert (tmp_path / "aside").read_bytes().startswith(rows[4])
 
 
+def test_a_branch_without_a_checkpoint_begins_its_logs_anew(tmp_path):
+    """Its --keep-rollouts is not the origin's: rows of a killed try stayed, with a torn end."""
+    folder = object.__new__(t1.RunFolder)
+    folder.path = tmp_path / "a-from-3/rl"
+    folder.source = str(tmp_path / "a/rl/checkpoint-3")
+    folder.step = 3
+    folder.path.mkdir(parents=True)
+    whole = gzip.compress(b'{"step": 3}\n')
+    log = folder.path / "rollouts.jsonl.gz"
+    log.write_bytes(whole + gzip.compress(b'{"step": 4}\n')[:-9])
+    assert folder.tidy() == folder.source
+    assert gzip.decompress(log.read_bytes()) == b""
+
+
 def test_other_weights_are_another_key(tiny, tmp_path):
     """K7: one bit of any tensor, in a folder without a manifest; a copy elsewhere is the same
     model."""
