@@ -3651,7 +3651,8 @@ def draw_results(folder: Path):
         axis.legend(fontsize=8, title="checkpoint")
         title = f"{test}: {entry['problems']} problems x {entry['samples']} samples"
         title += f" at T = {entry['temperature']}; bars: standard error"
-        which = re.sub(r"\W+", "-", f"-{Path(test).stem}") if len(by_test) > 1 else ""
+        # The folders, too: test sets of two folders may have one name. File names are limited.
+        which = re.sub(r"\W+", "-", f"-{test}")[-99:] if len(by_test) > 1 else ""
         save_figure(axis.figure, folder / f"inference_scaling{which}.png", title)
 
 

@@ -3407,6 +3407,16 @@ def test_an_evaluation_resumes_per_checkpoint_and_test_set(guess, tmp_path, monk
     assert len(calls) == 5
 
 
+def test_test_sets_of_one_name_have_a_picture_each(tmp_path):
+    entry = dict(name="rl 3", checkpoint="c", problems=1, samples=1, temperature=1.0)
+    for folder in ("hard", "easy", "x/" * 300):
+        scaling = [[8, 0.5, None, 7.0], [16, 0.5, None, 9.0]]
+        test = dict(key=folder, test=f"{folder}/test.jsonl", scaling=scaling)
+        t1.add_result(tmp_path, entry | test)
+    t1.draw_results(tmp_path)
+    assert len(list(tmp_path.glob("inference_scaling-*.png"))) == 3
+
+
 @pytest.mark.parametrize("text", ['{"checkpoints": [{"a": 1}]}', '{"checkpoints": 3}', "{}", "[]"])
 def test_foreign_results_are_refused(tmp_path, text):
     """K13"""
