@@ -1813,12 +1813,14 @@ class Reply(NamedTuple):
 
 
 def to_reply(choice) -> Reply:
-    """A choice of a completion. Servers name a moved thought `reasoning` or `reasoning_content`."""
+    """A choice of a completion. Servers name a moved thought `reasoning` or `reasoning_content`.
+    ValueError for half of a surrogate pair, which is no text: the journal could not take it."""
     said = choice.message
-    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
-    text = (said.content or "").strip()
+    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None) or ""
+    text = said.content or ""
+    (text + thought).encode()
     cut = choice.finish_reason in ("length", "content_filter")
-    return Reply(text, (thought or "").strip(), cut)
+    return Reply(text.strip(), thought.strip(), cut)
 
 
 class Server:

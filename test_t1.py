@@ -6980,6 +6980,10 @@ REPLIES = {
     "html": ("<html>busy</html>", "text/html"),
     "json": ('{"choices": [{"mess', "application/json"),
     "empty": ('{"id": "x", "choices": []}', "application/json"),
+    "half": (  # of a surrogate pair: an emoji that was cut
+        '{"choices": [{"finish_reason": "stop", "message": {"content": "\\ud83d"}}]}',
+        "application/json",
+    ),
 }
 REFUSALS = {  # status, body, type -> the server's words, as the user reads them
     "json": (400, '{"error": {"message": "at most 4096"}}', "application/json", "at most 4096"),
@@ -7153,7 +7157,7 @@ def cot_args(folder, server, *args):
 
 def test_data_cot_over_http_with_faults(tmp_path, no_wait):
     with FakeModel(
-        SUMS[:5], [429, 500, "hang", "html", "json", "empty", "drop", "one"], delay=0.01
+        SUMS[:5], [429, 500, "hang", "html", "json", "empty", "half", "drop", "one"], delay=0.01
     ) as server:
         succeed(*cot_args(tmp_path, server, "--timeout", 0.5, "--retries", 8))
     traces = read_jsonl(tmp_path / "o" / "sft.jsonl")
