@@ -2679,7 +2679,10 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
             raise ValueError("the tokenizer is another one when it is read back")
     except Exception as e:  # of any library
-        raise Misuse(f"a checkpoint of this model could not be saved and read back: {reason_of(e)}")
+        raise Misuse(
+            f"a checkpoint of this model could not be saved and read back: {reason_of(e)} (it was"
+            " tried in TMPDIR, or else in /tmp)"
+        )
 
 
 def make_optimizer(policy, cfg: Config):

@@ -5058,6 +5058,7 @@ def test_what_cannot_be_saved_is_said_before_training(tiny, tmp_path, monkeypatc
         m.setattr(t1, "exported_weights", loses_one)
         code, _, err = main(*args)
     assert code == 2 and "mlp.up_proj.weight is" in err and not (tmp_path / "tiny").exists()
+    assert "tried in TMPDIR" in err  # which may be the reason: it is full
     policy.lm.config.num_hidden_layers = 1
     with pytest.raises(t1.Misuse, match="could not be saved and read back"):
         t1.try_export(policy, tokenizer, tiny.cfg, 0)
