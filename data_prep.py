@@ -40,6 +40,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -1506,7 +1507,10 @@ class Candidate(NamedTuple):
 
 
 def prepare(benchmarks: list[dict], scripts: tuple[str, ...], solutions_only: bool = False):
-    """Gives a process what it needs to judge rows."""
+    """Gives a process what it needs to judge rows. One of a pool ends with the process that started
+    it."""
+    if multiprocessing.parent_process():
+        threading.Thread(target=verify.leave_with, args=(os.getppid(),), daemon=True).start()
     checks = RULES
     if solutions_only:
         checks = (*checks, searched("no solution", solution=r"\A[^ ]{0,80}\Z"))
@@ -1557,12 +1561,13 @@ def read_pools(
         (default, part) for name, default in pools for part in chunks(raw_rows(name, columns), 250)
     )
     if processes > 1:
-        pool = multiprocessing.get_context("spawn").Pool(processes, prepare, shared)
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(processes, spawn, prepare, shared)  # sees that a process died
     else:
         prepare(*shared)
     with pool or nullcontext(), tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
         for some in chunks(work, 16 * processes):  # no more of them in memory
-            for part, passed in (pool.imap if pool else map)(sift, some):
+            for part, passed in (pool.map if pool else map)(sift, some):
                 counts += part
                 candidates += passed
                 bar.update(sum(n for (_, reason), n in part.items() if reason == "read"))
@@ -2972,8 +2977,9 @@ def main(argv=None) -> int:
         except OSError as e:
             raise Misuse(f"--out {args.out}: not a folder that can be made ({e.strerror})")
         return args.run(args, Path(args.out))
-    # OSError: a full disk, a folder that nobody may write to; ImportError: no openai
-    except (Stop, OSError, ImportError) as e:
+    # OSError: a full disk, a folder that nobody may write to; ImportError: no openai;
+    # BrokenExecutor: a process of `curate` was killed
+    except (Stop, OSError, ImportError, BrokenExecutor) as e:
         print(f"data_prep.py: error: {e if isinstance(e, Stop) else Stop(e)}", file=sys.stderr)
         return getattr(e, "code", 1)
 

@@ -6812,6 +6812,24 @@ def test_data_curate_reads_every_schema(tmp_path):
     assert sorted(kept, key=str) == sorted(wanted, key=str)
 
 
+def test_data_curate_ends_when_a_process_of_it_is_killed(tmp_path, monkeypatch):
+    """It waited for ever for the rows that the process had."""
+    pool = jsonl(tmp_path / "pool.jsonl", SUMS)
+    rows = data_prep.raw_rows
+    chunks = data_prep.chunks
+
+    def killing(name, columns):
+        for number, row in enumerate(rows(name, columns)):
+            if number == 30:  # the processes have worked on rows before
+                multiprocessing.active_children()[0].kill()
+            yield row
+
+    monkeypatch.setattr(data_prep, "raw_rows", killing)
+    monkeypatch.setattr(data_prep, "chunks", lambda rows, size: chunks(rows, min(size, 4)))
+    code, _, err = data_main("curate", "--numina", pool, "--processes", 2, "--out", tmp_path / "o")
+    assert code == 1 and "terminated abruptly" in err and "Traceback" not in err
+
+
 def test_data_cot_reads_what_curate_wrote(tmp_path):
     """An answer that `curate` made of a box is not another answer than the box."""
     progression = "In an arithmetic progression $a_5 = 1$ and $a_8 = 1.5$. Find $a_{12}+a_{14}$."
