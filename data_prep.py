@@ -779,14 +779,14 @@ def gradable(answer: str) -> bool:
     return len(words) < 12 and verify.is_readable(answer)
 
 
-def read_rows(path: str, stage: str, columns: str = "") -> list[dict]:
+def read_rows(path: str, stage: str, columns: str = "", strict: bool = True) -> list[dict]:
     """Rows of a data set for a stage: traces (sft: "problem", "response") or problems (rl, eval:
     "problem", "answer"), with "system", where the row has one, "where", and all columns of the file
-    as they are. Misuse, with the row, where one of these texts is missing. columns: see `raw_rows`;
-    a test set may have other columns than the data."""
+    as they are. Misuse, with the row, where one of these texts is missing. columns, strict: see
+    `raw_rows`; a test set beside the data may have other columns than these."""
     rows = []
     gone = Counter()
-    for where, row in raw_rows(path, columns, strict=stage != "eval"):
+    for where, row in raw_rows(path, columns, strict):
         said = reading(row, where)
         said["answer"] = said["answer"] or final(said["solution"])
         if reason := left_out(row, said, stage):

@@ -1267,7 +1267,7 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in
     fifty of --data by a hash of its text, the same in every stage. No held-out problem is trained
     on, however it is spelled."""
-    tests = read_rows(cfg.test, "eval", cfg.columns) if cfg.test else []
+    tests = read_rows(cfg.test, "eval", cfg.columns, strict=not cfg.data) if cfg.test else []
     if cfg.stage == "eval" and cfg.test:
         return [], tests
     if cfg.data:

@@ -4261,6 +4261,10 @@ def test_columns_of_other_names(tmp_path):
     cfg = config("--data", path, "--test", rows, "--columns", "problem=Frage,answer=x.y")
     rows, tests = t1.read_data(cfg)
     assert [row["answer"] for row in rows + tests] == ["2"] * 3 + ["4"]
+    named = ["--columns", "problem=Frage,answer=z"]  # no such column, but one named answer
+    for option in ("--data", "--test"):
+        with pytest.raises(t1.Misuse, match="row 1: --columns answer=z: found Frage"):
+            t1.read_data(config(option, path, *named, stage="eval"))
 
 
 def test_golds_that_cannot_be_read(tmp_path, capsys):
