@@ -3066,7 +3066,8 @@ class RunFolder:
         model = latest(self.cfg.model)
         config = self.path / "config.json"
         with all_ranks_or_none():
-            if rank() == 0 and not config.exists():
+            # A run that was killed before its first checkpoint begins anew, maybe from another model.
+            if rank() == 0 and not (self.source and config.exists()):
                 contents["model"] = digest(weights_of(model))
                 run = dict(
                     config=self.values,

@@ -2226,6 +2226,16 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     assert code == 2 and "there are: 3, 6, 9" in err
 
 
+def test_a_run_without_a_checkpoint_says_what_it_began_with(tmp_path):
+    """RL of a half-trained SFT was killed, SFT ended, RL began again from another checkpoint."""
+    cfg = config("--out", tmp_path)
+    for source in ("sft/checkpoint-2", "sft/checkpoint-9"):
+        folder = t1.RunFolder(cfg)
+        folder.create(source, [], [], "", 3)
+        folder.lock.close()
+    assert t1.read_json(tmp_path / "tiny/rl/config.json")["started_from"] == "sft/checkpoint-9"
+
+
 def test_only_training_branches():
     """eval took --resume-from and evaluated the run in place of its branch."""
     for stage in ("sft", "rl"):
