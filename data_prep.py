@@ -40,6 +40,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -273,17 +274,18 @@ def parquet_rows(path: Path) -> Iterator[dict]:
 
 def hub_rows(name: str) -> Iterator[tuple]:
     """(where, row) of a data set of the hub, streamed."""
-    from datasets import load_dataset
-
     for config, split, file in HUB[name]:
         place = config or name.split("/")[1].replace(":", "-")
         try:
+            from datasets import load_dataset
+
             rows = load_dataset(
                 name.split(":")[0], config, split=split, data_files=file, streaming=True
             )
             for number, row in enumerate(rows, 1):
                 yield (place, number), row
-        except (OSError, ValueError) as e:  # connection, missing repository, missing split
+        # connection, missing repository, missing split, missing package
+        except (OSError, ValueError, ImportError) as e:
             raise Misuse(
                 f"{name}: cannot be loaded from the hub ({textwrap.shorten(str(e), 200)}); give a "
                 "local copy"
@@ -777,14 +779,14 @@ def gradable(answer: str) -> bool:
     return len(words) < 12 and verify.is_readable(answer)
 
 
-def read_rows(path: str, stage: str, columns: str = "") -> list[dict]:
+def read_rows(path: str, stage: str, columns: str = "", strict: bool = True) -> list[dict]:
     """Rows of a data set for a stage: traces (sft: "problem", "response") or problems (rl, eval:
     "problem", "answer"), with "system", where the row has one, "where", and all columns of the file
-    as they are. Misuse, with the row, where one of these texts is missing. columns: see `raw_rows`;
-    a test set may have other columns than the data."""
+    as they are. Misuse, with the row, where one of these texts is missing. columns, strict: see
+    `raw_rows`; a test set beside the data may have other columns than these."""
     rows = []
     gone = Counter()
-    for where, row in raw_rows(path, columns, strict=stage != "eval"):
+    for where, row in raw_rows(path, columns, strict):
         said = reading(row, where)
         said["answer"] = said["answer"] or final(said["solution"])
         if reason := left_out(row, said, stage):
@@ -890,7 +892,7 @@ _PLAINER = [
     (_FORM, " "),
     (_DRAWING, " "),
     (r"(\\[dtc]?frac)\s*(\d)\s*(?=\d)", r"\1 \2 "),  # \frac12 is 1/2, not a fraction of 12
-    (r"(?:^|\n)\s*[-*\u2022]\s+(?=[A-Za-z$\\(])", " "),  # bullets
+    (r"(?:^|\n)[^\S\n]*[-*\u2022]\s+(?=[A-Za-z$\\(])", " "),  # bullets
     (r"(?<=\d)(?:,|\{,\}|,?\\!|\\,)(?=\d{3}(?!\d))", ""),  # 1,000
     (r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})", " "),  # a hyphen is no minus
     (r"(?:\\_|_){2,}|\\underline\s*\{[\s\\,;:~]*\}|\\\\(?:\[[^\]]*\])?", " "),  # blanks, line ends
@@ -1192,15 +1194,17 @@ def find_answer(row: dict) -> str | None:
     (paper: answers extracted). Returns why there is none, or none that can be trusted."""
     raw = boxes(row["solution"])
     found = [bare(box or "") for box in raw] or [""]
+    last = found[-1]
+    value = value_of(last, row["problem"])
     if row["answer"]:
-        row["answer"] = bare(row["answer"])
-        is_letter = pattern(_LETTER, re.S).search(plain_text(found[-1]))
-        if found[-1] and not is_letter and not same_answer(found[-1], row["answer"]):
+        row["answer"] = value_of(bare(row["answer"]), row["problem"])
+        is_letter = pattern(_LETTER, re.S).search(plain_text(last))
+        if last and not is_letter and not same_answer(value, row["answer"]):
             return "answer and box differ"
     elif not raw or None in raw:
         return "no box"
     else:
-        row["answer"] = found[-1]
+        row["answer"] = value
         before, _, after = row["solution"].rpartition("{" + raw[-1] + "}")
         # one value of several, the one asked for
         name = re.search(r"(\S+)\s*=\s*\\boxed\s*\Z", before[-60:])
@@ -1210,9 +1214,8 @@ def find_answer(row: dict) -> str | None:
         )
         if _CONTINUES.match(after[:200]) and not asked:
             return "answer continues after the box"
-        if found[-1] and not all(same_answer(box, found[-1]) for box in set(found)):
+        if last and not all(same_answer(box, last) for box in set(found)):
             return "several different boxes"
-    row["answer"] = value_of(row["answer"], row["problem"])
     row["plain"] = plain_text(row["answer"])
     return None if row["answer"] else "empty answer"
 
@@ -1504,7 +1507,10 @@ class Candidate(NamedTuple):
 
 
 def prepare(benchmarks: list[dict], scripts: tuple[str, ...], solutions_only: bool = False):
-    """Gives a process what it needs to judge rows."""
+    """Gives a process what it needs to judge rows. One of a pool ends with the process that started
+    it."""
+    if multiprocessing.parent_process():
+        threading.Thread(target=verify.leave_with, args=(os.getppid(),), daemon=True).start()
     checks = RULES
     if solutions_only:
         checks = (*checks, searched("no solution", solution=r"\A[^ ]{0,80}\Z"))
@@ -1555,12 +1561,13 @@ def read_pools(
         (default, part) for name, default in pools for part in chunks(raw_rows(name, columns), 250)
     )
     if processes > 1:
-        pool = multiprocessing.get_context("spawn").Pool(processes, prepare, shared)
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(processes, spawn, prepare, shared)  # sees that a process died
     else:
         prepare(*shared)
     with pool or nullcontext(), tqdm(unit=" rows", desc="rules", mininterval=1) as bar:
         for some in chunks(work, 16 * processes):  # no more of them in memory
-            for part, passed in (pool.imap if pool else map)(sift, some):
+            for part, passed in (pool.map if pool else map)(sift, some):
                 counts += part
                 candidates += passed
                 bar.update(sum(n for (_, reason), n in part.items() if reason == "read"))
@@ -1811,12 +1818,14 @@ class Reply(NamedTuple):
 
 
 def to_reply(choice) -> Reply:
-    """A choice of a completion. Servers name a moved thought `reasoning` or `reasoning_content`."""
+    """A choice of a completion. Servers name a moved thought `reasoning` or `reasoning_content`.
+    ValueError for half of a surrogate pair, which is no text: the journal could not take it."""
     said = choice.message
-    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
-    text = (said.content or "").strip()
+    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None) or ""
+    text = said.content or ""
+    (text + thought).encode()
     cut = choice.finish_reason in ("length", "content_filter")
-    return Reply(text, (thought or "").strip(), cut)
+    return Reply(text.strip(), thought.strip(), cut)
 
 
 class Server:
@@ -2370,10 +2379,11 @@ def read_problems(name: str, columns: str = "") -> list[dict]:
     ids."""
     rows = {}
     for where, row in all_problems(name, "local", columns):
-        if find_answer(row):
+        fault = find_answer(row)
+        if fault:
             raise Misuse(
-                f"{row_at(where)}: no answer, neither in field 'answer' (or 'label') nor in a "
-                "box of 'solution'; run `curate` first"
+                f"{row_at(where)}: no answer that can be trusted ({fault}); mend field 'answer' "
+                "or the box of 'solution', or run `curate` first"
             )
         if row["id"] in rows:
             raise Misuse(
@@ -2957,8 +2967,8 @@ def show_any_text():
 
 
 def main(argv=None) -> int:
-    """A command line -> exit code: 0, 1 (resume it, or a full disk) or 2 (misuse), with one line on
-    stderr."""
+    """A command line -> exit code: 0, 1 (resume it, a full disk, a package that is missing) or 2
+    (misuse), with one line on stderr."""
     args = parse_args(argv)
     show_any_text()
     try:
@@ -2967,7 +2977,9 @@ def main(argv=None) -> int:
         except OSError as e:
             raise Misuse(f"--out {args.out}: not a folder that can be made ({e.strerror})")
         return args.run(args, Path(args.out))
-    except (Stop, OSError) as e:  # OSError: a full disk, a folder that nobody may write to
+    # OSError: a full disk, a folder that nobody may write to; ImportError: no openai;
+    # BrokenExecutor: a process of `curate` was killed
+    except (Stop, OSError, ImportError, BrokenExecutor) as e:
         print(f"data_prep.py: error: {e if isinstance(e, Stop) else Stop(e)}", file=sys.stderr)
         return getattr(e, "code", 1)
 

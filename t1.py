@@ -67,7 +67,7 @@ from data_prep import Misuse, Stop
 
 # ----------------------------------------------------------------------------- the method's options
 def knob(default, doc, paper="", stage="", zero=False, free=False, inherit=False):
-    """An option. paper: its value there; stage: the only one that accepts it; zero: 0 is allowed;
+    """An option. paper: its value there; stage: only this one accepts it; zero: 0 is allowed;
     free: it may change when a run resumes; inherit: the next stages of a run keep its value."""
     words = f"{doc} (default: {default!r}{'; paper: ' if paper else ''}{paper})"
     rules = dict(help=words, stage=stage, zero=zero, free=free, inherit=inherit)
@@ -1189,7 +1189,11 @@ class Config(Method):
     columns: str = knob("", "other names of columns of --data: problem=COLUMN,answer=COLUMN, ...")
     test: str = knob("", "problems to evaluate on; empty: a held-out part of --data, or embedded")
     resume_from: int = knob(
-        0, "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N", zero=True
+        0,
+        "branch: continue from checkpoint-N of run NAME in a new folder NAME-from-N",
+        "",
+        "sft or rl",
+        zero=True,
     )
     checkpoint: str = knob(
         "", "folders, by commas; empty: the run's last SFT and all its RL checkpoints", "", "eval"
@@ -1263,15 +1267,17 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in
     fifty of --data by a hash of its text, the same in every stage. No held-out problem is trained
     on, however it is spelled."""
-    tests = read_rows(cfg.test, "eval", cfg.columns) if cfg.test else []
+    tests = read_rows(cfg.test, "eval", cfg.columns, strict=not cfg.data) if cfg.test else []
     if cfg.stage == "eval" and cfg.test:
         return [], tests
-    if not cfg.data:
-        tests = tests or data_prep.embedded_problems("test")
-        if cfg.stage == "sft":
-            return data_prep.embedded_traces(), tests
-        return data_prep.embedded_problems("train"), tests
-    rows = read_rows(cfg.data, cfg.stage, cfg.columns)
+    if cfg.data:
+        rows = read_rows(cfg.data, cfg.stage, cfg.columns)
+    elif cfg.stage == "sft":
+        rows = data_prep.embedded_traces()
+    else:
+        rows = data_prep.embedded_problems("train")
+    if not (cfg.data or cfg.test):
+        return rows, data_prep.embedded_problems("test")
     keys = [text_key(row) for row in rows]
     out = {text_key(row) for row in tests}
     if not cfg.test:
@@ -1280,10 +1286,10 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
         tests = list(held.values())
     rest = [row for key, row in zip(keys, rows) if key not in out]
     if not rest:
-        print0(f"{cfg.data}: no row is left beside the problems of the test: all are trained on")
+        print0("data: no row is left beside the problems of the test: all are trained on")
         return rows, tests if cfg.test else []
     what = "are problems of --test" if cfg.test else "held out for evaluation (--test for others)"
-    print0(f"{cfg.data}: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
+    print0(f"data: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
     return rest, tests
 
 
@@ -1988,7 +1994,7 @@ def next_command(folder, stage: str) -> str:
     words.append(f"t1.py --stage {stage}")
     for option in dataclasses.fields(cfg):
         value = getattr(cfg, option.name)
-        of_stage = option.metadata["stage"] or option.name in ("stage", "model", "resume_from")
+        of_stage = option.metadata["stage"] or option.name in ("stage", "model")
         if not of_stage and value != getattr(usual, option.name):
             words.append(f"--{option.name.replace('_', '-')} {shlex.quote(str(value))}")
     return " ".join(words)
@@ -2673,7 +2679,10 @@ def try_export(policy, tokenizer, cfg: Config, limit: int = 2**30):
         if again(PROBE_TEXT).input_ids != tokenizer(PROBE_TEXT).input_ids:
             raise ValueError("the tokenizer is another one when it is read back")
     except Exception as e:  # of any library
-        raise Misuse(f"a checkpoint of this model could not be saved and read back: {reason_of(e)}")
+        raise Misuse(
+            f"a checkpoint of this model could not be saved and read back: {reason_of(e)} (it was"
+            " tried in TMPDIR, or else in /tmp)"
+        )
 
 
 def make_optimizer(policy, cfg: Config):
@@ -2903,8 +2912,8 @@ def digest(value) -> str:
 
 
 def digest_of_rows(rows: list[dict]) -> str:
-    names = ("problem", "response", "answer", "system")
-    return digest([list(map(row.get, names)) for row in rows])
+    """Of all columns, which --reward may read, wherever the rows lie."""
+    return digest([digest(row | dict(where="")) for row in rows])
 
 
 def digest_of_code() -> str:
@@ -2983,7 +2992,7 @@ def deciding(cfg: Config) -> dict:
     """The options that a stage's results depend on."""
     values = {}
     for option in dataclasses.fields(cfg):
-        of_stage = option.metadata["stage"] in ("", cfg.stage)
+        of_stage = cfg.stage in (option.metadata["stage"] or cfg.stage)
         if of_stage and not option.metadata["free"]:
             values[option.name] = getattr(cfg, option.name)
     return values
@@ -3057,7 +3066,8 @@ class RunFolder:
         model = latest(self.cfg.model)
         config = self.path / "config.json"
         with all_ranks_or_none():
-            if rank() == 0 and not config.exists():
+            # A run that was killed before its first checkpoint begins anew, maybe from another model.
+            if rank() == 0 and not (self.source and config.exists()):
                 contents["model"] = digest(weights_of(model))
                 run = dict(
                     config=self.values,
@@ -3245,6 +3255,8 @@ class RunFolder:
             self.source = str(named)
         for name in self.logs:
             path = origin / name
+            if not path.exists():  # a branch may keep rollouts that its origin did not
+                path = self.path / name
             once = name in ("metrics.jsonl", "timings.jsonl")  # one row per step
             seen = set()
 
@@ -3643,7 +3655,8 @@ def draw_results(folder: Path):
         axis.legend(fontsize=8, title="checkpoint")
         title = f"{test}: {entry['problems']} problems x {entry['samples']} samples"
         title += f" at T = {entry['temperature']}; bars: standard error"
-        which = re.sub(r"\W+", "-", f"-{Path(test).stem}") if len(by_test) > 1 else ""
+        # The folders, too: test sets of two folders may have one name. File names are limited.
+        which = re.sub(r"\W+", "-", f"-{test}")[-99:] if len(by_test) > 1 else ""
         save_figure(axis.figure, folder / f"inference_scaling{which}.png", title)
 
 
@@ -3703,10 +3716,10 @@ def truth(text: str) -> bool:
 
 
 def settings_before(cfg: Config) -> dict:
-    """The config of the stage that produced this stage's input model, {} if no stage did."""
+    """The config of this stage, or of the one that produced its input model; {} if neither is."""
     given = cfg.model or cfg.checkpoint.split(",")[0]
     run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
-    folders = [run / "rl", run / "sft"]
+    folders = [run / cfg.stage, run / "rl", run / "sft"]  # a stage that runs again: its own
     if given:
         path = Path(given)
         folders = [path.parent if path.name.startswith("checkpoint-") else path]
@@ -3751,7 +3764,7 @@ def check_config(cfg: Config):
         name = option.name
         value = getattr(cfg, name)
         stage = option.metadata["stage"] or cfg.stage
-        if stage != cfg.stage:
+        if cfg.stage not in stage:
             need(value == getattr(usual, name), name, f"only --stage {stage} uses it")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             need(math.isfinite(value) and value >= 0, name, "must be a finite number, not below 0")
@@ -3777,8 +3790,11 @@ def check_config(cfg: Config):
     if cfg.reward:
         reward_function(cfg.reward)  # before a model is loaded
     need(not re.search(r"[/\\\0]|^\.+$", cfg.name), "name", "must be the name of one folder")
-    vllm = "not installed here: pip install vllm==0.32.0"
-    need(cfg.engine != "vllm" or installed("vllm"), "engine", vllm)
+    need(
+        cfg.engine != "vllm" or installed("vllm"),
+        "engine",
+        "not installed here: pip install vllm==0.32.0",
+    )
     compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     need(not (cfg.checkpoint and cfg.model), "checkpoint", "or --model, not both")
     need(not cfg.compile or compiler, "compile", "needs a C compiler; --compile false goes without")
@@ -3787,7 +3803,8 @@ def check_config(cfg: Config):
     need(cfg.vllm_memory < 1, "vllm_memory", "must be below 1")
     one_each = f"each of the {ranks} ranks needs at least one"
     need(cfg.prompts * cfg.k >= ranks, "prompts", f"{one_each} response")
-    need(cfg.sft_batch >= ranks, "sft_batch", f"{one_each} trace")
+    if cfg.stage == "sft":
+        need(cfg.sft_batch >= ranks, "sft_batch", f"{one_each} trace")
 
 
 def main(argv: list[str] | None = None) -> int:

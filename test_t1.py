@@ -1291,6 +1291,17 @@ def test_ranks_that_share_an_engine_go_with_auto_and_divide_the_ranks(monkeypatc
             config(*options)
 
 
+def test_rl_and_eval_take_more_ranks_than_a_batch_of_sft(monkeypatch):
+    """They cannot change --sft-batch, and were refused for it."""
+    ranks = dict(WORLD_SIZE=128, RANK=0, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29500)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, str(value))
+    for stage in ("rl", "eval"):
+        assert config("--preset", "qwen2.5-32b", stage=stage).sft_batch == 64
+    with pytest.raises(t1.Misuse, match="--sft-batch 64: each of the 128 ranks"):
+        config("--preset", "qwen2.5-32b", stage="sft")
+
+
 def test_rank_0_decides_which_checkpoint_is_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(t1, "from_rank0", lambda value: [Path("what rank 0 sees")])
     assert t1.latest(str(tmp_path)) == "what rank 0 sees"
@@ -2190,6 +2201,17 @@ def test_a_stage_keeps_what_the_model_before_saw(tmp_path):
     )
 
 
+def test_sft_does_not_change_with_the_rl_that_followed(tmp_path):
+    """The same commands again: SFT was refused for the --max-new that RL had."""
+    for stage, options in (("sft", []), ("rl", ["--max-new", 320, "--preset", "small"])):
+        cfg = config(*options, "--name", "mine", "--out", tmp_path, stage=stage)
+        (tmp_path / "mine" / stage).mkdir(parents=True)
+        t1.write_json(tmp_path / "mine" / stage / "config.json", dict(config=t1.deciding(cfg)))
+    cfg = config("--name", "mine", "--out", tmp_path, stage="sft")
+    assert (cfg.preset, cfg.max_new) == ("tiny", 160)
+    t1.RunFolder(cfg)
+
+
 def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 9)
     branch = [*args, "--resume-from", 6]
@@ -2202,6 +2224,24 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     assert old[:6] == new[:6] and old[6:] != new[6:] and len(new) == 9
     code, _, err = main(*args, "--resume-from", 5)
     assert code == 2 and "there are: 3, 6, 9" in err
+
+
+def test_a_run_without_a_checkpoint_says_what_it_began_with(tmp_path):
+    """RL of a half-trained SFT was killed, SFT ended, RL began again from another checkpoint."""
+    cfg = config("--out", tmp_path)
+    for source in ("sft/checkpoint-2", "sft/checkpoint-9"):
+        folder = t1.RunFolder(cfg)
+        folder.create(source, [], [], "", 3)
+        folder.lock.close()
+    assert t1.read_json(tmp_path / "tiny/rl/config.json")["started_from"] == "sft/checkpoint-9"
+
+
+def test_only_training_branches():
+    """eval took --resume-from and evaluated the run in place of its branch."""
+    for stage in ("sft", "rl"):
+        assert t1.deciding(config("--resume-from", 6, stage=stage))["resume_from"] == 6
+    with pytest.raises(t1.Misuse, match="--resume-from 6: only --stage sft or rl uses it"):
+        config("--resume-from", 6, stage="eval")
 
 
 def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_path):
@@ -3313,6 +3353,20 @@ def test_a_broken_gzip_log_keeps_its_whole_rows(tmp_path):
     assert (tmp_path / "aside").read_bytes().startswith(rows[4])
 
 
+def test_a_branch_without_a_checkpoint_begins_its_logs_anew(tmp_path):
+    """Its --keep-rollouts is not the origin's: rows of a killed try stayed, with a torn end."""
+    folder = object.__new__(t1.RunFolder)
+    folder.path = tmp_path / "a-from-3/rl"
+    folder.source = str(tmp_path / "a/rl/checkpoint-3")
+    folder.step = 3
+    folder.path.mkdir(parents=True)
+    whole = gzip.compress(b'{"step": 3}\n')
+    log = folder.path / "rollouts.jsonl.gz"
+    log.write_bytes(whole + gzip.compress(b'{"step": 4}\n')[:-9])
+    assert folder.tidy() == folder.source
+    assert gzip.decompress(log.read_bytes()) == b""
+
+
 def test_other_weights_are_another_key(tiny, tmp_path):
     """K7: one bit of any tensor, in a folder without a manifest; a copy elsewhere is the same
     model."""
@@ -3363,6 +3417,16 @@ def test_an_evaluation_resumes_per_checkpoint_and_test_set(guess, tmp_path, monk
     assert len(calls) == 5
 
 
+def test_test_sets_of_one_name_have_a_picture_each(tmp_path):
+    entry = dict(name="rl 3", checkpoint="c", problems=1, samples=1, temperature=1.0)
+    for folder in ("hard", "easy", "x/" * 300):
+        scaling = [[8, 0.5, None, 7.0], [16, 0.5, None, 9.0]]
+        test = dict(key=folder, test=f"{folder}/test.jsonl", scaling=scaling)
+        t1.add_result(tmp_path, entry | test)
+    t1.draw_results(tmp_path)
+    assert len(list(tmp_path.glob("inference_scaling-*.png"))) == 3
+
+
 @pytest.mark.parametrize("text", ['{"checkpoints": [{"a": 1}]}', '{"checkpoints": 3}', "{}", "[]"])
 def test_foreign_results_are_refused(tmp_path, text):
     """K13"""
@@ -3396,6 +3460,10 @@ def test_resume_compares_the_reward_and_the_model(guess, tmp_path):
     assert main(*args, f"{tmp_path}/a.py:value")[0] == main(*args, f"{tmp_path}/b.py:value")[0] == 0
     code, _, err = main(*args, f"{tmp_path}/c.py:value")
     assert code == 2 and "was started with another --reward" in err
+    rows = [row | dict(hint="x") for row in naming_rows(10)]  # a column that FUNCTION may read
+    other = write_rows(tmp_path / "other.jsonl", rows)
+    code, _, err = main(*args, f"{tmp_path}/a.py:value", "--data", other)
+    assert code == 2 and "was started with another --data" in err
     same = shutil.copytree(guess / "tiny/sft/checkpoint-250", tmp_path / "model")
     args += [f"{tmp_path}/a.py:value", "--model"]
     assert main(*args, same)[0] == 0
@@ -4203,6 +4271,10 @@ def test_columns_of_other_names(tmp_path):
     cfg = config("--data", path, "--test", rows, "--columns", "problem=Frage,answer=x.y")
     rows, tests = t1.read_data(cfg)
     assert [row["answer"] for row in rows + tests] == ["2"] * 3 + ["4"]
+    named = ["--columns", "problem=Frage,answer=z"]  # no such column, but one named answer
+    for option in ("--data", "--test"):
+        with pytest.raises(t1.Misuse, match="row 1: --columns answer=z: found Frage"):
+            t1.read_data(config(option, path, *named, stage="eval"))
 
 
 def test_golds_that_cannot_be_read(tmp_path, capsys):
@@ -4238,6 +4310,15 @@ def test_held_out_problems_are_not_trained_on_in_another_spelling(tmp_path, caps
     rest, tests = t1.read_data(config("--data", data, "--test", test))
     assert len(tests) == 10 and len(rest) == 780
     assert "20 rows are problems of --test, 780 rows left" in capsys.readouterr().out
+
+
+def test_embedded_problems_of_a_test_are_not_trained_on(tmp_path):
+    """The hard test set has 46 of the easy problems."""
+    test = jsonl(tmp_path / "test.jsonl", data_prep.embedded_problems("test", data_prep.HARD))
+    rest, tests = t1.read_data(config("--test", test))
+    texts = {text_key(row["problem"]) for row in rest}
+    assert len(tests) == 256 and len(rest) == 1_792 - 46
+    assert not texts & {text_key(row["problem"]) for row in tests}
 
 
 def test_the_system_message_of_a_row_is_asked_with_its_problem(tiny):
@@ -4991,6 +5072,7 @@ def test_what_cannot_be_saved_is_said_before_training(tiny, tmp_path, monkeypatc
         m.setattr(t1, "exported_weights", loses_one)
         code, _, err = main(*args)
     assert code == 2 and "mlp.up_proj.weight is" in err and not (tmp_path / "tiny").exists()
+    assert "tried in TMPDIR" in err  # which may be the reason: it is full
     policy.lm.config.num_hidden_layers = 1
     with pytest.raises(t1.Misuse, match="could not be saved and read back"):
         t1.try_export(policy, tokenizer, tiny.cfg, 0)
@@ -6410,6 +6492,13 @@ def test_data_text_is_equal_or_tells_two_problems_apart(case):
         assert data_prep.same_problem(a, a, False) and data_prep.same_problem(b, b, True)
 
 
+def test_data_tokens_of_blank_lines_take_linear_time():
+    """One row of 200 kB, most of which is blank, held t1.py up for minutes."""
+    for blank in ("\n", " \n", "\n "):
+        with cpu_seconds(2, repr(blank)):
+            assert data_prep.tokens("What is 1" + blank * 100_000 + "+ 2?")[-3:] == ["1", "+", "2"]
+
+
 def test_data_repair():
     assert data_prep.repair("$(-\x0crac{1}{125})$ \x0cx") == r"$(-\frac{1}{125})$ x"
     assert data_prep.repair(r"S\_n \equal{} \\frac{1}{2}") == r"S_n = \frac{1}{2}"
@@ -6737,6 +6826,42 @@ def test_data_curate_reads_every_schema(tmp_path):
     assert sorted(kept, key=str) == sorted(wanted, key=str)
 
 
+def test_data_curate_ends_when_a_process_of_it_is_killed(tmp_path, monkeypatch):
+    """It waited for ever for the rows that the process had."""
+    pool = jsonl(tmp_path / "pool.jsonl", SUMS)
+    rows = data_prep.raw_rows
+    chunks = data_prep.chunks
+
+    def killing(name, columns):
+        for number, row in enumerate(rows(name, columns)):
+            if number == 30:  # the processes have worked on rows before
+                multiprocessing.active_children()[0].kill()
+            yield row
+
+    monkeypatch.setattr(data_prep, "raw_rows", killing)
+    monkeypatch.setattr(data_prep, "chunks", lambda rows, size: chunks(rows, min(size, 4)))
+    code, _, err = data_main("curate", "--numina", pool, "--processes", 2, "--out", tmp_path / "o")
+    assert code == 1 and "terminated abruptly" in err and "Traceback" not in err
+
+
+def test_data_cot_reads_what_curate_wrote(tmp_path):
+    """An answer that `curate` made of a box is not another answer than the box."""
+    progression = "In an arithmetic progression $a_5 = 1$ and $a_8 = 1.5$. Find $a_{12}+a_{14}$."
+    apples = "Apples cost 0,2 coins a kilogram. What is the price of 3,5 kg of apples?"
+    rows = [
+        dict(problem=progression, solution="So $\\boxed{a_{12}+a_{14} = 5}$."),
+        dict(problem=apples, solution="So $\\boxed{0{,}7}$."),
+    ]
+    pool = jsonl(tmp_path / "pool.jsonl", rows)
+    succeed("curate", "--numina", pool, "--processes", 1, "--out", tmp_path / "o")
+    kept = tmp_path / "o/rl.jsonl"
+    assert [row["answer"] for row in read_jsonl(kept)] == ["5", "0.7"]
+    assert [row["answer"] for row in data_prep.read_problems(str(kept))] == ["5", "0.7"]
+    differ = jsonl(tmp_path / "differ.jsonl", [read_jsonl(kept)[0] | dict(answer="6")])
+    with pytest.raises(data_prep.Misuse, match="answer and box differ"):
+        data_prep.read_problems(str(differ))
+
+
 def test_data_curate_marks_a_set_without_solutions_and_leaves_it_out(tmp_path):
     rows = pool_rows(60)
     bare = [
@@ -6888,6 +7013,10 @@ REPLIES = {
     "html": ("<html>busy</html>", "text/html"),
     "json": ('{"choices": [{"mess', "application/json"),
     "empty": ('{"id": "x", "choices": []}', "application/json"),
+    "half": (  # of a surrogate pair: an emoji that was cut
+        '{"choices": [{"finish_reason": "stop", "message": {"content": "\\ud83d"}}]}',
+        "application/json",
+    ),
 }
 REFUSALS = {  # status, body, type -> the server's words, as the user reads them
     "json": (400, '{"error": {"message": "at most 4096"}}', "application/json", "at most 4096"),
@@ -7061,7 +7190,7 @@ def cot_args(folder, server, *args):
 
 def test_data_cot_over_http_with_faults(tmp_path, no_wait):
     with FakeModel(
-        SUMS[:5], [429, 500, "hang", "html", "json", "empty", "drop", "one"], delay=0.01
+        SUMS[:5], [429, 500, "hang", "html", "json", "empty", "half", "drop", "one"], delay=0.01
     ) as server:
         succeed(*cot_args(tmp_path, server, "--timeout", 0.5, "--retries", 8))
     traces = read_jsonl(tmp_path / "o" / "sft.jsonl")
@@ -7213,6 +7342,22 @@ def test_data_cot_ctrl_c_does_not_wait_for_the_server(tmp_path):
         server.delay = 0
         succeed(*cot_args(tmp_path, server))
         assert len(read_jsonl(tmp_path / "o" / "sft.jsonl")) == 2
+
+
+def test_data_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch):
+    """openai and datasets are optional."""
+    problems = jsonl(tmp_path / "problems.jsonl", SUMS[:1])
+    for package in ("openai", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+    commands = {
+        "cot": (["--problems", problems, "--teacher", "m"], 1, "openai"),
+        "benchmarks": ([], 2, "datasets .*give a local copy"),
+    }
+    for command, (options, expected, said) in commands.items():
+        code, _, err = data_main(command, *options, "--out", tmp_path / "o")
+        assert code == expected and re.search(said, err) and err.count("\n") == 1
+    code, _, err = main("--stage", "sft", "--data", "zai-org/T1:sft", "--out", tmp_path)
+    assert code == 2 and re.search("datasets .*give a local copy", err)
 
 
 def test_data_prep_without_a_stderr(tmp_path):

@@ -30,7 +30,7 @@ def stage_options(stage: str, options: list[str]) -> list[str]:
     """A command line of one stage: t1.py's `options` without those that only other stages read."""
     others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for field in dataclasses.fields(t1.Config):
-        if field.metadata["stage"] not in ("", stage):
+        if stage not in (field.metadata["stage"] or stage):
             names = {f"--{field.name.replace('_', '-')}", f"--{field.name}"}
             others.add_argument(*names, nargs="?")
     return [*others.parse_known_args(options)[1], "--stage", stage]
