@@ -2071,8 +2071,7 @@ class VLLMEngine:
 
     def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0, ended=None):
         """As TorchEngine.generate. The ranks that share the engine call it together."""
-        groups = by_problem(rollouts)
-        options = dict(
+        params = self.sampling_params(
             temperature=temperature,
             min_p=min_p,
             max_tokens=max_new,
@@ -2081,19 +2080,18 @@ class VLLMEngine:
             flat_logprobs=True,
             detokenize=False,
         )
-        prompts = [{"prompt_token_ids": group[0].problem.prompt} for group in groups]
-        params = [self.sampling_params(n=len(group), **options) for group in groups]
+        # A request for each sample: vLLM refuses several greedy ones in one.
+        prompts = [{"prompt_token_ids": r.problem.prompt} for r in rollouts]
         answers = []
-        if groups:
+        if rollouts:
             torch.manual_seed(rollouts[0].seed + rollouts[0].sample)
             with self.failing("failed"):
                 answers = self.llm.generate(prompts, params, use_tqdm=False)
-        for group, answer in zip(groups, answers):
-            outputs = sorted(answer.outputs, key=lambda output: output.index)
-            for rollout, output in zip(group, outputs):
-                rollout.ids = list(output.token_ids)
-                rollout.logprobs = list(output.logprobs.logprobs)
-                rollout.finished = output.finish_reason == "stop"
+        for rollout, answer in zip(rollouts, answers):
+            (output,) = answer.outputs
+            rollout.ids = list(output.token_ids)
+            rollout.logprobs = list(output.logprobs.logprobs)
+            rollout.finished = output.finish_reason == "stop"
         if ended:
             ended(len(rollouts))
         return rollouts
