@@ -872,7 +872,9 @@ class TorchEngine:
         weights = self.policy.lm.state_dict()
         for name, w in full_weights(policy):
             weights[name].copy_(w)
-        self.policy.end_ids = policy.end_ids  # evaluation comes with several checkpoints
+        # Evaluation comes with several checkpoints, whose tokenizers may differ.
+        self.policy.end_ids = policy.end_ids
+        self.policy.vocabulary = policy.vocabulary
         return True
 
     def sleep(self):
@@ -2012,10 +2014,12 @@ class VLLMEngine:
             __init__ = update_state = lambda *unused: None  # it has no state
             is_argmax_invariant = lambda self: False
 
-            def apply(self, logits, known=policy.vocabulary):
-                logits[:, known:] = -math.inf
+            def apply(self, logits):
+                logits[:, engine.vocabulary :] = -math.inf
                 return logits
 
+        engine = self
+        self.vocabulary = policy.vocabulary
         self.tokenizer = tokenizer
         self.cfg = cfg
         self.sampling_params = vllm.SamplingParams
@@ -2061,6 +2065,7 @@ class VLLMEngine:
             self.llm.reset_prefix_cache()
             self.llm.wake_up(tags=["kv_cache"])
         self.end_ids = policy.end_ids
+        self.vocabulary = policy.vocabulary
         return True
 
     def sleep(self):

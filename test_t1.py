@@ -1236,6 +1236,22 @@ def test_an_engine_stops_where_the_policy_that_it_holds_stops(talkative, engine)
     assert cut.ids == free.ids[: free.ids.index(free.ids[1]) + 1]
 
 
+def test_an_engine_samples_what_the_policy_that_it_holds_knows(talkative, engine):
+    """The tokenizer of a second checkpoint may have more tokens, such as `<think>`, in rows that
+    only pad the first one's vocabulary."""
+    first = copy.deepcopy(talkative.policy)
+    if isinstance(engine, t1.TorchEngine):  # in bfloat16 it copies the weights
+        cfg = dataclasses.replace(talkative.cfg, dtype="bfloat16")
+        engine = t1.TorchEngine(talkative.tokenizer, cfg)
+        first.bf16 = True
+    second = copy.deepcopy(first)
+    second.vocabulary += 50
+    engine.load(first)
+    engine.load(second)
+    (rollout,) = engine.generate(asked([[3, 4]]), 5, 0.0)
+    assert min(rollout.ids) >= first.vocabulary  # the model likes these rows best
+
+
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
     talkative, engine, monkeypatch
 ):
