@@ -2082,6 +2082,7 @@ class VLLMEngine:
             max_tokens=max_new,
             logprobs=0,
             stop_token_ids=self.end_ids,
+            ignore_eos=True,  # that of the folder from which vLLM started
             flat_logprobs=True,
             detokenize=False,
         )

@@ -1218,7 +1218,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
 
 
 def test_an_engine_stops_where_the_policy_that_it_holds_stops(talkative, engine):
-    """Evaluation loads checkpoints one after the other; the second may have more end tokens."""
+    """Evaluation loads checkpoints one after the other, which may have more or other end tokens."""
     first = copy.deepcopy(talkative.policy)
     if isinstance(engine, t1.TorchEngine):  # in bfloat16 it copies the weights
         cfg = dataclasses.replace(talkative.cfg, dtype="bfloat16")
@@ -1234,6 +1234,12 @@ def test_an_engine_stops_where_the_policy_that_it_holds_stops(talkative, engine)
     (cut,) = engine.generate(asked(prompts), 20, 0.0)
     assert cut.finished
     assert cut.ids == free.ids[: free.ids.index(free.ids[1]) + 1]
+    third = copy.deepcopy(first)
+    third.end_ids = [free.ids[1]]
+    engine.load(third)
+    rollouts = engine.generate(asked(prompts, 200), 20, 1.5)
+    assert any(talkative.tokenizer.eos_token_id in r.ids[:-1] for r in rollouts)
+    assert all(r.finished == (r.ids[-1] == free.ids[1]) for r in rollouts)
 
 
 def test_an_engine_samples_what_the_policy_that_it_holds_knows(talkative, engine):
