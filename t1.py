@@ -1109,6 +1109,7 @@ import atexit
 import contextlib
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
 import gc
@@ -2927,7 +2928,12 @@ def locked_folder(path: Path):
             if not (p.is_file() or p.is_dir()):
                 raise Misuse(f"{p}: neither a file nor a folder; remove it")
         lock = open(path / "lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno != errno.ENOSYS:  # Lustre without `-o flock`
+                raise
+            print0(f"{path}: this file system has no locks: start no second process here")
         lock.truncate(0)
         print(os.getpid(), time.time_ns(), file=lock, flush=True)  # see `wait_for_rank0`
         os.fsync(lock)

@@ -10,6 +10,7 @@ import copy
 import csv
 import dataclasses
 import decimal
+import errno
 import fcntl
 import gzip
 import http.server
@@ -3506,6 +3507,18 @@ def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
         with pytest.raises(OSError) as caught:
             function(tmp_path / "x.json", [dict(a=1)])
         assert "x.json" in t1.failure_of(caught.value)
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    """Lustre that was mounted without `-o flock`, as many clusters have it."""
+
+    def no_lock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with t1.locked_folder(tmp_path / "run"):
+        assert "has no locks: start no second process here" in capsys.readouterr().out
+        assert (tmp_path / "run" / "lock").read_text()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "samples.jsonl"])
