@@ -2012,22 +2012,22 @@ class VLLMEngine:
             """Ids beyond the tokenizer, which pad the vocabulary of many models, are never
             sampled."""
 
-            __init__ = update_state = lambda *unused: None  # it has no state
+            vocabulary = policy.vocabulary  # `load` changes it
+            __init__ = update_state = lambda *unused: None  # it has no state of a batch
             is_argmax_invariant = lambda self: False
 
             def apply(self, logits):
-                logits[:, engine.vocabulary :] = -math.inf
+                logits[:, self.vocabulary :] = -math.inf
                 return logits
 
-        engine = self
-        self.vocabulary = policy.vocabulary
+        self.known_ids = KnownIds
         self.tokenizer = tokenizer
         self.cfg = cfg
         self.sampling_params = vllm.SamplingParams
         self.dtype = getattr(torch, cfg.dtype)
         self.ranks, memory = engine_layout(policy, cfg)
-        closing = 64  # tokens at most of the text that closes a cut thought
-        room = cfg.max_prompt + cfg.max_new + ANSWER_TOKENS + closing
+        # 64: the text that closes a cut thought has fewer tokens.
+        room = cfg.max_prompt + cfg.max_new + ANSWER_TOKENS + 64
         context = getattr(policy.lm.config, "max_position_embeddings", room)
         backbone = type(policy.lm.base_model)
         init = backbone.__init__
@@ -2066,7 +2066,7 @@ class VLLMEngine:
             self.llm.reset_prefix_cache()
             self.llm.wake_up(tags=["kv_cache"])
         self.end_ids = policy.end_ids
-        self.vocabulary = policy.vocabulary
+        self.known_ids.vocabulary = policy.vocabulary
         return True
 
     def sleep(self):
