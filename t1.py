@@ -872,7 +872,9 @@ class TorchEngine:
         weights = self.policy.lm.state_dict()
         for name, w in full_weights(policy):
             weights[name].copy_(w)
-        self.policy.end_ids = policy.end_ids  # evaluation comes with several checkpoints
+        # Evaluation comes with several checkpoints, whose tokenizers may differ.
+        self.policy.end_ids = policy.end_ids
+        self.policy.vocabulary = policy.vocabulary
         return True
 
     def sleep(self):
@@ -1107,6 +1109,7 @@ import atexit
 import contextlib
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
 import gc
@@ -2015,20 +2018,22 @@ class VLLMEngine:
             """Ids beyond the tokenizer, which pad the vocabulary of many models, are never
             sampled."""
 
-            __init__ = update_state = lambda *unused: None  # it has no state
+            vocabulary = policy.vocabulary  # `load` changes it
+            __init__ = update_state = lambda *unused: None  # it has no state of a batch
             is_argmax_invariant = lambda self: False
 
-            def apply(self, logits, known=policy.vocabulary):
-                logits[:, known:] = -math.inf
+            def apply(self, logits):
+                logits[:, self.vocabulary :] = -math.inf
                 return logits
 
+        self.known_ids = KnownIds
         self.tokenizer = tokenizer
         self.cfg = cfg
         self.sampling_params = vllm.SamplingParams
         self.dtype = getattr(torch, cfg.dtype)
         self.ranks, memory = engine_layout(policy, cfg)
-        closing = 64  # tokens at most of the text that closes a cut thought
-        room = cfg.max_prompt + cfg.max_new + ANSWER_TOKENS + closing
+        # 64: the text that closes a cut thought has fewer tokens.
+        room = cfg.max_prompt + cfg.max_new + ANSWER_TOKENS + 64
         context = getattr(policy.lm.config, "max_position_embeddings", room)
         backbone = type(policy.lm.base_model)
         init = backbone.__init__
@@ -2067,6 +2072,7 @@ class VLLMEngine:
             self.llm.reset_prefix_cache()
             self.llm.wake_up(tags=["kv_cache"])
         self.end_ids = policy.end_ids
+        self.known_ids.vocabulary = policy.vocabulary
         return True
 
     def sleep(self):
@@ -2077,29 +2083,28 @@ class VLLMEngine:
 
     def generate(self, rollouts, max_new: int, temperature=1.0, min_p=0.0, ended=None):
         """As TorchEngine.generate. The ranks that share the engine call it together."""
-        groups = by_problem(rollouts)
-        options = dict(
+        params = self.sampling_params(
             temperature=temperature,
             min_p=min_p,
             max_tokens=max_new,
             logprobs=0,
             stop_token_ids=self.end_ids,
+            ignore_eos=True,  # that of the folder from which vLLM started
             flat_logprobs=True,
             detokenize=False,
         )
-        prompts = [{"prompt_token_ids": group[0].problem.prompt} for group in groups]
-        params = [self.sampling_params(n=len(group), **options) for group in groups]
+        # A request for each sample: vLLM refuses several greedy ones in one.
+        prompts = [{"prompt_token_ids": r.problem.prompt} for r in rollouts]
         answers = []
-        if groups:
+        if rollouts:
             torch.manual_seed(rollouts[0].seed + rollouts[0].sample)
             with self.failing("failed"):
                 answers = self.llm.generate(prompts, params, use_tqdm=False)
-        for group, answer in zip(groups, answers):
-            outputs = sorted(answer.outputs, key=lambda output: output.index)
-            for rollout, output in zip(group, outputs):
-                rollout.ids = list(output.token_ids)
-                rollout.logprobs = list(output.logprobs.logprobs)
-                rollout.finished = output.finish_reason == "stop"
+        for rollout, answer in zip(rollouts, answers):
+            (output,) = answer.outputs
+            rollout.ids = list(output.token_ids)
+            rollout.logprobs = list(output.logprobs.logprobs)
+            rollout.finished = output.finish_reason == "stop"
         if ended:
             ended(len(rollouts))
         return rollouts
@@ -2932,7 +2937,12 @@ def locked_folder(path: Path):
             if not (p.is_file() or p.is_dir()):
                 raise Misuse(f"{p}: neither a file nor a folder; remove it")
         lock = open(path / "lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno != errno.ENOSYS:  # Lustre without `-o flock`
+                raise
+            print0(f"{path}: this file system has no locks: start no second process here")
         lock.truncate(0)
         print(os.getpid(), time.time_ns(), file=lock, flush=True)  # see `wait_for_rank0`
         os.fsync(lock)

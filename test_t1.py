@@ -10,6 +10,7 @@ import copy
 import csv
 import dataclasses
 import decimal
+import errno
 import fcntl
 import gzip
 import http.server
@@ -1089,6 +1090,15 @@ def test_greedy_engine_equals_generate(talkative, engine):
         assert rollout.finished == (rollout.ids[-1] in talkative.policy.end_ids)
 
 
+def test_several_greedy_answers_to_a_problem(talkative, engine):
+    """As `--eval-temperature 0` asks for: four to each problem of --test, 32 on AIME."""
+    engine.load(talkative.policy)
+    prompts = random_prompts(talkative.tokenizer, 3, seed=7)
+    rollouts = engine.generate(asked(prompts, 2), max_new=30, temperature=0.0)
+    expected = [greedy(talkative.policy, prompt, 30) for prompt in prompts for _ in range(2)]
+    assert [r.ids for r in rollouts] == expected
+
+
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (1.2, 0.0), (1.2, 0.1)])
 def test_sampler_logprobs_are_the_trainers(talkative, engine, temperature, min_p):
     engine.load(talkative.policy)
@@ -1209,7 +1219,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(talkative, engine):
 
 
 def test_an_engine_stops_where_the_policy_that_it_holds_stops(talkative, engine):
-    """Evaluation loads checkpoints one after the other; the second may have more end tokens."""
+    """Evaluation loads checkpoints one after the other, which may have more or other end tokens."""
     first = copy.deepcopy(talkative.policy)
     if isinstance(engine, t1.TorchEngine):  # in bfloat16 it copies the weights
         cfg = dataclasses.replace(talkative.cfg, dtype="bfloat16")
@@ -1225,6 +1235,28 @@ def test_an_engine_stops_where_the_policy_that_it_holds_stops(talkative, engine)
     (cut,) = engine.generate(asked(prompts), 20, 0.0)
     assert cut.finished
     assert cut.ids == free.ids[: free.ids.index(free.ids[1]) + 1]
+    third = copy.deepcopy(first)
+    third.end_ids = [free.ids[1]]
+    engine.load(third)
+    rollouts = engine.generate(asked(prompts, 200), 20, 1.5)
+    assert any(talkative.tokenizer.eos_token_id in r.ids[:-1] for r in rollouts)
+    assert all(r.finished == (r.ids[-1] == free.ids[1]) for r in rollouts)
+
+
+def test_an_engine_samples_what_the_policy_that_it_holds_knows(talkative, engine):
+    """The tokenizer of a second checkpoint may have more tokens, such as `<think>`, in rows that
+    only pad the first one's vocabulary."""
+    first = copy.deepcopy(talkative.policy)
+    if isinstance(engine, t1.TorchEngine):  # in bfloat16 it copies the weights
+        cfg = dataclasses.replace(talkative.cfg, dtype="bfloat16")
+        engine = t1.TorchEngine(talkative.tokenizer, cfg)
+        first.bf16 = True
+    second = copy.deepcopy(first)
+    second.vocabulary += 50
+    engine.load(first)
+    engine.load(second)
+    (rollout,) = engine.generate(asked([[3, 4]]), 5, 0.0)
+    assert min(rollout.ids) >= first.vocabulary  # the model likes these rows best
 
 
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
@@ -3543,6 +3575,18 @@ def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
         with pytest.raises(OSError) as caught:
             function(tmp_path / "x.json", [dict(a=1)])
         assert "x.json" in t1.failure_of(caught.value)
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    """Lustre that was mounted without `-o flock`, as many clusters have it."""
+
+    def no_lock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with t1.locked_folder(tmp_path / "run"):
+        assert "has no locks: start no second process here" in capsys.readouterr().out
+        assert (tmp_path / "run" / "lock").read_text()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "samples.jsonl"])
