@@ -3076,7 +3076,7 @@ class RunFolder:
         model = latest(self.cfg.model)
         config = self.path / "config.json"
         with all_ranks_or_none():
-            # A run that was killed before its first checkpoint begins anew, maybe from another model.
+            # Killed before its first checkpoint, a run begins anew, maybe from another model.
             if rank() == 0 and not (self.source and config.exists()):
                 contents["model"] = digest(weights_of(model))
                 run = dict(
