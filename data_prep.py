@@ -1177,7 +1177,10 @@ def value_of(answer: str, problem: str) -> str:
             value = "".join(value.rsplit("}", 1))
         if value.strip("{} ") and not _WORD.search(value):
             answer = value
-    decimal_comma = re.search(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))", problem + answer)
+    # 0,5 cm or 3{,}5; not the digits 0,1,2, the point (0,1), the roots 0,1
+    decimal_comma = re.search(r"(?<![\d,(\[{])0,\d+(?!,?\d)", problem) or re.search(
+        r"\d\{,\}\d(?!\d\d(?!\d))", problem + answer
+    )
     if decimal_comma and not re.search(r"[(\[]|\\\{", answer):
         answer = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", ".", answer)
     left, _, right = answer.partition("=")
