@@ -1953,23 +1953,30 @@ class Journal:
     def run(self, problems: list[dict], work: Callable, threads: int, bar: tqdm) -> list:
         """The outcome of each problem, or None: a known one, else work(key, problem), by threads.
         What cannot be answered now has none: the same command asks again. Raises Unfinished when
-        the others are done, and Misuse if the server refuses everything; a refusal of some is kept
+        the others are done, or when the server seems gone: as many problems in a row as threads,
+        and at least 4, have no answer. Misuse if it refuses everything; a refusal of some is kept
         in `self.refused` for the caller to raise."""
         keys = list(map(self.key, problems))
         todo = {key: row for key, row in zip(keys, problems) if key not in self.outcomes}
         bar.update(len(problems) - len(todo))
-        faults = []
+        unfinished = refused = None  # the last error of each kind
+        failed = 0  # problems in a row
         with ThreadPoolExecutor(threads) as pool:
             tasks = {pool.submit(work, key, row): key for key, row in todo.items()}
             waiting = set(tasks)
             try:
-                while waiting and not len(faults) == len(tasks) - len(waiting) >= threads:
+                while waiting and failed < max(threads, 4):
                     ended, waiting = wait(waiting, 10, FIRST_COMPLETED)
                     for task in ended:
                         try:
                             self.add(key=tasks[task], outcome=task.result())
-                        except (Unfinished, Refused) as e:
-                            faults.append(e)
+                            failed = 0
+                        except Unfinished as e:
+                            unfinished = e
+                            failed += 1
+                        except Refused as e:
+                            refused = e
+                            failed += not self.outcomes  # else not all are refused
                     sent = [*self.server.sent.values(), time.monotonic()]
                     bar.update(len(ended))
                     bar.set_postfix_str(
@@ -1978,9 +1985,10 @@ class Journal:
             finally:
                 pool.shutdown(cancel_futures=True)
         outcomes = list(map(self.outcomes.get, keys))
-        if faults:
-            said = f"{outcomes.count(None)} of {len(keys)} problems are still open ({faults[-1]})"
-            if any(isinstance(fault, Unfinished) for fault in faults):
+        fault = unfinished or refused
+        if fault:
+            said = f"{outcomes.count(None)} of {len(keys)} problems are still open ({fault})"
+            if unfinished:
                 raise Unfinished(f"{said}; run the same command again to resume")
             self.refused = Refused(said)
             if not any(outcomes):

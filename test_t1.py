@@ -7346,6 +7346,34 @@ def test_data_cot_a_refusal_is_an_error_with_the_words_of_the_server(tmp_path, n
         assert code == 1 and "too long" in err and not (tmp_path / "rates" / "rl.jsonl").exists()
 
 
+def test_data_cot_one_problem_at_a_time(tmp_path, no_wait):
+    """The first problem is refused, or the server dies after it."""
+    first = SUMS[0]["problem"]
+
+    class Refusing(FakeModelHandler):
+        def send(self, status, body, kind="application/json"):
+            long = first in getattr(self, "prompt", "")
+            super().send(400 if long else status, body, kind)
+
+    with FakeModel(SUMS[:3]) as server:
+        server.RequestHandlerClass = Refusing
+        code, _, err = data_main(*cot_args(tmp_path, server, "--concurrency", 1))
+    assert code == 1 and "1 of 3 problems are still open" in err
+    assert [row["id"] for row in read_jsonl(tmp_path / "o" / "sft.jsonl")] == ["p1", "p2"]
+
+    class Dying(FakeModelHandler):
+        def send(self, status, body, kind="application/json"):
+            ended = first not in getattr(self, "prompt", first)
+            super().send(500 if ended else status, body, kind)
+
+    with FakeModel(SUMS) as server:
+        server.RequestHandlerClass = Dying
+        args = cot_args(tmp_path, server, "--out", tmp_path / "2", "--retries", 0)
+        code, _, err = data_main(*args, "--concurrency", 1)
+        assert code == 1 and "39 of 40 problems are still open" in err
+        assert len([prompt for prompt in server.seen if first not in prompt]) < 7
+
+
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_data_cot_a_server_is_quoted_whatever_it_sends(tmp_path, no_wait, kind):
     status, body, form, words = REFUSALS[kind]
