@@ -1841,19 +1841,19 @@ class Server:
 
         self.args = args
         self.sent = {}  # thread -> when it sent the request that it waits for
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = openai.OpenAI(
-            base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0
-        )
+        key = os.environ.get("OPENAI_API_KEY") or "none"
         try:
+            self.client = openai.OpenAI(
+                base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0
+            )
             self.client.with_options(timeout=10).models.list()
-        except openai.APIConnectionError as e:  # refused, unknown host, no answer in time
+        except (openai.APIStatusError, ValueError, TypeError, AttributeError):
+            pass  # a server without a list of models may still answer questions
+        except Exception as e:  # refused, unknown host, no answer in time, no address
             raise Misuse(
                 f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start "
                 f"one, for instance `vllm serve {model}`, or correct the address"
             )
-        except (openai.APIError, ValueError, TypeError, AttributeError):
-            pass  # a server without a list of models may still answer questions
 
     def ask(self, model: str, prompt: str, n: int) -> list[Reply]:
         """1 to n replies of a model (some servers give one whatever n). Lost connections,

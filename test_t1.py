@@ -7346,6 +7346,15 @@ def test_data_cot_a_refusal_is_an_error_with_the_words_of_the_server(tmp_path, n
         assert code == 1 and "too long" in err and not (tmp_path / "rates" / "rl.jsonl").exists()
 
 
+def test_data_cot_an_address_without_a_port_and_an_empty_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    with FakeModel(SUMS[:1]) as server:
+        succeed(*cot_args(tmp_path, server))
+        args = cot_args(tmp_path, server, "--base-url", "http://localhost:PORT/v1")
+        code, _, err = data_main(*args)
+    assert code == 2 and re.search("localhost:PORT/v1: no server answers .*'PORT'", err)
+
+
 def test_data_cot_one_problem_at_a_time(tmp_path, no_wait):
     """The first problem is refused, or the server dies after it."""
     first = SUMS[0]["problem"]
