@@ -719,7 +719,7 @@ def to_problem(where, row: dict, default_source: str) -> dict:
     if "_id" in row:  # the authors' rows
         source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
     level = re.fullmatch(
-        r"(?:Level )?((?:0|[1-9]\d{0,8})(?:\.\d{1,9})?)",
+        r"(?:Level )?((?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,9})?)",
         str(row.get("level", row.get("difficulty", ""))),
     )
     folder, file = os.path.split(where[0])

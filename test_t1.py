@@ -4281,6 +4281,13 @@ def test_parquet_names_that_are_twice_and_ids_that_are_no_json(tmp_path):
     assert json.loads(data_prep.json_line(t1.record_of(rollout)))["id"] == "1.5"
 
 
+@pytest.mark.parametrize("said, level", [("Level 5", 5), ("4.50", 4.5), ("1\uff12", None)])
+def test_levels(said, level):
+    """Fullwidth and other digits, which JSON does not read, are no level."""
+    row = dict(problem="What is 1 + 1?", answer="2", level=said)
+    assert data_prep.to_problem(("a", 1), row, "")["level"] == level
+
+
 def test_problems_in_files_of_their_own_have_ids_of_their_own(tmp_path):
     for i, name in enumerate(("algebra/1", "algebra/2", "geometry/1")):
         path = tmp_path / f"{name}.json"
