@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
-from itertools import chain, combinations, islice, product
+from itertools import chain, combinations, cycle, islice, product
 from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
@@ -2358,8 +2358,8 @@ def make_trace(key: str, row: dict, journal: Journal, args) -> dict:
     cut}."""
     ask = partial(journal.ask, key)
     attempts = []
-    for t, teacher in enumerate(args.teacher):  # each makes its share, the first ones one more
-        share = len(range(t, args.attempts, len(args.teacher)))
+    shares = Counter(islice(cycle(args.teacher), args.attempts))
+    for teacher, share in shares.items():
         attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
     kinds = kinds_of(attempts, row["answer"])
     path, why = choose_attempts(row, attempts, kinds, args)

@@ -7362,6 +7362,18 @@ def test_data_cot_an_address_without_a_port_and_an_empty_key(tmp_path, monkeypat
     assert code == 2 and re.search("localhost:PORT/v1: no server answers .*'PORT'", err)
 
 
+def test_data_cot_a_teacher_that_is_named_twice(tmp_path):
+    """It makes the attempts of both: its replies of the first time counted twice."""
+    with FakeModel(SUMS[:1]) as server:
+        succeed(*cot_args(tmp_path, server, "--attempts", 5, "--teacher", "a", "b", "a"))
+        attempt = data_prep.ATTEMPT.format(problem=SUMS[0]["problem"])
+        assert server.served[attempt] == 3  # for 3 of a and 2 of b, two at a time
+    asked = Counter()
+    for row in read_jsonl(tmp_path / "o" / "journal.jsonl"):
+        asked[row.get("asked")] += len(row.get("replies", ""))
+    assert sorted(asked.values()) == [0, 1, 1, 1, 1, 2, 3]  # critiques, rewrite, judge: 1 each
+
+
 def test_data_cot_one_problem_at_a_time(tmp_path, no_wait):
     """The first problem is refused, or the server dies after it."""
     first = SUMS[0]["problem"]
