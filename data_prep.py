@@ -169,8 +169,9 @@ def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tupl
     for where, raw in chain.from_iterable(parts):
         row = parse(where, raw)
         for kind, column in renames.items():
-            if column in row or column.split(".")[0] in row:
-                row["=" + kind] = at(row, column)
+            found = at(row, column, ())
+            if found != ():
+                row["=" + kind] = found
             elif strict:
                 raise Misuse(f"{row_at(where)}: --columns {kind}={column}: found {', '.join(row)}")
         yield where, row
@@ -521,11 +522,11 @@ def says_right(mark) -> bool | None:
     return word in RIGHT if word in RIGHT + WRONG else None
 
 
-def at(row: dict, path: str):
+def at(row: dict, path: str, missing=None):
     """The value of a column, or of a field inside one (`reward_model.ground_truth`)."""
     value = row
     for name in [path] if path in row else path.split("."):
-        value = unpacked(value.get(name)) if isinstance(value, dict) else None
+        value = unpacked(value.get(name, missing)) if isinstance(value, dict) else missing
     return value
 
 
@@ -2374,8 +2375,8 @@ def make_trace(key: str, row: dict, journal: Journal, args) -> dict:
     if not why:
         prompt = JUDGE.format(problem=row["problem"], response=response)
         verdict = ask(args.judge, prompt)[0].answer
-        yes = re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I)
-        why = None if yes else "rejected by the judge"
+        if not re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I):
+            why = "rejected by the judge"
     return {
         "id": row["id"],
         "why": why or "kept",
@@ -2438,8 +2439,13 @@ def cot(args, out: Path) -> int:
         if outcome["response"]:
             traces.append(row | {"response": outcome["response"]})
             reflecting += outcome["failed"] > 0
-    report = {"settings": settings, "problems": why.total(), "outcomes": dict(why.most_common())}
-    report |= {"attempts": attempts, "with a failed attempt": reflecting}
+    report = {
+        "settings": settings,
+        "problems": why.total(),
+        "outcomes": dict(why.most_common()),
+        "attempts": attempts,
+        "with a failed attempt": reflecting,
+    }
     write_json(out / "report.json", report)
     print("attempts: " + ", ".join(f"{n:,} {kind}" for kind, n in attempts.most_common()))
     print("\n".join(f"{n:8,}  {reason}" for reason, n in why.most_common()))

@@ -4304,6 +4304,8 @@ def test_columns_of_other_names(tmp_path):
     assert (found["problem"], found["answer"], found["loss"]) == ("What is 1 + 1?", "2", 1)
     with pytest.raises(t1.Misuse, match="row 1: --columns answer=z: found Frage, x, answer, loss"):
         t1.read_rows(path, "rl", "problem=Frage,answer=z")
+    with pytest.raises(t1.Misuse, match="row 1: --columns answer=x.z: found Frage, x, answer"):
+        t1.read_rows(path, "rl", "problem=Frage,answer=x.z")  # not the column `answer` instead
     with pytest.raises(t1.Misuse, match="--columns prblem=Frage: must be one of problem, answer"):
         t1.read_rows(path, "rl", "prblem=Frage")
     said = succeed(
