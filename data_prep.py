@@ -1179,8 +1179,8 @@ def value_of(answer: str, problem: str) -> str:
         if value.strip("{} ") and not _WORD.search(value):
             answer = value
     # 0,5 cm or 3{,}5; not the digits 0,1,2, the point (0,1), the roots 0,1
-    decimal_comma = re.search(r"(?<![\d,(\[{])0,\d+(?!,?\d)", problem) or re.search(
-        r"\d\{,\}\d(?!\d\d(?!\d))", problem + answer
+    decimal_comma = re.search(r"(?<![\d,(\[{])0(?:,|\{,\})\d+(?!,?\d)", problem) or re.search(
+        r"\d\{,\}\d(?!\d\d(?!\d))", answer
     )
     if decimal_comma and not re.search(r"[(\[]|\\\{", answer):
         answer = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", ".", answer)
@@ -1188,8 +1188,9 @@ def value_of(answer: str, problem: str) -> str:
     whole = len(left.strip()) > 1 and left.count("{") == left.count("}") and "=" not in right
     if not whole or not right or _WORD.search(right):
         return answer
-    asked = key(tokens(left)) in key(tokens(problem))
-    asked = asked and not re.search(r"equation|relation|equality|compare", problem.lower())
+    asked = key(tokens(left)) in key(tokens(problem)) and not re.search(
+        r"equation|relation|equality|compare", problem.lower()
+    )
     return bare(right) if asked and not verify.is_equal(right, answer) else answer
 
 
@@ -2467,16 +2468,15 @@ def write_traces(out: Path, traces: list[dict], remark: str) -> int:
 def read_authors(name: str, columns: str, out: Path) -> int:
     """The authors' sft.jsonl, whose columns are not documented, or any other traces -> trace
     rows."""
+    rows = read_rows(name, "sft", columns)
     traces = []
-    without_box = 0
-    for number, row in enumerate(read_rows(name, "sft", columns), 1):
+    for number, row in enumerate(rows, 1):
         response = row["response"]
         if not (answer := verify.extract_answer(response)):
-            without_box += 1
             continue
         if "</think>" not in response:  # they think aloud without tags; the answer comes last
             thought, _, rest = response.rpartition("\n\n")
-            if not verify.extract_answer(rest):
+            if not (thought and verify.extract_answer(rest)):
                 thought = response
                 rest = f"\\boxed{{{answer}}}"
             response = f"<think>\n{thought.strip()}\n</think>\n{rest.strip()}"
@@ -2491,7 +2491,9 @@ def read_authors(name: str, columns: str, out: Path) -> int:
         )
     if not traces:
         raise Misuse(f"{name}: no rows with a boxed answer")
-    return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
+    return write_traces(
+        out, traces, f"{len(rows) - len(traces):,} rows without a boxed answer left out"
+    )
 
 
 # --- benchmarks: the evaluation sets of the paper in one form -------------------------------------

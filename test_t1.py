@@ -7803,6 +7803,7 @@ def test_data_authors_traces(tmp_path):
         {"messages": [{"role": role, "content": text} for role, text in turns]},
         {"prompt": "What is 1+2?", "response": "<think>hm</think>It is \\boxed{3}."},
         {"prompt": "What is 1+2?", "response": "no box"},
+        {"prompt": "What is 2+2?", "response": "One line.\nSo it is \\boxed{4}."},
     ]
     said = succeed("cot", "--authors", jsonl(tmp_path / "sft.jsonl", rows), "--out", tmp_path / "o")
     assert "1 rows without a boxed answer" in said
@@ -7811,6 +7812,11 @@ def test_data_authors_traces(tmp_path):
     ] == [
         ("What is 1+1?", "<think>\nI think.\n</think>\nSo it is \\boxed{2}.", "2"),
         ("What is 1+2?", "<think>hm</think>It is \\boxed{3}.", "3"),
+        (
+            "What is 2+2?",
+            "<think>\nOne line.\nSo it is \\boxed{4}.\n</think>\n\\boxed{4}",
+            "4",
+        ),  # one paragraph: no empty thought
     ]
 
 
