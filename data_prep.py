@@ -2179,7 +2179,7 @@ _VERIFY = pattern(
     r"""\b(?:(?:double-|re-?)?check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*
         |put(?:ting)? .{0,30}back|test\w*|cross-?check|recomput\w+|(?:an)?other (?:way|route|method)
         |same (?:number|value|result|answer)
-        |consistent|holds|to be sure|make sure|agrees?|matches|adds? up|satisf\w+)\b|[✓✔]""",
+        |consistent|holds|to be sure|make sure|agrees?|matches|fits|adds? up|satisf\w+)\b|[✓✔]""",
     re.I,
 )
 _VERDICT = pattern(  # of a check: the group is a bad one
@@ -2209,14 +2209,14 @@ _GIVEN_AWAY = pattern(  # the answer that was given, the critiques, the instruct
         |\b(?:responses?|samples?|candidates?) \#?\d
         |\b(?:answer|result) (?:is|was) (?:supposed|meant|claimed|said) to\b
         |\b(?:answer|solution|result) (?:was )?provided\b
-        |\battempts? *(?:\#?\d|one\b|two\b|three\b)
+        |\battempts? *(?:\#?\d|one\b|two\b|three\b|(?-i:[A-D])\b)|\bthe task (?:says|tells)\b
         |\b(?:the|wrong|right|failed|given|provided|correct|these|both|all) attempts?\b(?! to)
         |\bthe (?:first|second|third|last|previous|earlier|other|next) attempts?\b
         |\bthe rules (?:say|ask|require)\b|\bexpected result (?:is|was)\b
         |\bground[- ]truth\b
         |\b(?:given|provided|expected|official|known|stated|supplied|reference|gold
         |target) (?:final )?answer\b
-        |\b(?:reference|official|provided) (?:value|result)\b|\banswer (?:key|sheet)\b
+        |\b(?:reference|official|provided) (?:value|result)\b|\b(?:answer|solution) (?:key|sheet)\b
         |\b(?:answer|solution) says\b|\b(?:given|reference|official|provided) solution\b
         |\bthe reference (?:is|says|gives)\b
         |\b(?:answer|result|solution) (?:is|was|has been|i was) (?:already )?(?:given|provided|known
