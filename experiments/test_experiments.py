@@ -389,9 +389,7 @@ def test_plan_command(talkative, capsys):
     assert "efficiency 0.32 to 0.5" in out
     model = f"--model {talkative.folder} --gpus 1,2 --set efficiency=0.2,pcie=2e10".split()
     assert plan.main([*model, *few]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    numbers = [row[0] for row in rows if row and row[0].isdecimal()]
-    assert numbers == ["1", "2"]
+    assert re.findall(r"(?m)^ +(\d+) ", capsys.readouterr().out) == ["1", "2"]
 
 
 # -------------------------------------------------------------------------------------------- bench
@@ -445,10 +443,10 @@ def test_what_a_shared_prompt_saves(talkative, tmp_path, monkeypatch, capsys):
     assert shared[:2] == [4 * 40 + answers[0] - 16] * 2
     assert shared[2:] == [16 * 40 + answers[0] - 16] * 2
 
-    rows = [dict(problem=f"{i} + 1 is", answer=str(i + 1)) for i in range(9)]
+    rows = [dict(problem=f"{i} + 1 is", x=str(i + 1)) for i in range(9)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    options = f"--preset tiny --model {talkative.folder} --data {path}".split()
-    job = bench.Job(tmp_path, 1, *bench.configs_of([*TINY_BENCH, *options]))
+    options = f"--preset tiny --model {talkative.folder} --data {path} --columns answer=x"
+    job = bench.Job(tmp_path, 1, *bench.configs_of([*TINY_BENCH, *options.split()]))
     assert [p.row["problem"] for p in job.problems] == [row["problem"] for row in rows][:4]
     assert job.rl_step(0).tokens > 0
 
@@ -677,6 +675,7 @@ def test_options_go_to_the_stages_that_read_them():
         ("look", "", "required"),
         ("look", "OUT", "rl/config.json"),
         ("walkthrough", "--out OUT", "unrecognized arguments: --out"),
+        ("words", "--runs OUT --out OUT", "has no evaluation on test.jsonl"),
     ],
 )
 def test_misuse_is_one_line(name, args, says, tmp_path, monkeypatch, capsys):
