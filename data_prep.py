@@ -1203,7 +1203,7 @@ def find_answer(row: dict) -> str | None:
     value = value_of(last, row["problem"])
     if row["answer"]:
         row["answer"] = value_of(bare(row["answer"]), row["problem"])
-        is_letter = pattern(_LETTER, re.S).search(plain_text(last))
+        is_letter = pattern(_LETTER, re.S).search(plain_text(value))
         if last and not is_letter and not same_answer(value, row["answer"]):
             return "answer and box differ"
     elif not raw or None in raw:
