@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import transformers
 
 import experiments
@@ -241,9 +242,15 @@ def shape_for(cfg) -> tuple[str, Shape]:
         return Path(model).name, SHAPES[model]
     try:
         config = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
-        return Path(model).name, shape_of(config)
-    except (OSError, ValueError, AttributeError) as e:
-        raise t1.Misuse(f"--model {model}: no such causal LM ({str(e).splitlines()[0]})")
+        shape = shape_of(config)
+        with torch.device("meta"):  # takes no memory
+            found = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+        planned = memory_plan(shape, 1, 1, cfg)["parameters"]
+        if not 0.99 < planned / found < 1.01:  # experts, say
+            raise ValueError(f"{found:,} parameters; in the Llama family {planned:,}")
+        return Path(model).name, shape
+    except Exception as e:  # whatever the library raises of a damaged config.json
+        raise t1.Misuse(f"--model {model}: no such causal LM ({t1.reason_of(e)})")
 
 
 @experiments.program

@@ -379,7 +379,7 @@ def test_rows_that_do_not_fit_the_cache_wait():
     assert seconds == pytest.approx(expected, rel=1e-4)
 
 
-def test_plan_command(talkative, capsys):
+def test_plan_command(talkative, capsys, tmp_path):
     few = "--prompts 4 --k 4 --max-new 1024".split()
     assert plan.main(few) == 0
     out = capsys.readouterr().out
@@ -390,6 +390,11 @@ def test_plan_command(talkative, capsys):
     model = f"--model {talkative.folder} --gpus 1,2 --set efficiency=0.2,pcie=2e10".split()
     assert plan.main([*model, *few]) == 0
     assert re.findall(r"(?m)^ +(\d+) ", capsys.readouterr().out) == ["1", "2"]
+    transformers.MixtralConfig().save_pretrained(tmp_path)
+    assert plan.main(["--model", str(tmp_path)]) == 2  # for its planned 7 billion parameters
+    assert "46,702,792,704 parameters" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    assert plan.main(["--model", str(tmp_path)]) == 2
 
 
 # -------------------------------------------------------------------------------------------- bench
