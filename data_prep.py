@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
-from itertools import chain, combinations, islice, product
+from itertools import chain, combinations, cycle, islice, product
 from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
@@ -169,8 +169,9 @@ def raw_rows(name: str, columns: str = "", strict: bool = True) -> Iterator[tupl
     for where, raw in chain.from_iterable(parts):
         row = parse(where, raw)
         for kind, column in renames.items():
-            if column in row or column.split(".")[0] in row:
-                row["=" + kind] = at(row, column)
+            found = at(row, column, ())
+            if found != ():
+                row["=" + kind] = found
             elif strict:
                 raise Misuse(f"{row_at(where)}: --columns {kind}={column}: found {', '.join(row)}")
         yield where, row
@@ -521,11 +522,11 @@ def says_right(mark) -> bool | None:
     return word in RIGHT if word in RIGHT + WRONG else None
 
 
-def at(row: dict, path: str):
+def at(row: dict, path: str, missing=None):
     """The value of a column, or of a field inside one (`reward_model.ground_truth`)."""
     value = row
     for name in [path] if path in row else path.split("."):
-        value = unpacked(value.get(name)) if isinstance(value, dict) else None
+        value = unpacked(value.get(name, missing)) if isinstance(value, dict) else missing
     return value
 
 
@@ -719,7 +720,7 @@ def to_problem(where, row: dict, default_source: str) -> dict:
     if "_id" in row:  # the authors' rows
         source = re.sub(r"_?\d+$", "", row["_id"]) if isinstance(row["_id"], str) else "math"
     level = re.fullmatch(
-        r"(?:Level )?((?:0|[1-9]\d{0,8})(?:\.\d{1,9})?)",
+        r"(?:Level )?((?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,9})?)",
         str(row.get("level", row.get("difficulty", ""))),
     )
     folder, file = os.path.split(where[0])
@@ -1177,15 +1178,19 @@ def value_of(answer: str, problem: str) -> str:
             value = "".join(value.rsplit("}", 1))
         if value.strip("{} ") and not _WORD.search(value):
             answer = value
-    decimal_comma = re.search(r"(?<![\d,])0,\d|\d\{,\}\d(?!\d\d(?!\d))", problem + answer)
+    # 0,5 cm or 3{,}5; not the digits 0,1,2, the point (0,1), the roots 0,1
+    decimal_comma = re.search(r"(?<![\d,(\[{])0(?:,|\{,\})\d+(?!,?\d)", problem) or re.search(
+        r"\d\{,\}\d(?!\d\d(?!\d))", answer
+    )
     if decimal_comma and not re.search(r"[(\[]|\\\{", answer):
         answer = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d)", ".", answer)
     left, _, right = answer.partition("=")
     whole = len(left.strip()) > 1 and left.count("{") == left.count("}") and "=" not in right
     if not whole or not right or _WORD.search(right):
         return answer
-    asked = key(tokens(left)) in key(tokens(problem))
-    asked = asked and not re.search(r"equation|relation|equality|compare", problem.lower())
+    asked = key(tokens(left)) in key(tokens(problem)) and not re.search(
+        r"equation|relation|equality|compare", problem.lower()
+    )
     return bare(right) if asked and not verify.is_equal(right, answer) else answer
 
 
@@ -1198,7 +1203,7 @@ def find_answer(row: dict) -> str | None:
     value = value_of(last, row["problem"])
     if row["answer"]:
         row["answer"] = value_of(bare(row["answer"]), row["problem"])
-        is_letter = pattern(_LETTER, re.S).search(plain_text(last))
+        is_letter = pattern(_LETTER, re.S).search(plain_text(value))
         if last and not is_letter and not same_answer(value, row["answer"]):
             return "answer and box differ"
     elif not raw or None in raw:
@@ -1838,19 +1843,19 @@ class Server:
 
         self.args = args
         self.sent = {}  # thread -> when it sent the request that it waits for
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = openai.OpenAI(
-            base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0
-        )
+        key = os.environ.get("OPENAI_API_KEY") or "none"
         try:
+            self.client = openai.OpenAI(
+                base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0
+            )
             self.client.with_options(timeout=10).models.list()
-        except openai.APIConnectionError as e:  # refused, unknown host, no answer in time
+        except (openai.APIStatusError, ValueError, TypeError, AttributeError):
+            pass  # a server without a list of models may still answer questions
+        except Exception as e:  # refused, unknown host, no answer in time, no address
             raise Misuse(
                 f"--base-url {args.base_url}: no server answers ({e.__cause__ or e}); start "
                 f"one, for instance `vllm serve {model}`, or correct the address"
             )
-        except (openai.APIError, ValueError, TypeError, AttributeError):
-            pass  # a server without a list of models may still answer questions
 
     def ask(self, model: str, prompt: str, n: int) -> list[Reply]:
         """1 to n replies of a model (some servers give one whatever n). Lost connections,
@@ -1950,23 +1955,30 @@ class Journal:
     def run(self, problems: list[dict], work: Callable, threads: int, bar: tqdm) -> list:
         """The outcome of each problem, or None: a known one, else work(key, problem), by threads.
         What cannot be answered now has none: the same command asks again. Raises Unfinished when
-        the others are done, and Misuse if the server refuses everything; a refusal of some is kept
+        the others are done, or when the server seems gone: as many problems in a row as threads,
+        and at least 4, have no answer. Misuse if it refuses everything; a refusal of some is kept
         in `self.refused` for the caller to raise."""
         keys = list(map(self.key, problems))
         todo = {key: row for key, row in zip(keys, problems) if key not in self.outcomes}
         bar.update(len(problems) - len(todo))
-        faults = []
+        unfinished = refused = None  # the last error of each kind
+        failed = 0  # problems in a row
         with ThreadPoolExecutor(threads) as pool:
             tasks = {pool.submit(work, key, row): key for key, row in todo.items()}
             waiting = set(tasks)
             try:
-                while waiting and not len(faults) == len(tasks) - len(waiting) >= threads:
+                while waiting and failed < max(threads, 4):
                     ended, waiting = wait(waiting, 10, FIRST_COMPLETED)
                     for task in ended:
                         try:
                             self.add(key=tasks[task], outcome=task.result())
-                        except (Unfinished, Refused) as e:
-                            faults.append(e)
+                            failed = 0
+                        except Unfinished as e:
+                            unfinished = e
+                            failed += 1
+                        except Refused as e:
+                            refused = e
+                            failed += not self.outcomes  # else not all are refused
                     sent = [*self.server.sent.values(), time.monotonic()]
                     bar.update(len(ended))
                     bar.set_postfix_str(
@@ -1975,9 +1987,10 @@ class Journal:
             finally:
                 pool.shutdown(cancel_futures=True)
         outcomes = list(map(self.outcomes.get, keys))
-        if faults:
-            said = f"{outcomes.count(None)} of {len(keys)} problems are still open ({faults[-1]})"
-            if any(isinstance(fault, Unfinished) for fault in faults):
+        fault = unfinished or refused
+        if fault:
+            said = f"{outcomes.count(None)} of {len(keys)} problems are still open ({fault})"
+            if unfinished:
                 raise Unfinished(f"{said}; run the same command again to resume")
             self.refused = Refused(said)
             if not any(outcomes):
@@ -2166,7 +2179,7 @@ _VERIFY = pattern(
     r"""\b(?:(?:double-|re-?)?check\w*|verif\w+|confirm\w*|substitut\w+|plug\w*
         |put(?:ting)? .{0,30}back|test\w*|cross-?check|recomput\w+|(?:an)?other (?:way|route|method)
         |same (?:number|value|result|answer)
-        |consistent|holds|to be sure|make sure|agrees?|matches|adds? up|satisf\w+)\b|[✓✔]""",
+        |consistent|holds|to be sure|make sure|agrees?|matches|fits|adds? up|satisf\w+)\b|[✓✔]""",
     re.I,
 )
 _VERDICT = pattern(  # of a check: the group is a bad one
@@ -2196,14 +2209,14 @@ _GIVEN_AWAY = pattern(  # the answer that was given, the critiques, the instruct
         |\b(?:responses?|samples?|candidates?) \#?\d
         |\b(?:answer|result) (?:is|was) (?:supposed|meant|claimed|said) to\b
         |\b(?:answer|solution|result) (?:was )?provided\b
-        |\battempts? *(?:\#?\d|one\b|two\b|three\b)
+        |\battempts? *(?:\#?\d|one\b|two\b|three\b|(?-i:[A-D])\b)|\bthe task (?:says|tells)\b
         |\b(?:the|wrong|right|failed|given|provided|correct|these|both|all) attempts?\b(?! to)
         |\bthe (?:first|second|third|last|previous|earlier|other|next) attempts?\b
         |\bthe rules (?:say|ask|require)\b|\bexpected result (?:is|was)\b
         |\bground[- ]truth\b
         |\b(?:given|provided|expected|official|known|stated|supplied|reference|gold
         |target) (?:final )?answer\b
-        |\b(?:reference|official|provided) (?:value|result)\b|\banswer (?:key|sheet)\b
+        |\b(?:reference|official|provided) (?:value|result)\b|\b(?:answer|solution) (?:key|sheet)\b
         |\b(?:answer|solution) says\b|\b(?:given|reference|official|provided) solution\b
         |\bthe reference (?:is|says|gives)\b
         |\b(?:answer|result|solution) (?:is|was|has been|i was) (?:already )?(?:given|provided|known
@@ -2347,8 +2360,8 @@ def make_trace(key: str, row: dict, journal: Journal, args) -> dict:
     cut}."""
     ask = partial(journal.ask, key)
     attempts = []
-    for t, teacher in enumerate(args.teacher):  # each makes its share, the first ones one more
-        share = len(range(t, args.attempts, len(args.teacher)))
+    shares = Counter(islice(cycle(args.teacher), args.attempts))
+    for teacher, share in shares.items():
         attempts += ask(teacher, ATTEMPT.format(problem=row["problem"]), share)
     kinds = kinds_of(attempts, row["answer"])
     path, why = choose_attempts(row, attempts, kinds, args)
@@ -2363,8 +2376,8 @@ def make_trace(key: str, row: dict, journal: Journal, args) -> dict:
     if not why:
         prompt = JUDGE.format(problem=row["problem"], response=response)
         verdict = ask(args.judge, prompt)[0].answer
-        yes = re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I)
-        why = None if yes else "rejected by the judge"
+        if not re.search(r"^\W*yes\b|\byes\W*$", verdict, re.I):
+            why = "rejected by the judge"
     return {
         "id": row["id"],
         "why": why or "kept",
@@ -2427,8 +2440,13 @@ def cot(args, out: Path) -> int:
         if outcome["response"]:
             traces.append(row | {"response": outcome["response"]})
             reflecting += outcome["failed"] > 0
-    report = {"settings": settings, "problems": why.total(), "outcomes": dict(why.most_common())}
-    report |= {"attempts": attempts, "with a failed attempt": reflecting}
+    report = {
+        "settings": settings,
+        "problems": why.total(),
+        "outcomes": dict(why.most_common()),
+        "attempts": attempts,
+        "with a failed attempt": reflecting,
+    }
     write_json(out / "report.json", report)
     print("attempts: " + ", ".join(f"{n:,} {kind}" for kind, n in attempts.most_common()))
     print("\n".join(f"{n:8,}  {reason}" for reason, n in why.most_common()))
@@ -2450,16 +2468,15 @@ def write_traces(out: Path, traces: list[dict], remark: str) -> int:
 def read_authors(name: str, columns: str, out: Path) -> int:
     """The authors' sft.jsonl, whose columns are not documented, or any other traces -> trace
     rows."""
+    rows = read_rows(name, "sft", columns)
     traces = []
-    without_box = 0
-    for number, row in enumerate(read_rows(name, "sft", columns), 1):
+    for number, row in enumerate(rows, 1):
         response = row["response"]
         if not (answer := verify.extract_answer(response)):
-            without_box += 1
             continue
         if "</think>" not in response:  # they think aloud without tags; the answer comes last
             thought, _, rest = response.rpartition("\n\n")
-            if not verify.extract_answer(rest):
+            if not (thought and verify.extract_answer(rest)):
                 thought = response
                 rest = f"\\boxed{{{answer}}}"
             response = f"<think>\n{thought.strip()}\n</think>\n{rest.strip()}"
@@ -2474,7 +2491,9 @@ def read_authors(name: str, columns: str, out: Path) -> int:
         )
     if not traces:
         raise Misuse(f"{name}: no rows with a boxed answer")
-    return write_traces(out, traces, f"{without_box:,} rows without a boxed answer left out")
+    return write_traces(
+        out, traces, f"{len(rows) - len(traces):,} rows without a boxed answer left out"
+    )
 
 
 # --- benchmarks: the evaluation sets of the paper in one form -------------------------------------

@@ -4281,6 +4281,13 @@ def test_parquet_names_that_are_twice_and_ids_that_are_no_json(tmp_path):
     assert json.loads(data_prep.json_line(t1.record_of(rollout)))["id"] == "1.5"
 
 
+@pytest.mark.parametrize("said, level", [("Level 5", 5), ("4.50", 4.5), ("1\uff12", None)])
+def test_levels(said, level):
+    """Fullwidth and other digits, which JSON does not read, are no level."""
+    row = dict(problem="What is 1 + 1?", answer="2", level=said)
+    assert data_prep.to_problem(("a", 1), row, "")["level"] == level
+
+
 def test_problems_in_files_of_their_own_have_ids_of_their_own(tmp_path):
     for i, name in enumerate(("algebra/1", "algebra/2", "geometry/1")):
         path = tmp_path / f"{name}.json"
@@ -4297,6 +4304,8 @@ def test_columns_of_other_names(tmp_path):
     assert (found["problem"], found["answer"], found["loss"]) == ("What is 1 + 1?", "2", 1)
     with pytest.raises(t1.Misuse, match="row 1: --columns answer=z: found Frage, x, answer, loss"):
         t1.read_rows(path, "rl", "problem=Frage,answer=z")
+    with pytest.raises(t1.Misuse, match="row 1: --columns answer=x.z: found Frage, x, answer"):
+        t1.read_rows(path, "rl", "problem=Frage,answer=x.z")  # not the column `answer` instead
     with pytest.raises(t1.Misuse, match="--columns prblem=Frage: must be one of problem, answer"):
         t1.read_rows(path, "rl", "prblem=Frage")
     said = succeed(
@@ -7346,6 +7355,55 @@ def test_data_cot_a_refusal_is_an_error_with_the_words_of_the_server(tmp_path, n
         assert code == 1 and "too long" in err and not (tmp_path / "rates" / "rl.jsonl").exists()
 
 
+def test_data_cot_an_address_without_a_port_and_an_empty_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    with FakeModel(SUMS[:1]) as server:
+        succeed(*cot_args(tmp_path, server))
+        args = cot_args(tmp_path, server, "--base-url", "http://localhost:PORT/v1")
+        code, _, err = data_main(*args)
+    assert code == 2 and re.search("localhost:PORT/v1: no server answers .*'PORT'", err)
+
+
+def test_data_cot_a_teacher_that_is_named_twice(tmp_path):
+    """It makes the attempts of both: its replies of the first time counted twice."""
+    with FakeModel(SUMS[:1]) as server:
+        succeed(*cot_args(tmp_path, server, "--attempts", 5, "--teacher", "a", "b", "a"))
+        attempt = data_prep.ATTEMPT.format(problem=SUMS[0]["problem"])
+        assert server.served[attempt] == 3  # for 3 of a and 2 of b, two at a time
+    asked = Counter()
+    for row in read_jsonl(tmp_path / "o" / "journal.jsonl"):
+        asked[row.get("asked")] += len(row.get("replies", ""))
+    assert sorted(asked.values()) == [0, 1, 1, 1, 1, 2, 3]  # critiques, rewrite, judge: 1 each
+
+
+def test_data_cot_one_problem_at_a_time(tmp_path, no_wait):
+    """The first problem is refused, or the server dies after it."""
+    first = SUMS[0]["problem"]
+
+    class Refusing(FakeModelHandler):
+        def send(self, status, body, kind="application/json"):
+            long = first in getattr(self, "prompt", "")
+            super().send(400 if long else status, body, kind)
+
+    with FakeModel(SUMS[:3]) as server:
+        server.RequestHandlerClass = Refusing
+        code, _, err = data_main(*cot_args(tmp_path, server, "--concurrency", 1))
+    assert code == 1 and "1 of 3 problems are still open" in err
+    assert [row["id"] for row in read_jsonl(tmp_path / "o" / "sft.jsonl")] == ["p1", "p2"]
+
+    class Dying(FakeModelHandler):
+        def send(self, status, body, kind="application/json"):
+            ended = first not in getattr(self, "prompt", first)
+            super().send(500 if ended else status, body, kind)
+
+    with FakeModel(SUMS) as server:
+        server.RequestHandlerClass = Dying
+        args = cot_args(tmp_path, server, "--out", tmp_path / "2", "--retries", 0)
+        code, _, err = data_main(*args, "--concurrency", 1)
+        assert code == 1 and "39 of 40 problems are still open" in err
+        assert len([prompt for prompt in server.seen if first not in prompt]) < 7
+
+
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_data_cot_a_server_is_quoted_whatever_it_sends(tmp_path, no_wait, kind):
     status, body, form, words = REFUSALS[kind]
@@ -7745,6 +7803,7 @@ def test_data_authors_traces(tmp_path):
         {"messages": [{"role": role, "content": text} for role, text in turns]},
         {"prompt": "What is 1+2?", "response": "<think>hm</think>It is \\boxed{3}."},
         {"prompt": "What is 1+2?", "response": "no box"},
+        {"prompt": "What is 2+2?", "response": "One line.\nSo it is \\boxed{4}."},
     ]
     said = succeed("cot", "--authors", jsonl(tmp_path / "sft.jsonl", rows), "--out", tmp_path / "o")
     assert "1 rows without a boxed answer" in said
@@ -7753,6 +7812,11 @@ def test_data_authors_traces(tmp_path):
     ] == [
         ("What is 1+1?", "<think>\nI think.\n</think>\nSo it is \\boxed{2}.", "2"),
         ("What is 1+2?", "<think>hm</think>It is \\boxed{3}.", "3"),
+        (
+            "What is 2+2?",
+            "<think>\nOne line.\nSo it is \\boxed{4}.\n</think>\n\\boxed{4}",
+            "4",
+        ),  # one paragraph: no empty thought
     ]
 
 

@@ -77,7 +77,7 @@ class Job:
             prompt = tokenizer(row["problem"], add_special_tokens=False).input_ids
             self.problems.append(t1.Problem(row, prompt))
         if cfg.data:
-            rows = t1.read_rows(cfg.data, "rl")[: len(self.problems)]
+            rows = t1.read_rows(cfg.data, "rl", cfg.columns)[: len(self.problems)]
             self.problems = t1.encode_prompts(rows, tokenizer, cfg)
         rows = data_prep.embedded_traces()[: 4 * sft_cfg.sft_batch * (pairs + 1)]  # TRL packs them
         of_traces = t1.encode_prompts(rows, tokenizer, cfg)

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import transformers
 
 import experiments
@@ -209,8 +210,9 @@ def step_seconds(shape, gpus: int, length: float, prompt: float, memory, cfg, ma
     )
 
 
-def print_table(name: str, shape: Shape, own, cfg, machine: Machine):
-    """A row for each number of GPUs: memory in GiB, seconds of a step, and what a run takes."""
+def print_table(name: str, shape: Shape, own, cfg, machine: Machine, ends: list[Machine]):
+    """A row for each number of GPUs: memory in GiB, seconds of a step, and what a run takes. ends:
+    those of the range."""
     length, longest = own.length or 25 / 64 * cfg.max_new, cfg.max_prompt + cfg.max_new
     if not 1 <= length < cfg.max_new:
         raise t1.Misuse(f"--length {length:g}: at least 1 and below --max-new {cfg.max_new}")
@@ -224,13 +226,12 @@ def print_table(name: str, shape: Shape, own, cfg, machine: Machine):
         row += f"{max(0, plan['cache']):11,.0f}{'  yes' if fits else '   no'}"
         if plan["cache"] >= longest:
             job = shape, gpus, length, own.prompt, plan, cfg
-            machines = [replace(machine, **changed) for changed in ({}, BEST, WORST)]
-            steps = [step_seconds(*job, at) for at in machines]
+            steps = [step_seconds(*job, at) for at in (machine, *ends)]
             step, low, high = (sum(phases.values()) for phases in steps)
             hours = step * cfg.rl_steps / 3600
             row += "".join(f"{steps[0][phase]:9.1f}" for phase in PHASES)
-            ends = f"{low:,.0f}-{high:,.0f}"
-            row += f"{step:8,.0f}{ends:>13}{gpus * hours:10,.0f}{hours / 24:6.1f}"
+            span = f"{low:,.0f}-{high:,.0f}"
+            row += f"{step:8,.0f}{span:>13}{gpus * hours:10,.0f}{hours / 24:6.1f}"
         t1.print0(row)
 
 
@@ -241,9 +242,15 @@ def shape_for(cfg) -> tuple[str, Shape]:
         return Path(model).name, SHAPES[model]
     try:
         config = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
-        return Path(model).name, shape_of(config)
-    except (OSError, ValueError, AttributeError) as e:
-        raise t1.Misuse(f"--model {model}: no such causal LM ({str(e).splitlines()[0]})")
+        shape = shape_of(config)
+        with torch.device("meta"):  # takes no memory
+            found = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+        planned = memory_plan(shape, 1, 1, cfg)["parameters"]
+        if not 0.99 < planned / found < 1.01:  # experts, say
+            raise ValueError(f"{found:,} parameters; in the Llama family {planned:,}")
+        return Path(model).name, shape
+    except Exception as e:  # whatever the library raises of a damaged config.json
+        raise t1.Misuse(f"--model {model}: no such causal LM ({t1.reason_of(e)})")
 
 
 @experiments.program
@@ -258,9 +265,11 @@ def main(argv: list[str] | None = None):
     own, options = parser.parse_known_args(argv)
     pairs = [part.split("=") for part in own.set.split(",") if part]
     try:
-        machine = replace(Machine(), **{name: float(value) for name, value in pairs})
+        given = {name: float(value) for name, value in pairs}
+        machine = replace(Machine(), **given)
     except (TypeError, ValueError):
         raise t1.Misuse(f"--set {own.set}: NAME=NUMBER, names are {', '.join(vars(Machine()))}")
+    ends = [replace(machine, **(end | given)) for end in (BEST, WORST)]
     if min(own.gpus) < 1:
         raise t1.Misuse("--gpus must be above 0")
     presets = [name for name, values in t1.PRESETS.items() if values.get("model") in SHAPES]
@@ -268,8 +277,8 @@ def main(argv: list[str] | None = None):
         presets = ["qwen2.5-14b"]  # below the one that is given
     for preset in presets:
         cfg = t1.parse_args(["--preset", preset, *options, "--stage", "rl"])
-        print_table(*shape_for(cfg), own, cfg, machine)
-    moved = "; ".join(f"{name} {WORST[name]} to {BEST[name]}" for name in BEST)
+        print_table(*shape_for(cfg), own, cfg, machine, ends)
+    moved = "; ".join(f"{name} {WORST[name]} to {BEST[name]}" for name in BEST if name not in given)
     t1.print0(f"\nThe range: {moved}. GiB: of the update; it fits in 0.9 of a card.")
 
 

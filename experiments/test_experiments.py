@@ -379,7 +379,7 @@ def test_rows_that_do_not_fit_the_cache_wait():
     assert seconds == pytest.approx(expected, rel=1e-4)
 
 
-def test_plan_command(talkative, capsys):
+def test_plan_command(talkative, capsys, tmp_path):
     few = "--prompts 4 --k 4 --max-new 1024".split()
     assert plan.main(few) == 0
     out = capsys.readouterr().out
@@ -387,11 +387,20 @@ def test_plan_command(talkative, capsys):
         assert f"{name.split('/')[1]}: 4 x 4 responses of 400 tokens" in out
     assert out.count(" yes ") == 12
     assert "efficiency 0.32 to 0.5" in out
+    assert plan.main([*few, "--set", "efficiency=0.01"]) == 0
+    out = capsys.readouterr().out
+    assert "The range: reading 0.55" in out
+    for row in re.findall(r"([\d,]+) +([\d,]+)-([\d,]+) ", out):
+        step, low, high = (int(number.replace(",", "")) for number in row)
+        assert low <= step <= high
     model = f"--model {talkative.folder} --gpus 1,2 --set efficiency=0.2,pcie=2e10".split()
     assert plan.main([*model, *few]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    numbers = [row[0] for row in rows if row and row[0].isdecimal()]
-    assert numbers == ["1", "2"]
+    assert re.findall(r"(?m)^ +(\d+) ", capsys.readouterr().out) == ["1", "2"]
+    transformers.MixtralConfig().save_pretrained(tmp_path)
+    assert plan.main(["--model", str(tmp_path)]) == 2  # for its planned 7 billion parameters
+    assert "46,702,792,704 parameters" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    assert plan.main(["--model", str(tmp_path)]) == 2
 
 
 # -------------------------------------------------------------------------------------------- bench
@@ -445,10 +454,10 @@ def test_what_a_shared_prompt_saves(talkative, tmp_path, monkeypatch, capsys):
     assert shared[:2] == [4 * 40 + answers[0] - 16] * 2
     assert shared[2:] == [16 * 40 + answers[0] - 16] * 2
 
-    rows = [dict(problem=f"{i} + 1 is", answer=str(i + 1)) for i in range(9)]
+    rows = [dict(problem=f"{i} + 1 is", x=str(i + 1)) for i in range(9)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    options = f"--preset tiny --model {talkative.folder} --data {path}".split()
-    job = bench.Job(tmp_path, 1, *bench.configs_of([*TINY_BENCH, *options]))
+    options = f"--preset tiny --model {talkative.folder} --data {path} --columns answer=x"
+    job = bench.Job(tmp_path, 1, *bench.configs_of([*TINY_BENCH, *options.split()]))
     assert [p.row["problem"] for p in job.problems] == [row["problem"] for row in rows][:4]
     assert job.rl_step(0).tokens > 0
 
@@ -677,6 +686,7 @@ def test_options_go_to_the_stages_that_read_them():
         ("look", "", "required"),
         ("look", "OUT", "rl/config.json"),
         ("walkthrough", "--out OUT", "unrecognized arguments: --out"),
+        ("words", "--runs OUT --out OUT", "has no evaluation on test.jsonl"),
     ],
 )
 def test_misuse_is_one_line(name, args, says, tmp_path, monkeypatch, capsys):

@@ -89,6 +89,8 @@ def publish(args):
         for row in data_prep.read_log(folder / "eval" / "responses.jsonl"):
             right.setdefault(row["key"], {}).setdefault(row["problem"], []).append(row["right"])
         entries = [e for e in t1.results_of(folder / "eval") if e["test"].endswith("test.jsonl")]
+        if not entries:
+            raise t1.Misuse(f"--runs: {folder} has no evaluation on test.jsonl; run --stage eval")
         first = right[entries[0]["key"]]
         for entry in entries:  # its gain over the first: mean and error, paired by problem
             own = right[entry["key"]]
@@ -128,14 +130,13 @@ def mean_gain(rows: list[dict]) -> str:
 def make(args):
     train = []
     test = []
-    for where, raw in data_prep.raw_rows(args.svamp):
-        row = data_prep.parse(where, raw)
+    for where, row in data_prep.raw_rows(args.svamp):
         parts = svamp(row, where)
         number = int(row["id"].removeprefix("chal-"))
         (train if number <= 700 else test).append(trace(f"svamp-{number}", parts))
     for name in args.gsm8k:
-        for number, (where, raw) in enumerate(data_prep.raw_rows(name)):
-            row = data_prep.require(data_prep.parse(where, raw), ("question", "answer"), where)
+        for number, (where, row) in enumerate(data_prep.raw_rows(name)):
+            data_prep.require(row, ("question", "answer"), where)
             split = row.get("split") or ("test" if name == "openai/gsm8k" else "train")
             if row["answer"].count("<<") in (1, 2):
                 rows = test if split == "test" else train
