@@ -210,9 +210,8 @@ def step_seconds(shape, gpus: int, length: float, prompt: float, memory, cfg, ma
     )
 
 
-def print_table(name: str, shape: Shape, own, cfg, machine: Machine, ends: list[Machine]):
-    """A row for each number of GPUs: memory in GiB, seconds of a step, and what a run takes. ends:
-    those of the range."""
+def print_table(name: str, shape: Shape, own, cfg, machine: Machine):
+    """A row for each number of GPUs: memory in GiB, seconds of a step, and what a run takes."""
     length, longest = own.length or 25 / 64 * cfg.max_new, cfg.max_prompt + cfg.max_new
     if not 1 <= length < cfg.max_new:
         raise t1.Misuse(f"--length {length:g}: at least 1 and below --max-new {cfg.max_new}")
@@ -226,12 +225,13 @@ def print_table(name: str, shape: Shape, own, cfg, machine: Machine, ends: list[
         row += f"{max(0, plan['cache']):11,.0f}{'  yes' if fits else '   no'}"
         if plan["cache"] >= longest:
             job = shape, gpus, length, own.prompt, plan, cfg
-            steps = [step_seconds(*job, at) for at in (machine, *ends)]
+            machines = [replace(machine, **changed) for changed in ({}, BEST, WORST)]
+            steps = [step_seconds(*job, at) for at in machines]
             step, low, high = (sum(phases.values()) for phases in steps)
             hours = step * cfg.rl_steps / 3600
             row += "".join(f"{steps[0][phase]:9.1f}" for phase in PHASES)
-            span = f"{low:,.0f}-{high:,.0f}"
-            row += f"{step:8,.0f}{span:>13}{gpus * hours:10,.0f}{hours / 24:6.1f}"
+            ends = f"{low:,.0f}-{high:,.0f}"
+            row += f"{step:8,.0f}{ends:>13}{gpus * hours:10,.0f}{hours / 24:6.1f}"
         t1.print0(row)
 
 
@@ -265,11 +265,9 @@ def main(argv: list[str] | None = None):
     own, options = parser.parse_known_args(argv)
     pairs = [part.split("=") for part in own.set.split(",") if part]
     try:
-        given = {name: float(value) for name, value in pairs}
-        machine = replace(Machine(), **given)
+        machine = replace(Machine(), **{name: float(value) for name, value in pairs})
     except (TypeError, ValueError):
         raise t1.Misuse(f"--set {own.set}: NAME=NUMBER, names are {', '.join(vars(Machine()))}")
-    ends = [replace(machine, **(end | given)) for end in (BEST, WORST)]
     if min(own.gpus) < 1:
         raise t1.Misuse("--gpus must be above 0")
     presets = [name for name, values in t1.PRESETS.items() if values.get("model") in SHAPES]
@@ -277,8 +275,8 @@ def main(argv: list[str] | None = None):
         presets = ["qwen2.5-14b"]  # below the one that is given
     for preset in presets:
         cfg = t1.parse_args(["--preset", preset, *options, "--stage", "rl"])
-        print_table(*shape_for(cfg), own, cfg, machine, ends)
-    moved = "; ".join(f"{name} {WORST[name]} to {BEST[name]}" for name in BEST if name not in given)
+        print_table(*shape_for(cfg), own, cfg, machine)
+    moved = "; ".join(f"{name} {WORST[name]} to {BEST[name]}" for name in BEST)
     t1.print0(f"\nThe range: {moved}. GiB: of the update; it fits in 0.9 of a card.")
 
 
