@@ -1,9 +1,8 @@
 """What a step of RL on GPUs costs, before it is started: memory, seconds, GPU-hours and days.
 
     python -m experiments.plan                          the presets' models on 8, 16, 32 and 64 GPUs
-    python -m experiments.plan --offload false --rl-steps 500     other options are t1.py's
-    python -m experiments.plan --model FOLDER --preset pretrained --gpus 1,2 --length 400
-    python -m experiments.plan --set card=1.49e11,bandwidth=4.8e12         an H200
+    python -m experiments.plan --model FOLDER --preset pretrained --gpus 1,2 --offload false
+    python -m experiments.plan --set card=1.49e11,bandwidth=4.8e12    an H200; else t1.py's options
 
 Computed for FSDP2 with vLLM beside it; no number comes from a GPU of ours: docs/cluster.md says
 what is checked. BEST and WORST say what moves a step. Evaluation and checkpoints come on top."""
@@ -99,8 +98,8 @@ def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg, machine=None) -
     parameters, sharded = shape.layers * layer + root, gpus > 1
     size = 2 if cfg.dtype == "bfloat16" else 4  # bytes of an activation
     held = 4 * parameters / gpus
-    plan = dict(parameters=parameters, weights=held, gradients=held, optimizer=2 * held)
-    plan["anchor"] = held
+    plan = dict(parameters=parameters, weights=held, gradients=held, anchor=held)
+    plan["optimizer"] = 2 * held
     plan["cached"] = 4 * shape.layers * shape.kv_heads * shape.head_width  # of a token, bfloat16
     plan["gathered"] = 2 * parameters if size == 2 else 0  # one rank: autocast's copies
     if sharded:
@@ -130,16 +129,15 @@ def memory_plan(shape: Shape, gpus: int, micro_tokens: int, cfg, machine=None) -
 
 
 def activation_plan(shape: Shape, n: int, size: int, machine, cfg) -> dict[str, float]:
-    """Bytes that autograd keeps of `n` packed tokens, and what head and backward take besides: with
-    checkpointing each layer's input, and in the backward one layer's inside, made again."""
+    """Bytes that autograd keeps of `n` packed tokens, and what head and backward take besides."""
     D, wide = shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     norms = 2 * D * (4 + 2 * size)  # computed in float32, kept in the type of the run
     inside = n * (norms + size * (3 * q + 2 * kv + 4 * wide) + 4 * shape.heads)
     last_norm = n * D * (4 + size)
     rotary = 12 * n * shape.head_width
-    per_layer = n * size * D if cfg.checkpointing else inside
-    again = inside - last_norm + n * size * D if cfg.checkpointing else 0
+    per_layer = n * size * D if cfg.checkpointing else inside  # its input, or all
+    again = inside - last_norm + n * size * D if cfg.checkpointing else 0  # one layer, made again
     chunk = t1.head_chunk(shape.vocabulary, "cuda" if machine else "cpu")
     positions = min(chunk, n) * (3 if machine else 2)
     if 3 * n <= chunk and not cfg.tis_cap:
@@ -168,10 +166,10 @@ def update_flop(shape: Shape, rows: int, length: float, prompt: float, cfg, vari
 
 
 def rollout_seconds(shape, memory, n, length, prompt, longest, variance, machine) -> float:
-    """Seconds in which one engine writes n responses.
-    As many rows run at once as fit the cache. The others wait for a place; the last that gets one
-    may be the longest: longest + (n - fit) / fit * length decode steps. A step reads the weights,
-    or multiplies them by its rows where that is longer; each row reads its cached tokens."""
+    """Seconds in which one engine writes n responses. As many rows run at once as fit the cache;
+    others wait for a place; the last that gets one may be the longest: longest + (n - fit) / fit *
+    length decode steps. A step reads the weights, or multiplies them by its rows where that is
+    longer; each row reads its cached tokens."""
     tp, layer = memory["tp"], parameter_counts(shape)[0]
     used = 2 * (shape.layers * layer + shape.vocabulary * shape.hidden) / tp  # bytes; FLOP a token
     reading = machine.bandwidth * machine.reading
@@ -224,8 +222,8 @@ def print_table(name: str, shape: Shape, own, cfg, machine: Machine):
         row = f"{gpus:5}{plan['update'] / 2**30:7.1f}{plan['share']:6.2f}{plan['tp']:3}"
         row += f"{max(0, plan['cache']):11,.0f}{'  yes' if fits else '   no'}"
         if plan["cache"] >= longest:
-            job = shape, gpus, length, own.prompt, plan, cfg
             machines = [replace(machine, **changed) for changed in ({}, BEST, WORST)]
+            job = shape, gpus, length, own.prompt, plan, cfg
             steps = [step_seconds(*job, at) for at in machines]
             step, low, high = (sum(phases.values()) for phases in steps)
             hours = step * cfg.rl_steps / 3600
@@ -245,9 +243,8 @@ def shape_for(cfg) -> tuple[str, Shape]:
         shape = shape_of(config)
         with torch.device("meta"):  # takes no memory
             found = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
-        planned = memory_plan(shape, 1, 1, cfg)["parameters"]
-        if not 0.99 < planned / found < 1.01:  # experts, say
-            raise ValueError(f"{found:,} parameters; in the Llama family {planned:,}")
+        if not 0.99 < memory_plan(shape, 1, 1, cfg)["parameters"] / found < 1.01:
+            raise ValueError(f"{found:,} parameters are not those of Llama's layers: experts?")
         return Path(model).name, shape
     except Exception as e:  # whatever the library raises of a damaged config.json
         raise t1.Misuse(f"--model {model}: no such causal LM ({t1.reason_of(e)})")
@@ -256,9 +253,8 @@ def shape_for(cfg) -> tuple[str, Shape]:
 @experiments.program
 def main(argv: list[str] | None = None):
     parser = experiments.Parser("plan", __doc__)
-    numbers = experiments.whole_numbers
     add = parser.add_argument
-    add("--gpus", type=numbers, default=[8, 16, 32, 64], help="how many (default: 8,16,32,64)")
+    add("--gpus", type=experiments.whole_numbers, default=[8, 16, 32, 64], help="how many")
     add("--length", type=float, default=0, help="mean response (default: 25/64 of --max-new)")
     add("--prompt", type=int, default=200, help="mean prompt, tokens (default: %(default)s)")
     add("--set", default="", help="NAME=VALUE,... of plan.Machine (default: none)")

@@ -457,17 +457,8 @@ def test_what_a_shared_prompt_saves(talkative, tmp_path, monkeypatch, capsys):
 
 
 SMALL_SHAPE = plan.Shape(64, 2, 128, 4, 2, 16, 512, True)
-SMALL_SIZES = gpu.Sizes(
-    device="cpu",
-    rows=3,
-    row=48,
-    stack=SMALL_SHAPE,
-    head=(32, 64, 2048),
-    models=(("small", SMALL_SHAPE),),
-    samples=4,
-    new=8,
-    steps=(2, 2),
-)
+sizes = dict(device="cpu", rows=3, row=48, head=(32, 64, 2048), samples=4, new=8, steps=(2, 2))
+SMALL_SIZES = gpu.Sizes(**sizes, stack=SMALL_SHAPE, models=(("small", SMALL_SHAPE),))
 
 
 def test_what_one_gpu_does_is_measured_here(tmp_path, quick_runs, monkeypatch, capsys):
