@@ -1977,7 +1977,7 @@ def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: st
         )
         if rank() == 0:
             some = rollouts[:: max(1, len(rollouts) // 8)]
-            rows = [dict(step=folder.total - 1, kind="held-out", **record_of(r)) for r in some]
+            rows = [dict(step=folder.total, kind="held-out", **record_of(r)) for r in some]
             append_rows(folder.path / "samples.jsonl", rows)
     print0(next_command(folder, next_stage))
 

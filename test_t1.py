@@ -2244,6 +2244,21 @@ def test_sft_does_not_change_with_the_rl_that_followed(tmp_path):
     t1.RunFolder(cfg)
 
 
+def test_an_ended_stage_that_runs_again_has_its_samples_once(tmp_path, monkeypatch):
+    """The held-out responses were appended each time that the same command was given."""
+    folder = t1.RunFolder(config("--out", tmp_path))
+    folder.create("", [], [], "", 3)
+    folder.step = 3
+    problem = t1.Problem(dict(problem="1 + 1", answer="2"), [0])
+    monkeypatch.setattr(t1, "evaluate", lambda *rest: [t1.Rollout(problem, ids=[1])])
+    engine = types.SimpleNamespace(load=lambda policy: False)
+    for _ in range(2):
+        folder.tidy()
+        t1.finish_stage(folder, None, engine, [problem], "eval")
+        rows = t1.read_log(folder.path / "samples.jsonl")
+        assert [(row["step"], row["kind"]) for row in rows] == [(3, "held-out")]
+
+
 def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     args = rl_args(guess, "--out", tmp_path, "--rl-steps", 9, "--keep", 9)
     branch = [*args, "--resume-from", 6]
