@@ -1810,12 +1810,11 @@ def results_of(folder: Path) -> list[dict]:
 
 def add_result(folder: Path, entry: dict):
     """Put an entry at the end of results.json, in place of the one of the same checkpoint and test,
-    and of one whose checkpoint was moved."""
+    and of the one with its key: that checkpoint was moved, copied, or spelled in another way."""
     entries = []
     for old in results_of(folder):
         same = old["checkpoint"] == entry["checkpoint"] and old["test"] == entry["test"]
-        moved = old["key"] == entry["key"] and not Path(old["checkpoint"]).exists()
-        if not (same or moved):
+        if not (same or old["key"] == entry["key"]):
             entries.append(old)
     write_json(folder / "results.json", dict(checkpoints=[*entries, entry]))
 

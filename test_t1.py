@@ -3464,6 +3464,16 @@ def test_an_evaluation_resumes_per_checkpoint_and_test_set(guess, tmp_path, monk
     assert len(calls) == 5
 
 
+def test_an_entry_is_there_once_however_its_checkpoint_is_spelled(tmp_path):
+    """runs/a/rl/checkpoint-3/, as a shell completes it, stood beside runs/a/rl/checkpoint-3; and
+    the checkpoints of a copied run beside those of the copy."""
+    (tmp_path / "checkpoint-3").mkdir()
+    for checkpoint in (tmp_path / "checkpoint-3", f"{tmp_path}/checkpoint-3/"):
+        entry = dict(key="a", name="rl 3", checkpoint=str(checkpoint), test="embedded")
+        t1.add_result(tmp_path, entry)
+    assert t1.results_of(tmp_path) == [entry]
+
+
 def test_test_sets_of_one_name_have_a_picture_each(tmp_path):
     entry = dict(name="rl 3", checkpoint="c", problems=1, samples=1, temperature=1.0)
     for folder in ("hard", "easy", "x/" * 300):
