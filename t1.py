@@ -1921,8 +1921,8 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
 
 def release(engine):
     """Let go of the policy that was evaluated last: one checkpoint in memory at a time."""
-    if isinstance(engine, TorchEngine) and world() == 1:
-        engine.policy = None
+    if isinstance(engine, TorchEngine):
+        engine.policy = None  # the next one may have another architecture
     gc.unfreeze()  # vLLM froze what was alive when it started,
     gc.collect()  # and a policy refers to itself (FSDP's hooks, `checkpoint`)
 

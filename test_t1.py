@@ -1259,6 +1259,19 @@ def test_an_engine_samples_what_the_policy_that_it_holds_knows(talkative, engine
     assert min(rollout.ids) >= first.vocabulary  # the model likes these rows best
 
 
+def test_a_second_checkpoint_may_have_another_architecture(monkeypatch):
+    """Several ranks kept the first one's copy: the second ended in a traceback."""
+    monkeypatch.setattr(t1, "world", lambda: 2)
+    engine = None
+    for layers in (1, 2):
+        policy, tokenizer = embedded_model(layers, 64)
+        policy.bf16 = True  # as with several ranks, the engine copies the weights
+        engine = engine or t1.TorchEngine(tokenizer, config("--dtype", "bfloat16"))
+        t1.release(engine)
+        engine.load(policy)
+        assert len(engine.policy.lm.base_model.layers) == layers
+
+
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
     talkative, engine, monkeypatch
 ):
