@@ -1908,15 +1908,13 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
             f"no checkpoint in {run}: run --stage sft and --stage rl first, or give --checkpoint"
             " or --model"
         )
+    names = {}
     for path in paths:
         check_model_folder(path)
-    names = []
-    for path in map(Path, paths):
-        step = path.name.removeprefix("checkpoint-")
-        names.append(f"{path.parent.name} {step}".strip())
-    if len(set(names)) < len(names):
-        names = paths
-    return dict(zip(paths, names))
+        folder = Path(path)
+        step = folder.name.removeprefix("checkpoint-")
+        names[path] = f"{folder.parent.name} {step}".strip()
+    return names
 
 
 def release(engine):
@@ -3647,13 +3645,15 @@ def draw_results(folder: Path):
             by_test.setdefault(entry["test"], []).append(entry)
     for test, entries in by_test.items():
         axis = Figure(figsize=(6.2, 4.5)).subplots()
+        names = [entry["name"] for entry in entries]
         for i, entry in enumerate(entries):
+            name = entry["name"]
             budgets, value, error, _ = np.array(entry["scaling"], dtype=float).T
             axis.errorbar(
                 budgets,
                 100 * value,
                 100 * error,
-                label=entry["name"],
+                label=name if names.count(name) == 1 else entry["checkpoint"],  # two runs
                 marker="osD^vPX*"[i % 8],
                 color=colormaps["viridis_r"]((i + 1) / len(entries)),  # darker with each checkpoint
                 capsize=2,

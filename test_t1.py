@@ -3487,6 +3487,26 @@ def test_an_entry_is_there_once_however_its_checkpoint_is_spelled(tmp_path):
     assert t1.results_of(tmp_path) == [entry]
 
 
+def test_curves_of_two_runs_have_two_names(tmp_path, monkeypatch):
+    """Evaluated in two commands, both were called `rl 3`."""
+    for run in "ab":
+        (tmp_path / run / "rl/checkpoint-3").mkdir(parents=True)
+        t1.write_json(tmp_path / run / "rl/checkpoint-3/config.json", {})
+        checkpoint = str(tmp_path / run / "rl/checkpoint-3")
+        cfg = config("--checkpoint", checkpoint, stage="eval")
+        (name,) = t1.checkpoints_to_evaluate(tmp_path, cfg).values()
+        assert name == "rl 3"
+        entry = dict(key=run, name=name, checkpoint=checkpoint, test="embedded")
+        entry |= dict(problems=1, samples=1, temperature=1.0, scaling=[[8, 0.5, None, 7.0]])
+        t1.add_result(tmp_path, entry)
+    figures = []
+    monkeypatch.setattr(t1, "save_figure", lambda figure, *rest: figures.append(figure))
+    t1.draw_results(tmp_path)
+    (axis,) = figures[0].axes
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == [f"{tmp_path}/a/rl/checkpoint-3", f"{tmp_path}/b/rl/checkpoint-3"]
+
+
 def test_test_sets_of_one_name_have_a_picture_each(tmp_path):
     entry = dict(name="rl 3", checkpoint="c", problems=1, samples=1, temperature=1.0)
     for folder in ("hard", "easy", "x/" * 300):
