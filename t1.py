@@ -3726,12 +3726,11 @@ def truth(text: str) -> bool:
 
 def settings_before(cfg: Config) -> dict:
     """The config of this stage, or of the one that produced its input model; {} if neither is."""
-    given = cfg.model or cfg.checkpoint.split(",")[0]
+    given = [Path(name) for name in (cfg.model, *cfg.checkpoint.split(",")) if name]
     run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
     folders = [run / cfg.stage, run / "rl", run / "sft"]  # a stage that runs again: its own
     if given:
-        path = Path(given)
-        folders = [path.parent if path.name.startswith("checkpoint-") else path]
+        folders = [path.parent if path.name.startswith("checkpoint-") else path for path in given]
     for folder in folders:
         path = folder / "config.json"
         settings = read_json(path).get("config") if path.is_file() else None

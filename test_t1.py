@@ -2246,6 +2246,17 @@ def test_a_stage_keeps_what_the_model_before_saw(tmp_path):
     )
 
 
+def test_a_model_before_its_checkpoints_changes_no_option(tmp_path):
+    """`--checkpoint BASE,runs/mine/rl` evaluated the run with other options than it was trained."""
+    made = config("--preset", "small", "--max-new", 99, "--system", "Box it.", "--out", tmp_path)
+    (tmp_path / "rl").mkdir()
+    t1.write_json(tmp_path / "rl/config.json", dict(config=t1.deciding(made)))
+    for given in ("BASE,rl", "rl,BASE", "BASE,rl/checkpoint-3"):
+        given = given.replace("rl", f"{tmp_path}/rl")
+        cfg = config("--checkpoint", given, "--test", "x.jsonl", stage="eval")
+        assert (cfg.preset, cfg.max_new, cfg.system) == ("small", 99, "Box it.")
+
+
 def test_sft_does_not_change_with_the_rl_that_followed(tmp_path):
     """The same commands again: SFT was refused for the --max-new that RL had."""
     for stage, options in (("sft", []), ("rl", ["--max-new", 320, "--preset", "small"])):
