@@ -3056,11 +3056,16 @@ class RunFolder:
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
         the same contents of --data, --test, --reward and --model, wherever they lie, and the same
         text of the first prompt; another machine or version is said."""
+        self.total = steps
+        if self.cfg.resume_from >= steps:
+            raise Misuse(
+                f"--resume-from {self.cfg.resume_from}: nothing is left of its {steps} steps; give"
+                " more steps"
+            )
         with all_ranks_or_none():  # not `on_rank0`: a lock cannot be sent to other ranks
             if rank() == 0:
                 self.lock = locked_folder(self.path)
         wait_for_rank0(self.path / "lock")
-        self.total = steps
         rows = [problem.row for problem in problems]
         self.has_answers = all(row.get("answer") for row in rows)
         file, _, function = self.cfg.reward.rpartition(":")

@@ -2297,6 +2297,17 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     assert code == 2 and "there are: 3, 6, 9" in err
 
 
+def test_a_branch_without_steps_is_refused(tmp_path):
+    """A run that ended, branched without more --rl-steps: exit 0, and a folder without a
+    checkpoint."""
+    folder = object.__new__(t1.RunFolder)
+    folder.cfg = config("--resume-from", 60, "--out", tmp_path)
+    folder.path = tmp_path / "tiny-from-60/rl"
+    with pytest.raises(t1.Misuse, match="--resume-from 60: .* 60 steps; give more steps"):
+        folder.create("", [], [], "", folder.cfg.rl_steps)
+    assert not folder.path.exists()
+
+
 def test_a_run_without_a_checkpoint_says_what_it_began_with(tmp_path):
     """RL of a half-trained SFT was killed, SFT ended, RL began again from another checkpoint."""
     cfg = config("--out", tmp_path)
