@@ -2757,7 +2757,8 @@ def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
     ranks."""
     checkpoint = guess / "tiny/sft/checkpoint-250"
     shutil.copytree(checkpoint, tmp_path / "copy")
-    (tmp_path / "copy/complete.json").unlink()  # so that it counts as another one
+    (tmp_path / "copy/complete.json").unlink()
+    (tmp_path / "copy/notes").write_text("so that it counts as another one")
     args = [
         "--stage",
         "eval",
