@@ -1225,7 +1225,7 @@ class Config(Method):
     # checkpoints and logs
     keep: int = knob(10, "number of last checkpoints that are kept", free=True)
     keep_every: int = knob(
-        0, "also keep the weights of every N-th step; 0: none", zero=True, free=True
+        0, "also keep the weights of each checkpoint of a multiple of N steps", zero=True, free=True
     )
     keep_rollouts: bool = knob(False, "keep every response in rollouts.jsonl.gz", free=True)
     # stages
@@ -1477,7 +1477,10 @@ def check_prompt_options(first: Problem, before: str, template, tokenizer, cfg: 
     """Say or refuse options that change nothing in the prompt; --system: see `is_whole`."""
     if cfg.chat_template_kwargs:
         if not template:
-            raise Misuse("--chat-template-kwargs: these prompts come from no chat template")
+            raise Misuse(
+                "--chat-template-kwargs: these prompts come from no chat template; leave it out, or"
+                " give '' in place of what the stage before had"
+            )
         plain = dataclasses.replace(cfg, chat_template_kwargs="")
         if prompt_ids(first.row, tokenizer, plain) == first.prompt:
             print0("--chat-template-kwargs changes nothing in this prompt")
@@ -3059,8 +3062,7 @@ class RunFolder:
         self.total = steps
         if self.cfg.resume_from >= steps:
             raise Misuse(
-                f"--resume-from {self.cfg.resume_from}: nothing is left of its {steps} steps; give"
-                " more steps"
+                f"--resume-from {self.cfg.resume_from}: all {steps} steps are done; give more steps"
             )
         with all_ranks_or_none():  # not `on_rank0`: a lock cannot be sent to other ranks
             if rank() == 0:
@@ -3792,7 +3794,7 @@ def check_config(cfg: Config):
     need(
         re.fullmatch(numbers, cfg.budgets),
         "budgets",
-        "must be whole numbers below 10^9, with commas between",
+        "must be whole numbers above 0 and below 10^9, with commas between",
     )
     names = r"([\w-]+(,[\w-]+)*)?"
     need(re.fullmatch(names, cfg.benchmarks), "benchmarks", "must be names, with commas between")
