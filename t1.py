@@ -1900,7 +1900,7 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
 
 def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
     """Path -> name in the pictures."""
-    given = cfg.checkpoint.split(",") if cfg.checkpoint else [cfg.model]
+    given = (cfg.model, *cfg.checkpoint.split(","))
     paths = [latest(name) for name in given if name]
     if not paths:
         sft = on_rank0(checkpoints, run / "sft")
@@ -3061,9 +3061,7 @@ class RunFolder:
         text of the first prompt; another machine or version is said."""
         self.total = steps
         if self.cfg.resume_from >= steps:
-            raise Misuse(
-                f"--resume-from {self.cfg.resume_from}: all {steps} steps are done; give more steps"
-            )
+            raise Misuse(f"--resume-from: all {steps} steps are done; give more steps")
         with all_ranks_or_none():  # not `on_rank0`: a lock cannot be sent to other ranks
             if rank() == 0:
                 self.lock = locked_folder(self.path)
@@ -3233,10 +3231,11 @@ class RunFolder:
         sync(self.path)
         older = [path for path in checkpoints(self.path) if step_of(path) <= step]
         for old in older[: -self.cfg.keep]:
-            if not self.cfg.keep_every or step_of(old) % self.cfg.keep_every:
-                remove(old)
-            elif (old / "trainer").exists():
-                drop_trainer_state(old)
+            if (old / "trainer").exists():  # what an earlier --keep-every kept stays
+                if not self.cfg.keep_every or step_of(old) % self.cfg.keep_every:
+                    remove(old)
+                else:
+                    drop_trainer_state(old)
 
     def resume(self, policy, optimizer, anchor=None):
         """Load the trainer's state of `source` and cut the logs back to its step. From now on

@@ -2303,7 +2303,7 @@ def test_a_branch_without_steps_is_refused(tmp_path):
     folder = object.__new__(t1.RunFolder)
     folder.cfg = config("--resume-from", 60, "--out", tmp_path)
     folder.path = tmp_path / "tiny-from-60/rl"
-    with pytest.raises(t1.Misuse, match="--resume-from 60: all 60 steps are done; give more steps"):
+    with pytest.raises(t1.Misuse, match="--resume-from: all 60 steps are done; give more steps"):
         folder.create("", [], [], "", folder.cfg.rl_steps)
     assert not folder.path.exists()
 
@@ -2334,6 +2334,21 @@ def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_p
     t1.load_policy(str(kept[0]), config())
     code, _, err = main(*args, "--resume-from", 6)
     assert code == 2 and "there are: 9" in err
+
+
+def test_what_an_earlier_keep_every_kept_stays(tmp_path):
+    """Resumed without --keep-every, the next save removed all that it had kept."""
+    folder = object.__new__(t1.RunFolder)
+    folder.cfg = config("--keep", 1)
+    folder.path = tmp_path
+    folder.run = "a"
+    (tmp_path / "checkpoint-6").mkdir()
+    t1.write_manifest(tmp_path / "checkpoint-6", 6, "a", {})  # without the trainer's state
+    for step in (8, 9):
+        beside = tmp_path / f"partial-{step}"
+        (beside / "trainer").mkdir(parents=True)
+        folder.seal(beside, step, [])
+    assert [path.name for path in t1.checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-9"]
 
 
 def test_groups_of_equal_rewards_are_an_ordinary_step(guess, tmp_path):
