@@ -3052,7 +3052,7 @@ class RunFolder:
         if changed:
             raise Misuse(
                 f"{self.path} holds a run of other values: {', '.join(changed)}; choose another"
-                " --name, or branch with --resume-from"
+                " --name, branch with --resume-from, or move that folder away"
             )
 
     def create(self, source: str, problems, tests, prompt: str, steps: int):

@@ -5235,6 +5235,7 @@ def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     code, _, err = main(*args, "--sft-lr", 0.5)
     assert code == 2 and "holds a run of other values: sft_lr (0.0015 there, 0.5 now)" in err
+    assert "or move that folder away" in err  # a second branch of a step has no other --name
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     layout = [
         "--micro-tokens",
