@@ -3734,10 +3734,10 @@ def settings_before(cfg: Config) -> dict:
     """The config of this stage, or of the one that produced its input model; {} if neither is."""
     given = [Path(name) for name in (cfg.model, *cfg.checkpoint.split(",")) if name]
     run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
-    folders = [run / cfg.stage, run / "rl", run / "sft"]  # a stage that runs again: its own
-    if given:
-        folders = [path.parent if path.name.startswith("checkpoint-") else path for path in given]
-    for folder in folders:
+    own = [run / "sft", run / "rl", run / cfg.stage]
+    for folder in reversed(given or own):  # a stage that runs again: its own; RL's before SFT's
+        if folder.name.startswith("checkpoint-"):
+            folder = folder.parent
         path = folder / "config.json"
         settings = read_json(path).get("config") if path.is_file() else None
         if isinstance(settings, dict) and settings.get("preset") in PRESETS:

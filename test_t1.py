@@ -2255,6 +2255,11 @@ def test_a_model_before_its_checkpoints_changes_no_option(tmp_path):
         given = given.replace("rl", f"{tmp_path}/rl")
         cfg = config("--checkpoint", given, "--test", "x.jsonl", stage="eval")
         assert (cfg.preset, cfg.max_new, cfg.system) == ("small", 99, "Box it.")
+    (tmp_path / "sft").mkdir()
+    made = config("--preset", "small", "--max-new", 44, stage="sft")
+    t1.write_json(tmp_path / "sft/config.json", dict(config=t1.deciding(made)))
+    cfg = config("--checkpoint", f"{tmp_path}/sft,{tmp_path}/rl", stage="eval")
+    assert cfg.max_new == 99  # RL's, as without --checkpoint: SFT's limit cut RL's responses
 
 
 def test_sft_does_not_change_with_the_rl_that_followed(tmp_path):
