@@ -1225,7 +1225,7 @@ class Config(Method):
     # checkpoints and logs
     keep: int = knob(10, "number of last checkpoints that are kept", free=True)
     keep_every: int = knob(
-        0, "also keep the weights of every N-th step; 0: none", zero=True, free=True
+        0, "also keep the weights of each checkpoint of a multiple of N steps", zero=True, free=True
     )
     keep_rollouts: bool = knob(False, "keep every response in rollouts.jsonl.gz", free=True)
     # stages
@@ -1477,7 +1477,10 @@ def check_prompt_options(first: Problem, before: str, template, tokenizer, cfg: 
     """Say or refuse options that change nothing in the prompt; --system: see `is_whole`."""
     if cfg.chat_template_kwargs:
         if not template:
-            raise Misuse("--chat-template-kwargs: these prompts come from no chat template")
+            raise Misuse(
+                "--chat-template-kwargs: these prompts come from no chat template; leave it out, or"
+                " give '' in place of what the stage before had"
+            )
         plain = dataclasses.replace(cfg, chat_template_kwargs="")
         if prompt_ids(first.row, tokenizer, plain) == first.prompt:
             print0("--chat-template-kwargs changes nothing in this prompt")
@@ -1810,12 +1813,11 @@ def results_of(folder: Path) -> list[dict]:
 
 def add_result(folder: Path, entry: dict):
     """Put an entry at the end of results.json, in place of the one of the same checkpoint and test,
-    and of one whose checkpoint was moved."""
+    and of the one with its key: that checkpoint was moved, copied, or spelled in another way."""
     entries = []
     for old in results_of(folder):
         same = old["checkpoint"] == entry["checkpoint"] and old["test"] == entry["test"]
-        moved = old["key"] == entry["key"] and not Path(old["checkpoint"]).exists()
-        if not (same or moved):
+        if not (same or old["key"] == entry["key"]):
             entries.append(old)
     write_json(folder / "results.json", dict(checkpoints=[*entries, entry]))
 
@@ -1898,7 +1900,7 @@ def measure(engine, answerer, problems: list[Problem], samples: int, cfg) -> tup
 
 def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
     """Path -> name in the pictures."""
-    given = cfg.checkpoint.split(",") if cfg.checkpoint else [cfg.model]
+    given = (cfg.model, *cfg.checkpoint.split(","))
     paths = [latest(name) for name in given if name]
     if not paths:
         sft = on_rank0(checkpoints, run / "sft")
@@ -1909,21 +1911,19 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
             f"no checkpoint in {run}: run --stage sft and --stage rl first, or give --checkpoint"
             " or --model"
         )
+    names = {}
     for path in paths:
         check_model_folder(path)
-    names = []
-    for path in map(Path, paths):
-        step = path.name.removeprefix("checkpoint-")
-        names.append(f"{path.parent.name} {step}".strip())
-    if len(set(names)) < len(names):
-        names = paths
-    return dict(zip(paths, names))
+        folder = Path(path)
+        step = folder.name.removeprefix("checkpoint-")
+        names[path] = f"{folder.parent.name} {step}".strip()
+    return names
 
 
 def release(engine):
     """Let go of the policy that was evaluated last: one checkpoint in memory at a time."""
-    if isinstance(engine, TorchEngine) and world() == 1:
-        engine.policy = None
+    if isinstance(engine, TorchEngine):
+        engine.policy = None  # the next one may have another architecture
     gc.unfreeze()  # vLLM froze what was alive when it started,
     gc.collect()  # and a policy refers to itself (FSDP's hooks, `checkpoint`)
 
@@ -1977,7 +1977,7 @@ def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: st
         )
         if rank() == 0:
             some = rollouts[:: max(1, len(rollouts) // 8)]
-            rows = [dict(step=folder.total - 1, kind="held-out", **record_of(r)) for r in some]
+            rows = [dict(step=folder.total, kind="held-out", **record_of(r)) for r in some]
             append_rows(folder.path / "samples.jsonl", rows)
     print0(next_command(folder, next_stage))
 
@@ -3052,18 +3052,20 @@ class RunFolder:
         if changed:
             raise Misuse(
                 f"{self.path} holds a run of other values: {', '.join(changed)}; choose another"
-                " --name, or branch with --resume-from"
+                " --name, branch with --resume-from, or move that folder away"
             )
 
     def create(self, source: str, problems, tests, prompt: str, steps: int):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
         the same contents of --data, --test, --reward and --model, wherever they lie, and the same
         text of the first prompt; another machine or version is said."""
+        self.total = steps
+        if self.cfg.resume_from >= steps:
+            raise Misuse(f"--resume-from: all {steps} steps are done; give more steps")
         with all_ranks_or_none():  # not `on_rank0`: a lock cannot be sent to other ranks
             if rank() == 0:
                 self.lock = locked_folder(self.path)
         wait_for_rank0(self.path / "lock")
-        self.total = steps
         rows = [problem.row for problem in problems]
         self.has_answers = all(row.get("answer") for row in rows)
         file, _, function = self.cfg.reward.rpartition(":")
@@ -3229,10 +3231,11 @@ class RunFolder:
         sync(self.path)
         older = [path for path in checkpoints(self.path) if step_of(path) <= step]
         for old in older[: -self.cfg.keep]:
-            if not self.cfg.keep_every or step_of(old) % self.cfg.keep_every:
-                remove(old)
-            elif (old / "trainer").exists():
-                drop_trainer_state(old)
+            if (old / "trainer").exists():  # what an earlier --keep-every kept stays
+                if not self.cfg.keep_every or step_of(old) % self.cfg.keep_every:
+                    remove(old)
+                else:
+                    drop_trainer_state(old)
 
     def resume(self, policy, optimizer, anchor=None):
         """Load the trainer's state of `source` and cut the logs back to its step. From now on
@@ -3648,13 +3651,15 @@ def draw_results(folder: Path):
             by_test.setdefault(entry["test"], []).append(entry)
     for test, entries in by_test.items():
         axis = Figure(figsize=(6.2, 4.5)).subplots()
+        names = [entry["name"] for entry in entries]
         for i, entry in enumerate(entries):
+            name = entry["name"]
             budgets, value, error, _ = np.array(entry["scaling"], dtype=float).T
             axis.errorbar(
                 budgets,
                 100 * value,
                 100 * error,
-                label=entry["name"],
+                label=name if names.count(name) == 1 else entry["checkpoint"],  # two runs
                 marker="osD^vPX*"[i % 8],
                 color=colormaps["viridis_r"]((i + 1) / len(entries)),  # darker with each checkpoint
                 capsize=2,
@@ -3727,13 +3732,12 @@ def truth(text: str) -> bool:
 
 def settings_before(cfg: Config) -> dict:
     """The config of this stage, or of the one that produced its input model; {} if neither is."""
-    given = cfg.model or cfg.checkpoint.split(",")[0]
+    given = [Path(name) for name in (cfg.model, *cfg.checkpoint.split(",")) if name]
     run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
-    folders = [run / cfg.stage, run / "rl", run / "sft"]  # a stage that runs again: its own
-    if given:
-        path = Path(given)
-        folders = [path.parent if path.name.startswith("checkpoint-") else path]
-    for folder in folders:
+    own = [run / "sft", run / "rl", run / cfg.stage]
+    for folder in reversed(given or own):  # a stage that runs again: its own; RL's before SFT's
+        if folder.name.startswith("checkpoint-"):
+            folder = folder.parent
         path = folder / "config.json"
         settings = read_json(path).get("config") if path.is_file() else None
         if isinstance(settings, dict) and settings.get("preset") in PRESETS:
@@ -3789,7 +3793,7 @@ def check_config(cfg: Config):
     need(
         re.fullmatch(numbers, cfg.budgets),
         "budgets",
-        "must be whole numbers below 10^9, with commas between",
+        "must be whole numbers above 0 and below 10^9, with commas between",
     )
     names = r"([\w-]+(,[\w-]+)*)?"
     need(re.fullmatch(names, cfg.benchmarks), "benchmarks", "must be names, with commas between")

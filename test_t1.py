@@ -1259,6 +1259,19 @@ def test_an_engine_samples_what_the_policy_that_it_holds_knows(talkative, engine
     assert min(rollout.ids) >= first.vocabulary  # the model likes these rows best
 
 
+def test_a_second_checkpoint_may_have_another_architecture(monkeypatch):
+    """Several ranks kept the first one's copy: the second ended in a traceback."""
+    monkeypatch.setattr(t1, "world", lambda: 2)
+    engine = None
+    for layers in (1, 2):
+        policy, tokenizer = embedded_model(layers, 64)
+        policy.bf16 = True  # as with several ranks, the engine copies the weights
+        engine = engine or t1.TorchEngine(tokenizer, config("--dtype", "bfloat16"))
+        t1.release(engine)
+        engine.load(policy)
+        assert len(engine.policy.lm.base_model.layers) == layers
+
+
 def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
     talkative, engine, monkeypatch
 ):
@@ -2233,6 +2246,22 @@ def test_a_stage_keeps_what_the_model_before_saw(tmp_path):
     )
 
 
+def test_a_model_before_its_checkpoints_changes_no_option(tmp_path):
+    """`--checkpoint BASE,runs/mine/rl` evaluated the run with other options than it was trained."""
+    made = config("--preset", "small", "--max-new", 99, "--system", "Box it.", "--out", tmp_path)
+    (tmp_path / "rl").mkdir()
+    t1.write_json(tmp_path / "rl/config.json", dict(config=t1.deciding(made)))
+    for given in ("BASE,rl", "rl,BASE", "BASE,rl/checkpoint-3"):
+        given = given.replace("rl", f"{tmp_path}/rl")
+        cfg = config("--checkpoint", given, "--test", "x.jsonl", stage="eval")
+        assert (cfg.preset, cfg.max_new, cfg.system) == ("small", 99, "Box it.")
+    (tmp_path / "sft").mkdir()
+    made = config("--preset", "small", "--max-new", 44, stage="sft")
+    t1.write_json(tmp_path / "sft/config.json", dict(config=t1.deciding(made)))
+    cfg = config("--checkpoint", f"{tmp_path}/sft,{tmp_path}/rl", stage="eval")
+    assert cfg.max_new == 99  # RL's, as without --checkpoint: SFT's limit cut RL's responses
+
+
 def test_sft_does_not_change_with_the_rl_that_followed(tmp_path):
     """The same commands again: SFT was refused for the --max-new that RL had."""
     for stage, options in (("sft", []), ("rl", ["--max-new", 320, "--preset", "small"])):
@@ -2242,6 +2271,21 @@ def test_sft_does_not_change_with_the_rl_that_followed(tmp_path):
     cfg = config("--name", "mine", "--out", tmp_path, stage="sft")
     assert (cfg.preset, cfg.max_new) == ("tiny", 160)
     t1.RunFolder(cfg)
+
+
+def test_an_ended_stage_that_runs_again_has_its_samples_once(tmp_path, monkeypatch):
+    """The held-out responses were appended each time that the same command was given."""
+    folder = t1.RunFolder(config("--out", tmp_path))
+    folder.create("", [], [], "", 3)
+    folder.step = 3
+    problem = t1.Problem(dict(problem="1 + 1", answer="2"), [0])
+    monkeypatch.setattr(t1, "evaluate", lambda *rest: [t1.Rollout(problem, ids=[1])])
+    engine = types.SimpleNamespace(load=lambda policy: False)
+    for _ in range(2):
+        folder.tidy()
+        t1.finish_stage(folder, None, engine, [problem], "eval")
+        rows = t1.read_log(folder.path / "samples.jsonl")
+        assert [(row["step"], row["kind"]) for row in rows] == [(3, "held-out")]
 
 
 def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
@@ -2256,6 +2300,17 @@ def test_a_branch_resumes_from_a_checkpoint_with_other_values(guess, tmp_path):
     assert old[:6] == new[:6] and old[6:] != new[6:] and len(new) == 9
     code, _, err = main(*args, "--resume-from", 5)
     assert code == 2 and "there are: 3, 6, 9" in err
+
+
+def test_a_branch_without_steps_is_refused(tmp_path):
+    """A run that ended, branched without more --rl-steps: exit 0, and a folder without a
+    checkpoint."""
+    folder = object.__new__(t1.RunFolder)
+    folder.cfg = config("--resume-from", 60, "--out", tmp_path)
+    folder.path = tmp_path / "tiny-from-60/rl"
+    with pytest.raises(t1.Misuse, match="--resume-from: all 60 steps are done; give more steps"):
+        folder.create("", [], [], "", folder.cfg.rl_steps)
+    assert not folder.path.exists()
 
 
 def test_a_run_without_a_checkpoint_says_what_it_began_with(tmp_path):
@@ -2284,6 +2339,21 @@ def test_checkpoints_that_are_kept_for_good_lose_the_trainers_state(guess, tmp_p
     t1.load_policy(str(kept[0]), config())
     code, _, err = main(*args, "--resume-from", 6)
     assert code == 2 and "there are: 9" in err
+
+
+def test_what_an_earlier_keep_every_kept_stays(tmp_path):
+    """Resumed without --keep-every, the next save removed all that it had kept."""
+    folder = object.__new__(t1.RunFolder)
+    folder.cfg = config("--keep", 1)
+    folder.path = tmp_path
+    folder.run = "a"
+    (tmp_path / "checkpoint-6").mkdir()
+    t1.write_manifest(tmp_path / "checkpoint-6", 6, "a", {})  # without the trainer's state
+    for step in (8, 9):
+        beside = tmp_path / f"partial-{step}"
+        (beside / "trainer").mkdir(parents=True)
+        folder.seal(beside, step, [])
+    assert [path.name for path in t1.checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-9"]
 
 
 def test_groups_of_equal_rewards_are_an_ordinary_step(guess, tmp_path):
@@ -2707,7 +2777,8 @@ def test_two_ranks_evaluate_two_checkpoints_as_one(guess, tmp_path):
     ranks."""
     checkpoint = guess / "tiny/sft/checkpoint-250"
     shutil.copytree(checkpoint, tmp_path / "copy")
-    (tmp_path / "copy/complete.json").unlink()  # so that it counts as another one
+    (tmp_path / "copy/complete.json").unlink()
+    (tmp_path / "copy/notes").write_text("so that it counts as another one")
     args = [
         "--stage",
         "eval",
@@ -3449,6 +3520,36 @@ def test_an_evaluation_resumes_per_checkpoint_and_test_set(guess, tmp_path, monk
     assert len(calls) == 5
 
 
+def test_an_entry_is_there_once_however_its_checkpoint_is_spelled(tmp_path):
+    """runs/a/rl/checkpoint-3/, as a shell completes it, stood beside runs/a/rl/checkpoint-3; and
+    the checkpoints of a copied run beside those of the copy."""
+    (tmp_path / "checkpoint-3").mkdir()
+    for checkpoint in (tmp_path / "checkpoint-3", f"{tmp_path}/checkpoint-3/"):
+        entry = dict(key="a", name="rl 3", checkpoint=str(checkpoint), test="embedded")
+        t1.add_result(tmp_path, entry)
+    assert t1.results_of(tmp_path) == [entry]
+
+
+def test_curves_of_two_runs_have_two_names(tmp_path, monkeypatch):
+    """Evaluated in two commands, both were called `rl 3`."""
+    for run in "ab":
+        (tmp_path / run / "rl/checkpoint-3").mkdir(parents=True)
+        t1.write_json(tmp_path / run / "rl/checkpoint-3/config.json", {})
+        checkpoint = str(tmp_path / run / "rl/checkpoint-3")
+        cfg = config("--checkpoint", checkpoint, stage="eval")
+        (name,) = t1.checkpoints_to_evaluate(tmp_path, cfg).values()
+        assert name == "rl 3"
+        entry = dict(key=run, name=name, checkpoint=checkpoint, test="embedded")
+        entry |= dict(problems=1, samples=1, temperature=1.0, scaling=[[8, 0.5, None, 7.0]])
+        t1.add_result(tmp_path, entry)
+    figures = []
+    monkeypatch.setattr(t1, "save_figure", lambda figure, *rest: figures.append(figure))
+    t1.draw_results(tmp_path)
+    (axis,) = figures[0].axes
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == [f"{tmp_path}/a/rl/checkpoint-3", f"{tmp_path}/b/rl/checkpoint-3"]
+
+
 def test_test_sets_of_one_name_have_a_picture_each(tmp_path):
     entry = dict(name="rl 3", checkpoint="c", problems=1, samples=1, temperature=1.0)
     for folder in ("hard", "easy", "x/" * 300):
@@ -3808,7 +3909,7 @@ MISTAKES = [  # arguments of t1.py -> a part of the line that they lead to
     ("--stage rl", "--stage sft first"),
     ("--stage eval", "--stage sft"),
     ("--stage eval --budgets 1,x", "--budgets '1,x': must be whole numbers"),
-    ("--stage eval --budgets 16,1000000000", "must be whole numbers below 10^9"),
+    ("--stage eval --budgets 16,1000000000", "must be whole numbers above 0 and below 10^9"),
     ("--stage eval --checkpoint nowhere", "nowhere"),
     ("--stage eval --checkpoint model --model model", "or --model, not both"),
     ("--stage eval --model model,nowhere", "model,nowhere"),
@@ -4919,7 +5020,7 @@ PADDED = ["--chat-template-kwargs", '{"padding": "max_length", "max_length": 99}
 USERS = [  # change of the folder, rows, options -> exit code, a part of what is said
     (None, {}, [], 0, r"the first of 40 prompts, 18 tokens: 'What is 3 plus 50?\n'"),
     (None, {}, SYSTEM, 2, "--system is not in the prompt: there is no chat template"),
-    (None, {}, THINK, 2, "--chat-template-kwargs: these prompts come from no chat template"),
+    (None, {}, THINK, 2, "come from no chat template; leave it out, or give '' in place"),
     (
         json_of("generation_config.json", do_sample=False, temperature=0.9, top_p=0.6),
         {},
@@ -5139,6 +5240,7 @@ def test_a_run_folder_of_other_values_is_refused(guess, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     code, _, err = main(*args, "--sft-lr", 0.5)
     assert code == 2 and "holds a run of other values: sft_lr (0.0015 there, 0.5 now)" in err
+    assert "or move that folder away" in err  # a second branch of a step has no other --name
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     layout = [
         "--micro-tokens",
