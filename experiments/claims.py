@@ -307,10 +307,8 @@ def answers(records: list[dict]) -> dict[Test, dict]:
 
 # --- Tables and picture ---------------------------------------------------------------------------
 HOW_TO_READ = """
-Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict is
-`yes` or `no` where the p-value, corrected for the number of questions by Holm's procedure, is at
-most 0.05: does the difference have the claimed sign (`higher` or `lower` where none is claimed)?
-Else it is open, and effects outside the interval are excluded, each at 95 %.
+Mean difference over n seeds, paired by seed, with its 95 % interval (Student's t). A verdict (has
+it the claimed sign?) is given where p, corrected by Holm's procedure, is at most 0.05; else open.
 """
 
 
@@ -414,8 +412,7 @@ def draw(path: Path, found: dict[Test, dict], about: str):
     left.axvspan(-1, 1, color="0.9")
     for axis in (left, right):
         axis.axvline(0, color="black", lw=0.8)
-    names = [f"{claim.paper}: {claim.text}" for claim in asked]
-    left.set_yticks(range(len(asked)), names, fontsize=8)
+    left.set_yticks(range(len(asked)), [f"{c.paper}: {c.text}" for c in asked], fontsize=8)
     does = "does it do what it is for?\ndifference / half-width of its interval"
     left.set_xlabel(does, fontsize=8)
     right.set_xlabel("does it pay?\npoints of held-out pass@1, 95 % interval", fontsize=8)

@@ -91,8 +91,8 @@ class Checkpoint:
         batch = self.policy.pack(rows)
         arguments = (self.policy(batch), self.policy.head, batch.targets)
         sizes = [len(ids) for _, ids in rows]
-        found = t1.token_logprobs_and_entropy(*arguments, *options)
-        found = [values.cpu().split(sizes) for values in found]
+        both = t1.token_logprobs_and_entropy(*arguments, *options)
+        found = [values.cpu().split(sizes) for values in both]
         anchors = t1.response_logprobs(self.anchor, rows, self.cfg, *options)
         cards = []
         for record, (_, ids), logprob, entropy, anchor in zip(records, rows, *found, anchors):
@@ -117,9 +117,8 @@ class Checkpoint:
             logs = [others[text] for text in others if text not in [r.text for r in rollouts]]
         rows = []
         for row in logs[: cfg.k]:  # the ids are those of the text
-            unlimited = dataclasses.replace(cfg, max_new=10**9)
-            trace = t1.Problem(row, problem.prompt)
-            (trace,) = t1.encode_responses([trace], self.tokenizer, unlimited)
+            whole = dataclasses.replace(cfg, max_new=10**9)
+            (trace,) = t1.encode_responses([t1.Problem(row, problem.prompt)], self.tokenizer, whole)
             rows.append((problem.prompt, trace.ids[: row["length"]]))
         rows += map(t1.row_of, rollouts)
         cards = self.cards([*logs[: cfg.k], *map(t1.record_of, rollouts)], rows, *options)
@@ -249,8 +248,7 @@ function render() {
   at("asked").textContent = group.cards[0].problem;
   add(at("asked"), "small", ` ${group.about}`);
   group.cards.forEach(card => show(at("group"), card));
-  const pair = data.pairs[at("test").value];
-  if (!pair) return;
+  const pair = data.pairs[at("test").value]; if (!pair) return;
   at("tested").textContent = pair[0].problem;
   add(at("tested"), "small", ` Right: ${data.golds[at("test").value]}.`);
   const cuts = pair.flatMap(card => card.cuts);

@@ -385,16 +385,13 @@ def test_plan_command(talkative, capsys, tmp_path):
     out = capsys.readouterr().out
     for name in plan.SHAPES:
         assert f"{name.split('/')[1]}: 4 x 4 responses of 400 tokens" in out
-    assert out.count(" yes ") == 12
-    assert "efficiency 0.32 to 0.5" in out
+    assert out.count(" yes ") == 12 and "efficiency 0.32 to 0.5" in out
     model = f"--model {talkative.folder} --gpus 1,2 --set efficiency=0.2,pcie=2e10".split()
     assert plan.main([*model, *few]) == 0
     assert re.findall(r"(?m)^ +(\d+) ", capsys.readouterr().out) == ["1", "2"]
     transformers.MixtralConfig().save_pretrained(tmp_path)
     assert plan.main(["--model", str(tmp_path)]) == 2  # for its planned 7 billion parameters
     assert "46,702,792,704 parameters" in capsys.readouterr().err
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
-    assert plan.main(["--model", str(tmp_path)]) == 2
 
 
 # -------------------------------------------------------------------------------------------- bench
@@ -457,8 +454,17 @@ def test_what_a_shared_prompt_saves(talkative, tmp_path, monkeypatch, capsys):
 
 
 SMALL_SHAPE = plan.Shape(64, 2, 128, 4, 2, 16, 512, True)
-sizes = dict(device="cpu", rows=3, row=48, head=(32, 64, 2048), samples=4, new=8, steps=(2, 2))
-SMALL_SIZES = gpu.Sizes(**sizes, stack=SMALL_SHAPE, models=(("small", SMALL_SHAPE),))
+SMALL_SIZES = gpu.Sizes(
+    device="cpu",
+    rows=3,
+    row=48,
+    stack=SMALL_SHAPE,
+    head=(32, 64, 2048),
+    models=(("small", SMALL_SHAPE),),
+    samples=4,
+    new=8,
+    steps=(2, 2),
+)
 
 
 def test_what_one_gpu_does_is_measured_here(tmp_path, quick_runs, monkeypatch, capsys):
