@@ -1225,7 +1225,7 @@ class Config(Method):
     # checkpoints and logs
     keep: int = knob(10, "number of last checkpoints that are kept", free=True)
     keep_every: int = knob(
-        0, "also keep the weights of each checkpoint of a multiple of N steps", zero=True, free=True
+        0, "also keep the weights of checkpoints at multiples of N; 0: none", zero=True, free=True
     )
     keep_rollouts: bool = knob(False, "keep every response in rollouts.jsonl.gz", free=True)
     # stages

@@ -279,8 +279,8 @@ LAYERS = {
 # comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
 # number)
 DENSITY = {
-    "t1.py": (10, 3, 6, 0, 0, 27_751),
-    "data_prep.py": (11, 3, 7, 0, 0, 18_497),
+    "t1.py": (10, 3, 6, 0, 0, 27_745),
+    "data_prep.py": (11, 3, 7, 0, 0, 18_496),
     "verify.py": (12, 15, 9, 5, 133, 22_471),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
     "experiments/*.py": (12, 10, 10, 2, 0, 0),
