@@ -108,8 +108,10 @@ ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of
 FILE_BYTES = 1 << 30  # largest .json file, which is read whole
 GZIP_BYTES = 16 << 20  # a gzip file that grows past this and past 200 times its size is a bomb;
 GZIP_RATIO = 200  # problems shrink to a fifth
-DATA_FILES = ".jsonl .ndjson .json .csv .parquet".split()  # all but the last also with .gz
-UNREAD = ".arrow .tsv .zst .xz .bz2".split()  # of a folder: not passed over
+DATA_FILES = (
+    ".jsonl .jsonlines .jl .ndjson .json .csv .parquet".split()
+)  # all but the last also with .gz
+UNREAD = ".arrow .tsv .zst .xz .bz2 .lz4 .zip .xlsx .xls".split()  # of a folder: not passed over
 NO_ROWS = "dataset_info.json dataset_infos.json report.json state.json".split()  # beside rows
 LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long
 _SPLIT = re.compile(  # in a path: test, TEST, MathTest, but not latest
@@ -454,39 +456,47 @@ COLUMNS = {
     "response": "=response response completion output generated_solution llm_response generations"
     " generation r1_solution_1 chat.assistant deepseek_solution deepseek_attempt attempt"
     " gemini_attempt model_answer reannotated_assistant_content qwq longcot combined_text"
-    " message_2 assistant",
+    " message_2 assistant responses completions outputs model_output model_response",
     "thought": "=thought reasoning_content thinking thought reasoning deepseek_thinking_trajectory"
     " thinking_trajectories gemini_thinking_trajectory",  # and what _THOUGHT matches
-    "system": "=system chat.system system system_prompt",
+    "system": "=system chat.system system system_prompt system_message system_instruction"
+    " system_instructions sys_prompt systemprompt systemmessage systeminstruction",
     "chat": "=chat messages conversations conversation contents",
     "turn": "content value parts text",  # of a chat
     "source": "=source source data_source problem_source source_type source_dataset dataset",
 }
 _THOUGHT = re.compile(
-    r"(\w+_)?(think|thinking|thoughts?|reasoning|cot)"
-    r"(_(content|text|trace|process|trajectory|chain|output|details|\d+))?"
+    r"(\w+_)?(think|thinking|thoughts?|reasoning|cot|rationale|scratchpad|chain_?of_?thoughts?)"
+    r"(_(content|text|trace|process|trajectory|chain|output|details|steps|\d+))?|reasoningcontent"
 )
 # What a problem cannot be understood without: its options, pictures, earlier turns; and places in
 # its text that stand for such (MAWPS: N_00), or a reply that its text goes on with
 BESIDE = re.compile(
-    r"(answer_|mc_|multiple_)?(option|choice)s?(_list|_?[a-h\d])?|op_?d|endings|alternatives"
-    r"|(distractor|(incorrect|wrong|possible)_answer)s?_?\d*|mc[12]_targets|history|prev_messages"
-    r"|(decoded_)?(image|img|picture|figure|diagram|video|audio)s?(_\d|_(path|url|file|base64)s?)?"
-    r"|background|premise|paragraph"
+    r"(answer_|mcq?_|multiple_)?(option|choice)s?(_(list|text)|_?[a-h\d])?|op_?d|alternatives"
+    r"|(answer|ans|ending|sol)_?([a-h]|\d)|endings|candidates|mc[12]_targets|multiple_choice_targets"
+    r"|(distractor|(incorrect|wrong|possible)_answer)s?_?\d*"
+    r"|((chat|conversation|dialog|dialogue)_)?history|(prev|previous|prior)_(turns|messages)"
+    r"|(decoded_|geometry_)?(image|img|picture|photo|figure|diagram|video|audio)s?"
+    r"(_?\d|_(id|path|url|file|filename|name|bytes|base64)s?)?"
+    r"|backgrounds?|premises?|theory|scenario|story|articles?|documents?|(pre|post)_text"
+    r"|paragraphs?|passages|contexts"
 )
 CONTEXT = ("context", "passage", "table")  # Dolly; AGIEval; TabMWP
 _CUT = re.compile(r"<think>(?!.*</think>\s*\S)", re.S)  # a thought without end, or without answer
 _HOLE = re.compile(
-    r"<image>|\bN_0\d|\bnumber0|(?:<\|im_start\|>assistant|assistant<\|end_header_id\|>|\[/INST\]"
-    r"|### (?:Response|Answer|Solution):)\s*(?!<think>\s*\Z|Let's think)\S"
+    r"<image[ _]?\d*>|\bN_0\d|\bnumber0|(?:<\|im_start\|>assistant|assistant<\|end_header_id\|>"
+    r"|\[/INST\]|<\|assistant\|>|<start_of_turn>model|<｜Assistant｜>|(?:\A|\n)ASSISTANT:"
+    r"|### (?:Response|Answer|Solution|Assistant|Output):)\s*(?!<think>\s*\Z|Let's think)\S"
 )
+_NUMBER = re.compile(r"\s*\w*\d\s*")  # 7, q_017
 _NOTHING = re.compile(r"(?i)(?:[][{},\s]|'\w+':|none|nan|null)*")  # at any depth
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 IDS = "id _id unique_id uuid problem_id row".split()
 VALID = ("problem_is_valid", "solution_is_valid")  # NuminaMath-1.5
 _MARKS = re.compile(  # columns that say whether a response, or each of several, is right
-    r"(\w+_)?(correct|right|verified|passed)|correctness(_\w+)?|rewards?|scores?|\w*verif[iy]\w*"
-    r"|verdicts?|judge?ments?|(answer|exact)_match(es)?"
+    r"(\w+_)?(corrects?|right|verified|passed)(_list)?|correctness(_\w+)?|rewards?|scores?"
+    r"|\w*verif[iy]\w*|verdicts?|judge?ments?|(answer|exact)_match(es)?|accuracies|grades"
+    r"|deepseek_grade"  # s1K-1.1: of the response that is read
 )
 RIGHT = "true 1 1.0 yes correct right".split()
 WRONG = "false 0 0.0 -1 -1.0 no incorrect wrong".split()
@@ -555,9 +565,12 @@ def field(row: dict, kind: str, where) -> str:
         if name == "label" and not isinstance(value, str):  # a class: KTO
             continue
         text = as_text(value)
+        if kind == "problem" and text and _NUMBER.fullmatch(text):  # of the problem
+            continue
         if text and text.strip():
             return text
-        lost = text is None and not roles_of(value) and not _NOTHING.fullmatch(str(value))
+        of_chat = roles_of(value) and (name == "completion" or kind not in ("answer", "response"))
+        lost = text is None and not of_chat and not _NOTHING.fullmatch(str(value))
         if lost and kind not in ("label", "solution", "source"):
             raise Misuse(
                 f"{row_at(where)}: field {name!r} must be text or a number, not a "
@@ -596,7 +609,7 @@ def with_thought(thought: str, text: str) -> str:
         text = re.sub(r"<\|(?:(?:begin|end)_of_solution|return|end)\|>|</?Output>", "", marked[3])
     if "</think>" in text:
         return text if "<think>" in text else "<think>\n" + text
-    if thought.strip() in ("", "on", "off"):  # `reasoning: on`
+    if re.fullmatch(r"\s*[A-Za-z/]*\s*", thought):  # `reasoning: on`, or `high`
         return text
     inside, _, after = thought.strip().removeprefix("<think>").partition("</think>")
     answer = after.strip() or text.strip()
@@ -634,7 +647,7 @@ def choose_response(row: dict, where) -> bool:
         if True in said or False in said:
             marks[name] = said
             wrong |= said == [False]
-        elif name != "score":  # which may count votes
+        elif name != "score" or "." in str(value):  # it may count votes
             wrong |= says_right(value) is False
     for name in COLUMNS["response"].split():
         texts = at(row, name)
@@ -656,9 +669,9 @@ def choose_response(row: dict, where) -> bool:
 
 
 def final(text: str) -> str | None:
-    """The value that a worked text ends in: its last box, or what its last #### (GSM8K) or words
-    (MetaMathQA) say."""
-    said = re.findall(r"(?:####|The answer is:)[ \t]*([^\n]+)", text)
+    """The value that a worked text ends in: its last box, or what the #### of its last line (GSM8K;
+    elsewhere they are a heading) or words (MetaMathQA) say."""
+    said = re.findall(r"(?:####(?=.*\s*\Z)|The answer is:)[ \t]*([^\n]+)", text)
     return verify.extract_answer(text) or (said[-1].rstrip(" .") if said else None)
 
 
@@ -670,16 +683,18 @@ def reading(row: dict, where) -> dict:
     row |= chat(row, where)
     # Nothing that the problem needs may stand beside it.
     for name, value in row.items():
-        lost = name in CONTEXT and as_text(value) is None or name == "c" and "b" in row  # C-Eval
+        lost = name in ("body", *CONTEXT) and as_text(value) is None
+        lost |= name == "input" and as_text(value) is None and not roles_of(unpacked(value))
+        lost |= name == "c" and "b" in row  # C-Eval
         if (lost or BESIDE.fullmatch(name)) and value and not _NOTHING.fullmatch(str(value)):
             raise Misuse(f"{row_at(where)}: {name!r} beside the problem; write it into its text")
     wrong = choose_response(row, where)
     said = {kind: field(row, kind, where) for kind in COLUMNS}
     problem, answer, label, solution, response, thought, *_ = said.values()
     # The problem is joined with its context.
-    for name in ("input", *CONTEXT):  # Alpaca
+    for name in ("instruction", "input", *CONTEXT):  # Alpaca
         text = as_text(row.get(name)) or ""
-        if problem and text.strip() and (name != "input" or problem not in text):
+        if problem and text.strip() and (name in CONTEXT or problem not in text):
             problem += "\n\n" + text
     if problem and (body := as_text(row.get("body"))):  # SVAMP
         problem = f"{body} {problem}"

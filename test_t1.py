@@ -280,7 +280,7 @@ LAYERS = {
 # number)
 DENSITY = {
     "t1.py": (10, 3, 6, 0, 0, 27_745),
-    "data_prep.py": (11, 3, 7, 0, 0, 18_496),
+    "data_prep.py": (11, 3, 7, 0, 0, 18_577),
     "verify.py": (12, 15, 9, 5, 133, 22_471),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
     "experiments/*.py": (12, 10, 10, 2, 0, 0),
@@ -4265,6 +4265,7 @@ def test_folders_patterns_and_splits(tmp_path):
         ("all/default-00000-of-00001.jsonl d/train-00000-of-00001.jsonl", "splits .default, train"),
         ("train-0.jsonl train-1.jsonl.zst", "train-1.jsonl.zst, row 1: not UTF-8"),
         ("train-0.jsonl train-1.tsv", "train-1.tsv, row 1: not UTF-8"),
+        ("train-0.jsonl train-1.jsonl.lz4", "train-1.jsonl.lz4, row 1: not UTF-8"),
         ("train-0.jsonl train-1.jsonl.xz", "train-1.jsonl.xz, row 1: not UTF-8"),
         ("train-0.jsonl train-1.jsonl.bz2", "train-1.jsonl.bz2, row 1: not UTF-8"),
         ("train.jsonl test2.jsonl", "several splits .test, train."),
