@@ -473,7 +473,7 @@ _THOUGHT = re.compile(
 # its text that stand for such (MAWPS: N_00), or a reply that its text goes on with
 BESIDE = re.compile(
     r"(answer_|mcq?_|multiple_)?(option|choice)s?(_(list|text)|_?[a-h\d])?|op_?d|alternatives"
-    r"|(answer|ans|ending|sol)_?([a-h]|\d)|endings|candidates|mc[12]_targets|multiple_choice_targets"
+    r"|(answer|ans|ending|sol)_?([a-h]|\d)|endings|candidates|(mc[12]|multiple_choice)_targets"
     r"|(distractor|(incorrect|wrong|possible)_answer)s?_?\d*"
     r"|((chat|conversation|dialog|dialogue)_)?history|(prev|previous|prior)_(turns|messages)"
     r"|(decoded_|geometry_)?(image|img|picture|photo|figure|diagram|video|audio)s?"

@@ -197,7 +197,7 @@ def test_the_documents_hold_the_tables_of_the_published_runs():
     assert real in (HERE / "docs/results.md").read_text(encoding="utf-8")
     tables = {"**A real model.**": real, "The ledger, failures": claims.claim_table(found)}
     for start, table in tables.items():
-        rows = re.search(r"\n\n(\|.*?)\n\n", readme.split(start)[1], re.S)[1].splitlines()
+        rows = re.search(r"(?s)\n\n(\|.*?)\n\n", readme.split(start)[1])[1].splitlines()
         assert set(rows) <= set(table.splitlines())
 
 
