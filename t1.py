@@ -21,7 +21,8 @@ vocabulary, D hidden width, n tokens scored at once; alpha is entropy_coef, beta
 
 Parts 1 to 4 of this file are the paper: `rl_step` is its algorithm, in six blocks. At first skip
 part 5 (how it is computed) and all below the banner (what a run needs around it). "(section 2)" is
-the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from below the banner:
+the paper's topic of that number in README's table; `NOT IN PAPER` marks what it leaves open. Of
+what the parts use from below the banner, what is not clear from its use:
 
     cfg                  the options of `Method` and of the run
     RunFolder, latest    logs and checkpoints; a folder's last checkpoint, or the folder
@@ -30,8 +31,10 @@ the paper's; `NOT IN PAPER` marks what it leaves open. What the parts use from b
     interrupt.check      raises Interrupted after a signal
     Stop, Misuse         end the run with one line: a failure; a mistake of the user
     rank(), world()      this process's number, and how many processes torchrun started
-    share_of_rank        indices of the responses that this process trains on
-    exchange             all ranks get all of the finished shares rollouts[i::n]
+    exchange             to sample and to judge, n processes share the work as rollouts[i::n]; after
+                         it all have all, those of other ranks as copies
+    share_of_rank        to train: indices of this process's responses, balanced by tokens, those of
+                         a prompt together
     gather               a list with the items of all ranks
     all_ranks_or_none    what a rank raises inside this `with`, all raise"""
 
@@ -100,8 +103,12 @@ class Method:
     penalties: bool = knob(True, "reward -1 for unexpected patterns", "true")
     repeat_ngram: int = knob(8, "repetition: a block of this many tokens ...", "not stated")
     repeat_count: int = knob(3, "... that occurs this many times, without overlap", "not stated")
-    max_nll: float = knob(0.0, "perplexity: largest mean -log-prob, nats; 0: off", zero=True)
-    loss_norm: Literal["tokens", "responses"] = knob("tokens", "mean over", "not stated", "rl")
+    max_nll: float = knob(
+        0.0, "perplexity: largest mean -log-prob, nats; 0: off", "not stated", zero=True
+    )
+    loss_norm: Literal["tokens", "responses"] = knob(
+        "tokens", "loss: mean over tokens, or over responses of their means", "not stated", "rl"
+    )
     tis_cap: float = knob(0.0, "cap of the weights pi / mu; 0: off", "", "rl", zero=True)
     # inference scaling
     budgets: str = knob("16,32,64,96,128,160", "thinking budgets, tokens", "1024 to 16384", "eval")
@@ -165,7 +172,7 @@ def policy_loss_reference(
 ):
     """The loss in plain torch: hidden (n, D), lm_head (V, D); targets, advantages, weights (n,) ->
     scalar. Its up to six (n, V) tensors take 15 GB at n = 4,096 and V = 151,936. Training calls
-    `policy_loss`: the same for small batches, else in chunks."""
+    `policy_loss`: the same for small batches without tis_cap, else in chunks."""
     logprob, entropy = logprob_and_entropy(hidden, lm_head, targets, temperature, min_p)
     return paper_loss(logprob, entropy, advantages, weights, entropy_coef)
 
@@ -366,8 +373,7 @@ def rl_step(step: int, problems, policy, anchor, engine, optimizer, cfg) -> tupl
 def sample_responses(engine, policy, problems: list[Problem], step: int, cfg) -> list[Rollout]:
     """K responses to each problem with the policy's present weights, (P * K,), on every rank."""
     with clock("push"):
-        if engine.load(policy):  # weights were copied: engine and policy must score alike
-            check_push(engine, policy, problems[0].prompt, cfg)
+        push(engine, policy, problems[0].prompt, cfg)
     rollouts = []
     for number, problem in enumerate(problems):
         seed = seed_for(cfg.seed, "rollout", step, number)
@@ -401,9 +407,15 @@ def run_rl(cfg):
     sft = str(folder.path.parent / "sft")
     source = folder.source or latest(cfg.model or sft)
     if source == sft:  # `latest` found no checkpoint in it
-        raise Misuse(f"no SFT checkpoint beside {folder.path}: --stage sft first, or give --model")
+        raise Misuse(
+            f"no SFT checkpoint beside {folder.path}: --stage sft first, or give the --name or"
+            " --preset of its run, or --model"
+        )
     whole, tokenizer, problems, tests = prepare(folder, source, cfg)
-    print0(f"{len(problems)} problems; the policy starts from {source}{unfinished(source)}")
+    print0(
+        f"{len(problems)} problems of {cfg.data or 'the embedded set'}; the policy starts from"
+        f" {source}{unfinished(source)}"
+    )
 
     # Anchor and policy start from the SFT model; with several ranks `shard` makes the copy.
     whole_anchor = copy.deepcopy(whole) if world() == 1 else whole
@@ -495,7 +507,7 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
         answers.append(Rollout(Problem(problem.row, prompt)))
     room = SUMMARY_TOKENS if cfg.answer_model else ANSWER_TOKENS
     generate(answerer, answers, room, temperature=0.0)
-    result = list(rollouts)
+    result = list(map(copy.copy, rollouts))  # they are graded again
     for i, start, answer in zip(late, starts, answers):
         answer.text = closing + text_of(answer, answerer.tokenizer)
         answer.ids = start + answer.ids
@@ -507,7 +519,7 @@ def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[li
     """[budget, pass@1, standard error, mean length] for each thinking budget."""
     thoughts = [thought_length(r, tokenizer) for r in rollouts]
     points = []
-    for budget in sorted({int(b) for b in cfg.budgets.split(",") if b}):
+    for budget in sorted({int(b) for b in cfg.budgets.split(",")}):
         cut = cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget, cfg)
         share = cut[rank() :: world()]
         with all_ranks_or_none():
@@ -597,7 +609,7 @@ class Packed:
     predict: torch.Tensor  # (n,) places in 0..M-1 that predict the response tokens
     targets: torch.Tensor  # (n,) response tokens, the end token included
     spread: torch.Tensor  # (cells,) the token of each cell
-    collect: torch.Tensor  # (M,) first cell of each token; all its cells have the same output
+    collect: torch.Tensor  # (M,) first cell of each token: its others are copies, or padding
     bounds: torch.Tensor  # (rows + 1,) int32, where each row begins, and the end
     shape: tuple[int, int]  # rows, and tokens of the longest
     ragged: bool  # cells are the rows end to end; else a grid: short rows repeat a token
@@ -643,7 +655,7 @@ NOT_COMPUTED = "attention_mask softcap s_aux position_bias indices block_indices
 
 
 def attention(module, q, k, v, attention_mask, scaling=None, pack=None, **others):
-    """The attention of every forward in this file, registered with transformers as "t1".
+    """The attention of all training and sampling, registered with transformers as "t1".
 
     With `pack`: q (1, Hq, M, Dh), k and v (1, Hkv, M, Dh); each row attends to itself. Without: q
     (B, Hq, T, Dh) is a prefill from position 0, or one position against a cache. No mask is built
@@ -741,10 +753,12 @@ def accumulate_gradient(policy, rollouts: list[Rollout], advantages, cfg) -> dic
         for group, real in micro_batches(policy, rows, cfg.micro_tokens):
             which = [mine[i] for i in group]
             batch = [rollouts[i] for i in which]
-            packed = policy.pack([row_of(r) for r in batch])
+            packed = policy.pack([rows[i] for i in group])
             lengths = torch.tensor([len(r.ids) for r in batch])
             A = advantages[which].repeat_interleave(lengths).to(policy.device)  # (n,)
-            w = real * world() * weights[which]  # FSDP takes the mean over ranks
+            # The loss is a sum over ranks, of whose gradients FSDP takes the mean: hence world(),
+            # divided out where the loss is reported. A repeated row has the weight 0.
+            w = real * world() * weights[which]
             w = w.repeat_interleave(lengths).to(policy.device)  # (n,)
             log_mu = torch.cat([torch.tensor(r.logprobs) for r in batch])  # (n,), in SFT empty
             log_mu = log_mu.to(policy.device)
@@ -803,9 +817,9 @@ def update(policy, optimizer, lr: float, cfg) -> float:
     return norm
 
 
-# Sampling. An engine has `tokenizer`; `ranks`, how many processes share it; `load(policy)`, True if
-# weights were copied; `generate(rollouts, ...)`, which fills them in; `sleep()`. `make_engine`
-# chooses TorchEngine or, on GPUs, VLLMEngine.
+# Sampling. An engine has `tokenizer` and `cfg`; `ranks`, how many processes share it;
+# `load(policy)`, True if weights were copied; `generate(rollouts, ...)`, which fills them in;
+# `sleep()`. `make_engine` chooses TorchEngine or VLLMEngine by --engine.
 
 
 def sample(logits, temperature: float, min_p: float, uniform):
@@ -849,7 +863,7 @@ class TorchEngine:
     """Sampling in plain torch, on any device. The model sees no padding: each prompt is prefilled
     to the length of the shortest, in one pass; the rest of longer ones is fed token by token while
     shorter ones already answer. Rows that ended leave the batch. The random numbers of a sample
-    depend on its seed, `sample` and max_new alone and, but for rounding, not on batch or ranks."""
+    depend on its seed, `sample` and max_new alone: batch and ranks change it by rounding only."""
 
     ranks = 1  # per engine
 
@@ -893,9 +907,11 @@ class TorchEngine:
 
     @torch.no_grad()
     def _generate(self, groups: list[list[Rollout]], max_new, temperature, min_p, ended):
-        """B samples of one batch, grouped by prompt. A sample keeps its row, 0..B-1; those that
-        still run hold b slots: slot s is row row_of_slot[s]. Position t counts from the
-        prompt's start."""
+        """B samples of one batch, grouped by prompt, in two numberings. A row, 0..B-1, is a sample
+        for good (tokens, lengths, uniform, logprobs, end). A slot, 0..b-1, is its place among those
+        that still run (hidden, token, place, the cache); slot s is row row_of_slot[s]. If of 5
+        slots 1 and 3 end, then left = 3 and slot 4 moves into slot 1: rows 0 4 2. Position t counts
+        from the prompt's start."""
         policy = self.policy
         device = policy.device
         rows = [r for group in groups for r in group]
@@ -987,7 +1003,8 @@ def policy_loss(
     chunk: int = 0,
 ):  # fmt: skip
     """The loss of `policy_loss_reference`; log-probs and entropies (n,), float32, without gradient.
-    In chunks of c positions; if 3 n <= c the plain way, which then needs no more memory.
+    In chunks of c positions; without tis_cap and if 3 n <= c the plain way, which then takes no
+    more memory than a chunk.
 
     NOT IN PAPER: truncated importance weights. An engine in bfloat16 samples from mu, not exactly
     from pi; with its log-probs `log_mu` (n,), A_t is multiplied by min(pi/mu, tis_cap), a
@@ -1085,12 +1102,13 @@ def _chunk_stats(hidden, lm_head, targets, temperature, min_p):
 
 
 def _chunk_gradient(z, p, lse, entropy, targets, a, b, temperature):
-    """d (a log p_y + b H) / d logits, (c, V), written over z; a and b are (c,). With p =
-    softmax(logits / tau) and dp_u/dlogit_v = p_u (1[u=v] - p_v) / tau:
-        d log p_y / dlogit_v = (1[v=y] - p_v) / tau
-        dH / dlogit_v        = -sum_u (log p_u + 1) dp_u/dlogit_v = -p_v (log p_v + H) / tau
-    Together (a 1[v=y] - p_v (a + b (log p_v + H))) / tau, where log p = z - lse, and `p` exp(-lse)
-    stands for p: 0 off the min-p support."""
+    """d (a log P_y + b H) / d logits, (c, V), written over z; a and b are (c,). P = softmax(logits
+    / tau) is not the argument p = exp(z), which is not normalised: P = p exp(-lse), log P = z -
+    lse.
+    With dP_u/dlogit_v = P_u (1[u=v] - P_v) / tau:
+        d log P_y / dlogit_v = (1[v=y] - P_v) / tau
+        dH / dlogit_v        = -sum_u (log P_u + 1) dP_u/dlogit_v = -P_v (log P_v + H) / tau
+    Together (a 1[v=y] - P_v (a + b (log P_v + H))) / tau. Off the min-p support p and P are 0."""
     scale = (-lse).exp() / temperature
     z *= (-b * scale)[:, None]
     z += ((b * (lse - entropy) - a) * scale)[:, None]
@@ -1184,7 +1202,8 @@ class Config(Method):
     seed: int = knob(0, "seed of data order, sampling and the tiny model's weights", zero=True)
     # inputs
     model: str = knob(
-        "", "folder or hub name of a causal LM; empty: in sft the preset's, later the run's own"
+        "",
+        "folder or hub name of a causal LM; empty: in sft the preset's or tiny's, later the run's",
     )
     data: str = knob(
         "", "traces (sft) or problems (rl): .jsonl, .json, .csv, .parquet, folder; empty: embedded"
@@ -1213,7 +1232,9 @@ class Config(Method):
     )
     # numerics
     dtype: Literal["float32", "bfloat16"] = knob(
-        "float32", "activations; weights, log-probs, entropy stay float32", inherit=True
+        "float32",
+        "activations, saved weights; trained weights, log-probs, entropy: float32",
+        inherit=True,
     )
     micro_tokens: int = knob(4096, "tokens of one micro-batch, prompts included", free=True)
     checkpointing: bool = knob(False, "recompute activations in the backward pass", free=True)
@@ -1234,7 +1255,7 @@ class Config(Method):
     rl_save_every: int = knob(18, "steps between checkpoints", "", "rl")
     eval_samples: int = knob(
         0,
-        "samples per problem; 0: 4 on --test, 32 on AIME, else 1",
+        "samples per problem; 0: 32 on AIME, 1 on other benchmarks, else 4",
         "32 on AIME",
         "eval",
         zero=True,
@@ -1269,7 +1290,7 @@ PUSH_TOLERANCE = dict(float32=1e-3, bfloat16=0.1)  # nats: mean log-prob gap all
 def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
     """-> rows to train on, and held-out problems: those of --test, the embedded ones, or one in
     fifty of --data by a hash of its text, the same in every stage. No held-out problem is trained
-    on, however it is spelled."""
+    on, however it is spelled, unless nothing else is left."""
     tests = read_rows(cfg.test, "eval", cfg.columns, strict=not cfg.data) if cfg.test else []
     if cfg.stage == "eval" and cfg.test:
         return [], tests
@@ -1289,7 +1310,10 @@ def read_data(cfg: Config) -> tuple[list[dict], list[dict]]:
         tests = list(held.values())
     rest = [row for key, row in zip(keys, rows) if key not in out]
     if not rest:
-        print0("data: no row is left beside the problems of the test: all are trained on")
+        print0(
+            "data: every row is a problem of the test: all are trained on, its pass@1 is not held"
+            " out"
+        )
         return rows, tests if cfg.test else []
     what = "are problems of --test" if cfg.test else "held out for evaluation (--test for others)"
     print0(f"data: {len(rows) - len(rest)} rows {what}, {len(rest)} rows left to train on")
@@ -1683,7 +1707,9 @@ def rl_metrics(step: int, rollouts, rewards, kl, sums: dict, norm: float, lr: fl
     return dict(
         step=step,
         **means(rollouts),
-        kl=kl.mean().item() + sums["bias"] / len(rollouts),  # of the trainer's log-probs
+        # The advantages' d is log mu - log pi_ref, mu the sampler. Its mean plus that of log pi -
+        # log mu, found with the gradient, is that of log pi - log pi_ref.
+        kl=kl.mean().item() + sums["bias"] / len(rollouts),
         entropy=sums["entropy"] / N,
         nll=sums["nll"] / N,
         logprob_gap=sums["gap"] / N,
@@ -1719,8 +1745,8 @@ def warn(row: dict, rollouts: list[Rollout]):
         if wrong:
             print0(f"step {row['step']}:", words)
 
-    overlong = f"{row['overlong']:.0%} of the responses reached --max-new"
-    say(row["overlong"] > 0.5, f"{overlong}: they are paid -1, right or wrong; raise it")
+    overlong = f"{row['overlong']:.0%} of the responses reached --max-new: they are paid -1"
+    say(row["overlong"] > 0.5, f"{overlong}, right or wrong (see --penalties); raise --max-new")
     ungraded = f"the grader gave up on {row['ungraded']:.1%} of the answers"
     say(row["ungraded"] > 0.01, f"{ungraded}, which count as wrong")
     flat = "all groups have equal rewards, only entropy and KL act"
@@ -1778,8 +1804,7 @@ def run_eval(cfg: Config):
             answerer = answer_engine(engine, cfg) if cfg.answer_model else engine
         lock()
         engine.tokenizer = tokenizer
-        if engine.load(policy):
-            check_push(engine, policy, first[0].prompt, cfg)
+        push(engine, policy, first[0].prompt, cfg)
         del policy
         for entry, problems, samples in todo:
             result, rollouts = measure(engine, answerer, problems, samples, cfg)
@@ -1794,8 +1819,8 @@ def run_eval(cfg: Config):
 def entry_key(models: tuple, rows: list[dict], samples: int, cfg: Config) -> str:
     """Identifies an entry of results.json by all that it depends on."""
     values = deciding(cfg)
-    for name in "model data test reward checkpoint benchmarks answer_model eval_samples".split():
-        values.pop(name, None)  # by content: `models`, `rows`, `samples`
+    for name in "model data test checkpoint benchmarks answer_model eval_samples".split():
+        del values[name]  # by content: `models`, `rows`, `samples`
     return digest((digest_of_code(), values, digest_of_rows(rows), samples, models))[:16]
 
 
@@ -1904,8 +1929,11 @@ def checkpoints_to_evaluate(run: Path, cfg: Config) -> dict[str, str]:
     paths = [latest(name) for name in given if name]
     if not paths:
         sft = on_rank0(checkpoints, run / "sft")
-        rl = on_rank0(checkpoints, run / "rl")
-        paths = [str(path) for path in sft[-1:] + rl]
+        rl = on_rank0(manifests, run / "rl")
+        paths = list(map(str, [*sft[-1:], *filter(rl.get, rl)]))
+        for path in rl:
+            if not rl[path]:
+                print0(f"{path}: damaged (incomplete, or of another run), left out")
     if not paths:
         raise Misuse(
             f"no checkpoint in {run}: run --stage sft and --stage rl first, or give --checkpoint"
@@ -1967,7 +1995,7 @@ def finish_stage(folder, policy, engine, problems: list[Problem], next_stage: st
     cfg = folder.cfg
     print0(f"checkpoint, metrics and curves.png are in {folder.path}")
     if problems:
-        engine.load(policy)
+        push(engine, policy, problems[0].prompt, cfg)
         rollouts = evaluate(engine, problems, 1, cfg)
         value, error = mean_and_error([[r.right] for r in rollouts])
         print0(
@@ -1986,7 +2014,7 @@ def next_command(folder, stage: str) -> str:
     """The command of the next stage: this one's options that differ from the preset's."""
     cfg = folder.cfg
     usual = Config(**PRESETS[cfg.preset] | dict(preset="tiny", name=cfg.preset))
-    data = cfg.data if folder.has_answers or not cfg.data else "PROBLEMS.jsonl"
+    data = "PROBLEMS.jsonl" if cfg.data and stage == "rl" else cfg.data  # not those of SFT
     cfg = dataclasses.replace(cfg, name=folder.path.parent.name, data=data)
     words = ["next: torchrun"]
     nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
@@ -2150,7 +2178,7 @@ def engine_ranks(weights: int, card: int, ranks: int) -> int:
 
 def engine_share(card: int, held: int, gathered: int) -> float:
     """Share of a card for the engine: what the trainer does not hold then, less the weights that
-    `check_push` gathers while the engine is awake, less 4 GiB for activations, CUDA and NCCL. In
+    `push` gathers while the engine is awake, less 4 GiB for activations, CUDA and NCCL. In
     bytes."""
     return max(0.01, (card - held - gathered - 2**32) / card)
 
@@ -2167,7 +2195,7 @@ def engine_layout(policy, cfg: Config) -> tuple[int, dict]:
     free, card = torch.cuda.mem_get_info()
     layers = [number_of_parameters(layer) for layer in policy.lm.base_model.layers]
     parameters = number_of_parameters(policy)
-    # The trainer's forward in `check_push` gathers the root and two layers, each as a buffer and
+    # The trainer's forward in `push` gathers the root and two layers, each as a buffer and
     # its copy: 2 x 2 bytes a parameter. One rank gathers nothing, but autocast copies all: 2 bytes.
     gathered = 2 * parameters
     if world() > 1:
@@ -2199,9 +2227,12 @@ def engine_gaps(engine, policy, prompts, max_new: int, cfg, agreement=contextlib
     return (sampled - scored).abs()
 
 
-def check_push(engine, policy, prompt: list[int], cfg: Config):
-    """After a push, engine and trainer must give the same log-probs to one greedy answer. A push
-    that fails silently would leave the rollouts to an old policy for the rest of the run."""
+def push(engine, policy, prompt: list[int], cfg: Config):
+    """Give the engine the policy's weights. Where they were copied, both must then give the same
+    log-probs to one greedy answer: a copy that fails silently would leave the rollouts to an old
+    policy for the rest of the run."""
+    if not engine.load(policy):
+        return
     gap = engine_gaps(engine, policy, [prompt], 16, cfg, all_ranks_or_none).mean().item()
     tolerance = PUSH_TOLERANCE[cfg.dtype]
     with all_ranks_or_none():
@@ -2240,8 +2271,7 @@ class Cache:
         else:
             self.kv[layer][:, :, :, n:end] = new
             new = self.kv[layer][:, :, :, :end]
-        keys, values = new
-        return keys, values
+        return new.unbind()
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.n.get(layer, 0)
@@ -2354,7 +2384,8 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config) -> Policy:
     row = dict(problem="1 + 1", where=folder)
     if tokenizer.eos_token_id is None or not prompt_ids(row, tokenizer, cfg):
         raise Misuse(
-            f"{folder}: the tokenizer is missing, empty or has no eos_token; add tokenizer.json"
+            f"{folder}: the tokenizer is missing, empty or has no eos_token; add tokenizer.json, or"
+            " eos_token to tokenizer_config.json"
         )
     policy = Policy(lm, tokenizer, cfg, torch.device("cpu") if world() > 1 else None)
     mend_generation_config(policy, folder)
@@ -2373,7 +2404,7 @@ def checked_policy(lm, tokenizer, folder: str, cfg: Config) -> Policy:
     if cfg.max_prompt + cfg.max_new > context:
         raise Misuse(
             f"{folder}: its context of {context} tokens is shorter than --max-prompt and --max-new"
-            " together; lower them"
+            " together; lower them, or give another --model"
         )
     check_model(policy.to(policy.device), folder, cfg)
     return policy
@@ -2546,7 +2577,7 @@ def shard(whole: Policy | None, tokenizer, cfg: Config) -> Policy:
 
     Each layer is a unit, gathered while it runs. Embedding, last norm and head are the root unit,
     gathered until the backward pass is over. Shards are float32, born on the meta device (only rank
-    0 ever holds the whole model), gathered and run in cfg.dtype; gradients are summed in
+    0 holds the whole model here), gathered and run in cfg.dtype; gradients are summed in
     float32."""
     policy = sharded(whole, tokenizer, cfg) if world() > 1 else whole
     for layer in policy.lm.base_model.layers:
@@ -3057,8 +3088,8 @@ class RunFolder:
 
     def create(self, source: str, problems, tests, prompt: str, steps: int):
         """Called when all inputs have been checked: a misuse leaves nothing behind. Resuming needs
-        the same contents of --data, --test, --reward and --model, wherever they lie, and the same
-        text of the first prompt; another machine or version is said."""
+        the same contents of --data, --test and --reward, wherever they lie (of --model, if its name
+        is another), and the same text of the first prompt; another machine or version is said."""
         self.total = steps
         if self.cfg.resume_from >= steps:
             raise Misuse(f"--resume-from: all {steps} steps are done; give more steps")
@@ -3067,7 +3098,6 @@ class RunFolder:
                 self.lock = locked_folder(self.path)
         wait_for_rank0(self.path / "lock")
         rows = [problem.row for problem in problems]
-        self.has_answers = all(row.get("answer") for row in rows)
         file, _, function = self.cfg.reward.rpartition(":")
         contents = dict(
             data=digest_of_rows(rows),
@@ -3665,7 +3695,8 @@ def draw_results(folder: Path):
                 capsize=2,
             )
         axis.set(xscale="log", xlabel="thinking budget (tokens)", ylabel="pass@1 (%)")
-        axis.set_xticks(budgets, [f"{b:.0f}" for b in budgets], rotation=45)
+        ticks = sorted({point[0] for entry in entries for point in entry["scaling"]})
+        axis.set_xticks(ticks, ticks, rotation=45)
         axis.minorticks_off()
         axis.legend(fontsize=8, title="checkpoint")
         title = f"{test}: {entry['problems']} problems x {entry['samples']} samples"
@@ -3715,7 +3746,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(*sorted(names), **rules)
 
     def error(self, message):
-        hint = "is --stage missing? python t1.py --help lists every field"
+        hint = "python t1.py --help lists every option, such as --stage sft"
         words = re.findall(r"--?[\w-]+", message)
         if "unrecognized" in message and words:
             close = difflib.get_close_matches(words[0], self._option_string_actions)
@@ -3731,7 +3762,8 @@ def truth(text: str) -> bool:
 
 
 def settings_before(cfg: Config) -> dict:
-    """The config of this stage, or of the one that produced its input model; {} if neither is."""
+    """The config of the given model's stage; else of this stage, of RL or of SFT of the run, the
+    first that is there; else {}."""
     given = [Path(name) for name in (cfg.model, *cfg.checkpoint.split(",")) if name]
     run = Path(cfg.out) / (cfg.name or cfg.preset or "tiny")
     own = [run / "sft", run / "rl", run / cfg.stage]

@@ -279,7 +279,7 @@ LAYERS = {
 # comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
 # number)
 DENSITY = {
-    "t1.py": (10, 3, 6, 0, 0, 27_745),
+    "t1.py": (10, 3, 6, 0, 0, 27_779),
     "data_prep.py": (11, 3, 7, 0, 0, 18_577),
     "verify.py": (12, 15, 9, 5, 133, 22_471),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
@@ -1285,15 +1285,16 @@ def test_new_weights_reach_the_engine_and_a_failed_push_stops_the_run(
     with torch.no_grad():
         for p in moved.parameters():
             p.add_(0.1 * p.std() * torch.randn_like(p))
-    engine.load(moved)
-    t1.check_push(engine, moved, prompts[0], cfg)
+    t1.push(engine, moved, prompts[0], cfg)
     after = [r.ids for r in engine.generate(asked(prompts), 20, 0.0)]
     assert after == [greedy(moved, p, 20) for p in prompts] != before
-    if isinstance(engine, t1.VLLMEngine):  # a push that does nothing and reports nothing
+    # A push that does nothing and reports nothing:
+    if isinstance(engine, t1.VLLMEngine):
         monkeypatch.setattr(engine.llm, "collective_rpc", lambda *args, **kwargs: None)
-        engine.load(policy)
+    else:
+        monkeypatch.setattr(engine, "load", lambda policy: True)
     with pytest.raises(t1.Stop, match="nats per token apart after a push of weights"):
-        t1.check_push(engine, policy, prompts[0], cfg)
+        t1.push(engine, policy, prompts[0], cfg)
 
 
 def test_a_lost_engine_is_one_line(talkative, engine, monkeypatch):
@@ -1731,6 +1732,7 @@ def make_guess(base):
     steps = ["--sft-steps", 250, "--sft-lr", "4e-3"]
     code, out, err = main("--stage", "sft", *from_small(base), *data, *steps)
     assert code == 0 and "next: torchrun t1.py --stage rl" in out, err
+    assert " --data PROBLEMS.jsonl" in out  # RL needs others than SFT
     return base
 
 
@@ -1945,7 +1947,8 @@ def test_cut_and_answer(talkative):
         result = cut(budget)[0]
         assert result.ids == ended[:budget] + prefix + answer.ids
         assert result.text == t1.CLOSING + tokenizer.decode(said)
-    assert cut(n)[0] is rollouts[0]
+    kept = cut(n)[0]
+    assert kept == rollouts[0] and kept is not rollouts[0]  # it is graded again
     closed = endless + prefix
     for budget in (len(endless), 10 * len(endless)):
         # a thought that ran into the limit is closed at any budget
@@ -2671,7 +2674,7 @@ def test_two_ranks_sample_differently(talkative, tmp_path, engine):
 
 
 def push_within(tolerance, *args):
-    """Program: t1.py with another tolerance of `check_push`."""
+    """Program: t1.py with another tolerance of `push`."""
     t1.PUSH_TOLERANCE = dict.fromkeys(t1.PUSH_TOLERANCE, float(tolerance))
     return main_of(*args)
 
@@ -2680,7 +2683,7 @@ def push_within(tolerance, *args):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks_per_engine", [1, 2])
 def test_two_ranks_with_vllm(talkative, tmp_path, ranks_per_engine):
-    """Weights reach the engines after every step (`check_push`), and their log-probs are the
+    """Weights reach the engines after every step (`push`), and their log-probs are the
     trainer's."""
     for left in Path("/dev/shm").glob("-tp:0-*cpushm_*"):  # of a fork that ended without exit
         left.unlink()
@@ -2955,6 +2958,10 @@ def test_half_written_and_damaged_checkpoints(guess, tmp_path):
     assert [p.name for p in t1.checkpoints(folder)] == ["checkpoint-6", "checkpoint-9"]  # --keep 2
     good = outcome(folder, 9)
     os.truncate(folder / "checkpoint-9/model.safetensors", 1000)
+    code, out, err = main(
+        "--stage", "eval", *ten_problems(guess), "--out", tmp_path, "--max-new", 24
+    )
+    assert code == 0 and out.count("checkpoint-9: damaged (incomplete") == 1, out + err
     (folder / "partial-12").mkdir()
     code, out, err = main(*args)
     assert code == 0 and out.count("checkpoint-9: damaged (incomplete") == 1, out + err
@@ -3540,7 +3547,8 @@ def test_curves_of_two_runs_have_two_names(tmp_path, monkeypatch):
         (name,) = t1.checkpoints_to_evaluate(tmp_path, cfg).values()
         assert name == "rl 3"
         entry = dict(key=run, name=name, checkpoint=checkpoint, test="embedded")
-        entry |= dict(problems=1, samples=1, temperature=1.0, scaling=[[8, 0.5, None, 7.0]])
+        scaling = [[dict(a=8, b=16)[run], 0.5, None, 7.0]]
+        entry |= dict(problems=1, samples=1, temperature=1.0, scaling=scaling)
         t1.add_result(tmp_path, entry)
     figures = []
     monkeypatch.setattr(t1, "save_figure", lambda figure, *rest: figures.append(figure))
@@ -3548,6 +3556,7 @@ def test_curves_of_two_runs_have_two_names(tmp_path, monkeypatch):
     (axis,) = figures[0].axes
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
     assert labels == [f"{tmp_path}/a/rl/checkpoint-3", f"{tmp_path}/b/rl/checkpoint-3"]
+    assert list(axis.get_xticks()) == [8, 16]  # the budgets of both
 
 
 def test_test_sets_of_one_name_have_a_picture_each(tmp_path):
