@@ -545,8 +545,8 @@ def as_text(value) -> str | None:
     anything else."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, dict) and value.keys() <= {"type", "text"}:
-        value = value.get("text")  # a part of a turn
+    if isinstance(value, dict) and value.keys() <= {"type", "text", "response", "response_model"}:
+        value = value.get("text") or value.get("response")  # a part of a turn; NaturalReasoning
     if isinstance(value, Number) and not isinstance(value, bool) and abs(value) < math.inf:
         value = str(int(value) if value == int(value) else value)
     return value if isinstance(value, str) else None
@@ -694,7 +694,8 @@ def reading(row: dict, where) -> dict:
     # The problem is joined with its context.
     for name in ("instruction", "input", *CONTEXT):  # Alpaca
         text = as_text(row.get(name)) or ""
-        if problem and text.strip() and (name in CONTEXT or problem not in text):
+        inside = text in problem or name not in CONTEXT and problem in text
+        if problem and text.strip() and not inside:
             problem += "\n\n" + text
     if problem and (body := as_text(row.get("body"))):  # SVAMP
         problem = f"{body} {problem}"
