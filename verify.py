@@ -165,7 +165,8 @@ _FONTS = re.compile(
 # \mathbf{i}, \hat{\imath}, \hat{\mathbf j}
 _UNIT_VECTOR = re.compile(
     r"\\(?:mathbf|boldsymbol|bm|hat|vec|widehat|overrightarrow) ?"
-    r"(?:\{? ?\\(?:mathbf|hat|vec|rm) ?)?\{? ?(?:\\([ij])math|([ijk])(?![a-zA-Z])) ?\}{0,2}"
+    r"(?:(\{)? ?\\(?:mathbf|hat|vec|rm) ?)?(\{)? ?(?:\\([ij])math|([ijk])(?![a-zA-Z]))"
+    r"(?(2) ?\})(?(1) ?\})"
 )
 # trigger ⟶ pattern ⟶ replacement, applied in this order to a text without double blanks. A text
 # without the trigger has no match (this saves most of the time). § is the end of a command's name,
@@ -204,42 +205,57 @@ base ⟶ (?<=\d) ?(?:\\text ?\{)? ?\(? ?base[- ]?\}? ?(\d{1,2}) ?\)? ?\}? ⟶ _{
 # commands
 frac ⟶ \\[dtc]frac§ ⟶ \\frac␣
 binom ⟶ \\[dt]binom§ ⟶ \\binom␣
+\var ⟶ \\varnothing§ ⟶ \\emptyset␣
+\vec ⟶ \\vec§ ⟶ \\overrightarrow␣
+\bar ⟶ \\bar§ ⟶ \\overline␣
+\hat ⟶ \\hat§ ⟶ \\widehat␣
 dots ⟶ \\(?:ldots|dots|cdots|dotsc)§ ⟶ ...
 \ ⟶ \^ ?\{ ?\\circ ?\}|\^ ?\\circ§|\\degree§ ⟶ °␣
-° ⟶ ° ?\\text ?\{ ?([CF]) ?\}|° ?([CF])§ ⟶ \\text{degree\1\2}
+° ⟶ ° *(?:\\text ?\{ ?([CF])(?:elsius|ahrenheit)? ?\}|([CF])§) ⟶ \\text{degree\1\2}
+degree ⟶ \bdegrees? (C)elsius§|\bdegrees? (F)ahrenheit§ ⟶ degree\1\2
 \over ⟶ \{([^{}]*)\\over§([^{}]*)\}|^([^{}]*)\\over§([^{}]*)$ ⟶ \\frac {\1\3}{\2\4}
 \choose ⟶ \{([^{}]*)\\choose§([^{}]*)\} ⟶ \\binom {\1}{\2}
 # dy/dx is a name, not a quotient
 \text{d} ⟶ \\text\{d\} ?(?=[a-zA-Z]) ⟶ d
 \frac ⟶ \\frac ?\{ ?d( ?\^ ?\{?\d\}?)? ?([A-Za-z]) ?\} ?\{ ?d ?([A-Za-z])(?: ?\^ ?\{?\d\}?)? ?\}
-     ⟶ \\hat{d\2d\3\1}
-/ ⟶ (?<![a-zA-Z\\])d([a-zA-Z]) ?/ ?d([a-zA-Z])§ ⟶ \\hat{d\1d\2}
+     ⟶ \\widehat{d\2d\3\1}
+/ ⟶ (?<![a-zA-Z\\])d([a-zA-Z]) ?/ ?d([a-zA-Z])§ ⟶ \\widehat{d\1d\2}
 # C_5^2, _5C_2, {}_5P_2, ^5C_2
 C ⟶ (?<![A-Za-z\\])C ?_ ?\{?(\d+|[nmkN])\}? ?\^ ?(\{[^{}]*\}|\w+) ⟶ \\binom{\1}{\2}
 C ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?C ?_ ?\{?(\d+|[a-z])\}? ⟶ \\binom{\1}{\2}
 P ⟶ (?<![\w}])(?:\{ ?\} ?)?[_^] ?\{?(\d+|[a-z])\}? ?P ?_ ?\{?(\d+|[a-z])\}? ⟶ (\\binom{\1}{\2}(\2)!)
-mod ⟶ \\text ?\{ ?\(? ?mod ?\}? ?(\d+) ?\)? ?\}?|\( ?\\?b?mod ?(\d+) ?\) ⟶ \\mod \1\2␣
+mod ⟶ \\text ?\{ ?\(? ?mod ?\}? ?(\d+) ?\)? ?\}?|\( ?\\?b?mod ?(\d+) ?\)
+    |\( ?\\text ?\{ ?mod ?\}? ?(\d+) ?\}? ?\) ⟶ \\mod \1\2\3␣
 & ⟶ & ?\\text ?\{ ?(?:if|for|when)§ ⟶ & \\text{
 & ⟶ & ?(?=[=<>]|\\(?:[lg]eq?|neq?|approx|equiv|in)§) ⟶
 \approx ⟶ \( ?(\\approx[^()]*)\) ?$ ⟶ \1
 \not ⟶ \\not ?= ⟶ \\ne␣
 \ ⟶ \\([%_]) ⟶ \1
 \ ⟶ \\\$|\\euro§ ⟶ ␣$␣
+# \R - \{0\}
+\R ⟶ (\\R) *- *(?=\\\{|[(\[]) ⟶ \1 \\setminus␣
 U ⟶ (?<=[)\]]) ?U ?(?=[(\[]) ⟶ \\cup␣
 # units
 - ⟶ (?<=\d) ([a-zA-Z]{1,3}) ?\\cdot ?([a-zA-Z]{1,3}) ?\^ ?\{? ?-(\d) ?\}? ?$ ⟶ \\text{\1/\2^\3}
 / ⟶ (?<=\d) (k?m|cm|k?g) ?/ ?(s|h|min|c?m)( ?\^ ?\{?\d\}?)? ?$ ⟶ \\text{\1/\2\3}
 sterling ⟶ pounds? sterling ⟶ £
+# 2 hours and 30 minutes, 5 feet, 4 inches are one quantity
+min ⟶ \b(h(?:ou)?rs? {0,3}\}?),?( {0,3}(?:\\text ?\{)? ?)(?:and\b)?
+    (?= ?\}? {0,3}\d{1,4} {0,3}(?:\\text ?\{ ?)?min) ⟶ \1\2␣
+sec ⟶ \b(min(?:ute)?s? {0,3}\}?),?( {0,3}(?:\\text ?\{)? ?)(?:and\b)?
+    (?= ?\}? {0,3}\d{1,4} {0,3}(?:\\text ?\{ ?)?sec) ⟶ \1\2␣
+in ⟶ \b(f(?:oo|ee)?t {0,3}\}?),?( {0,3}(?:\\text ?\{)? ?)(?:and\b)?
+    (?= ?\}? {0,3}\d{1,4} {0,3}(?:\\text ?\{ ?)?in) ⟶ \1\2␣
 # words
 . ⟶ \b([aApP])\. ?[mM]\b\.? ⟶ \1m
 per cent ⟶ \bper cent\b ⟶ percent
 \text ⟶ \( ?\\text ?\{([A-J])\} ?\) ⟶ \\text{(\1)}
 # 20 \textbf{(D)}
-\text ⟶ ^(.+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$ ⟶ \\text{(\2)} \1
+\text ⟶ ^((?!\\text).+?) ?\\text ?\{ ?\(([A-J])\) ?\}[ .]*$ ⟶ \\text{(\2)} \1
 ⟶ (?i)^ ?(?:\\text ?\{)? ?(?:the )?(?:final )?answer\b ?(?:is|:)? ?:? ?\}?(?=.) ⟶
 # prose around a value: words that cannot change it
-\text ⟶ (?i)^ ?\\text ?\{ ?(?:so|thus|hence|therefore)?,? ?(?:an?|there (?:are|is)|it is
-    |(?:the )?(?:value|result|solution) is)?:? ?\}(?= *[^ ,.]) ⟶
+\text ⟶ (?i)^ ?\\text ?\{ ?(?:so|thus|hence|therefore)?,? ?(?:an|(?-i:a)(?= )
+    |there (?:are|is)|it is|(?:the )?(?:value|result|solution) is)?:? ?\}(?= *[^ ,.]) ⟶
 \text ⟶ (?i)^ ?\\text ?\{ ?(?:(?:so|thus|hence|therefore),? )?the (maximum|minimum|total|area|volume
     |perimeter|length|distance|probability)(?: value)? is ?\}(?= *[^ ,.]) ⟶ \\text{\1}=
 crease ⟶ (?i)^ ?\\text ?\{ ?(?:an? )?(in|de)creased? (?:of|by) ?\} ?(.+) ⟶ \2 \\text{\1crease}
@@ -270,14 +286,14 @@ for _row in _CLEAN_ROWS.replace("\n    ", "").split("\n")[1:]:
 def clean(text: str) -> str:
     """The answer in one spelling: unicode to LaTeX, no layout, no math delimiters, no final full stop."""
     if not text.isascii():
-        text = re.sub("(?<=\\d) ?m(?=[²³])", r" \\text{m}", text)
+        text = re.sub(r"(?<=\d) ?m(?=[²³](?! *[-+*=(]|\w))", r" \\text{m}", text)
         text = _SCRIPTS.sub(latex_script, text)
         text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
     if "$" in text and len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
         # pairs are math delimiters, a single one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"[\s~]+", " ", text)
-    text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r" \1\2 ", text))
+    text = _FONTS.sub(as_text, _UNIT_VECTOR.sub(r" \3\4 ", text))
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac: escaped once too often
     for trigger, pattern, replacement in _CLEAN:
@@ -346,7 +362,7 @@ _OPERATORS = aliases(r"""
 >: gt
 in: in
 ~: approx simeq thickapprox doteq
-≡: equiv
+=: equiv
 cup: cup bigcup
 cap: cap bigcap
 *: cdot times ast
@@ -524,8 +540,8 @@ for _row in _UNIT_TABLE.replace("\n", " ").split(";"):
         if len(_name) > 2:
             UNITS[_name + "s"] = UNITS[_name]
 # Words that multiply, raise or are a number.
-_MULTIPLIERS = {"dozen": 12, "hundred": 100}
-_MULTIPLIERS |= {"thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_MULTIPLIERS = dict(dozen=12, hundred=100, thousand=1000, million=10**6)
+_MULTIPLIERS |= dict(billion=10**9, trillion=10**12)
 _POWERS = dict.fromkeys(("square", "sq", "平方"), 2) | dict.fromkeys(("cubic", "cu", "立方"), 3)
 _NUMERALS = {
     word: i
@@ -577,7 +593,7 @@ _CALLS = set("fghpqrstuvwFGHPQRSTUVWNEL")  # before a bracket these may be funct
 _OPENERS = "( [ { \\{ ... ⌊ ⌈".split()
 _ANGLES = "sin cos tan cot sec csc cis".split()  # functions of angles
 _OPAQUE = set("fghFGH")  # f(x) is never f times x
-_RELATIONS = "= < > <= >= != ~ in ≡ mod".split()
+_RELATIONS = "= < > <= >= != ~ in mod".split()
 _CLOSERS = ") ] \\} } & cr".split()
 # What reads an atom, by the kind of its first token or, of an operator, by its text.
 _READERS = aliases(r"""
@@ -590,7 +606,7 @@ braces: \{
 fence: | ⌊ ⌈""")
 _MATRICES = set("pmatrix bmatrix matrix array Bmatrix smallmatrix".split())
 _NUMBER_SETS = dict(zip("RNZQC", "ℝℕℤℚℂ"))
-_MARKS = set("angle triangle odot overline vec overrightarrow hat bar widehat tilde".split())
+_MARKS = set("angle triangle odot overline overrightarrow widehat tilde".split())
 
 
 def number(value):
@@ -656,7 +672,7 @@ def congruences(items):
     if len(items) < 2 or first[:2] != ("rel", ("=",)) or last[:2] != ("rel", ("mod",)):
         return items
     values = [first[2][1], *items[1:-1], last[2][0]]
-    return [("rel", ("≡", "mod"), (first[2][0], value, last[2][1])) for value in values]
+    return [("rel", ("=", "mod"), (first[2][0], value, last[2][1])) for value in values]
 
 
 def limited(method):
@@ -684,6 +700,7 @@ class Parser:
         self.bars = False  # inside |...| or {... | ...}: a bar ends what came before
         self.in_set = False  # inside {...}: a colon, too
         self.currency: str | None = None  # seen in the quantity that is being read
+        self.has_points = False  # after B(0, 4) C(5, 3) is a point
 
     @property
     def next(self):
@@ -747,8 +764,6 @@ class Parser:
         while self.is_op(*_RELATIONS):
             operators.append(self.take().text)
             sides.append(self.ratio())
-        if operators == ["≡"]:  # f(x) ≡ 0
-            operators = ["="]
         return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
 
     def ratio(self):
@@ -761,8 +776,6 @@ class Parser:
         ):
             self.take()
             parts.append(self.union())
-        if len(parts) == 2 and parts[1][0] == "unit" and parts[1][2] in ("am", "pm"):
-            return ("text", repr(parts))  # 4:40 a.m. is no quotient
         return parts[0] if len(parts) == 1 else ("ratio", tuple(parts))
 
     def union(self):
@@ -790,15 +803,19 @@ class Parser:
             return self.words()
         self.currency = None
         node = self.expression()
-        currency = self.take().text if self.is_op(*"$€£¥¢") else self.currency
+        if self.is_op(*"$€£¥¢"):
+            self.currency = self.take().text
         base = ""
         factor = _ONE
         count = 1
         if self.next.kind == "word" and self.next.text != "to":
             base, factor, count = self.unit()
         node = node if count == 1 else ("mul", (number(count), node))  # 5 million
-        if currency and base not in ("°", "%"):  # "$3 million", "$5 each"
-            base, factor = UNITS.get(currency, (currency, _ONE))
+        if self.currency and base not in ("°", "%"):
+            money = UNITS.get(self.currency, (self.currency, _ONE))
+            if (base, factor) != money:  # $5 profit, $5 per hour; but $5 dollars is $5
+                base = f"{money[0]} {base}".strip()
+                factor *= money[1]
         if base in ("°", "%"):
             return ("deg" if base == "°" else "pct", node)
         if base and self.next.kind == "num":  # 2 hours 30 minutes
@@ -829,13 +846,14 @@ class Parser:
                 continue
             token = self.take()
             word = token.text if token.text in UNITS else token.text.lower()
+            is_after_unit = parts or self.currency  # $5 per hour
             if word in _POWERS:
                 power = _POWERS[word]
-            elif parts and word in ("per", "a", "an"):
+            elif is_after_unit and word in ("per", "a", "an"):
                 sign = -1
             elif not parts and word in _MULTIPLIERS:
                 count *= _MULTIPLIERS[word]
-            elif word not in _FILLERS or word == "in" and not parts:
+            elif word not in _FILLERS or word == "in" and not is_after_unit:
                 one = singular(word)
                 base, scale = UNITS.get(word) or (
                     one if one in _COUNTED else f"?{one}",
@@ -1019,8 +1037,9 @@ class Parser:
             return ("sym", name)
         inside = self.bracket(self.take().text)
         arguments = inside[3] if inside[0] == "tuple" else (inside,)
-        if name == "C" and len(arguments) == 2:  # and so is C(5, 2)
+        if name == "C" and len(arguments) == 2 and not self.has_points:  # and so is C(5, 2)
             return ("fn", "binom", arguments)
+        self.has_points |= name == "B" and len(arguments) > 1
         is_call = name[0] in _CALLS or len(arguments) > 1
         return ("call", name, arguments) if is_call else ("mul", (("sym", name), inside))
 
@@ -1127,7 +1146,7 @@ class Parser:
             low = self.atom()
             self.need("^")
             return (name, low, self.exponent(), self.term())
-        if name in ("emptyset", "varnothing"):
+        if name == "emptyset":
             return ("set", ())
         if name in _NUMBER_SETS and not self.is_op("^", "_"):
             return ("sym", _NUMBER_SETS[name])
@@ -1548,8 +1567,8 @@ def is_defined(tree):
             return True
     if tree[0] not in "add mul pow fn pm".split() or kinds & {"matrix", "tuple"}:
         return all(map(is_defined, children(canonical(tree) if kinds & {"sum", "prod"} else tree)))
-    if kinds & _SETS or _REALS in nodes:
-        return True  # R - {0}
+    if kinds & _SETS:
+        return True
     names = sorted(unknowns(tree))
     rng = random.Random(1)
     for env in itertools.chain(
@@ -1696,9 +1715,10 @@ def same_plain(answer, gold):
 
 # Layer 3, trees.
 
-# (C) 8, \textbf{(C)}\ 8, C. 8
+# (C) 8, \textbf{(C)}\ 8, C. 8, C: 8 (but A: B = 1:2 is a ratio)
 _CHOICE = re.compile(
-    r"(?P<open>\\text *\{ *)?(?:\((?=.\)))?(?P<letter>[A-J])(?:\)|\.(?= ))(?P<shut> *\})?"
+    r"(?P<open>\\text *\{ *)?(?:\((?=.\)))?(?P<letter>[A-J])"
+    r"(?:\)|\.(?= )|:(?=[ \\}])(?! *[A-Z] *(?:[:=]|$)|.*[A-Z] ?:))(?P<shut> *\})?"
     r"(?:(?<=[ }])|[ :]+|(?<=\))(?=[\d\\]))(?P<rest>[^ +*/^=<>,)&_!].*)"
 )
 
@@ -1778,6 +1798,10 @@ def same(a, b):
         )
     if is_region(a) or is_region(b):
         with suppress(Undefined, TooBig):
+            parts = walk(a) + walk(b)
+            units = {part[:1] + part[2:] for part in parts if part[0] in ("unit", "deg", "pct")}
+            if len(units) > 1 or "?" in repr(units):
+                raise Undefined  # x > 3 km and x > 3 m, n > 3 odd: compared as relations
             left = region(a)
             right = region(b)
             names = {left.name, right.name}
@@ -1928,6 +1952,10 @@ def same_quantity(a, b):
 
 def same_ratio(a, b):
     """3:4 = 6:8 = 3/4. A ratio with a zero is equal to itself only: its cross products agree with everything."""
+    bases = [[part[2] for part in walk(node) if part[0] == "unit"] for node in (a, b)]
+    is_other = re.search(r"\?|'[ap]m'", repr(bases))  # 3 halves : 4, 4:40 a.m.
+    if is_other or all(bases) and bases[0] != bases[1]:
+        return False
     if a[0] == b[0]:
         if len(a[1]) != len(b[1]) or any(same(part, number(0)) for part in a[1] + b[1]):
             return False
@@ -2047,10 +2075,13 @@ def same_collection(a, b):
     names, values = named_values(xs)
     other_names, other_values = named_values(ys)
     has_or = "or" in (a[-1], b[-1])
-    is_named = any(value[0] in ("sym", "text") for value in values)
-    if has_or and a[-1] != b[-1] and is_named:  # A and B, A or B
-        return False
-    beside_tuple = "tuple" in (a[0], b[0]) and not names + other_names
+    is_named = any(value[0] in ("sym", "text") for value in values + other_values)
+    is_one_name = len(names) == 1 and names == other_names
+    is_solved = is_one_name and {member[1] for member in xs + ys} == {("=",)}  # x = a, x = b
+    if has_or and a[0] == b[0] and a[-1] != b[-1] and is_named and not is_solved:
+        return False  # A and B, A or B
+    signs = [part for part in walk(a) + walk(b) if part[0] == "pm"]
+    beside_tuple = "tuple" in (a[0], b[0]) and not names + other_names and len(signs) != 1
     beside_names = (
         not (names and other_names) and len(names + other_names) == len(xs) == len(ys) > 1
     )
@@ -2064,13 +2095,10 @@ def same_collection(a, b):
         return len(xs) == len(ys) and all(map(same, xs, ys))
     names, xs = named_values(points(xs, a[-1]))
     other_names, ys = named_values(points(ys, b[-1]))
-    if names != other_names and (names and other_names or len(names + other_names) > 1):
+    is_set = any(map(is_region, xs + ys))  # a = 0, b = 1 is a point, and not 0 < x < 1
+    if names != other_names and (names and other_names or len(names + other_names) > 1 or is_set):
         return False
-    if (
-        "pm" in kinds_in(a) | kinds_in(b)
-        or "set" in (a[0], b[0])
-        or all(member[0] in ("tuple", "rel") for member in xs + ys)
-    ):
+    if signs or "set" in (a[0], b[0]) or all(member[0] in ("tuple", "rel") for member in xs + ys):
         xs = distinct(xs)
         ys = distinct(ys)
     return matched(xs, ys)
@@ -2138,7 +2166,8 @@ def proportional(a, b):
     """Is (left - right) of one a constant multiple of the other's, with the sign that the direction asks for?"""
     f, g = (("add", (node[2][0], negative(node[2][1]))) for node in (a, b))
     names = sorted(unknowns(f))
-    if not names or unknowns(f) != unknowns(g) or has(f, *_NO_VALUE) or has(g, *_NO_VALUE):
+    has_no_value = has(("add", (f, g)), "unit", *_NO_VALUE)
+    if has_no_value or not names or unknowns(f) != unknowns(g):
         return False
     for env in ordinary_points(names, _WHOLE_NAMES, pair_seed(f, g)):
         with suppress(Undefined, TooBig):
@@ -2170,8 +2199,8 @@ def is_region(node):
     """Is this written as a set of reals (and not as a pair that could be a point)?"""
     if node[0] == "rel":
         return bool(set(node[1]) & {*_FLIP, "in"} - {"="})
-    if node[0] in ("list", "add"):
-        return (all if node[0] == "list" else any)(map(is_region, node[1]))
+    if node[0] == "list":
+        return all(map(is_region, node[1]))
     return node[0] in "cup cap setminus where".split() or node == _REALS
 
 
@@ -2189,8 +2218,6 @@ def region(node):
     if kind == "set":
         values = [endpoint(item) for item in node[1]]
         return Region(None, values, lambda x: any(meets("=", x, value) for value in values))
-    if kind == "add" and len(node[1]) == 2 and node[1][1][0] == "mul":  # R - {0}
-        return region(("setminus", node[1][0], node[1][1][1][1]))
     if kind in ("cup", "cap", "setminus"):
         left = region(node[1])
         right = region(node[2])
@@ -2200,7 +2227,7 @@ def region(node):
             "setminus": lambda x: left.holds(x) and not right.holds(x),
         }[kind]
         return Region(left.name or right.name, left.marks + right.marks, join)
-    if kind in ("where", "list"):
+    if kind == "where" or kind == "list" and is_region(node):
         parts = [region(condition) for condition in node[1]]
         if len({part.name for part in parts}) != 1:
             raise Undefined  # conditions on two unknowns
@@ -2223,7 +2250,7 @@ def condition(operators, sides):
         return region(sides[1])._replace(name=subject(sides[0]))
     free = [i for i, side in enumerate(sides) if unknowns(side) or side[0] == "call"]
     is_chain = len(operators) <= 2 and (free == [1] or free == [0] and len(operators) == 1)
-    if not is_chain or not set(operators) <= set(_FLIP) - {"="}:
+    if not is_chain or not set(operators) <= set(_FLIP):
         raise Undefined  # no bounds of an unknown
     middle = sides[free[0]]
     others = [side for i, side in enumerate(sides) if i != free[0]]
@@ -2245,7 +2272,7 @@ def condition(operators, sides):
 def subject(side):
     """What a condition is about: a set without a name may stand for x, f(x), a + b, not for x^2."""
     if label_of(equation(side, number(1))) and side[0] == "add":
-        return None
+        return "+" + repr(canonical(side))
     if side[0] == "call" and all(argument[0] == "sym" for argument in side[2]):
         return side[1] + "()"
     return side[1] if side[0] == "sym" else repr(canonical(side))
@@ -2521,7 +2548,7 @@ def compare(answer: str, gold: str, problem: str | None = None) -> bool | str | 
 
 def same_answer(a, b) -> bool:
     """`same`, whatever the names of parameters: f(x) = x is f(t) = t, and x = n pi, n in Z is x = k pi, k in Z."""
-    x, y = (list(dict.fromkeys(parameters(node) + constants(node))) for node in (a, b))
+    x, y = (list(dict.fromkeys(parameters(node))) for node in (a, b))
     is_free = len(x) == len(y) > 0 and not (set(x) - set(y)) & unknowns(b)
     if is_free and not (set(y) - set(x)) & unknowns(a):
         b = substituted(b, {old: ("sym", new) for old, new in zip(y, x)})
@@ -2532,30 +2559,28 @@ def same_answer(a, b) -> bool:
 
 
 def parameters(node) -> list[str]:
-    """Names whose choice is free: the n of `n in Z`, the x of `f(x) = `, the k of {2k | k in Z}."""
+    """Names whose choice is free: the n of `n in Z`, the x of `f(x) = `, the k of {2k | k in Z}, the t
+    of the line (t, 2t), the C of x^2 + C, the c_1 and c_2 or A and B of y = c_1 e^x + c_2 e^{-x}."""
+    if node[0] in ("list", "where"):
+        return [name for item in node[1] for name in parameters(item)]
     if node[0] == "builder":
         return sorted(unknowns(node[1]))
-    if node[0] == "list":
-        return [name for item in node[1] for name in parameters(item)]
-    if node[0] != "rel":
-        return []
-    if node[1] == ("in",) and node[2][0][0] == "sym" and node[2][1] in (("sym", "ℤ"), ("sym", "ℕ")):
-        return [node[2][0][1]]
-    arguments = node[2][0][2] if node[2][0][0] == "call" else ()
-    return [argument[1] for argument in arguments if argument[0] == "sym"]
-
-
-def constants(node) -> list[str]:
-    """Names that a solution may choose: the C of x^2 + C, the t of the line (t, 2t), the c_1 and c_2
-    or A and B of y = c_1 e^x + c_2 e^{-x}."""
     names = unknowns(node)
-    if not names:
-        return []
     if node[0] in ("tuple", "matrix") and len(names) == 1:
         return sorted(names & set("tsrk"))
     chosen = [name for name in sorted(names) if re.fullmatch("[CcKk](_[0-9])?", name)]
     chosen += ["A", "B"] if {"A", "B"} <= names else []
-    return chosen if len(names) > len(chosen) else []
+    chosen = chosen if len(names) > len(chosen) else []
+    if node[0] == "add" and any(("sym", name) in node[1] for name in chosen):
+        return chosen if names & set("xtuyzs") else []  # x^2 + C, not n - k
+    if node[0] != "rel":
+        return []
+    left = node[2][0]
+    if node[1] == ("in",) and left[0] == "sym" and node[2][1] in (("sym", "ℤ"), ("sym", "ℕ")):
+        return [left[1]]
+    arguments = [part[1] for part in left[2] if part[0] == "sym"] if left[0] == "call" else []
+    is_solved = left[0] == "call" or unknowns(left) in map(set, "y xy ty tx".split())
+    return arguments + chosen if is_solved else []
 
 
 def is_equal(answer: str, gold: str, problem: str | None = None) -> bool:
