@@ -193,8 +193,9 @@ def test_the_documents_hold_the_tables_of_the_published_runs():
     assert claims.claim_table(found) in page
     assert claims.variant_table(records) in page
     assert claims.seeds_needed(found) in page
-    real = words.table(t1.read_log(HERE / "figures/words.jsonl"))
-    assert real in (HERE / "docs/results.md").read_text(encoding="utf-8")
+    for page, folder in (("embedded.md", "figures/embedded"), ("results.md", "figures")):
+        real = words.table(t1.read_log(HERE / folder / "words.jsonl"))
+        assert real in (HERE / "docs" / page).read_text(encoding="utf-8")
     tables = {"**A real model.**": real, "The ledger, failures": claims.claim_table(found)}
     for start, table in tables.items():
         rows = re.search(r"(?s)\n\n(\|.*?)\n\n", readme.split(start)[1])[1].splitlines()
