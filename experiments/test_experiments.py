@@ -188,14 +188,14 @@ def test_a_stop_is_a_result_and_a_signal_is_not(tmp_path, quick_runs, monkeypatc
 def test_the_documents_hold_the_tables_of_the_published_runs():
     records = t1.read_log(claims.PUBLISHED)
     found = claims.answers(records)
-    page = (HERE / "docs/ledger.md").read_text(encoding="utf-8")
+    page = "".join(path.read_text(encoding="utf-8") for path in HERE.glob("docs/*.md"))
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     assert claims.claim_table(found) in page
     assert claims.variant_table(records) in page
     assert claims.seeds_needed(found) in page
-    for page, folder in (("embedded.md", "figures/embedded"), ("results.md", "figures")):
+    for folder in ("figures/embedded", "figures"):
         real = words.table(t1.read_log(HERE / folder / "words.jsonl"))
-        assert real in (HERE / "docs" / page).read_text(encoding="utf-8")
+        assert real in page
     tables = {"**A real model.**": real, "The ledger, failures": claims.claim_table(found)}
     for start, table in tables.items():
         rows = re.search(r"(?s)\n\n(\|.*?)\n\n", readme.split(start)[1])[1].splitlines()
