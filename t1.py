@@ -507,7 +507,7 @@ def cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget: int, cfg) -> l
         answers.append(Rollout(Problem(problem.row, prompt)))
     room = SUMMARY_TOKENS if cfg.answer_model else ANSWER_TOKENS
     generate(answerer, answers, room, temperature=0.0)
-    result = list(map(copy.copy, rollouts))  # they are graded again
+    result = list(rollouts)
     for i, start, answer in zip(late, starts, answers):
         answer.text = closing + text_of(answer, answerer.tokenizer)
         answer.ids = start + answer.ids
@@ -521,7 +521,7 @@ def accuracy_within(answerer, tokenizer, rollouts, samples: int, cfg) -> list[li
     points = []
     for budget in sorted({int(b) for b in cfg.budgets.split(",")}):
         cut = cut_thoughts(answerer, tokenizer, rollouts, thoughts, budget, cfg)
-        share = cut[rank() :: world()]
+        share = list(map(copy.copy, cut[rank() :: world()]))  # what is logged keeps its judgement
         with all_ranks_or_none():
             grade(share)
         exchange(cut, share)

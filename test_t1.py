@@ -279,7 +279,7 @@ LAYERS = {
 # comprehensions per 100 code lines, nested ones, lines over 100 columns, tokens in all (0: any
 # number)
 DENSITY = {
-    "t1.py": (10, 3, 6, 0, 0, 27_779),
+    "t1.py": (10, 3, 6, 0, 0, 27_782),
     "data_prep.py": (11, 3, 7, 0, 0, 18_594),
     "verify.py": (12, 15, 9, 5, 133, 22_656),
     "test_t1.py": (12, 10, 10, 2, 0, 0),
@@ -1947,12 +1947,26 @@ def test_cut_and_answer(talkative):
         result = cut(budget)[0]
         assert result.ids == ended[:budget] + prefix + answer.ids
         assert result.text == t1.CLOSING + tokenizer.decode(said)
-    kept = cut(n)[0]
-    assert kept == rollouts[0] and kept is not rollouts[0]  # it is graded again
+    assert cut(n)[0] is rollouts[0]
     closed = endless + prefix
     for budget in (len(endless), 10 * len(endless)):
         # a thought that ran into the limit is closed at any budget
         assert cut(budget)[1].ids[: len(closed)] == closed
+
+
+def test_budgets_leave_the_judgement_that_was_counted(talkative, monkeypatch):
+    """A finished thought is graded again within each budget: then the grader may give up."""
+    rollout = t1.Rollout(t1.Problem({}, [5, 6]), ids=[3, 4], finished=True, right=True)
+
+    def gives_up(rollouts):
+        for r in rollouts:
+            r.right = False
+
+    monkeypatch.setattr(t1, "grade", gives_up)
+    cfg = dataclasses.replace(talkative.cfg, budgets="100")
+    options = (torch_engine(talkative), talkative.tokenizer, [rollout], 1, cfg)
+    ((budget, value, _, length),) = t1.accuracy_within(*options)
+    assert (budget, value, length) == (100, 0, 2) and rollout.right
 
 
 def test_a_cut_never_falls_inside_a_tag(talkative):
