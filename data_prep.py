@@ -108,9 +108,8 @@ ROW_BYTES = 16 << 20  # longest row; a trace of 32,000 tokens has a hundredth of
 FILE_BYTES = 1 << 30  # largest .json file, which is read whole
 GZIP_BYTES = 16 << 20  # a gzip file that grows past this and past 200 times its size is a bomb;
 GZIP_RATIO = 200  # problems shrink to a fifth
-DATA_FILES = (
-    ".jsonl .jsonlines .jl .ndjson .json .csv .parquet".split()
-)  # all but the last also with .gz
+# all but the last also with .gz
+DATA_FILES = ".jsonl .jsonlines .jl .ndjson .json .csv .parquet".split()
 UNREAD = ".arrow .tsv .zst .xz .bz2 .lz4 .zip .xlsx .xls".split()  # of a folder: not passed over
 NO_ROWS = "dataset_info.json dataset_infos.json report.json state.json".split()  # beside rows
 LONGEST = 50_000  # characters of problem, solution or answer: comparing longer ones takes too long

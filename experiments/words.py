@@ -6,8 +6,7 @@ rl.jsonl that are solved sometimes; with --runs words.jsonl and results.md's tab
     python -m experiments.words --responses runs/words0/eval/responses.jsonl --out data/words
     python -m experiments.words --runs runs/words0,runs/words1 --out figures
 
-The thought is SVAMP's equation, and the calculations of GSM8K's human solutions, of which those
-with at most two are taken. Each set comes from the hub or from a file of its rows."""
+A thought is SVAMP's equation, or at most two calculations of GSM8K. Sets: hub names or files."""
 
 import re
 from pathlib import Path
